@@ -1,4 +1,49 @@
-"""Fused residual blocks for PyTorch."""
+"""Fused residual blocks for PyTorch: convolution + BatchNorm + residual add + ReLU, forward and backward."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+
+
+def _use_installed_copy() -> None:
+    """Loads the installed package in place of a checkout's folder of the same name that has no compiled core.
+
+    `python -m ...` in the root of a checkout puts this folder before the installed package. Without `_C` beside it,
+    `sys.modules["fusedres"]` becomes the installed module, whole, so that no two versions mix.
+
+    Raises:
+        ImportError: nothing is installed, or another version than the checkout's is.
+    """
+
+    def has_core(folder: Path) -> bool:
+        return any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+
+    here = Path(__file__).parent
+    if has_core(here):
+        return
+    for entry in sys.path:
+        spec = PathFinder.find_spec(__name__, [entry])
+        if spec and spec.origin and spec.loader and has_core(Path(spec.origin).parent):
+            module = sys.modules[__name__] = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            break
+    else:
+        raise ImportError("fusedres is not installed: run 'pip install .' in the checkout")
+
+    import runpy  # only here: nobody else pays for it
+
+    version = runpy.run_path(str(here / "_version.py"))["__version__"]
+    if version != module.__version__:
+        raise ImportError(
+            f"fusedres {module.__version__} is installed, the checkout in {here.parent} is {version}: "
+            "run 'pip install .' in the checkout"
+        )
+
+
+_use_installed_copy()
 
 from fusedres._version import __version__
 
