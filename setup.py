@@ -17,7 +17,7 @@ from setuptools import setup
 from setuptools.errors import CompileError
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inc"))
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc"})
 
 # Not -ffast-math: NaN, infinities and the order of sums are kept. No -march: the sources carry their own targets and
 # choose at run time, so one binary runs on every CPU of the architecture.

@@ -1,0 +1,56 @@
+"""Run in an environment with the lowest supported torch: import, fuse, train a step, infer, compile."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+import fusedres
+
+
+def train_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """Loss and every gradient of one step."""
+    loss = nn.functional.cross_entropy(model(images), labels)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def check(what: str, fused: list[torch.Tensor], eager: list[torch.Tensor]) -> None:
+    """In float64 the only difference is the order of sums."""
+    for index, (ours, theirs) in enumerate(zip(fused, eager, strict=True)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=lambda text, i=index: f"{what}, {i}: {text}")
+    print(f"{what}: {len(fused)} tensors equal eager's")
+
+
+def main() -> None:
+    print(f"fusedres {fusedres.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    if not torch.__version__.startswith("2.11."):
+        raise SystemExit(f"this check is for torch 2.11, the lowest supported one, not {torch.__version__}")
+    if (Path(__file__).parents[1] / "fusedres").samefile(Path(fusedres.__file__).parent):
+        raise SystemExit("the installed wheel is to be checked, not the checkout")
+
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
+    labels = torch.tensor([0, 1, 2, 3])
+    for build in (torchvision.models.resnet18, torchvision.models.resnet50):
+        eager = build(num_classes=10).double().to(memory_format=torch.channels_last)
+        fused = fusedres.fuse(copy.deepcopy(eager))
+        unfused = [block for block in fusedres.report(fused) if not block.fused]
+        if unfused:
+            raise SystemExit(f"not fused: {unfused}")
+        name = build.__name__
+        check(f"{name} train step", train_step(fused, images, labels), train_step(eager, images, labels))
+        check(f"{name} buffers", list(fused.buffers()), list(eager.buffers()))
+        with torch.inference_mode():
+            check(f"{name} inference", [fused.eval()(images)], [eager.eval()(images)])
+
+    model = fusedres.fuse(torchvision.models.resnet18(num_classes=10).double())
+    graph = torch.compile(model, backend="aot_eager", fullgraph=True)
+    check("resnet18 compiled train step", train_step(graph, images, labels), train_step(model, images, labels))
+
+
+if __name__ == "__main__":
+    main()
