@@ -10,10 +10,20 @@ from pathlib import Path
 
 WHEEL_NEEDS = ["fusedres/__init__.py", "fusedres/_C.*.so", "fusedres/py.typed", "*.dist-info/licenses/LICENSE"]
 WHEEL_TAKES = ["fusedres/*.py", "fusedres/*.pyi", "fusedres/_C.*.so", "fusedres/py.typed", "*.dist-info/*"]
-SDIST_NEEDS = (
-    "LICENSE README.md CHANGELOG.md CONTRIBUTING.md pyproject.toml setup.py .ci/run .clang-format "
-    "fusedres/__init__.py fusedres/py.typed csrc/bindings.cpp tests/test_packaging.py"
-).split()
+SDIST_NEEDS = [
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "pyproject.toml",
+    "setup.py",
+    ".ci/run",
+    ".clang-format",
+    "fusedres/__init__.py",
+    "fusedres/py.typed",
+    "csrc/bindings.cpp",
+    "tests/test_packaging.py",
+]
 SDIST_REFUSES = ["*.so", "*.o", "*.py[cod]", "*__pycache__*", "build/*", "dist/*"]
 
 
