@@ -1,0 +1,6 @@
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+
+# The kernels: their signatures are in csrc/bindings.cpp, and fusedres.kernels.*.cpu alone calls them.
+def __getattr__(name: str) -> Any: ...
