@@ -1,0 +1,101 @@
+"""What the documents show works: every Python block runs, every command is run here or by .ci/run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedres
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+# How each documented command is run here: as it is, or shortened where it takes minutes; .ci/run runs those in full.
+# None: only .ci/run runs it (it installs, or it is .ci/run).
+COMMANDS: dict[str, str | None] = {
+    "pip install '.[bench]'": None,
+    "pip install '.[test]'": None,
+    "pip install -e '.[dev]'": None,
+    "pytest": "pytest --collect-only -q -p no:cacheprovider tests/test_readme.py",
+    "python benchmarks/bench_block.py": "python benchmarks/bench_block.py --help",
+    "python -m fusedres info": "python -m fusedres info",
+    "python -m fusedres info --json": "python -m fusedres info --json",
+    "python examples/train.py --help": "python examples/train.py --help",
+    "bash .ci/run": "bash -n .ci/run",
+}
+
+
+def documented_commands() -> list[str]:
+    lines = [line for text in DOCUMENTS.values() for block in blocks(text, "bash") for line in block.splitlines()]
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
+
+
+def test_every_documented_command_is_known_here() -> None:
+    assert set(documented_commands()) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(filter(None, COMMANDS.values())))
+def test_command_runs_from_the_root(command: str) -> None:
+    env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install '.[test]' && pytest",
+        "pip install '.[bench]' && python benchmarks/bench_block.py",
+        "python -m fusedres info",
+    ],
+)
+def test_ci_takes_the_command_from_the_readme(command: str) -> None:
+    assert command in README.splitlines()
+    assert f'$(readme "{command}")' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_first_screen_has_the_example_and_both_commands() -> None:
+    screen = "\n".join(README.splitlines()[:50])
+    assert "pip install '.[bench]' && python benchmarks/bench_block.py" in screen
+    assert "pip install '.[test]' && pytest" in screen
+    assert 5 <= len(blocks(screen, "python")[0].splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    "source", [pytest.param(block, id=f"block {i}") for i, block in enumerate(blocks(README, "python"))]
+)
+def test_python_block_runs(source: str) -> None:
+    torch.manual_seed(0)
+    exec(compile(source, "a block of README.md", "exec"), {"__name__": "readme"})
+
+
+def test_documented_names_exist() -> None:
+    names = {name for text in DOCUMENTS.values() for name in re.findall(r"\bfusedres\.([A-Za-z]\w*)", text)}
+    assert {"fuse", "report", "FusedBottleneck"} <= names
+    assert [name for name in sorted(names) if not hasattr(fusedres, name)] == []
+
+
+def test_every_public_name_is_documented() -> None:
+    undocumented = [name for name in fusedres.__all__ if name not in README and not name.startswith("__")]
+    assert undocumented == []
+
+
+def test_documented_files_exist() -> None:
+    for document, text in DOCUMENTS.items():
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        paths = re.findall(r"`((?:tests|csrc|benchmarks|examples|fusedres)/[\w./]*\w\.\w+)`", text)
+        missing = [name for name in links + paths if "my_op" not in name and not (ROOT / name).exists()]
+        assert not missing, f"{document}: {missing}"
