@@ -21,7 +21,7 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in
 
 # Not -ffast-math: NaN, infinities and the order of sums are kept. No -march: the sources carry their own targets and
 # choose at run time, so one binary runs on every CPU of the architecture.
-CXXFLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+CXXFLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 CPP_PROBE = "#include <vector>\nint probe() { return static_cast<int>(std::vector<int>(1).size()); }\n"
 PYTHON_PROBE = "#include <Python.h>\n"

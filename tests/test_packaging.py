@@ -286,7 +286,7 @@ def test_a_wrong_distribution_is_refused(small_project: Path) -> None:
 
 
 def imports(path: Path, root: Path = ROOT) -> set[str]:
-    """Absolute names of all modules that a file below `root` imports, anywhere in it."""
+    """Absolute names of all that a file below `root` imports, anywhere in it."""
     package = path.relative_to(root).parts[:-1]
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -295,8 +295,7 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join([*above, *([node.module] if node.module else [])])
-            # `from fusedres import ops` and `from fusedres.ops import gram` name modules too
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            names |= {f"{base}.{alias.name}" for alias in node.names}  # a module, or a name in one
     return names
 
 
@@ -315,14 +314,17 @@ def upward_imports(root: Path) -> set[str]:
     A layer imports itself and those below, never the package as a whole; a module outside the layers imports no layer.
     """
     found = set()
+    modules = {path.name.partition(".")[0] for path in (root / "fusedres").iterdir()}
     for path in (root / "fusedres").rglob("*.py"):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         if module in ("fusedres.__init__", "fusedres.__main__"):  # the front doors
             continue
         height = layer(module)
         for name in imports(path, root):
+            first, _, rest = name.partition(".")
+            whole = first == "fusedres" and rest.partition(".")[0] not in modules  # e.g. `from fusedres import fuse`
             other = layer(name)
-            if name == "fusedres" or (other is not None and (height is None or other > height)):
+            if whole or (other is not None and (height is None or other > height)):
                 found.add(f"{module} -> {name}")
     return found
 
@@ -336,11 +338,14 @@ def test_an_upward_import_is_found(tmp_path: Path) -> None:
     package = copy_package(tmp_path, core=False) / "fusedres"
     (package / "ops" / "upward.py").write_text("def f():\n    from ..autograd import block\n")
     (package / "kernels" / "upward.py").write_text("from fusedres import modules\n")
+    (package / "kernels" / "whole.py").write_text("import fusedres\nfrom fusedres import fuse\n")
     (package / "loose.py").write_text("import fusedres.ops.gram\n")
     found = upward_imports(tmp_path)
     for expected in (
-        "fusedres.ops.upward -> fusedres.autograd",
+        "fusedres.ops.upward -> fusedres.autograd.block",
         "fusedres.kernels.upward -> fusedres.modules",
+        "fusedres.kernels.whole -> fusedres",
+        "fusedres.kernels.whole -> fusedres.fuse",
         "fusedres.loose -> fusedres.ops.gram",
     ):
         assert expected in found
