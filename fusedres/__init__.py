@@ -46,5 +46,19 @@ def _use_installed_copy() -> None:
 _use_installed_copy()
 
 from fusedres._version import __version__
+from fusedres.backends import use_backend
+from fusedres.convert import BlockReport, Report, fuse, report, unfuse
+from fusedres.modules import FusedBasicBlock, FusedBottleneck, ZeroPadShortcut
 
-__all__ = ["__version__"]
+__all__ = [
+    "BlockReport",
+    "FusedBasicBlock",
+    "FusedBottleneck",
+    "Report",
+    "ZeroPadShortcut",
+    "__version__",
+    "fuse",
+    "report",
+    "unfuse",
+    "use_backend",
+]

@@ -1,0 +1,24 @@
+#include "bn_add_relu/bn_add_relu.h"
+
+#include "common/bits.h"
+#include "common/check.h"
+#include "common/gate.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+
+#define FUSEDRES_KERNEL_FILE "bn_add_relu/kernel.inc"
+#include "common/for_each_isa.h"
+
+namespace fusedres {
+
+void bn_add_relu(const BnAddReluParams& p) {
+  if (p.shortcut_map.out_rows() == 0) return;
+  require(p.x != nullptr && p.state != nullptr && p.shortcut != nullptr && p.out != nullptr, "bn_add_relu",
+          "null pointer");
+  require(p.shortcut_channels <= p.channels, "bn_add_relu", "more shortcut channels than channels");
+  require(p.shortcut_state == nullptr || p.shortcut_channels == p.channels, "bn_add_relu",
+          "a normalised shortcut has as many channels as x");
+  FUSEDRES_SELECT_ISA(add_all)(p);
+}
+
+}  // namespace fusedres

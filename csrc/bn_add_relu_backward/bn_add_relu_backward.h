@@ -1,0 +1,34 @@
+#pragma once
+
+#include "common/dtype.h"
+#include "common/gate.h"
+
+namespace fusedres {
+
+// One normalised branch below the ReLU: z = scale·x + shift.
+struct BnBranch {
+  const void* x = nullptr;      // [rows, channels]; null: no such branch
+  const void* state = nullptr;  // [4, channels] arithmetic type: mean, invstd, scale, shift
+  void* grad_x = nullptr;       // [rows, channels]; may be the gradient itself (in place)
+  bool batch_statistics = false;  // false: mean and invstd are constants
+};
+
+struct BnAddReluBackwardParams {
+  const void* grad;  // [rows, channels]
+  DType dtype;
+  int64_t rows;
+  int64_t channels;
+  Gate gate;
+  BnBranch branch;
+  BnBranch shortcut;  // the projection's branch; shortcut.x may be null
+  void* sums;         // [3, channels] arithmetic type: Σd, Σd·x̂, Σd·x̂ of the shortcut
+  int threads;
+};
+
+// With d the gradient that passes the ReLU, per channel: sums as above, in one pass over both branches.
+void bn_add_relu_backward_reduce(const BnAddReluBackwardParams& params);
+
+// grad_x = scale·(d - Σd/M - x̂·Σd·x̂/M) with batch statistics, scale·d without, for both branches in one pass.
+void bn_add_relu_backward_elementwise(const BnAddReluBackwardParams& params);
+
+}  // namespace fusedres

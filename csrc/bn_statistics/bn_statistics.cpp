@@ -1,0 +1,84 @@
+#include "bn_statistics/bn_statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "common/bits.h"
+#include "common/check.h"
+#include "common/gate.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+
+#define FUSEDRES_KERNEL_FILE "bn_statistics/kernel.inc"
+#include "common/for_each_isa.h"
+
+namespace fusedres {
+namespace {
+
+double value_or(const ChannelVector& vector, int64_t c, double otherwise) {
+  return vector.data == nullptr ? otherwise : load_scalar(vector.data, c, vector.dtype);
+}
+
+void average_in(const ChannelVector& running, int64_t c, double value, double factor) {
+  if (running.data == nullptr) return;
+  const double old = load_scalar(running.data, c, running.dtype);
+  store_scalar(running.data, c, running.dtype, (1.0 - factor) * old + factor * value);
+}
+
+template <class A>
+void write_state(const BnStatisticsParams& p, int64_t c, double mean, double var) {
+  A* state = static_cast<A*>(p.state);
+  const double invstd = 1.0 / std::sqrt(var + p.eps);
+  const double scale = value_or(p.weight, c, 1.0) * invstd;
+  state[c] = static_cast<A>(mean);
+  state[p.channels + c] = static_cast<A>(invstd);
+  state[2 * p.channels + c] = static_cast<A>(scale);
+  state[3 * p.channels + c] = static_cast<A>(value_or(p.bias, c, 0.0) - scale * mean);
+}
+
+template <class A>
+void finalize(const BnStatisticsParams& p, const double* mean, const double* m2) {
+  double factor = p.momentum;
+  if (p.num_batches_tracked != nullptr) {
+    const int64_t batches = ++*p.num_batches_tracked;
+    if (p.cumulative) factor = 1.0 / static_cast<double>(batches);
+  }
+  const double count = static_cast<double>(p.rows);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    write_state<A>(p, c, mean[c], m2[c] / count);
+    average_in(p.running_mean, c, mean[c], factor);
+    average_in(p.running_var, c, m2[c] / (count - 1.0), factor);
+  }
+}
+
+}  // namespace
+
+void bn_statistics(const BnStatisticsParams& p) {
+  require(p.x != nullptr && p.state != nullptr, "bn_statistics", "null pointer");
+  require(p.rows > 0 && p.channels > 0, "bn_statistics", "rows and channels must be positive");
+  std::vector<double> buffer(2 * p.channels);
+  double* mean = buffer.data();
+  double* m2 = mean + p.channels;
+  FUSEDRES_SELECT_ISA(moments_of)(p, mean, m2);
+  if (p.dtype == DType::kFloat64)
+    finalize<double>(p, mean, m2);
+  else
+    finalize<float>(p, mean, m2);
+}
+
+void bn_frozen(const BnStatisticsParams& p) {
+  require(p.state != nullptr && p.running_mean.data != nullptr && p.running_var.data != nullptr, "bn_frozen",
+          "null pointer");
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const double mean = load_scalar(p.running_mean.data, c, p.running_mean.dtype);
+    const double var = load_scalar(p.running_var.data, c, p.running_var.dtype);
+    if (p.dtype == DType::kFloat64)
+      write_state<double>(p, c, mean, var);
+    else
+      write_state<float>(p, c, mean, var);
+  }
+}
+
+}  // namespace fusedres

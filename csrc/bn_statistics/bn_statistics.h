@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace fusedres {
+
+// A per-channel vector whose dtype is its own; data may be null where the vector is optional.
+struct ChannelVector {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct BnStatisticsParams {
+  const void* x;  // [rows, channels], contiguous
+  DType dtype;
+  int64_t rows;
+  int64_t channels;
+  void* state;  // [4, channels], float64 for float64 x, else float32: mean, invstd, scale, shift
+  ChannelVector weight;
+  ChannelVector bias;
+  ChannelVector running_mean;    // updated in place
+  ChannelVector running_var;     // updated in place with the unbiased variance
+  int64_t* num_batches_tracked;  // incremented; null where not tracked
+  bool cumulative;               // averaging factor 1 / num_batches_tracked instead of momentum
+  double momentum;
+  double eps;
+  int threads;
+};
+
+// Batch statistics of NHWC data per channel, merged without cancellation, and what follows from them:
+// mean, invstd = (var + eps)^-1/2, scale = weight·invstd, shift = bias - scale·mean, and the running statistics.
+void bn_statistics(const BnStatisticsParams& params);
+
+// The same state from given statistics, which stay as they are: channels, state, dtype (of the activation), weight,
+// bias, running_mean, running_var and eps are read.
+void bn_frozen(const BnStatisticsParams& params);
+
+}  // namespace fusedres

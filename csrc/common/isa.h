@@ -1,0 +1,39 @@
+#pragma once
+
+// Instruction sets that the CPU kernels are compiled for; the best one the processor has is chosen once, at run time.
+// A kernel file is included once an instruction set, inside its namespace (see for_each_isa.h), so the same source
+// gives portable, AVX2 and AVX-512 code in one binary without any -march flag.
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FUSEDRES_X86 1
+#include <immintrin.h>
+#else
+#define FUSEDRES_X86 0
+#endif
+
+namespace fusedres {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+Isa best_isa();      // what the processor supports
+Isa current_isa();   // best_isa() unless FUSEDRES_ISA=portable|avx2|avx512 asks for a lower one
+const char* isa_name(Isa isa);
+
+// Picks the entry of a function table for the current instruction set.
+template <class F>
+F* select_isa(F* portable, [[maybe_unused]] F* avx2, [[maybe_unused]] F* avx512) {
+#if FUSEDRES_X86
+  if (current_isa() == Isa::kAvx512) return avx512;
+  if (current_isa() == Isa::kAvx2) return avx2;
+#endif
+  return portable;
+}
+
+}  // namespace fusedres
+
+#if FUSEDRES_X86
+#define FUSEDRES_SELECT_ISA(function) \
+  ::fusedres::select_isa(&portable::function, &avx2::function, &avx512::function)
+#else
+#define FUSEDRES_SELECT_ISA(function) (&portable::function)
+#endif

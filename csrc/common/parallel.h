@@ -1,0 +1,42 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fusedres {
+
+// Rows are handled in chunks whose size depends on the problem alone, never on the number of threads: partial sums are
+// then merged in the same order whatever the number of threads, and results are bitwise reproducible.
+struct Chunks {
+  int64_t rows;   // rows in all
+  int64_t size;   // rows a chunk
+  int64_t count;  // chunks
+
+  Chunks(int64_t rows, int64_t row_bytes)
+      : rows(rows), size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 512)),
+        count((rows + size - 1) / size) {}
+
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
+};
+
+// Work below this many bytes runs on the calling thread: waking the others costs more.
+constexpr int64_t kSerialBytes = 1 << 16;
+
+inline int threads_for(int64_t bytes, int threads) { return bytes < kSerialBytes ? 1 : std::max(threads, 1); }
+
+// Calls body(index) for every index in [0, count), contiguous ranges a thread.
+template <class Body>
+void parallel_for(int threads, int64_t count, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t index = 0; index < count; ++index) body(index);
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t index = 0; index < count; ++index) body(index);
+}
+
+}  // namespace fusedres

@@ -1,0 +1,25 @@
+#pragma once
+
+#include "common/dtype.h"
+#include "common/row_map.h"
+
+namespace fusedres {
+
+struct GramParams {
+  const void* x;  // [batch, height, width, channels] of map
+  DType dtype;
+  RowMap map;
+  int64_t channels;
+  const void* state;  // [4, channels] arithmetic type: mean, invstd, scale, shift; null: no affine and no ReLU
+  void* out;          // [map.out_rows(), channels]: z - pivot
+  void* pivot;        // [channels] arithmetic type: the first row of z
+  void* sum;          // [channels] arithmetic type: Σ(z - pivot)
+  void* gram;         // [channels, channels] arithmetic type: Σ(z - pivot)(z - pivot)ᵀ
+  int threads;
+};
+
+// z = relu(scale·x + shift) of every stride-th pixel, centred on its first row, with its column sums and Gram matrix:
+// the statistics of any 1x1 convolution of z follow from them before it runs.
+void gram(const GramParams& params);
+
+}  // namespace fusedres

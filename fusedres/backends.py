@@ -1,0 +1,63 @@
+"""Which kernels serve a device: chosen by the user, or the verified default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+BACKENDS = ("auto", "reference", "cpu")
+
+# Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
+# runs the unfused composition of torch's own operators.
+_VERIFIED = {"cpu": "cpu"}
+
+# Device types that a backend serves; the reference composite serves all.
+_DEVICES = {"cpu": ("cpu",)}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_selected: ContextVar[str] = ContextVar(
+    "fusedres_backend", default=_checked(os.environ.get("FUSEDRES_BACKEND", "auto"), "environment FUSEDRES_BACKEND")
+)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Selects the kernels of every fused block called inside the context, and of its backward.
+
+    Args:
+        name: ``"auto"`` (the verified kernels of the device; the default), ``"reference"`` (readable PyTorch, any
+            device), or ``"cpu"`` (C++, CPU tensors). The environment variable ``FUSEDRES_BACKEND`` sets the default.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    token = _selected.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def backend_for(device_type: str) -> str | None:
+    """The backend that serves a device in this context, or None where nothing is verified for it.
+
+    Raises:
+        RuntimeError: the selected backend does not serve this device.
+    """
+    name = _selected.get()
+    if name == "auto":
+        return _VERIFIED.get(device_type)
+    if device_type not in _DEVICES.get(name, (device_type,)):
+        raise RuntimeError(
+            f"use_backend: the {name} backend serves {', '.join(_DEVICES[name])} tensors, got a {device_type} tensor; "
+            "select 'auto' or 'reference'"
+        )
+    return name

@@ -1,0 +1,130 @@
+"""Swap the residual blocks of a model for fused ones and back, and say what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+_FUSED: dict[type[nn.Module], type[FusedBlock]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
+_MEMORY = ("auto", "min")
+_CONV = ("auto", "library")
+_OPTIONS = ("fused_memory", "fused_conv", "_frozen")
+
+
+class BlockReport(NamedTuple):
+    """One residual block: its name in the model, its kind, whether it runs fused, and why not."""
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str
+
+
+class Report(list[BlockReport]):
+    """The residual blocks of a model in order; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no residual blocks"
+        rows = [("block", "kind", "fused", "reason")]
+        rows += [(block.name, block.kind, "yes" if block.fused else "no", block.reason) for block in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    memory: str = "auto",
+    conv: str = "auto",
+) -> nn.Module:
+    """Makes the residual blocks of a torchvision ResNet, ResNeXt or Wide ResNet run fused. In place.
+
+    Only the blocks' class changes: parameters and buffers keep their identity (an optimizer made before stays valid),
+    hooks on the block, train/eval state, dtype, device, memory format and requires_grad stay. deepcopy, pickle and
+    torch.save work. Blocks with unusual parts are left to their stock forward; see `report`.
+
+    Args:
+        model: any module; its BasicBlock and Bottleneck descendants (itself included) are switched.
+        filter: filter(name, block) → bool selects the blocks; None: all.
+        memory: "auto", or "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass).
+        conv: "auto" or "library": which convolutions run; both are torch's own.
+
+    Returns:
+        model itself.
+
+    Raises:
+        TypeError: model is not a module. ValueError: an unknown option.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
+    if memory not in _MEMORY:
+        raise ValueError(f"fuse: memory must be one of {', '.join(_MEMORY)}, got {memory!r}")
+    if conv not in _CONV:
+        raise ValueError(f"fuse: conv must be one of {', '.join(_CONV)}, got {conv!r}")
+    for name, block in model.named_modules():
+        known = type(block) in _FUSED or type(block) in _STOCK
+        if not known or (filter is not None and not filter(name, block)):
+            continue
+        if type(block) in _FUSED:
+            if _instance_forward(block):
+                continue
+            block.__class__ = _FUSED[type(block)]
+        block.fused_memory = memory  # type: ignore[assignment]
+        block.fused_conv = conv  # type: ignore[assignment]
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undoes `fuse`: every fused block gets torchvision's class back. In place; returns model.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
+    for block in model.modules():
+        if type(block) in _STOCK:
+            block.__class__ = _STOCK[type(block)]
+            for option in _OPTIONS:
+                block.__dict__.pop(option, None)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Each residual block of a model: fused or not, and exactly why not. Looked up now, as each call does.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
+    rows = Report()
+    for name, block in model.named_modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            reason = _reason(block)
+            kind = "BasicBlock" if isinstance(block, BasicBlock) else "Bottleneck"
+            rows.append(BlockReport(name or "(model)", kind, reason is None, reason or ""))
+    return rows
+
+
+def _instance_forward(block: nn.Module) -> bool:
+    return "forward" in block.__dict__
+
+
+def _reason(block: nn.Module) -> str | None:
+    if _instance_forward(block):
+        return "forward is replaced on the instance"
+    if isinstance(block, FusedBlock):
+        return block.unfused_reason()
+    if type(block) in _FUSED:
+        return "not selected by fuse()"
+    return f"{type(block).__module__}.{type(block).__qualname__} is a subclass with a forward of its own"

@@ -1,0 +1,55 @@
+"""The tail of a residual block in C++ (csrc/bn_add_relu)."""
+
+from __future__ import annotations
+
+import torch
+from fusedres import _C
+from fusedres.kernels.native import DTYPE_CODE, address, empty_like
+from torch import Tensor
+
+
+def bn_add_relu(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_add_relu."""
+    out = empty_like(x)
+    return out, _launch(x, state, shortcut, shortcut_state, stride, with_mask, out)
+
+
+def bn_add_relu_(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
+) -> Tensor:
+    """See fusedres.ops.bn_add_relu."""
+    return _launch(x, state, shortcut, shortcut_state, stride, with_mask, x)
+
+
+def _launch(
+    x: Tensor,
+    state: Tensor,
+    shortcut: Tensor,
+    shortcut_state: Tensor | None,
+    stride: int,
+    with_mask: bool,
+    out: Tensor,
+) -> Tensor:
+    channels = x.shape[1]
+    n, shortcut_channels, h, w = shortcut.shape
+    mask_shape = (n, x.shape[2], x.shape[3], (channels + 7) // 8) if with_mask else (0,)
+    mask = torch.empty(mask_shape, dtype=torch.uint8)
+    _C.bn_add_relu(
+        x.data_ptr(),
+        DTYPE_CODE[x.dtype],
+        channels,
+        state.data_ptr(),
+        shortcut.data_ptr(),
+        n,
+        h,
+        w,
+        stride,
+        shortcut_channels,
+        address(shortcut_state),
+        out.data_ptr(),
+        mask.data_ptr() if with_mask else 0,
+        torch.get_num_threads(),
+    )
+    return mask

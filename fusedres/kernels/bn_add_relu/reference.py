@@ -1,0 +1,27 @@
+"""The tail of a residual block in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from fusedres.kernels.reference import affine, pack_bits
+from torch import Tensor
+
+
+def bn_add_relu(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_add_relu."""
+    branch = affine(shortcut, shortcut_state) if shortcut_state is not None else shortcut[:, :, ::stride, ::stride]
+    z = affine(x, state)
+    z[:, : branch.shape[1]] += branch
+    mask = pack_bits(~(z <= 0)) if with_mask else torch.empty(0, dtype=torch.uint8, device=x.device)
+    return z.relu_().to(x.dtype).contiguous(memory_format=torch.channels_last), mask
+
+
+def bn_add_relu_(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
+) -> Tensor:
+    """See fusedres.ops.bn_add_relu."""
+    out, mask = bn_add_relu(x, state, shortcut, shortcut_state, stride, with_mask)
+    x.copy_(out)
+    return mask

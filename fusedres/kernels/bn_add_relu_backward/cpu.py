@@ -1,0 +1,86 @@
+"""Backward of BatchNorm under a ReLU in C++ (csrc/bn_add_relu_backward)."""
+
+from __future__ import annotations
+
+import torch
+from fusedres import _C
+from fusedres.kernels.native import DTYPE_CODE, GATE_NONE, GATE_RECOMPUTE, address, empty_like, gate_code
+from torch import Tensor
+
+
+def bn_add_relu_backward(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.bn_add_relu_backward."""
+    grad_x = empty_like(x)
+    grad_shortcut = x.new_empty(0) if shortcut_x is None else empty_like(shortcut_x)
+    sums = _launch(
+        grad,
+        gate_code(gate),
+        address(gate),
+        x,
+        state,
+        batch_statistics,
+        grad_x,
+        shortcut_x,
+        shortcut_state,
+        shortcut_batch_statistics,
+        grad_shortcut,
+        with_sums,
+    )
+    return grad_x, grad_shortcut, sums
+
+
+def bn_relu_backward_(
+    grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
+) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward.bn_relu_backward_."""
+    kind = GATE_RECOMPUTE if gated else GATE_NONE
+    return _launch(grad, kind, 0, x, state, batch_statistics, grad, None, None, False, None, with_sums)
+
+
+def _launch(
+    grad: Tensor,
+    gate_kind: int,
+    gate: int,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    grad_x: Tensor,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+    grad_shortcut: Tensor | None,
+    with_sums: bool,
+) -> Tensor:
+    channels = x.shape[1]
+    sums = torch.empty((3, channels), dtype=state.dtype)
+    _C.bn_add_relu_backward(
+        grad.data_ptr(),
+        DTYPE_CODE[grad.dtype],
+        x.numel() // channels,
+        channels,
+        gate_kind,
+        gate,
+        x.data_ptr(),
+        state.data_ptr(),
+        batch_statistics,
+        grad_x.data_ptr(),
+        address(shortcut_x),
+        address(shortcut_state),
+        shortcut_batch_statistics,
+        address(grad_shortcut),
+        sums.data_ptr(),
+        with_sums,
+        True,
+        torch.get_num_threads(),
+    )
+    return sums

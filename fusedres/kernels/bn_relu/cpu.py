@@ -1,0 +1,41 @@
+"""BatchNorm's affine map and ReLU in C++ (csrc/bn_relu)."""
+
+from __future__ import annotations
+
+import torch
+from fusedres import _C
+from fusedres.kernels.native import DTYPE_CODE, address, empty_channels_last, empty_like
+from torch import Tensor
+
+
+def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:
+    """See fusedres.ops.bn_relu."""
+    n, c, h, w = x.shape
+    if stride == 1:
+        out = empty_like(x)
+    else:
+        out = empty_channels_last((n, c, (h + stride - 1) // stride, (w + stride - 1) // stride), x)
+    _launch(x, state, pivot, stride, out)
+    return out
+
+
+def bn_relu_(x: Tensor, state: Tensor) -> None:
+    """See fusedres.ops.bn_relu."""
+    _launch(x, state, None, 1, x)
+
+
+def _launch(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, out: Tensor) -> None:
+    n, c, h, w = x.shape
+    _C.bn_relu(
+        x.data_ptr(),
+        DTYPE_CODE[x.dtype],
+        n,
+        h,
+        w,
+        stride,
+        c,
+        address(state),
+        address(pivot),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )

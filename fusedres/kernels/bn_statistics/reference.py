@@ -1,0 +1,54 @@
+"""Batch statistics in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from fusedres.kernels.reference import arithmetic_dtype
+from torch import Tensor
+
+
+def bn_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    dtype = arithmetic_dtype(x.dtype)
+    var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+    count = x.numel() // x.shape[1]
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    if running_mean is not None and running_var is not None:
+        factor = momentum
+        if factor is None:
+            assert num_batches_tracked is not None  # checked by the op
+            factor = 1.0 / num_batches_tracked.to(dtype)
+        running_mean.copy_((1 - factor) * running_mean + factor * mean)
+        running_var.copy_((1 - factor) * running_var + factor * var * (count / (count - 1)))
+    return normalisation(mean, var, weight, bias, eps)
+
+
+def normalisation(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(4, C): mean, invstd, scale, shift."""
+    invstd = torch.rsqrt(var + eps)
+    scale = invstd if weight is None else weight.to(mean.dtype) * invstd
+    shift = -scale * mean if bias is None else bias.to(mean.dtype) - scale * mean
+    return torch.stack((mean, invstd, scale, shift))
+
+
+def bn_frozen(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """See fusedres.ops.bn_frozen."""
+    dtype = arithmetic_dtype(x.dtype)
+    return normalisation(running_mean.to(dtype), running_var.to(dtype), weight, bias, eps)

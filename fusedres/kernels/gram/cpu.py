@@ -1,0 +1,33 @@
+"""Gram matrix in C++ (csrc/gram)."""
+
+from __future__ import annotations
+
+import torch
+from fusedres import _C
+from fusedres.kernels.native import DTYPE_CODE, address, empty_channels_last
+from torch import Tensor
+
+
+def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    n, c, h, w = x.shape
+    out = empty_channels_last((n, c, (h + stride - 1) // stride, (w + stride - 1) // stride), x)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    pivot, total = torch.empty(c, dtype=dtype), torch.empty(c, dtype=dtype)
+    matrix = torch.empty((c, c), dtype=dtype)
+    _C.gram(
+        x.data_ptr(),
+        DTYPE_CODE[x.dtype],
+        n,
+        h,
+        w,
+        stride,
+        c,
+        address(state),
+        out.data_ptr(),
+        pivot.data_ptr(),
+        total.data_ptr(),
+        matrix.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, pivot, total, matrix

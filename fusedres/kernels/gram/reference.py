@@ -1,0 +1,17 @@
+"""Gram matrix in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from fusedres.kernels.reference import affine, arithmetic_dtype, per_channel
+from torch import Tensor
+
+
+def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    z = x[:, :, ::stride, ::stride]
+    z = z.to(arithmetic_dtype(x.dtype)) if state is None else affine(z, state).relu_()
+    pivot = z[0, :, 0, 0].clone()
+    out = (z - per_channel(pivot)).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    rows = out.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(pivot.dtype)
+    return out, pivot, rows.sum(0), rows.T @ rows

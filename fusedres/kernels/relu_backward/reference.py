@@ -1,0 +1,13 @@
+"""The gradient that passes a ReLU in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from fusedres.kernels.reference import arithmetic_dtype, gated
+from torch import Tensor
+
+
+def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.relu_backward."""
+    d = gated(grad, gate).contiguous(memory_format=torch.channels_last)
+    return d, d.to(arithmetic_dtype(d.dtype)).sum((0, 2, 3))

@@ -1,0 +1,11 @@
+"""The shortcut's share of the input gradient in plain PyTorch."""
+
+from __future__ import annotations
+
+from fusedres.kernels.reference import gated
+from torch import Tensor
+
+
+def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int) -> None:
+    """See fusedres.ops.shortcut_grad."""
+    grad_x[:, :, ::stride, ::stride] += gated(grad, gate)[:, : grad_x.shape[1]]

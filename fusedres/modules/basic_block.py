@@ -1,0 +1,28 @@
+"""torchvision's BasicBlock, fused."""
+
+from __future__ import annotations
+
+from fusedres.modules.fused_block import FusedBlock
+from torchvision.models.resnet import BasicBlock
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):
+    """torchvision's BasicBlock with its passes fused: same constructor, children, state_dict and numbers.
+
+    out = relu(BN2(conv2(relu(BN1(conv1(x))))) + S(x)), with S the identity, `downsample` = 1x1 convolution + BatchNorm,
+    or a ZeroPadShortcut (He et al. 2015, figure 2).
+
+    Shape:
+        x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, planes, ceil(H / stride), ceil(W / stride)) in
+        x's memory format; channels_last is the fast one.
+
+    Saved for backward: x, both raw convolution outputs (and the projection's, except with memory="min"), one bit an
+    element. BatchNorm's running statistics are updated as by torch. Any part that is not plain (`unfused_reason()`)
+    makes the block run torchvision's forward.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
+    """
+
+    _conv_names = ("conv1", "conv2")
+    _norm_names = ("bn1", "bn2")

@@ -1,0 +1,27 @@
+"""torchvision's Bottleneck, fused."""
+
+from __future__ import annotations
+
+from fusedres.modules.fused_block import FusedBlock
+from torchvision.models.resnet import Bottleneck
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):
+    """torchvision's Bottleneck with its passes fused: same constructor, children, state_dict and numbers.
+
+    out = relu(BN3(conv3(relu(BN2(conv2(relu(BN1(conv1(x))))))) + S(x)), 1x1 - 3x3 - 1x1 with the stride on the 3x3, S as in
+    FusedBasicBlock (He et al. 2015, figure 5; groups and width as in ResNeXt and Wide ResNet).
+
+    Shape:
+        x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, 4·planes, ceil(H / stride),
+        ceil(W / stride)) in x's memory format; channels_last is the fast one.
+
+    Saved for backward: x, the raw convolution outputs, one bit an element. With memory="min" (and wherever it measured
+    faster) conv3's and the projection's outputs, the largest tensors, are not saved: ops.one_pass.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
+    """
+
+    _conv_names = ("conv1", "conv2", "conv3")
+    _norm_names = ("bn1", "bn2", "bn3")

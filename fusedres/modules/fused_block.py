@@ -1,0 +1,173 @@
+"""What FusedBasicBlock and FusedBottleneck share: reading a block's live settings, checking its input, running it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fusedres.autograd import BlockPlan, ConvBN, path_counts, run_block
+from fusedres.backends import backend_for
+from fusedres.modules.anatomy import unusual
+from fusedres.modules.choice import one_pass_pays
+from torch import Tensor, nn
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class FusedBlock(nn.Module):
+    """Mixin in front of a torchvision block: forward runs fused wherever that is the same computation.
+
+    Everything is read from the children at each call. Where a part is unusual (`unfused_reason`), or a functorch
+    transform is active, the stock forward runs instead.
+    """
+
+    fused_memory: str = "auto"
+    fused_conv: str = "auto"
+    _conv_names: tuple[str, ...] = ()
+    _norm_names: tuple[str, ...] = ()
+
+    def unfused_reason(self) -> str | None:
+        """Why the stock forward runs on the parameters' device, or None where the block is fused."""
+        reason = unusual(self, self._conv_names, self._norm_names)
+        if reason is not None:
+            return reason
+        weight = self.__dict__["_modules"][self._conv_names[0]].weight
+        if weight.dtype not in _FLOATING:
+            return f"weights are {weight.dtype}"
+        if backend_for(weight.device.type) is None:
+            return f"no verified kernels for {weight.device.type}: select a backend with use_backend"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(F(x) + S(x)); see the class."""
+        if type(x) not in (Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
+            return self._unfused(x)
+        if unusual(self, self._conv_names, self._norm_names) is not None:
+            return self._unfused(x)
+        backend = backend_for(x.device.type)
+        if backend is None or (x.dim() == 4 and x.shape[0] == 0):
+            return self._unfused(x)
+        plan, tensors = self._read(x, backend)
+        return run_block(x, plan, tensors)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            path_counts["unfused"] += 1
+        result: Tensor = super().forward(x)
+        return result
+
+    def _read(self, x: Tensor, backend: str) -> tuple[BlockPlan, tuple[Tensor | None, ...]]:
+        """The plan of this call and its tensors, after every check: nothing is computed or updated before."""
+        op = type(self).__name__
+        dtype = _convolution_dtype(op, x)
+        modules = self.__dict__["_modules"]
+        units: list[ConvBN] = []
+        tensors: list[Tensor | None] = []
+        shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        for conv_name, norm_name in zip(self._conv_names, self._norm_names, strict=True):
+            shape = _add_unit(
+                op, conv_name, modules[conv_name], norm_name, modules[norm_name], x, dtype, shape, units, tensors
+            )
+        downsample = modules.get("downsample")
+        projection: ConvBN | None = None
+        pad_stride = 1
+        reached = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        if type(downsample) is nn.Sequential:
+            conv, norm = downsample
+            ends: list[ConvBN] = []
+            reached = _add_unit(op, "downsample.0", conv, "downsample.1", norm, x, dtype, reached, ends, tensors)
+            projection = ends[0]
+        elif downsample is not None:
+            if x.shape[1] != downsample.in_channels:
+                raise ValueError(
+                    f"{op}: x must have {downsample.in_channels} channels for downsample, got shape {tuple(x.shape)}"
+                )
+            pad_stride = downsample.stride
+            reached = (
+                x.shape[0],
+                downsample.out_channels,
+                -(-x.shape[2] // pad_stride),
+                -(-x.shape[3] // pad_stride),
+            )
+        if reached != shape:
+            raise ValueError(
+                f"{op}: the shortcut must have shape {shape} like the residual branch, got {reached}; "
+                "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
+            )
+        one_pass = one_pass_pays(self.fused_memory, units, projection, tensors, x, shape, dtype)
+        return BlockPlan(tuple(units), projection, pad_stride, one_pass, dtype, backend), tuple(tensors)
+
+
+def _convolution_dtype(op: str, x: Tensor) -> torch.dtype:
+    if x.dim() != 4:
+        raise ValueError(
+            f"{op}: x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}; add a batch dimension"
+        )
+    if x.dtype not in _FLOATING:
+        raise TypeError(
+            f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}; convert it, e.g. x.float()"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _add_unit(
+    op: str,
+    conv_name: str,
+    conv: Any,
+    norm_name: str,
+    norm: Any,
+    x: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    units: list[ConvBN],
+    tensors: list[Tensor | None],
+) -> tuple[int, int, int, int]:
+    """Appends a checked unit and its tensors; returns the shape behind it."""
+    conv_weight: Tensor = conv.__dict__["_parameters"]["weight"]
+    out_channels, in_channels, kernel_h, kernel_w = conv_weight.shape
+    groups = conv.groups
+    if shape[1] != in_channels * groups:
+        raise ValueError(
+            f"{op}: the input of {conv_name} must have {in_channels * groups} channels (dim 1), got shape {shape}"
+        )
+    if conv_weight.device != x.device:
+        raise RuntimeError(f"{op}: {conv_name}.weight must be on {x.device} like x, got {conv_weight.device}; move one")
+    if conv_weight.dtype is not x.dtype and conv_weight.dtype is not dtype and dtype is x.dtype:
+        raise TypeError(
+            f"{op}: {conv_name}.weight must be {x.dtype} like x, got {conv_weight.dtype}; convert one or use autocast"
+        )
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    height = (shape[2] + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
+    width = (shape[3] + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+    if height < 1 or width < 1:
+        raise ValueError(f"{op}: the input of {conv_name} must be larger than its kernel, got shape {shape}")
+
+    parameters, buffers = norm.__dict__["_parameters"], norm.__dict__["_buffers"]
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    batches = buffers["num_batches_tracked"]
+    vectors = (parameters["weight"], parameters["bias"], running_mean, running_var)
+    for vector in vectors:
+        if vector is None:
+            continue
+        if vector.shape != (out_channels,):
+            raise ValueError(
+                f"{op}: {norm_name} must have {out_channels} channels like {conv_name}, got {tuple(vector.shape)}"
+            )
+        if vector.dtype is not dtype and vector.dtype is not torch.float32:
+            raise TypeError(f"{op}: {norm_name} must be {dtype} or float32, got {vector.dtype}; convert it")
+        if vector.device != x.device:
+            raise RuntimeError(f"{op}: {norm_name} must be on {x.device} like x, got {vector.device}; move one")
+    batch_statistics = norm.training or running_mean is None
+    if batch_statistics and shape[0] * height * width == 1:
+        size = torch.Size((shape[0], out_channels, height, width))
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    update = norm.training and norm.track_running_stats
+    momentum = norm.momentum
+    if momentum is None and batches is None:
+        momentum = 0.0  # as in torch: without a counter nothing is averaged in
+    units.append(ConvBN(stride, padding, dilation, groups, batch_statistics, update, momentum, norm.eps))
+    tensors += (conv_weight, *vectors, batches)
+    return shape[0], out_channels, height, width

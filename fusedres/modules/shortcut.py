@@ -1,0 +1,48 @@
+"""The parameter-free shortcut of He et al. 2015, option A."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ZeroPadShortcut(nn.Module):
+    """Identity shortcut where shapes differ: strided subsampling, new channels are zero.
+
+    y[n, c, p, q] = x[n, c, p·stride, q·stride] for c < in_channels, 0 for the channels appended behind them
+    (He et al. 2015, section 3.3, option A). It has no parameters; inside a fused block it costs no pass of its own.
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of y, at least in_channels.
+        stride: at least 1.
+
+    Shape:
+        x (N, in_channels, H, W) → y (N, out_channels, ceil(H / stride), ceil(W / stride)), dtype and memory format kept.
+
+    Raises:
+        ValueError: fewer output than input channels, or a stride below 1; in forward, another number of channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        if out_channels < in_channels or in_channels < 1:
+            raise ValueError(
+                f"ZeroPadShortcut: out_channels must be at least in_channels ({in_channels}) >= 1, got {out_channels}; "
+                "use a projection to shrink"
+            )
+        if stride < 1:
+            raise ValueError(f"ZeroPadShortcut: stride must be at least 1, got {stride}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"ZeroPadShortcut: x must have shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.out_channels - self.in_channels))
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"

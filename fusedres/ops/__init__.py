@@ -1,0 +1,27 @@
+"""The fused operators, as torch.library ops of the namespace fusedres. Each takes its backend as an argument."""
+
+from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_
+from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_relu_backward_
+from fusedres.ops.bn_frozen import bn_frozen
+from fusedres.ops.bn_relu import bn_relu, bn_relu_
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.gram import gram
+from fusedres.ops.one_pass import one_pass_backward, one_pass_statistics
+from fusedres.ops.relu_backward import relu_backward
+from fusedres.ops.shortcut_grad import shortcut_grad_
+
+__all__ = [
+    "bn_add_relu",
+    "bn_add_relu_",
+    "bn_add_relu_backward",
+    "bn_frozen",
+    "bn_relu",
+    "bn_relu_",
+    "bn_relu_backward_",
+    "bn_statistics",
+    "gram",
+    "one_pass_backward",
+    "one_pass_statistics",
+    "relu_backward",
+    "shortcut_grad_",
+]

@@ -1,0 +1,156 @@
+"""Backward of BatchNorm under a ReLU, of one branch or of two that meet: sums per channel, then the gradients."""
+
+from __future__ import annotations
+
+import torch
+from fusedres.ops import _checks
+from fusedres.ops._library import Kernels, define
+from torch import Tensor
+
+_KERNELS = Kernels("bn_add_relu_backward")
+
+
+def _bn_add_relu_backward(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+    with_sums: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "bn_add_relu_backward"
+    _checks.activation(op, "grad", grad, backend)
+    _checks.gate(op, "gate", gate, grad)
+    _checks.same(op, "x", x, "grad", grad)
+    _checks.state(op, "state", state, x)
+    if shortcut_x is not None:
+        _checks.same(op, "shortcut_x", shortcut_x, "grad", grad)
+        if shortcut_state is None:
+            raise ValueError(f"{op}: shortcut_state must be given with shortcut_x, got None; pass the shortcut's state")
+        _checks.state(op, "shortcut_state", shortcut_state, shortcut_x)
+    grad_x, grad_shortcut, sums = _KERNELS[backend].bn_add_relu_backward(
+        grad,
+        gate,
+        x,
+        state,
+        batch_statistics,
+        shortcut_x,
+        shortcut_state,
+        shortcut_batch_statistics,
+        with_sums or batch_statistics or shortcut_batch_statistics,
+    )
+    return grad_x, grad_shortcut, sums
+
+
+def _fake(grad: Tensor, gate: Tensor | None, x: Tensor, state: Tensor, _: bool, shortcut_x: Tensor | None, *__: object):
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    grad_shortcut = torch.empty_like(grad_x) if shortcut_x is not None else x.new_empty(0)
+    return grad_x, grad_shortcut, state.new_empty((3, x.shape[1]))
+
+
+_op = define(
+    "bn_add_relu_backward(Tensor grad, Tensor? gate, Tensor x, Tensor state, bool batch_statistics, "
+    "Tensor? shortcut_x, Tensor? shortcut_state, bool shortcut_batch_statistics, bool with_sums, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _bn_add_relu_backward,
+    _fake,
+)
+
+
+def bn_add_relu_backward(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    backend: str,
+    *,
+    batch_statistics: bool,
+    shortcut_x: Tensor | None = None,
+    shortcut_state: Tensor | None = None,
+    shortcut_batch_statistics: bool = False,
+    with_sums: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of out = relu(scale·x + shift + S) with respect to x, and to a normalised shortcut's raw input.
+
+    With d the gradient where the gate is open, else 0, and x̂ = (x − mean)·invstd, per channel over M values: the sums
+    Σd (the bias's gradient) and Σd·x̂ (the weight's), then grad_x = scale·(d − Σd/M − x̂·Σd·x̂/M) with batch
+    statistics, scale·d with constant ones; the same for the shortcut's branch.
+
+    Args:
+        grad: (N, C, H, W), channels_last, the gradient of out; left as it is.
+        gate: packed bits of bn_add_relu, the ReLU's output, or None where grad is masked already.
+        x: like grad, the raw convolution output. state: (4, C), its bn_statistics or bn_frozen.
+        backend: "reference" or "cpu".
+        batch_statistics: the statistics of state depend on x.
+        shortcut_x, shortcut_state, shortcut_batch_statistics: the same for a projection's branch, or None.
+        with_sums: False where no sum is needed; they are undefined then, unless batch statistics need them.
+
+    Returns:
+        grad_x; the shortcut's grad (empty without one); sums (3, C): Σd, Σd·x̂, and Σd·x̂ of the shortcut.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+    """
+    grad_x, grad_shortcut, sums = _op(
+        grad,
+        gate,
+        x,
+        state,
+        batch_statistics,
+        shortcut_x,
+        shortcut_state,
+        shortcut_batch_statistics,
+        with_sums,
+        backend,
+    )
+    return grad_x, grad_shortcut, sums
+
+
+def _bn_relu_backward_(
+    grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool, backend: str
+) -> Tensor:
+    op = "bn_relu_backward_"
+    _checks.activation(op, "grad", grad, backend)
+    _checks.same(op, "x", x, "grad", grad)
+    _checks.state(op, "state", state, x)
+    sums: Tensor = _KERNELS[backend].bn_relu_backward_(
+        grad, x, state, gated, batch_statistics, with_sums or batch_statistics
+    )
+    return sums
+
+
+def _fake_in_place(grad: Tensor, x: Tensor, state: Tensor, *_: object) -> Tensor:
+    return state.new_empty((3, x.shape[1]))
+
+
+_op_in_place = define(
+    "bn_relu_backward_(Tensor(a!) grad, Tensor x, Tensor state, bool gated, bool batch_statistics, bool with_sums, "
+    "str backend) -> Tensor",
+    _bn_relu_backward_,
+    _fake_in_place,
+)
+
+
+def bn_relu_backward_(
+    grad: Tensor,
+    x: Tensor,
+    state: Tensor,
+    backend: str,
+    *,
+    gated: bool,
+    batch_statistics: bool,
+    with_sums: bool = True,
+) -> Tensor:
+    """Turns the gradient of z = relu(scale·x + shift) into x's, in place, the mask recomputed from x.
+
+    Arguments and equations as in bn_add_relu_backward; gated: False where grad is masked already (no ReLU here).
+
+    Returns:
+        sums (3, C), the last row undefined.
+    """
+    sums: Tensor = _op_in_place(grad, x, state, gated, batch_statistics, with_sums, backend)
+    return sums

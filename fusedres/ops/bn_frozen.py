@@ -1,0 +1,67 @@
+"""The affine map of a BatchNorm whose statistics are constants."""
+
+from __future__ import annotations
+
+from fusedres.ops import _checks
+from fusedres.ops._library import Kernels, define
+from torch import Tensor
+
+_KERNELS = Kernels("bn_statistics")
+
+
+def _bn_frozen(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    channels = running_mean.shape[0]
+    _checks.channel_vector("bn_frozen", "weight", weight, channels, x)
+    _checks.channel_vector("bn_frozen", "bias", bias, channels, x)
+    _checks.channel_vector("bn_frozen", "running_mean", running_mean, channels, x)
+    _checks.channel_vector("bn_frozen", "running_var", running_var, channels, x)
+    state: Tensor = _KERNELS[backend].bn_frozen(x, weight, bias, running_mean, running_var, eps)
+    return state
+
+
+def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, *_: object) -> Tensor:
+    return x.new_empty((4, running_mean.shape[0]), dtype=_checks.arithmetic_dtype(x))
+
+
+_op = define(
+    "bn_frozen(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
+    "str backend) -> Tensor",
+    _bn_frozen,
+    _fake,
+)
+
+
+def bn_frozen(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """The (4, C) state of a BatchNorm in eval mode: mean, invstd, scale, shift from its running statistics.
+
+    Args:
+        x: any tensor of the dtype and device of the activation that will be normalised.
+        weight, bias: (C,) or None (1 and 0).
+        running_mean, running_var: (C,), left as they are.
+        eps: added to the variance.
+        backend: "reference" or "cpu".
+
+    Returns:
+        (4, C), float64 for float64 x, else float32; a copy, so later updates of the running statistics do not reach it.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape, dtype or device.
+    """
+    state: Tensor = _op(x, weight, bias, running_mean, running_var, eps, backend)
+    return state
