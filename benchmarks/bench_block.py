@@ -1,0 +1,372 @@
+"""Times fused residual blocks against torchvision's, in training and inference, after checking that they agree.
+
+    python benchmarks/bench_block.py                       the GPU if there is one, else the CPU; under two minutes
+    python benchmarks/bench_block.py --full --json all.json    every stage shape of ResNet-18/50 at batch 8 and 16
+    python benchmarks/bench_block.py --blocks 'resnet50.layer[12].1' --phase train --compile --plot blocks.png
+
+Columns: milliseconds of eager in NCHW, eager in channels_last, of the block's convolutions alone (what fusion around
+them can reach at best) and of the fused block; the ratio of eager to fused, both channels_last, with its 95% interval;
+how much of (eager - convolutions) is gone; megabytes saved for backward, and moved to and from memory, counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import shapes
+import torch
+import traffic
+from harness import Variant, Verdict
+from torch import Tensor, nn
+
+import fusedres
+from fusedres import backends
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+BASE, BOUND, FUSED = "eager", "conv_only", "fused"
+HEADER = [
+    "block", "phase", "batch", "NCHW ms", "eager ms", "conv ms", "fused ms", "ratio (95%)", "removed %",
+    "saved MB", "moved MB",
+]  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What is measured, and how."""
+
+    device: torch.device
+    dtype: torch.dtype
+    memory: str = "auto"
+    conv: str = "auto"
+    backend: str | None = None
+    compile: bool = False
+    fuse: Callable[[nn.Module], nn.Module] | None = None  # replaces fusedres.fuse, for tests
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision as in training: float32 weights, autocast around the block."""
+        if self.dtype in (torch.float16, torch.bfloat16):
+            return torch.autocast(self.device.type, self.dtype)
+        return contextlib.nullcontext()
+
+    def selected(self) -> contextlib.AbstractContextManager:
+        """The backend asked for, if any."""
+        return fusedres.use_backend(self.backend) if self.backend else contextlib.nullcontext()
+
+    def fused(self, module: nn.Module) -> nn.Module:
+        """`module` fused in place."""
+        if self.fuse:
+            return self.fuse(module)
+        return fusedres.fuse(module, memory=self.memory, conv=self.conv)
+
+    def ran(self, module: nn.Module) -> tuple[str | None, str | None]:
+        """The backend that served the fused `module`, and why it runs unfused where it does."""
+        with self.selected():
+            reasons = [r.reason for r in fusedres.report(module) if not r.fused]
+            return (None, reasons[0]) if reasons else (backends.backend_for(self.device.type), None)
+
+
+@dataclass
+class Case:
+    """One block at one batch size in one phase, with everything that was found about it."""
+
+    name: str
+    block: traffic.Block
+    batch: int
+    phase: str
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
+    peak: dict[str, int | None] = field(default_factory=dict)
+    backend: str | None = None
+    unfused: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.phase} batch {self.batch}"
+
+
+class Bench:
+    """Prepares one case: the module in each variant, its input, and the output's gradient."""
+
+    def __init__(self, case: Case, settings: Settings) -> None:
+        self.case, self.settings = case, settings
+        block, device = case.block, settings.device
+        self.train = case.phase == "train"
+        stock = shapes.make_block(block).to(device).train(self.train)
+        if settings.dtype == torch.float64:
+            stock = stock.double()
+        source = torch.Generator().manual_seed(1)
+        size = (case.batch, block.in_channels, block.size, block.size)
+        out = (case.batch, block.out_channels, block.out_size, block.out_size)
+        x = torch.randn(size, generator=source).to(device, settings.dtype).relu()
+        grad = torch.randn(out, generator=source).to(device, settings.dtype)
+        self.stock = stock.to(memory_format=torch.channels_last)
+        self.x = x.to(memory_format=torch.channels_last)
+        self.grad = grad.to(memory_format=torch.channels_last)
+
+    def check(self) -> list[Verdict]:
+        """Judges the fused block against eager and the float64 oracle."""
+        settings = self.settings
+        fused, oracle = settings.fused(copy.deepcopy(self.stock)), copy.deepcopy(self.stock).double()
+        grad = self.grad if self.train else None
+        self.case.backend, self.case.unfused = settings.ran(fused)
+        with settings.selected():
+            return harness.check_block(fused, copy.deepcopy(self.stock), oracle, self.x, grad, settings.autocast)
+
+    def variants(self) -> tuple[list[Variant], dict[str, tuple[nn.Module, Tensor]]]:
+        """The variants to be timed, and the modules with their inputs."""
+        nchw = copy.deepcopy(self.stock).to(memory_format=torch.contiguous_format)
+        modules = {
+            "eager_nchw": (nchw, self.x.contiguous()),
+            BASE: (self.stock, self.x),
+            FUSED: (self.settings.fused(copy.deepcopy(self.stock)), self.x),
+        }
+        if self.settings.compile:
+            modules["compile"] = (torch.compile(copy.deepcopy(self.stock)), self.x)
+        variants = []
+        for name, (module, x) in modules.items():
+            source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.train)
+            grad = self.grad.contiguous() if name == "eager_nchw" else self.grad
+            modules[name] = (module, source)
+            variants.append(self._variant(name, module, source, grad))
+        alone = shapes.ConvolutionsOnly(self.stock, self.case.block, self.case.batch, self.x)
+        variants.insert(2, Variant(BOUND, self._around(alone.train if self.train else alone.infer), alone.cleanup))
+        return variants, modules
+
+    def measure(self, pairs: int, at_least: int, budget: float | None, tick: Callable[[int], None]) -> None:
+        """Counts bytes, then times all variants interleaved; fills the case."""
+        case, device = self.case, self.settings.device
+        variants, modules = self.variants()
+        # Entered once, outside of what is timed.
+        with self.settings.selected(), torch.inference_mode(not self.train):
+            for v in variants:
+                self._count(v)
+            if self.train:
+                for name, (module, x) in modules.items():
+                    leave_out = [x, *module.parameters(), *module.buffers()]
+                    with self.settings.autocast():
+                        case.saved[name] = harness.saved_bytes(partial(module, x), leave_out)
+            case.samples = harness.interleave(
+                variants, harness.Timer(device), rounds=pairs, at_least=at_least, budget=budget, warmup=1, on_round=tick
+            )
+
+    def _count(self, variant: Variant) -> None:
+        case, cleanup = self.case, variant.cleanup or (lambda: None)
+        variant.run()  # compiles, picks algorithms
+        cleanup()
+        if variant.name != "compile":  # a compiled module would trace the counting itself
+            with traffic.CountBytes() as count:
+                variant.run()
+            case.counted[variant.name] = count.total
+            cleanup()
+        case.peak[variant.name] = harness.peak_bytes(variant.run, self.settings.device)
+        cleanup()
+
+    def _around(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run` with autocast where the dtype asks for it; plain otherwise, as a context would be timed too."""
+        if self.settings.dtype not in (torch.float16, torch.bfloat16):
+            return run
+
+        def wrapped() -> Any:
+            with self.settings.autocast():
+                return run()
+
+        return wrapped
+
+    def _variant(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> Variant:
+        forward = self._around(partial(module, x))
+        if not self.train:
+            return Variant(name, forward)
+
+        def step() -> None:
+            forward().backward(grad)
+
+        def cleanup() -> None:
+            x.grad = None
+            module.zero_grad(set_to_none=True)
+
+        return Variant(name, step, cleanup)
+
+
+def rows_of(case: Case, settings: Settings, where: dict[str, Any], bandwidth: float) -> list[dict[str, Any]]:
+    """One row a variant."""
+    block, itemsize = case.block, settings.dtype.itemsize
+    ways = traffic.MODES[1:]
+    floor = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
+    bound = harness.summarize(case.samples[BOUND]).median
+    rows = []
+    for name, samples in case.samples.items():
+        summary = harness.summarize(samples)
+        ratio = harness.ratio_interval(case.samples[BASE], samples)
+        removed = harness.removed_interval(case.samples[BASE], samples, case.samples[BOUND])
+        ours, whole = name == FUSED, name not in (BASE, BOUND)
+        fields = {
+            "op": "basic_block" if block.kind == "basic" else "bottleneck",
+            "name": case.name,
+            "variant": name,
+            "backend": (case.backend or "unfused") if ours else None,
+            "conv": settings.conv if ours else None,
+            "memory": settings.memory if ours else None,
+            "shape": [case.batch, block.in_channels, block.size, block.size],
+            "geometry": {"planes": block.planes, "stride": block.stride, "shortcut": block.shortcut},
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "memory_format": "contiguous" if name == "eager_nchw" else "channels_last",
+            "phase": case.phase,
+            "ratio": ratio.as_dict(),
+            "removed_percent": removed.as_dict() if whole else None,
+            "peak_bytes": case.peak.get(name),
+            "saved_bytes": case.saved.get(name),
+            "counted_bytes": case.counted.get(name),
+            "copy_bytes_per_s": bandwidth,
+            "floor_bytes": floor,
+            "percent_of_conv_only": 100 * bound / summary.median,
+        }
+        rows.append(harness.row(where, summary, **fields))
+    return rows
+
+
+def cells(case: Case, extra: bool) -> list[str]:
+    """The case as a line of the table."""
+    times = {name: harness.summarize(samples).median * 1e3 for name, samples in case.samples.items()}
+    ratio = harness.ratio_interval(case.samples[BASE], case.samples[FUSED])
+    removed = harness.removed_interval(case.samples[BASE], case.samples[FUSED], case.samples[BOUND])
+    line = [case.name, case.phase, str(case.batch)]
+    line += [f"{times[n]:.3g}" for n in ("eager_nchw", BASE, BOUND, FUSED)]
+    line.append(f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})")
+    line.append("-" if math.isnan(removed.median) else f"{removed.median:.0f} ({removed.low:.0f}-{removed.high:.0f})")
+    for counts in (case.saved, case.counted):
+        line.append(f"{counts[BASE] / 1e6:.3g}/{counts[FUSED] / 1e6:.3g}" if counts else "-")
+    if extra:
+        compiled = harness.ratio_interval(case.samples["compile"], case.samples[FUSED])
+        line += [f"{times['compile']:.3g}", f"{compiled.median:.2f} ({compiled.low:.2f}-{compiled.high:.2f})"]
+    return line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="half precision: autocast (GPU bfloat16, CPU float32)")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (GPU 64, CPU 8; --full: 8 and 16)")
+    parser.add_argument("--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, tiny")
+    parser.add_argument("--phase", choices=("both", *traffic.PHASES), default="both", help="(both)")
+    parser.add_argument("--memory", default="auto", help="fuse()'s memory: auto or min (auto)")
+    parser.add_argument("--conv", default="auto", help="fuse()'s conv (auto)")
+    parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
+    parser.add_argument(
+        "--pairs", type=int, help="rounds, each timing every variant once (what the budget allows, to 40)"
+    )
+    parser.add_argument("--budget", type=float, default=95, help="seconds for everything, without --pairs (95)")
+    parser.add_argument("--full", action="store_true", help="every stage shape, at least 30 pairs, no budget")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, default mode, channels_last")
+    parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw times and saved bytes relative to eager")
+    options = parser.parse_args(argv)
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = options.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device: torch sees no CUDA device")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.batch = options.batch or ([8, 16] if options.full else [64] if on_gpu else [8])
+    options.blocks = options.blocks or ["all" if options.full else "default"]
+    if options.full:
+        options.pairs = max(30, options.pairs or 30)
+    for name, least in (("pairs", 1), ("budget", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name}: must be at least {least}, got {value}")
+    if min(options.batch) < 1:
+        parser.error(f"--batch: must be at least 1, got {min(options.batch)}")
+    try:
+        options.blocks = shapes.select(options.blocks)
+        fusedres.fuse(nn.Identity(), memory=options.memory, conv=options.conv)
+        with fusedres.use_backend(options.backend) if options.backend else contextlib.nullcontext():
+            backends.backend_for(torch.device(options.device).type)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] | None = None) -> int:
+    """Runs the benchmark; returns 1, and times nothing more, when a fused block disagrees."""
+    options = parse(argv)
+    started = time.perf_counter()
+    settings = Settings(
+        torch.device(options.device), DTYPES[options.dtype], options.memory, options.conv, options.backend,
+        options.compile, fuse,
+    )  # fmt: skip
+    if settings.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    phases = traffic.PHASES if options.phase == "both" else (options.phase,)
+    cases = [Case(n, b, size, p) for size in options.batch for n, b in options.blocks.items() for p in phases]
+
+    where = harness.machine(settings.device)
+    bandwidth = harness.copy_bandwidth(settings.device)
+    print(
+        f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}, "
+        f"{options.dtype}, copy {bandwidth / 1e9:.1f} GB/s"
+    )
+    if note := harness.busy_note(settings.device):
+        print(note)
+    progress = harness.Progress(100 * len(cases))
+    rows: list[dict[str, Any]] = []
+    lines = []
+    for done, case in enumerate(cases):
+        progress.step(f"{case}: checking", 0)
+        bench = Bench(case, settings)
+        failed = [v for v in bench.check() if not v.passed]
+        if failed:
+            progress.close()
+            print(f"{case}: the fused block disagrees with torchvision's", file=sys.stderr)
+            print("\n".join(f"  {v}" for v in failed), file=sys.stderr)
+            return 1
+        pairs = options.pairs or 40
+        left = options.budget - (time.perf_counter() - started)
+        budget = None if options.pairs else max(0.0, left) / (len(cases) - done)
+        begun, shown = time.perf_counter(), 0
+
+        def tick(rounds: int, case: Case = case, begun: float = begun, budget: float | None = budget) -> None:
+            nonlocal shown
+            share = max(rounds / pairs, (time.perf_counter() - begun) / budget if budget else 0.0)  # noqa: B023
+            progress.step(f"{case}: timing", int(100 * min(1.0, share)) - shown)
+            shown = int(100 * min(1.0, share))
+
+        bench.measure(pairs, min(5, pairs), budget, tick)
+        progress.step(str(case), 100 - shown)
+        rows += rows_of(case, settings, where, bandwidth)
+        lines.append(cells(case, options.compile))
+    progress.close()
+    harness.print_table(HEADER + (["compile ms", "vs compile"] if options.compile else []), lines)
+    counts = [len(c.samples[BASE]) for c in cases]
+    print(
+        f"{min(counts)}-{max(counts)} interleaved rounds a line; ratio: eager channels_last over fused; saved, moved: "
+        f"eager/fused; outputs{' and gradients' if 'train' in phases else ''} checked against float64; "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    for reason in sorted({c.unfused for c in cases if c.unfused}):
+        print(f"note: {sum(c.unfused == reason for c in cases)} of {len(cases)} lines ran unfused: {reason}")
+    if options.json:
+        harness.write_rows(options.json, rows)
+    if options.plot:
+        from plots import plot_blocks
+
+        plot_blocks(rows, Path(options.plot))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

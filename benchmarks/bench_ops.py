@@ -1,0 +1,238 @@
+"""Times each memory-bound op alone, against a copy that moves as many bytes.
+
+    python benchmarks/bench_ops.py                         56², 28², 14² and 7², the widths of ResNet-18 and ResNet-50
+    python benchmarks/bench_ops.py --ops bn_add_relu --sizes 56 --json ops.json
+
+Op and copy alternate in one run. The copy works between preallocated buffers and moves the same number of bytes; the op
+allocates its results, as it does in a model. A second pass over an argument is counted, though a cache may serve it.
+Each op is checked against the reference backend before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+import traffic
+from harness import Variant
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fusedres import backends
+from fusedres.ops.bn_add_relu import bn_add_relu
+from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_relu_backward_
+from fusedres.ops.bn_relu import bn_relu
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.gram import gram
+from fusedres.ops.relu_backward import relu_backward
+from fusedres.ops.shortcut_grad import shortcut_grad_
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SIZES = (56, 28, 14, 7)
+# What rounding may leave between two backends, relative to the largest element. Sums run over up to 100,000 terms.
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass
+class Op:
+    """An op on tensors of one shape: `call(backend, arguments)`."""
+
+    op: str
+    variant: str
+    phase: str
+    arguments: dict[str, Any]
+    call: Callable[[str, dict[str, Any]], Any]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.variant}".strip()
+
+
+def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Op]:
+    """Every memory-bound op at one activation shape."""
+    source = torch.Generator().manual_seed(0)
+
+    def activation(c: int = channels, s: int = size) -> Tensor:
+        made = torch.randn((batch, c, s, s), generator=source).to(device, dtype)
+        return made.to(memory_format=torch.channels_last)
+
+    x, shortcut, grad = activation(), activation(), activation()
+    one, zero = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+    if dtype == torch.float64:
+        one, zero = one.double(), zero.double()
+
+    def state(of: Tensor) -> Tensor:
+        return bn_statistics(of, one, zero, None, None, None, 0.1, 1e-5, "reference")
+
+    s, t = state(x), state(shortcut)
+    _, bits = bn_add_relu(x, s, shortcut, "reference", with_mask=True)
+    running = {"running_mean": zero.clone(), "running_var": one.clone()}
+    # Option A's shortcut: strided pixels, half of the channels.
+    narrow = activation(channels // 2, 2 * size)
+    # In place: a gradient that the op maps onto itself again and again stays of the same size.
+    ready = activation()
+    return [
+        Op("bn_statistics", "", "forward", {"x": x} | running, lambda b, a: bn_statistics(
+            a["x"], one, zero, a["running_mean"], a["running_var"], None, 0.1, 1e-5, b)),
+        Op("bn_relu", "", "forward", {"x": x}, lambda b, a: bn_relu(a["x"], s, b)),
+        Op("bn_add_relu", "identity", "forward", {"x": x, "shortcut": shortcut}, lambda b, a: bn_add_relu(
+            a["x"], s, a["shortcut"], b, with_mask=True)),
+        Op("bn_add_relu", "two branches", "forward", {"x": x, "shortcut": shortcut}, lambda b, a: bn_add_relu(
+            a["x"], s, a["shortcut"], b, shortcut_state=t, with_mask=True)),
+        Op("bn_add_relu", "zero-pad", "forward", {"x": x, "shortcut": narrow}, lambda b, a: bn_add_relu(
+            a["x"], s, a["shortcut"], b, stride=2, with_mask=True)),
+        Op("bn_add_relu_backward", "identity", "backward", {"grad": grad, "x": x}, lambda b, a: bn_add_relu_backward(
+            a["grad"], bits, a["x"], s, b, batch_statistics=True)),
+        Op("bn_add_relu_backward", "two branches", "backward", {"grad": grad, "x": x, "shortcut": shortcut},
+           lambda b, a: bn_add_relu_backward(
+               a["grad"], bits, a["x"], s, b, batch_statistics=True,
+               shortcut_x=a["shortcut"], shortcut_state=t, shortcut_batch_statistics=True)),
+        Op("bn_relu_backward_", "", "backward", {"grad": ready, "x": x}, lambda b, a: bn_relu_backward_(
+            a["grad"], a["x"], s, b, gated=True, batch_statistics=True)),
+        Op("relu_backward", "", "backward", {"grad": grad}, lambda b, a: relu_backward(a["grad"], bits, b)),
+        Op("gram", "", "forward", {"x": x}, lambda b, a: gram(a["x"], s, b)),
+        Op("shortcut_grad_", "", "backward", {"grad_x": activation(), "grad": grad}, lambda b, a: shortcut_grad_(
+            a["grad_x"], a["grad"], b, gate=bits)),
+    ]  # fmt: skip
+
+
+def disagreement(op: Op, backend: str) -> str | None:
+    """Where `backend` and the reference differ by more than rounding, in words; None where they agree."""
+    found = []
+    for name in (backend, "reference"):
+        arguments = tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.preserve_format), op.arguments)
+        result = op.call(name, arguments)
+        tensors = [result] if isinstance(result, Tensor) else list(result or ())
+        if op.phase == "backward" and "shortcut" not in arguments:
+            tensors = [t[:2] if t.shape[:1] == (3,) else t for t in tensors]  # the third sum is the second branch's
+        found.append(tensors + list(arguments.values()))
+    for position, (ours, reference) in enumerate(zip(*found, strict=True)):
+        if ours.shape != reference.shape:
+            return f"result {position} has shape {tuple(ours.shape)}, the reference {tuple(reference.shape)}"
+        if not ours.numel():
+            continue
+        if ours.dtype == torch.uint8:  # mask bits: where a value is within rounding of 0 they may differ
+            share = (ours != reference).double().mean().item()
+            if not share <= 1e-3:
+                return f"result {position}: {share:.2%} of the mask bytes differ"
+            continue
+        error = (ours.double() - reference.double()).abs().max().item()
+        allowed = TOLERANCES[op.arguments.get("x", reference).dtype] * reference.double().abs().max().item()
+        if not error <= allowed:
+            return f"result {position} is off by {error:.3g}, allowed {allowed:.3g}"
+    return None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--device", help="cuda, cpu (a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(GPU bfloat16, CPU float32)")
+    parser.add_argument("--batch", type=int, help="(GPU 64, CPU 8)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="heights and widths (56 28 14 7)")
+    parser.add_argument("--channels", type=int, nargs="+", help="(those of ResNet-18 and ResNet-50 at each size)")
+    parser.add_argument("--ops", nargs="+", help="names of ops (all)")
+    parser.add_argument("--backend", default="auto", help="(auto)")
+    parser.add_argument("--pairs", type=int, default=30, help="rounds, each timing op and copy once (30)")
+    parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
+    options = parser.parse_args(argv)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.batch = options.batch or (64 if on_gpu else 8)
+    for name in ("pairs", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: must be at least 1, got {getattr(options, name)}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns 1 when an op disagrees with the reference."""
+    options = parse(argv)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    if options.backend == "auto":
+        backend = backends.backend_for(device.type)
+        if backend is None:
+            print(f"bench_ops: no backend serves {device.type}; pass --backend reference", file=sys.stderr)
+            return 2
+    else:
+        backend = options.backend
+    where = harness.machine(device)
+    print(
+        f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}, "
+        f"{backend} backend, {options.dtype}, batch {options.batch}"
+    )
+    if note := harness.busy_note(device):
+        print(note)
+    shapes = [
+        (channels, size)
+        for size in options.sizes
+        for channels in (options.channels or (64 * 56 // size, 256 * 56 // size))
+    ]
+    timer = harness.Timer(device)
+    rows, lines = [], []
+    progress = harness.Progress(len(shapes))
+    for channels, size in shapes:
+        for op in ops_of(channels, size, options.batch, dtype, device):
+            if options.ops and op.op not in options.ops:
+                continue
+            progress.step(f"{size}² x {channels} {op}", 0)
+            problem = disagreement(op, backend)
+            if problem:
+                progress.close()
+                print(f"{op} at {size}² x {channels}: {backend} disagrees with reference: {problem}", file=sys.stderr)
+                return 1
+            with traffic.CountBytes() as count:
+                op.call(backend, op.arguments)
+            variants = [
+                Variant("op", lambda op=op: op.call(backend, op.arguments)),
+                harness.copy_variant(count.total, device),
+            ]
+            samples = harness.interleave(variants, timer, rounds=options.pairs, warmup=3)
+            summary, copy = harness.summarize(samples["op"]), harness.summarize(samples["copy"])
+            ratio = harness.ratio_interval(samples["copy"], samples["op"])
+            row = harness.row(
+                where,
+                summary,
+                op=op.op,
+                name=f"{size}x{channels}",
+                variant=op.variant,
+                backend=backend,
+                shape=[options.batch, channels, size, size],
+                dtype=options.dtype,
+                memory_format="channels_last",
+                phase=op.phase,
+                ratio=ratio.as_dict(),
+                peak_bytes=harness.peak_bytes(variants[0].run, device),
+                counted_bytes=count.total,
+                copy_bytes_per_s=count.total / copy.median,
+                floor_bytes=count.total,
+            )
+            rows.append(row)
+            lines.append([
+                f"{size}² x {channels}", str(op), f"{summary.median * 1e3:.3f}",
+                f"{summary.p20 * 1e3:.3f}-{summary.p80 * 1e3:.3f}", f"{count.total / 1e6:.2f}",
+                f"{row['bytes_per_s'] / 1e9:.1f}", f"{row['copy_bytes_per_s'] / 1e9:.1f}",
+                f"{100 * ratio.median:.0f} ({100 * ratio.low:.0f}-{100 * ratio.high:.0f})",
+            ])  # fmt: skip
+        progress.step(f"{size}² x {channels}")
+    progress.close()
+    if not rows:
+        print(f"bench_ops: no op is called {', '.join(options.ops)}", file=sys.stderr)
+        return 2
+    header = ["shape", "op", "ms", "20-80 %", "moved MB", "GB/s", "copy GB/s", "% of copy (95%)"]
+    harness.print_table(header, lines)
+    if options.json:
+        harness.write_rows(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The residual blocks that are measured: every distinct block of ResNet-18 and ResNet-50, by its name in the model."""
+
+from __future__ import annotations
+
+import copy
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from traffic import Block, resnet_blocks
+
+# What a plain run measures: both kinds of blocks where memory counts most, and both kinds of shortcuts.
+DEFAULT = (
+    "resnet18.layer1.0",
+    "resnet18.layer2.0",
+    "resnet50.layer1.0",
+    "resnet50.layer1.1",
+    "resnet50.layer2.1",
+)
+# Small enough for any machine; to see that everything runs, not to measure.
+TINY = {
+    "tiny.basic": Block("basic", 8, 8, 8),
+    "tiny.basic.projection": Block("basic", 8, 16, 8, 2, "projection"),
+    "tiny.basic.zero_pad": Block("basic", 8, 16, 8, 2, "zero_pad"),
+    "tiny.bottleneck": Block("bottleneck", 16, 4, 8),
+    "tiny.bottleneck.projection": Block("bottleneck", 8, 4, 8, 2, "projection"),
+}
+
+
+def stage_blocks() -> dict[str, Block]:
+    """Each distinct block shape of ResNet-18 and ResNet-50 at 224², under the name of the first block that has it."""
+    found: dict[str, Block] = {}
+    for depth in (18, 50):
+        for name, block in resnet_blocks(depth).items():
+            if block not in found.values():
+                found[f"resnet{depth}.{name}"] = block
+    return found
+
+
+def select(patterns: list[str]) -> dict[str, Block]:
+    """Blocks whose name matches one of the patterns (`*` and `?` allowed); `all`, `default` and `tiny` are groups."""
+    known = stage_blocks() | TINY
+    groups = {"all": list(stage_blocks()), "default": list(DEFAULT), "tiny": list(TINY)}
+    chosen: dict[str, Block] = {}
+    for pattern in patterns:
+        names = groups.get(pattern) or [n for n in known if fnmatchcase(n, pattern)]
+        if not names:
+            raise ValueError(f"no block is called {pattern!r}; known: {', '.join([*groups, *known])}")
+        chosen |= {n: known[n] for n in names}
+    return chosen
+
+
+def make_block(block: Block, seed: int = 0) -> nn.Module:
+    """torchvision's block of these shapes, with weights and running statistics that are not special values."""
+    kind = BasicBlock if block.kind == "basic" else Bottleneck
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shortcut: nn.Module | None = None
+        if block.shortcut == "projection":
+            shortcut = nn.Sequential(
+                nn.Conv2d(block.in_channels, block.out_channels, 1, block.stride, bias=False),
+                nn.BatchNorm2d(block.out_channels),
+            )
+        elif block.shortcut == "zero_pad":
+            from fusedres import ZeroPadShortcut
+
+            shortcut = ZeroPadShortcut(block.in_channels, block.out_channels, block.stride)
+        module = kind(block.in_channels, block.planes, block.stride, shortcut)
+        for m in module.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0.0, 0.2)
+                nn.init.normal_(m.running_mean, 0.0, 0.2)
+                nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return module
+
+
+class ConvolutionsOnly:
+    """A block's convolutions alone, each at its own input: the bound of what fusion around them can reach."""
+
+    def __init__(self, module: nn.Module, block: Block, batch: int, x: torch.Tensor) -> None:
+        projection = module.downsample[0] if block.shortcut == "projection" else None
+        self.parts = []
+        for c in block.convolutions:
+            conv = copy.deepcopy(projection if c.name == "projection" else getattr(module, c.name))
+            source = self._fresh(batch, c.in_channels, c.in_size, x).requires_grad_()
+            grad = self._fresh(batch, c.out_channels, c.out_size, x)
+            self.parts.append((conv, source, grad))
+
+    @staticmethod
+    def _fresh(batch: int, channels: int, size: int, like: torch.Tensor) -> torch.Tensor:
+        made = torch.randn(batch, channels, size, size, device=like.device).to(like.dtype)
+        return made.to(memory_format=torch.channels_last)
+
+    def train(self) -> None:
+        """Forward and backward of each."""
+        for conv, source, grad in self.parts:
+            conv(source).backward(grad)
+
+    def infer(self) -> list[torch.Tensor]:
+        """Forward of each."""
+        return [conv(source) for conv, source, _ in self.parts]
+
+    def cleanup(self) -> None:
+        """Drops the gradients."""
+        for conv, source, _ in self.parts:
+            source.grad = conv.weight.grad = None
