@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import shapes
+import blocks
 import torch
 import traffic
 from harness import Variant, Verdict
@@ -102,7 +102,7 @@ class Bench:
         self.case, self.settings = case, settings
         block, device = case.block, settings.device
         self.train = case.phase == "train"
-        stock = shapes.make_block(block).to(device).train(self.train)
+        stock = blocks.make_block(block).to(device).train(self.train)
         if settings.dtype == torch.float64:
             stock = stock.double()
         source = torch.Generator().manual_seed(1)
@@ -139,7 +139,7 @@ class Bench:
             grad = self.grad.contiguous() if name == "eager_nchw" else self.grad
             modules[name] = (module, source)
             variants.append(self._variant(name, module, source, grad))
-        alone = shapes.ConvolutionsOnly(self.stock, self.case.block, self.case.batch, self.x)
+        alone = blocks.ConvolutionsOnly(self.stock, self.case.block, self.case.batch, self.x)
         variants.insert(2, Variant(BOUND, self._around(alone.train if self.train else alone.infer), alone.cleanup))
         return variants, modules
 
@@ -292,7 +292,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if min(options.batch) < 1:
         parser.error(f"--batch: must be at least 1, got {min(options.batch)}")
     try:
-        options.blocks = shapes.select(options.blocks)
+        options.blocks = blocks.select(options.blocks)
         fusedres.fuse(nn.Identity(), memory=options.memory, conv=options.conv)
         with fusedres.use_backend(options.backend) if options.backend else contextlib.nullcontext():
             backends.backend_for(torch.device(options.device).type)

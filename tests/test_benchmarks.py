@@ -46,10 +46,10 @@ def traffic():
 
 
 @pytest.fixture(scope="module")
-def shapes():
-    import shapes
+def blocks():
+    import blocks
 
-    return shapes
+    return blocks
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -294,10 +294,10 @@ def test_counting_passes_of_batch_norm_and_convolution(traffic):
 
 
 @pytest.mark.parametrize("name", ["tiny.basic", "tiny.bottleneck"])
-def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, shapes, name):
+def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, blocks, name):
     """Two counts that share nothing: operators' arguments as run, and kernels' operand lists from the shapes."""
-    block = shapes.TINY[name]
-    module, batch = shapes.make_block(block).to(memory_format=torch.channels_last), 16
+    block = blocks.TINY[name]
+    module, batch = blocks.make_block(block).to(memory_format=torch.channels_last), 16
     x = torch.randn(batch, block.in_channels, block.size, block.size).to(memory_format=torch.channels_last)
     x.requires_grad_()
     out = module(x)
@@ -434,18 +434,18 @@ def bench_run(tmp_path_factory):
     return done, json.loads((folder / "rows.json").read_text()), folder / "plot.png"
 
 
-def test_bench_block_prints_a_table_and_is_quiet_otherwise(bench_run, shapes):
+def test_bench_block_prints_a_table_and_is_quiet_otherwise(bench_run, blocks):
     done, _, _ = bench_run
     assert done.stderr == ""  # no progress bar where nobody watches
-    for name in shapes.TINY:
+    for name in blocks.TINY:
         assert len([line for line in done.stdout.splitlines() if line.split()[:1] == [name]]) == 2  # train, infer
     assert "ratio (95%)" in done.stdout
 
 
-def test_bench_block_rows(bench_run, harness, shapes):
+def test_bench_block_rows(bench_run, harness, blocks):
     _, rows, _ = bench_run
     variants = ("eager_nchw", "eager", "conv_only", "fused")
-    expected = {(n, p, v) for n in shapes.TINY for p in ("train", "infer") for v in variants}
+    expected = {(n, p, v) for n in blocks.TINY for p in ("train", "infer") for v in variants}
     assert {(r["name"], r["phase"], r["variant"]) for r in rows} == expected
     for r in rows:
         assert tuple(r) == harness.ROW_KEYS
@@ -458,7 +458,7 @@ def test_bench_block_rows(bench_run, harness, shapes):
         assert r["versions"]["fusedres"] == fusedres.__version__
         assert (r["backend"] is not None) == (r["variant"] == "fused")
     by_key = {(r["name"], r["phase"], r["variant"]): r for r in rows}
-    for name in shapes.TINY:
+    for name in blocks.TINY:
         train = {v: by_key[name, "train", v] for v in ("eager", "conv_only", "fused")}
         assert train["conv_only"]["counted_bytes"] < train["fused"]["counted_bytes"] < train["eager"]["counted_bytes"]
         assert 0 < train["fused"]["saved_bytes"] < train["eager"]["saved_bytes"]
