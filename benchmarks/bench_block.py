@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import harness
 import blocks
+import harness
 import torch
 import traffic
 from harness import Variant, Verdict
