@@ -32,7 +32,6 @@ COMMANDS: dict[str, str | None] = {
     "pytest": "pytest --collect-only -q -p no:cacheprovider tests/test_readme.py",
     "python benchmarks/bench_block.py": "python benchmarks/bench_block.py --help",
     "python -m fusedres info": "python -m fusedres info",
-    "python -m fusedres info --json": "python -m fusedres info --json",
     "python examples/train.py --help": "python examples/train.py --help",
     "bash .ci/run": "bash -n .ci/run",
 }
