@@ -116,12 +116,14 @@ class Bench:
 
     def check(self) -> list[Verdict]:
         """Judges the fused block against eager and the float64 oracle."""
-        settings = self.settings
-        fused, oracle = settings.fused(copy.deepcopy(self.stock)), copy.deepcopy(self.stock).double()
-        grad = self.grad if self.train else None
+        settings, eager = self.settings, copy.deepcopy(self.stock)
+        if self.train:
+            harness.clear_masks(eager, self.x)
+        fused, oracle = settings.fused(copy.deepcopy(eager)), copy.deepcopy(eager).double()
         self.case.backend, self.case.unfused = settings.ran(fused)
+        grad = self.grad if self.train else None
         with settings.selected():
-            return harness.check_block(fused, copy.deepcopy(self.stock), oracle, self.x, grad, settings.autocast)
+            return harness.check_block(fused, eager, oracle, self.x, grad, settings.autocast)
 
     def variants(self) -> tuple[list[Variant], dict[str, tuple[nn.Module, Tensor]]]:
         """The variants to be timed, and the modules with their inputs."""

@@ -363,6 +363,29 @@ def test_wrong_results_stop_the_benchmark(fuse, tensor, capsys):
     assert "ratio" not in captured.out  # no table of times
 
 
+def test_no_relu_is_left_to_rounding(harness, blocks):
+    """After clear_masks every pre-activation keeps a distance from 0 that it did not have before."""
+    module = blocks.make_block(blocks.Block("bottleneck", 16, 4, 24)).double()
+    x = torch.randn(8, 16, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def nearest(of: nn.Module) -> list[float]:
+        found: list[float] = []
+        hook = of.relu.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].abs().min().item()))
+        of(x)
+        hook.remove()
+        return found
+
+    before = nearest(module)
+    biases = {n: p.detach().clone() for n, p in module.named_parameters() if n.startswith("bn") and n.endswith("bias")}
+    harness.clear_masks(module, x)
+    after = nearest(module)
+    assert len(before) == len(after) == 3
+    assert max(before) < 5e-5
+    assert min(after) > 1e-4
+    for name, old in biases.items():
+        assert 0 < (module.get_parameter(name) - old).abs().max() < 0.1
+
+
 def test_nan_fails(harness):
     reference = torch.ones(4, dtype=torch.float64)
     broken = torch.tensor([1.0, 1.0, math.nan, 1.0])
