@@ -49,7 +49,7 @@ def plot_blocks(rows: list[dict[str, Any]], path: Path) -> None:
     times.axvline(1, color="black", lw=1)
     times.set_xlabel("time / eager channels_last (median; bars: 20-80 %), less is better")
     times.set_yticks(range(len(cases)), labels, fontsize=8)
-    times.invert_yaxis()
+    times.set_ylim(len(cases) - 0.4, -0.6)
     if saving:
         memory = axes[0][1]
         for position, variants in enumerate(cases.values()):
