@@ -23,9 +23,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_selected: ContextVar[str] = ContextVar(
-    "fusedres_backend", default=_checked(os.environ.get("FUSEDRES_BACKEND", "auto"), "environment FUSEDRES_BACKEND")
-)
+_initial = _checked(os.environ.get("FUSEDRES_BACKEND", "auto"), "environment FUSEDRES_BACKEND")
+_selected: ContextVar[str] = ContextVar("fusedres_backend", default=_initial)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck
 
 _FUSED: dict[type[nn.Module], type[FusedBlock]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}

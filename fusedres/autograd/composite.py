@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fusedres.autograd.plan import BlockPlan, ConvBN
 from torch import Tensor
 
+from fusedres.autograd.plan import BlockPlan, ConvBN
 
-def composite_block(x: Tensor, plan: BlockPlan, params: list[Tensor | None], constants: list[Tensor | None]) -> Tensor:
+
+def composite_block(
+    x: Tensor, plan: BlockPlan, params: tuple[Tensor | None, ...], constants: list[Tensor | None]
+) -> Tensor:
     """The block's output from its input and parameters; running statistics are neither read nor updated.
 
     params holds conv weight, BN weight, BN bias of every unit; constants the saved (4, C) state of every unit whose

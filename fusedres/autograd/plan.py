@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 UNIT_TENSORS = 6  # conv weight, BN weight, BN bias, running_mean, running_var, num_batches_tracked
+UNIT_PARAMS = 3  # the first of them
 
 
 class ConvBN(NamedTuple):
@@ -17,15 +18,11 @@ class ConvBN(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    pixelwise: bool  # a 1x1 kernel without padding or groups, same stride both ways: reads every stride-th pixel
     batch_statistics: bool  # else the running ones, as constants
     update: bool  # running statistics take this batch in
     momentum: float | None
     eps: float
-
-    @property
-    def pointwise(self) -> bool:
-        """No padding, dilation or groups: a 1x1 kernel makes it a matrix product of (subsampled) pixels."""
-        return self.padding == (0, 0) and self.groups == 1 and self.stride[0] == self.stride[1]
 
 
 class BlockPlan(NamedTuple):
@@ -39,17 +36,27 @@ class BlockPlan(NamedTuple):
     backend: str
 
 
-class Unit(NamedTuple):
-    """The tensors of a ConvBN."""
+class OnePass(NamedTuple):
+    """What a one-pass unit (ops.one_pass) saves instead of its convolution's output."""
 
-    conv_weight: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+    pivot: Tensor
+    total: Tensor
+    projected: Tensor
 
 
-def units_of(tensors: tuple[Tensor | None, ...]) -> list[Unit]:
-    """The flat order back into units."""
-    return [Unit(*tensors[i : i + UNIT_TENSORS]) for i in range(0, len(tensors), UNIT_TENSORS)]  # type: ignore[arg-type]
+class Branch(NamedTuple):
+    """The end of a branch: the raw convolution output (None where one-pass), its state, its one-pass tensors."""
+
+    y: Tensor | None
+    state: Tensor
+    one_pass: OnePass | None
+
+
+class Saved(NamedTuple):
+    """What backward needs besides x and the parameters."""
+
+    ys: list[Tensor]  # raw convolution outputs of the units before the last
+    states: list[Tensor]  # their (4, C) states
+    last: Branch
+    projection: Branch | None
+    mask: Tensor  # packed bits of the last ReLU

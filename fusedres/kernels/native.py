@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch  # before the core: both then share torch's OpenMP runtime
-from fusedres import _C
 from torch import Tensor
+
+from fusedres import _C
 
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

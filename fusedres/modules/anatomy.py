@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fusedres.modules.shortcut import ZeroPadShortcut
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import Parameter
+
+from fusedres.modules.shortcut import ZeroPadShortcut
 
 _PLAIN_TENSORS = (Parameter, torch.Tensor, nn.Buffer)
 

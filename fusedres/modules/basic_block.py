@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fusedres.modules.fused_block import FusedBlock
 from torchvision.models.resnet import BasicBlock
+
+from fusedres.modules.fused_block import FusedBlock
 
 
 class FusedBasicBlock(FusedBlock, BasicBlock):
@@ -13,8 +14,8 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
     or a ZeroPadShortcut (He et al. 2015, figure 2).
 
     Shape:
-        x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, planes, ceil(H / stride), ceil(W / stride)) in
-        x's memory format; channels_last is the fast one.
+        x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, planes, ceil(H / stride),
+        ceil(W / stride)) in x's memory format; channels_last is the fast one.
 
     Saved for backward: x, both raw convolution outputs (and the projection's, except with memory="min"), one bit an
     element. BatchNorm's running statistics are updated as by torch. Any part that is not plain (`unfused_reason()`)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fusedres.autograd import ConvBN
 from torch import Tensor
+
+from fusedres.autograd import ConvBN
 
 
 def one_pass_pays(
@@ -38,12 +39,7 @@ _MIN_ROWS_A_CHANNEL = 4
 
 
 def _possible(unit: ConvBN, weight: Tensor, rows: int) -> bool:
-    return (
-        unit.batch_statistics
-        and unit.pointwise
-        and weight.shape[2:] == (1, 1)
-        and rows >= _MIN_ROWS_A_CHANNEL * weight.shape[1]
-    )
+    return unit.batch_statistics and unit.pixelwise and rows >= _MIN_ROWS_A_CHANNEL * weight.shape[1]
 
 
 def _measured_faster(rows: int, x: Tensor, dtype: torch.dtype) -> bool:

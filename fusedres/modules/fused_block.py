@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fusedres.autograd import BlockPlan, ConvBN, path_counts, run_block
+from torch import Tensor, nn
+
+from fusedres.autograd import BlockPlan, ConvBN, count_path, run_block
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import unusual
 from fusedres.modules.choice import one_pass_pays
-from torch import Tensor, nn
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -51,8 +52,7 @@ class FusedBlock(nn.Module):
         return run_block(x, plan, tensors)
 
     def _unfused(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            path_counts["unfused"] += 1
+        count_path("unfused")
         result: Tensor = super().forward(x)
         return result
 
@@ -168,6 +168,7 @@ def _add_unit(
     momentum = norm.momentum
     if momentum is None and batches is None:
         momentum = 0.0  # as in torch: without a counter nothing is averaged in
-    units.append(ConvBN(stride, padding, dilation, groups, batch_statistics, update, momentum, norm.eps))
+    pixelwise = kernel_h == kernel_w == 1 == groups and padding == (0, 0) and stride[0] == stride[1]
+    units.append(ConvBN(stride, padding, dilation, groups, pixelwise, batch_statistics, update, momentum, norm.eps))
     tensors += (conv_weight, *vectors, batches)
     return shape[0], out_channels, height, width

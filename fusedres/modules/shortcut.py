@@ -18,7 +18,7 @@ class ZeroPadShortcut(nn.Module):
         stride: at least 1.
 
     Shape:
-        x (N, in_channels, H, W) → y (N, out_channels, ceil(H / stride), ceil(W / stride)), dtype and memory format kept.
+        x (N, in_channels, H, W) → y (N, out_channels, ceil(H / stride), ceil(W / stride)), in x's dtype.
 
     Raises:
         ValueError: fewer output than input channels, or a stride below 1; in forward, another number of channels.

@@ -1,4 +1,4 @@
-"""The torch.library namespace of the ops. Each op file defines one op: schema, implementation, fake."""
+"""The torch.library namespace of the ops. Each op file defines its ops: schema, checks, fake."""
 
 from __future__ import annotations
 
@@ -11,28 +11,43 @@ import torch
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers an op for every device and returns its callable overload."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusedres::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fusedres, name).default
+class Op:
+    """An op of the namespace fusedres whose last argument names the backend.
 
+    Called, it goes through torch's dispatcher and checks its arguments. `launch` is for callers that have checked
+    them: the same arguments, straight to the kernel, unless torch.compile or a dispatch mode must see the op.
+    """
 
-class Kernels:
-    """The kernels of one op, fusedres/kernels/<op>/<backend>.py, imported at first use."""
+    def __init__(self, schema: str, folder: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self._folder = folder
+        self._check = check
+        self._kernels: dict[str, Callable[..., Any]] = {}
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._checked, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedres::{self.name}", fake, lib=_LIBRARY)
+        self._overload = getattr(torch.ops.fusedres, self.name).default
 
-    def __init__(self, op: str) -> None:
-        self.op = op
-        self._modules: dict[str, Any] = {}
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
 
-    def __getitem__(self, backend: str) -> Any:
-        module = self._modules.get(backend)
-        if module is None:
+    def launch(self, *args: Any) -> Any:
+        """Runs the kernel on arguments that are known to be right."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self._overload(*args)
+        return (self._kernels.get(args[-1]) or self._kernel(args[-1]))(*args[:-1])
+
+    def _checked(self, *args: Any) -> Any:
+        self._check(*args)
+        return self._kernel(args[-1])(*args[:-1])
+
+    def _kernel(self, backend: str) -> Callable[..., Any]:
+        """fusedres.kernels.<folder>.<backend>.<name>, imported at first use."""
+        kernel = self._kernels.get(backend)
+        if kernel is None:
             try:
-                module = import_module(f"fusedres.kernels.{self.op}.{backend}")
+                module = import_module(f"fusedres.kernels.{self._folder}.{backend}")
             except ModuleNotFoundError as error:
-                raise RuntimeError(f"{self.op}: there is no {backend} backend; use 'reference'") from error
-            self._modules[backend] = module
-        return module
+                raise RuntimeError(f"{self.name}: there is no {backend} backend; use 'reference'") from error
+            kernel = self._kernels[backend] = getattr(module, self.name)
+        return kernel

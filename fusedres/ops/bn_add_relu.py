@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("bn_add_relu")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _bn_add_relu(
+def _check_tail(
     x: Tensor,
     state: Tensor,
     shortcut: Tensor,
@@ -18,14 +17,6 @@ def _bn_add_relu(
     stride: int,
     with_mask: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check(x, state, shortcut, shortcut_state, stride, backend)
-    out, mask = _KERNELS[backend].bn_add_relu(x, state, shortcut, shortcut_state, stride, with_mask)
-    return out, mask
-
-
-def _check(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, backend: str
 ) -> None:
     _checks.activation("bn_add_relu", "x", x, backend)
     _checks.state("bn_add_relu", "state", state, x)
@@ -56,10 +47,11 @@ def _fake(
     return torch.empty_like(x, memory_format=torch.channels_last), mask
 
 
-_op = define(
+BN_ADD_RELU = Op(
     "bn_add_relu(Tensor x, Tensor state, Tensor shortcut, Tensor? shortcut_state, int stride, bool with_mask, "
     "str backend) -> (Tensor, Tensor)",
-    _bn_add_relu,
+    "bn_add_relu",
+    _check_tail,
     _fake,
 )
 
@@ -94,28 +86,15 @@ def bn_add_relu(
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    out, mask = _op(x, state, shortcut, shortcut_state, stride, with_mask, backend)
+    out, mask = BN_ADD_RELU(x, state, shortcut, shortcut_state, stride, with_mask, backend)
     return out, mask
 
 
-def _bn_add_relu_(
-    x: Tensor,
-    state: Tensor,
-    shortcut: Tensor,
-    shortcut_state: Tensor | None,
-    stride: int,
-    with_mask: bool,
-    backend: str,
-) -> Tensor:
-    _check(x, state, shortcut, shortcut_state, stride, backend)
-    mask: Tensor = _KERNELS[backend].bn_add_relu_(x, state, shortcut, shortcut_state, stride, with_mask)
-    return mask
-
-
-_op_in_place = define(
+BN_ADD_RELU_ = Op(
     "bn_add_relu_(Tensor(a!) x, Tensor state, Tensor shortcut, Tensor? shortcut_state, int stride, bool with_mask, "
     "str backend) -> Tensor",
-    _bn_add_relu_,
+    "bn_add_relu",
+    _check_tail,
     lambda x, state, shortcut, shortcut_state, stride, with_mask, backend: x.new_empty(
         _checks.mask_shape(x) if with_mask else (0,), dtype=torch.uint8
     ),
@@ -132,5 +111,5 @@ def bn_add_relu_(
     with_mask: bool = False,
 ) -> Tensor:
     """x = relu(scale·x + shift + S) in place; arguments, mask and errors as in bn_add_relu. Returns the mask."""
-    mask: Tensor = _op_in_place(x, state, shortcut, shortcut_state, stride, with_mask, backend)
+    mask: Tensor = BN_ADD_RELU_(x, state, shortcut, shortcut_state, stride, with_mask, backend)
     return mask

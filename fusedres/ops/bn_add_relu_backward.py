@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("bn_add_relu_backward")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _bn_add_relu_backward(
+def _check_bn_add_relu_backward(
     grad: Tensor,
     gate: Tensor | None,
     x: Tensor,
@@ -21,7 +20,7 @@ def _bn_add_relu_backward(
     shortcut_batch_statistics: bool,
     with_sums: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     op = "bn_add_relu_backward"
     _checks.activation(op, "grad", grad, backend)
     _checks.gate(op, "gate", gate, grad)
@@ -32,18 +31,6 @@ def _bn_add_relu_backward(
         if shortcut_state is None:
             raise ValueError(f"{op}: shortcut_state must be given with shortcut_x, got None; pass the shortcut's state")
         _checks.state(op, "shortcut_state", shortcut_state, shortcut_x)
-    grad_x, grad_shortcut, sums = _KERNELS[backend].bn_add_relu_backward(
-        grad,
-        gate,
-        x,
-        state,
-        batch_statistics,
-        shortcut_x,
-        shortcut_state,
-        shortcut_batch_statistics,
-        with_sums or batch_statistics or shortcut_batch_statistics,
-    )
-    return grad_x, grad_shortcut, sums
 
 
 def _fake(grad: Tensor, gate: Tensor | None, x: Tensor, state: Tensor, _: bool, shortcut_x: Tensor | None, *__: object):
@@ -52,11 +39,12 @@ def _fake(grad: Tensor, gate: Tensor | None, x: Tensor, state: Tensor, _: bool, 
     return grad_x, grad_shortcut, state.new_empty((3, x.shape[1]))
 
 
-_op = define(
+BN_ADD_RELU_BACKWARD = Op(
     "bn_add_relu_backward(Tensor grad, Tensor? gate, Tensor x, Tensor state, bool batch_statistics, "
     "Tensor? shortcut_x, Tensor? shortcut_state, bool shortcut_batch_statistics, bool with_sums, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    _bn_add_relu_backward,
+    "bn_add_relu_backward",
+    _check_bn_add_relu_backward,
     _fake,
 )
 
@@ -95,7 +83,7 @@ def bn_add_relu_backward(
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    grad_x, grad_shortcut, sums = _op(
+    grad_x, grad_shortcut, sums = BN_ADD_RELU_BACKWARD(
         grad,
         gate,
         x,
@@ -110,27 +98,24 @@ def bn_add_relu_backward(
     return grad_x, grad_shortcut, sums
 
 
-def _bn_relu_backward_(
+def _check_bn_relu_backward_(
     grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool, backend: str
-) -> Tensor:
+) -> None:
     op = "bn_relu_backward_"
     _checks.activation(op, "grad", grad, backend)
     _checks.same(op, "x", x, "grad", grad)
     _checks.state(op, "state", state, x)
-    sums: Tensor = _KERNELS[backend].bn_relu_backward_(
-        grad, x, state, gated, batch_statistics, with_sums or batch_statistics
-    )
-    return sums
 
 
 def _fake_in_place(grad: Tensor, x: Tensor, state: Tensor, *_: object) -> Tensor:
     return state.new_empty((3, x.shape[1]))
 
 
-_op_in_place = define(
+BN_RELU_BACKWARD_ = Op(
     "bn_relu_backward_(Tensor(a!) grad, Tensor x, Tensor state, bool gated, bool batch_statistics, bool with_sums, "
     "str backend) -> Tensor",
-    _bn_relu_backward_,
+    "bn_add_relu_backward",
+    _check_bn_relu_backward_,
     _fake_in_place,
 )
 
@@ -152,5 +137,5 @@ def bn_relu_backward_(
     Returns:
         sums (3, C), the last row undefined.
     """
-    sums: Tensor = _op_in_place(grad, x, state, gated, batch_statistics, with_sums, backend)
+    sums: Tensor = BN_RELU_BACKWARD_(grad, x, state, gated, batch_statistics, with_sums, backend)
     return sums

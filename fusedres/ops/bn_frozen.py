@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("bn_statistics")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _bn_frozen(
+def _check_bn_frozen(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -17,24 +16,23 @@ def _bn_frozen(
     running_var: Tensor,
     eps: float,
     backend: str,
-) -> Tensor:
+) -> None:
     channels = running_mean.shape[0]
     _checks.channel_vector("bn_frozen", "weight", weight, channels, x)
     _checks.channel_vector("bn_frozen", "bias", bias, channels, x)
     _checks.channel_vector("bn_frozen", "running_mean", running_mean, channels, x)
     _checks.channel_vector("bn_frozen", "running_var", running_var, channels, x)
-    state: Tensor = _KERNELS[backend].bn_frozen(x, weight, bias, running_mean, running_var, eps)
-    return state
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, *_: object) -> Tensor:
     return x.new_empty((4, running_mean.shape[0]), dtype=_checks.arithmetic_dtype(x))
 
 
-_op = define(
+BN_FROZEN = Op(
     "bn_frozen(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
     "str backend) -> Tensor",
-    _bn_frozen,
+    "bn_statistics",
+    _check_bn_frozen,
     _fake,
 )
 
@@ -63,5 +61,5 @@ def bn_frozen(
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape, dtype or device.
     """
-    state: Tensor = _op(x, weight, bias, running_mean, running_var, eps, backend)
+    state: Tensor = BN_FROZEN(x, weight, bias, running_mean, running_var, eps, backend)
     return state

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import torch
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("bn_relu")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, backend: str) -> Tensor:
+def _check_bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, backend: str) -> None:
     _checks.activation("bn_relu", "x", x, backend)
     if state is not None:
         _checks.state("bn_relu", "state", state, x)
     if pivot is not None:
         _checks.dense("bn_relu", "pivot", pivot, (x.shape[1],), _checks.arithmetic_dtype(x), x)
     _checks.positive_stride("bn_relu", stride)
-    out: Tensor = _KERNELS[backend].bn_relu(x, state, pivot, stride)
-    return out
 
 
 def _fake(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, backend: str) -> Tensor:
@@ -27,7 +24,12 @@ def _fake(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, ba
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-_op = define("bn_relu(Tensor x, Tensor? state, Tensor? pivot, int stride, str backend) -> Tensor", _bn_relu, _fake)
+BN_RELU = Op(
+    "bn_relu(Tensor x, Tensor? state, Tensor? pivot, int stride, str backend) -> Tensor",
+    "bn_relu",
+    _check_bn_relu,
+    _fake,
+)
 
 
 def bn_relu(x: Tensor, state: Tensor | None, backend: str, pivot: Tensor | None = None, stride: int = 1) -> Tensor:
@@ -46,19 +48,18 @@ def bn_relu(x: Tensor, state: Tensor | None, backend: str, pivot: Tensor | None 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    out: Tensor = _op(x, state, pivot, stride, backend)
+    out: Tensor = BN_RELU(x, state, pivot, stride, backend)
     return out
 
 
-def _bn_relu_(x: Tensor, state: Tensor, backend: str) -> None:
+def _check_bn_relu_(x: Tensor, state: Tensor, backend: str) -> None:
     _checks.activation("bn_relu_", "x", x, backend)
     _checks.state("bn_relu_", "state", state, x)
-    _KERNELS[backend].bn_relu_(x, state)
 
 
-_op_in_place = define("bn_relu_(Tensor(a!) x, Tensor state, str backend) -> ()", _bn_relu_, lambda *_: None)
+BN_RELU_ = Op("bn_relu_(Tensor(a!) x, Tensor state, str backend) -> ()", "bn_relu", _check_bn_relu_, lambda *_: None)
 
 
 def bn_relu_(x: Tensor, state: Tensor, backend: str) -> None:
     """x = relu(scale·x + shift) in place; arguments and errors as in bn_relu."""
-    _op_in_place(x, state, backend)
+    BN_RELU_(x, state, backend)

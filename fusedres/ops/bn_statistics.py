@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("bn_statistics")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _bn_statistics(
+def _check_bn_statistics(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -20,7 +19,7 @@ def _bn_statistics(
     momentum: float | None,
     eps: float,
     backend: str,
-) -> Tensor:
+) -> None:
     _checks.activation("bn_statistics", "x", x, backend)
     channels = x.shape[1]
     count = x.numel() // max(channels, 1)
@@ -38,20 +37,17 @@ def _bn_statistics(
             "bn_statistics: momentum must be a number where num_batches_tracked is None, got None; "
             "pass num_batches_tracked for the cumulative average"
         )
-    result: Tensor = _KERNELS[backend].bn_statistics(
-        x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-    )
-    return result
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty((4, x.shape[1]), dtype=_checks.arithmetic_dtype(x))
 
 
-_op = define(
+BN_STATISTICS = Op(
     "bn_statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str backend) -> Tensor",
-    _bn_statistics,
+    "bn_statistics",
+    _check_bn_statistics,
     _fake,
 )
 
@@ -88,5 +84,7 @@ def bn_statistics(
         ValueError: one value a channel, or a wrong shape. TypeError: a wrong dtype. RuntimeError: a device mix. The
         running statistics are untouched then.
     """
-    state: Tensor = _op(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, backend)
+    state: Tensor = BN_STATISTICS(
+        x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, backend
+    )
     return state

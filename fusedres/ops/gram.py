@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import torch
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("gram")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _gram(x: Tensor, state: Tensor | None, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _check_gram(x: Tensor, state: Tensor | None, stride: int, backend: str) -> None:
     _checks.activation("gram", "x", x, backend)
     if state is not None:
         _checks.state("gram", "state", state, x)
     _checks.positive_stride("gram", stride)
     if x.numel() == 0:
         raise ValueError(f"gram: x must have at least one value a channel, got shape {tuple(x.shape)}")
-    out, pivot, total, matrix = _KERNELS[backend].gram(x, state, stride)
-    return out, pivot, total, matrix
 
 
 def _fake(x: Tensor, state: Tensor | None, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,7 +26,12 @@ def _fake(x: Tensor, state: Tensor | None, stride: int, backend: str) -> tuple[T
     return out, vector, torch.empty_like(vector), vector.new_empty((c, c))
 
 
-_op = define("gram(Tensor x, Tensor? state, int stride, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _gram, _fake)
+GRAM = Op(
+    "gram(Tensor x, Tensor? state, int stride, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gram",
+    _check_gram,
+    _fake,
+)
 
 
 def gram(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,5 +50,5 @@ def gram(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tupl
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    out, pivot, total, matrix = _op(x, state, stride, backend)
+    out, pivot, total, matrix = GRAM(x, state, stride, backend)
     return out, pivot, total, matrix

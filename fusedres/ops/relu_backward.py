@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import torch
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("relu_backward")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _relu_backward(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _check_relu_backward(grad: Tensor, gate: Tensor, backend: str) -> None:
     _checks.activation("relu_backward", "grad", grad, backend)
     _checks.gate("relu_backward", "gate", gate, grad)
-    d, sums = _KERNELS[backend].relu_backward(grad, gate)
-    return d, sums
 
 
 def _fake(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -22,7 +19,12 @@ def _fake(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad, memory_format=torch.channels_last), sums
 
 
-_op = define("relu_backward(Tensor grad, Tensor gate, str backend) -> (Tensor, Tensor)", _relu_backward, _fake)
+RELU_BACKWARD = Op(
+    "relu_backward(Tensor grad, Tensor gate, str backend) -> (Tensor, Tensor)",
+    "relu_backward",
+    _check_relu_backward,
+    _fake,
+)
 
 
 def relu_backward(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -39,5 +41,5 @@ def relu_backward(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Ten
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    d, sums = _op(grad, gate, backend)
+    d, sums = RELU_BACKWARD(grad, gate, backend)
     return d, sums

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fusedres.ops import _checks
-from fusedres.ops._library import Kernels, define
 from torch import Tensor
 
-_KERNELS = Kernels("shortcut_grad")
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
 
 
-def _shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int, backend: str) -> None:
+def _check_shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int, backend: str) -> None:
     _checks.activation("shortcut_grad_", "grad_x", grad_x, backend)
     _checks.same_kind("shortcut_grad_", "grad", grad, "grad_x", grad_x)
     _checks.gate("shortcut_grad_", "gate", gate, grad)
@@ -21,12 +20,12 @@ def _shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: i
             f"shortcut_grad_: grad must have the shape that grad_x {tuple(grad_x.shape)} reaches with stride {stride} "
             f"and channels appended, got {tuple(grad.shape)}; was the downsample branch skipped?"
         )
-    _KERNELS[backend].shortcut_grad_(grad_x, grad, gate, stride)
 
 
-_op = define(
+SHORTCUT_GRAD_ = Op(
     "shortcut_grad_(Tensor(a!) grad_x, Tensor grad, Tensor? gate, int stride, str backend) -> ()",
-    _shortcut_grad_,
+    "shortcut_grad",
+    _check_shortcut_grad_,
     lambda *_: None,
 )
 
@@ -46,4 +45,4 @@ def shortcut_grad_(grad_x: Tensor, grad: Tensor, backend: str, *, gate: Tensor |
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    _op(grad_x, grad, gate, stride, backend)
+    SHORTCUT_GRAD_(grad_x, grad, gate, stride, backend)

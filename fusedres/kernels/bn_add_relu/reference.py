@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fusedres.kernels.reference import affine, pack_bits
 from torch import Tensor
+
+from fusedres.kernels.reference import affine, pack_bits
 
 
 def bn_add_relu(

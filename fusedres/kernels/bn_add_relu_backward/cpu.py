@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fusedres import _C
 from fusedres.kernels.native import DTYPE_CODE, GATE_NONE, GATE_RECOMPUTE, address, empty_like, gate_code
-from torch import Tensor
 
 
 def bn_add_relu_backward(
@@ -79,7 +80,7 @@ def _launch(
         shortcut_batch_statistics,
         address(grad_shortcut),
         sums.data_ptr(),
-        with_sums,
+        with_sums or batch_statistics or shortcut_batch_statistics,
         True,
         torch.get_num_threads(),
     )

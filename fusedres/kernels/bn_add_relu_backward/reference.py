@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fusedres.kernels.reference import affine, per_channel
 from fusedres.kernels.reference import gated as masked
-from torch import Tensor
 
 
 def _branch(d: Tensor, x: Tensor, state: Tensor, batch_statistics: bool) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fusedres.kernels.reference import affine, arithmetic_dtype, per_channel
 from torch import Tensor
+
+from fusedres.kernels.reference import affine, arithmetic_dtype, per_channel
 
 
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fusedres import _C
 from fusedres.kernels.native import DTYPE_CODE, address, code
-from torch import Tensor
 
 
 def bn_statistics(

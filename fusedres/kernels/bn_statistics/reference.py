@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fusedres.kernels.reference import arithmetic_dtype
 from torch import Tensor
+
+from fusedres.kernels.reference import arithmetic_dtype
 
 
 def bn_statistics(
@@ -21,16 +22,32 @@ def bn_statistics(
     dtype = arithmetic_dtype(x.dtype)
     var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
     count = x.numel() // x.shape[1]
+    update_running(mean, var, count, running_mean, running_var, num_batches_tracked, momentum)
+    return normalisation(mean, var, weight, bias, eps)
+
+
+def update_running(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Counts the batch and averages its statistics in, the variance unbiased."""
     if num_batches_tracked is not None:
         num_batches_tracked += 1
-    if running_mean is not None and running_var is not None:
+    if running_mean is None or running_var is None:
+        return
+    factor: float | Tensor
+    if momentum is not None:
         factor = momentum
-        if factor is None:
-            assert num_batches_tracked is not None  # checked by the op
-            factor = 1.0 / num_batches_tracked.to(dtype)
-        running_mean.copy_((1 - factor) * running_mean + factor * mean)
-        running_var.copy_((1 - factor) * running_var + factor * var * (count / (count - 1)))
-    return normalisation(mean, var, weight, bias, eps)
+    else:
+        assert num_batches_tracked is not None  # checked by the op
+        factor = 1.0 / num_batches_tracked.to(mean.dtype)
+    running_mean.copy_((1 - factor) * running_mean + factor * mean)
+    running_var.copy_((1 - factor) * running_var + factor * var * (count / (count - 1)))
 
 
 def normalisation(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fusedres import _C
 from fusedres.kernels.native import DTYPE_CODE, address, empty_channels_last
-from torch import Tensor
 
 
 def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

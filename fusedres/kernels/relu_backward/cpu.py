@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fusedres import _C
 from fusedres.kernels.native import DTYPE_CODE, empty_like, gate_code
-from torch import Tensor
 
 
 def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fusedres.kernels.reference import arithmetic_dtype, gated
 from torch import Tensor
+
+from fusedres.kernels.reference import arithmetic_dtype, gated
 
 
 def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fusedres import _C
 from fusedres.kernels.native import DTYPE_CODE, address, gate_code
-from torch import Tensor
 
 
 def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fusedres.kernels.reference import gated
 from torch import Tensor
+
+from fusedres.kernels.reference import gated
 
 
 def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int) -> None:

@@ -1,0 +1,194 @@
+"""The backward passes of a residual block, in the order that keeps the fewest tensors alive.
+
+With d = dL/dout where NOT (out <= 0), else 0: dL/dx = S'(x)ᵀd + F'(x)ᵀd. The shortcut's term is added into the branch's
+own gradient last, straight from grad_out and the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd.convolution import convolution_backward
+from fusedres.autograd.forward import in_dtype
+from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, ConvBN, OnePass, Saved
+from fusedres.ops import launch
+
+
+class Backward:
+    """One backward of a block: the gradients of x and of conv weight, BN weight, BN bias of every unit.
+
+    Index 0 of `needs` and of the result is x, then UNIT_PARAMS a unit; what is not needed stays None.
+    """
+
+    def __init__(
+        self,
+        grad_out: Tensor,
+        x: Tensor,
+        plan: BlockPlan,
+        params: tuple[Tensor | None, ...],
+        saved: Saved,
+        needs: list[bool],
+    ) -> None:
+        if not grad_out.is_contiguous(memory_format=torch.channels_last):
+            grad_out = grad_out.contiguous(memory_format=torch.channels_last)
+        self.grad_out = grad_out
+        self.entry = in_dtype(x.contiguous(memory_format=torch.channels_last), plan.dtype)
+        self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
+        self.backend = plan.backend
+        self.grads: list[Tensor | None] = [None] * len(needs)
+
+    def run(self) -> list[Tensor | None]:
+        """The gradients, in the order of `needs`."""
+        plan, saved, backend = self.plan, self.saved, self.backend
+        grad, grad_projection = self._tail()
+        shortcut = self._projection_convolution(grad_projection)
+        del grad_projection
+        last = len(plan.units) - 1
+        # Where the last unit was one-pass, grad is already that of its input.
+        for index in range(last - 1 if saved.last.one_pass else last, -1, -1):
+            unit = plan.units[index]
+            if index < last:
+                sums = launch.bn_relu_backward_(
+                    grad,
+                    saved.ys[index],
+                    saved.states[index],
+                    True,
+                    unit.batch_statistics,
+                    self._needs_sums(index),
+                    backend,
+                )
+                self._set_norm_grads(index, sums[1], sums[0])
+            if index > 0:
+                h = launch.bn_relu(saved.ys[index - 1], saved.states[index - 1], None, 1, backend)
+                need_h = any(self.needs[: 1 + UNIT_PARAMS * index])
+            else:
+                h, need_h = self.entry, self.needs[0]
+            previous = self._convolution(index, unit, grad, h, need_h)
+            del h
+            if previous is None:
+                return self.grads
+            grad = previous
+        if plan.projection is None:
+            grad = in_dtype(grad, self.grad_out.dtype)
+            launch.shortcut_grad_(grad, self.grad_out, saved.mask, plan.pad_stride, backend)
+        elif shortcut is not None:
+            launch.shortcut_grad_(grad, shortcut[0], None, shortcut[1], backend)
+        self.grads[0] = grad
+        return self.grads
+
+    def _weight(self, index: int) -> Tensor:
+        weight = self.params[UNIT_PARAMS * index]
+        assert weight is not None
+        return weight
+
+    def _needs_sums(self, index: int) -> bool:
+        return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
+
+    def _set_norm_grads(self, index: int, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        slot = UNIT_PARAMS * index
+        if self.needs[slot + 2]:
+            self.grads[slot + 2] = in_dtype(grad_weight, self.params[slot + 1].dtype)  # type: ignore[union-attr]
+        if self.needs[slot + 3]:
+            self.grads[slot + 3] = in_dtype(grad_bias, self.params[slot + 2].dtype)  # type: ignore[union-attr]
+
+    def _convolution(
+        self, index: int, unit: ConvBN, grad: Tensor, h: Tensor, need_h: bool, subsampled: bool = False
+    ) -> Tensor | None:
+        """The gradient of h where needed; the weight's goes to its slot."""
+        slot = 1 + UNIT_PARAMS * index
+        grad_h, self.grads[slot] = convolution_backward(
+            grad, h, self._weight(index), unit, (need_h, self.needs[slot]), subsampled=subsampled
+        )
+        return grad_h
+
+    def _tail(self) -> tuple[Tensor, Tensor | None]:
+        """Gradients behind the last ReLU: of the last unit and of the projection.
+
+        Each is that of the convolution's output, or of the convolution's input where the unit is one-pass.
+        """
+        plan, saved = self.plan, self.saved
+        last, projection = saved.last, saved.projection
+        if last.one_pass or (projection is not None and projection.one_pass):
+            return self._tail_one_pass()
+        index = len(plan.units) - 1
+        dtype = self.grad_out.dtype
+        assert last.y is not None
+        needs_sums = self._needs_sums(index) or (projection is not None and self._needs_sums(index + 1))
+        grad, grad_projection, sums = launch.bn_add_relu_backward(
+            self.grad_out,
+            saved.mask,
+            in_dtype(last.y, dtype),
+            last.state,
+            plan.units[-1].batch_statistics,
+            None if projection is None else projection.y,
+            None if projection is None else projection.state,
+            plan.projection is not None and plan.projection.batch_statistics,
+            needs_sums,
+            self.backend,
+        )
+        self._set_norm_grads(index, sums[1], sums[0])
+        if projection is None:
+            return in_dtype(grad, plan.dtype), None
+        self._set_norm_grads(index + 1, sums[2], sums[0])
+        return grad, grad_projection
+
+    def _tail_one_pass(self) -> tuple[Tensor, Tensor | None]:
+        plan, saved = self.plan, self.saved
+        index = len(plan.units) - 1
+        d, sum_d = launch.relu_backward(self.grad_out, saved.mask, self.backend)
+        grad: Tensor | None = None
+        grad_projection: Tensor | None = None
+        if saved.last.one_pass:
+            source = (saved.ys[-1], saved.states[-1], saved.last.one_pass.pivot, 1)
+            grad = self._one_pass(index, d, sum_d, source, saved.last.state, saved.last.one_pass)
+        if saved.projection is not None and saved.projection.one_pass and plan.projection is not None:
+            source = (self.entry, None, saved.projection.one_pass.pivot, plan.projection.stride[0])
+            branch = saved.projection
+            grad_projection = self._one_pass(index + 1, d, sum_d, source, branch.state, saved.projection.one_pass)
+        # An ordinary branch turns d into its own gradient in place, last, when nobody else reads it.
+        if grad is None:
+            grad = self._ordinary(index, d, saved.last.y, saved.last.state, plan.units[-1])
+        if grad_projection is None and saved.projection is not None and plan.projection is not None:
+            branch = saved.projection
+            grad_projection = self._ordinary(index + 1, d, branch.y, branch.state, plan.projection)
+        return grad, grad_projection
+
+    def _one_pass(
+        self,
+        index: int,
+        d: Tensor,
+        sum_d: Tensor,
+        source: tuple[Tensor, Tensor | None, Tensor, int],
+        state: Tensor,
+        one_pass: OnePass,
+    ) -> Tensor:
+        z = launch.bn_relu(*source, self.backend)
+        grad_z, grad_conv, grad_weight = launch.one_pass_backward(
+            in_dtype(d, z.dtype), sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total, self.backend
+        )
+        self._set_norm_grads(index, grad_weight, sum_d)
+        if self.needs[1 + UNIT_PARAMS * index]:
+            self.grads[1 + UNIT_PARAMS * index] = grad_conv
+        return grad_z  # type: ignore[no-any-return]
+
+    def _ordinary(self, index: int, d: Tensor, y: Tensor | None, state: Tensor, unit: ConvBN) -> Tensor:
+        assert y is not None
+        sums = launch.bn_relu_backward_(
+            d, in_dtype(y, d.dtype), state, False, unit.batch_statistics, self._needs_sums(index), self.backend
+        )
+        self._set_norm_grads(index, sums[1], sums[0])
+        return in_dtype(d, self.plan.dtype)
+
+    def _projection_convolution(self, grad: Tensor | None) -> tuple[Tensor, int] | None:
+        """The gradient that the projection sends to x, with the stride of the pixels it reaches."""
+        unit, branch = self.plan.projection, self.saved.projection
+        if grad is None or unit is None or branch is None:
+            return None
+        if branch.one_pass:
+            return grad, unit.stride[0]
+        subsampled = unit.pixelwise and unit.stride != (1, 1)
+        stride = unit.stride[0] if subsampled else 1
+        h = launch.bn_relu(self.entry, None, None, stride, self.backend) if subsampled else self.entry
+        grad_h = self._convolution(len(self.plan.units), unit, grad, h, self.needs[0], subsampled)
+        return None if grad_h is None else (grad_h, stride)

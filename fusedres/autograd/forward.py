@@ -1,0 +1,124 @@
+"""The forward passes of a residual block on a channels_last input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd.convolution import convolution
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, OnePass, Saved
+from fusedres.ops import launch
+
+Tensors = tuple[Tensor | None, ...]  # UNIT_TENSORS of every unit, one after the other
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor converted, or itself."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, backend: str) -> Tensor:
+    _, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
+    if not unit.batch_statistics:
+        return launch.bn_frozen(y, weight, bias, mean, var, unit.eps, backend)  # type: ignore[no-any-return]
+    if not unit.update:
+        mean = var = batches = None
+    return launch.bn_statistics(  # type: ignore[no-any-return]
+        y, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend
+    )
+
+
+def _weight(tensors: Tensors, index: int) -> Tensor:
+    weight = tensors[index * UNIT_TENSORS]
+    assert weight is not None
+    return weight
+
+
+def _one_pass(
+    h: Tensor, state: Tensor | None, stride: int, unit: ConvBN, tensors: Tensors, index: int, backend: str
+) -> tuple[Tensor, Branch]:
+    """The raw convolution of the centred input, and the branch's end. With a state h is raw: relu(BN(h)) is meant."""
+    conv_weight, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
+    assert conv_weight is not None
+    if not unit.update:
+        mean = var = batches = None
+    z, pivot, total, gram = launch.gram(h, state, stride, backend)
+    count = z.numel() // z.shape[1]
+    end_state, projected = launch.one_pass_statistics(
+        conv_weight, pivot, total, gram, count, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend
+    )
+    return convolution(z, conv_weight, unit, subsampled=True), Branch(None, end_state, OnePass(pivot, total, projected))
+
+
+def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool) -> tuple[Tensor, Saved]:
+    """relu(F(x) + S(x)), and what its backward needs."""
+    backend = plan.backend
+    entry = in_dtype(x, plan.dtype)
+    ys: list[Tensor] = []
+    states: list[Tensor] = []
+    h = entry
+    last_index = len(plan.units) - 1
+    for index in range(last_index):
+        unit = plan.units[index]
+        y = convolution(h, _weight(tensors, index), unit)
+        state = _state(y, unit, tensors, index, backend)
+        ys.append(y)
+        states.append(state)
+        if index + 1 < last_index or not plan.one_pass[0]:
+            h = launch.bn_relu(y, state, None, 1, backend)
+    unit = plan.units[last_index]
+    if plan.one_pass[0]:
+        y, last = _one_pass(ys[-1], states[-1], 1, unit, tensors, last_index, backend)
+    else:
+        y = convolution(h, _weight(tensors, last_index), unit)
+        last = Branch(y, _state(y, unit, tensors, last_index, backend), None)
+    del h
+
+    if plan.projection is None:
+        y = in_dtype(y, torch.promote_types(y.dtype, x.dtype))
+        shortcut, projection, stride = in_dtype(x, y.dtype), None, plan.pad_stride
+    else:
+        shortcut, projection = _projection(entry, plan, plan.projection, tensors)
+        stride = 1
+    shortcut_state = None if projection is None else projection.state
+
+    # The result goes into a raw convolution output that nobody saves, where there is one.
+    if last.y is None:
+        mask = launch.bn_add_relu_(y, last.state, shortcut, shortcut_state, stride, with_mask, backend)
+        return y, Saved(ys, states, last, projection, mask)
+    if projection is not None and projection.y is None:
+        mask = launch.bn_add_relu_(shortcut, projection.state, y, last.state, 1, with_mask, backend)
+        return shortcut, Saved(ys, states, last, projection, mask)
+    out, mask = launch.bn_add_relu(y, last.state, shortcut, shortcut_state, stride, with_mask, backend)
+    return out, Saved(ys, states, last, projection, mask)
+
+
+def _projection(entry: Tensor, plan: BlockPlan, unit: ConvBN, tensors: Tensors) -> tuple[Tensor, Branch]:
+    """The projection's raw convolution and its end. A strided 1x1 reads every stride-th pixel: taken out before."""
+    index, backend = len(plan.units), plan.backend
+    if plan.one_pass[1]:
+        return _one_pass(entry, None, unit.stride[0], unit, tensors, index, backend)
+    subsampled = unit.pixelwise and unit.stride != (1, 1)
+    source = launch.bn_relu(entry, None, None, unit.stride[0], backend) if subsampled else entry
+    y = convolution(source, _weight(tensors, index), unit, subsampled=subsampled)
+    return y, Branch(y, _state(y, unit, tensors, index, backend), None)
+
+
+def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
+    """relu(F(x) + S(x)) where no gradient is wanted and all statistics are constants: nothing is kept."""
+    backend = plan.backend
+    h = entry = in_dtype(x, plan.dtype)
+    last_index = len(plan.units) - 1
+    for index in range(last_index):
+        h = convolution(h, _weight(tensors, index), plan.units[index])
+        launch.bn_relu_(h, _state(h, plan.units[index], tensors, index, backend), backend)
+    y = convolution(h, _weight(tensors, last_index), plan.units[last_index])
+    del h
+    state = _state(y, plan.units[last_index], tensors, last_index, backend)
+    if plan.projection is not None:
+        shortcut, projection = _projection(entry, plan, plan.projection, tensors)
+        launch.bn_add_relu_(y, state, shortcut, projection.state, 1, False, backend)
+        return y
+    y = in_dtype(y, torch.promote_types(y.dtype, x.dtype))
+    launch.bn_add_relu_(y, state, in_dtype(x, y.dtype), None, plan.pad_stride, False, backend)
+    return y

@@ -1,0 +1,66 @@
+"""One-pass statistics and gradients (ops.one_pass) as matrix products of torch's own library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.bn_statistics.reference import normalisation, update_running
+
+# Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
+_FLOAT64_PRODUCTS = 1 << 24
+
+
+def one_pass_statistics(
+    conv_weight: Tensor,
+    pivot: Tensor,
+    total: Tensor,
+    gram: Tensor,
+    count: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.one_pass."""
+    channels, in_channels = conv_weight.shape[:2]
+    dtype = torch.float64 if channels * in_channels * in_channels <= _FLOAT64_PRODUCTS else pivot.dtype
+    matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
+    centre = total.to(dtype) / count
+    cov = torch.addr(gram.to(dtype) / count, centre, centre, alpha=-1)
+    projected = matrix @ cov
+    mean = matrix @ centre
+    var = (projected * matrix).sum(1).clamp_(min=0)
+    update_running(
+        mean + matrix @ pivot.to(dtype), var, count, running_mean, running_var, num_batches_tracked, momentum
+    )
+    return normalisation(mean, var, weight, bias, eps).to(pivot.dtype), projected.to(pivot.dtype)
+
+
+def one_pass_backward(
+    d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, state: Tensor, projected: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.one_pass."""
+    channels, in_channels = conv_weight.shape[:2]
+    dtype = state.dtype
+    rows_d = d.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
+    rows_z = z.permute(0, 2, 3, 1).reshape(-1, in_channels).to(dtype)
+    count = rows_z.shape[0]
+    matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
+    mean, invstd, scale, _ = state
+    cross = rows_d.T @ rows_z
+    grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
+    c1 = scale * sum_d / count
+    c2 = scale * invstd * grad_weight / count
+    grad_conv = torch.addr(scale.unsqueeze(1) * cross, c1, total, alpha=-1)
+    grad_conv.addcmul_(c2.unsqueeze(1), projected, value=-count)
+    scaled = scale.unsqueeze(1) * matrix
+    quadratic = (matrix * c2.unsqueeze(1)).T @ matrix
+    constant = (total @ quadratic - sum_d @ scaled) / count
+    grad_z = torch.addmm(constant, rows_d, scaled).addmm_(rows_z, quadratic, alpha=-1)
+    n, _, h, w = z.shape
+    grad_z = grad_z.to(z.dtype).view(n, h, w, in_channels).permute(0, 3, 1, 2)
+    return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
