@@ -1,0 +1,78 @@
+"""Fused twins of stock blocks, and which path a block took: what the block-level tests share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from reference import STOCK, ZeroPad, build, inputs, separate, set_mode
+from shapes import Case
+from torch import Tensor, nn
+
+import fusedres
+from fusedres.autograd import path_counts
+
+BACKENDS = ("reference", "cpu")
+MEMORY = ("auto", "min")
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def fused_twin(block: nn.Module, memory: str = "auto") -> nn.Module:
+    """A fused deep copy of a stock block: same parameters, buffers and modes, none of them shared."""
+    twin = copy.deepcopy(block)
+    for child in twin.modules():
+        if isinstance(child, (STOCK["basic"], STOCK["bottleneck"])) and isinstance(child.downsample, ZeroPad):
+            child.downsample = zero_pad_of(child, child.downsample)
+    fusedres.fuse(twin, memory=memory)
+    report = fusedres.report(twin)
+    assert report, "no residual block was found"
+    assert all(row.fused for row in report), f"not fused:\n{report}"
+    return twin
+
+
+def zero_pad_of(block: nn.Module, downsample: ZeroPad) -> nn.Module:
+    conv1 = block.conv1
+    assert isinstance(conv1, nn.Conv2d)
+    shortcut = fusedres.ZeroPadShortcut(conv1.in_channels, conv1.in_channels + downsample.added, downsample.stride)
+    return shortcut.train(downsample.training)
+
+
+def stock_case(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    mode: str = "train",
+    **options: object,
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A stock block in its mode with input and output gradient, no pre-activation near zero."""
+    block = set_mode(build(case, dtype, memory_format, **options), mode)  # type: ignore[arg-type]
+    x, grad = inputs(case, dtype, memory_format)
+    if x.numel():
+        separate(block, x)
+    return block, x, grad
+
+
+@contextmanager
+def expect_paths(**expected: int) -> Iterator[None]:
+    """Asserts how often each path ran inside; paths that are not named must not run."""
+    before = path_counts.copy()
+    yield
+    ran = {name: path_counts[name] - before[name] for name in path_counts if path_counts[name] != before[name]}
+    assert ran == {name: count for name, count in expected.items() if count}, f"paths that ran: {ran}"
+
+
+def name_of(memory_format: torch.memory_format) -> str:
+    return "nhwc" if memory_format == torch.channels_last else "nchw"
+
+
+def label(value: object) -> str | None:
+    """Test ids: dtypes and memory formats by their short names, cases by their own."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.memory_format):
+        return name_of(value)
+    if isinstance(value, Case):
+        return str(value)
+    return None
