@@ -164,7 +164,8 @@ def test_another_version_installed_is_said(checkout: Path, site: Path) -> None:
 
 
 def test_python_m_pytest_works_from_the_root() -> None:
-    out = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_packaging.py")
+    collect = ["--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_packaging.py"]
+    out = python("-m", "pytest", *collect, PYTEST_ADDOPTS="")
     assert "test_python_m_pytest_works_from_the_root" in out
 
 

@@ -48,7 +48,8 @@ def test_every_documented_command_is_known_here() -> None:
 
 @pytest.mark.parametrize("command", sorted(filter(None, COMMANDS.values())))
 def test_command_runs_from_the_root(command: str) -> None:
-    env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
