@@ -1,0 +1,415 @@
+"""examples/train.py: trains, resumes exactly after SIGKILL, runs under torchrun, compares, says what is wrong."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn", reason="the handwritten digits come with scikit-learn")
+pytest.importorskip("matplotlib", reason="the curves are drawn with matplotlib")
+pytest.importorskip("tqdm", reason="the progress bar is tqdm's")
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+MODULES = ("train", "trainer", "data", "checkpoint", "compare", "plots")
+# One thread each: the processes of a test share the machine's cores, and threads that wait for a core spin.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL = ["--arch", "resnet10", "--image-size", "8", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[SimpleNamespace]:
+    """The example's modules, imported as the script imports them and forgotten afterwards; one thread as below."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        torch.set_num_threads(threads)
+        sys.path.remove(str(EXAMPLES))
+        for name in MODULES:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 PNG files in two classes, bright above and bright below."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, half in (("above", slice(0, 6)), ("below", slice(6, 12))):
+        (root / label).mkdir()
+        for i in range(60):
+            pixels = rng.integers(0, 100, (12, 12, 3), dtype=np.uint8)
+            pixels[half] += 120
+            Image.fromarray(pixels).save(root / label / f"{i}.png")
+    return root
+
+
+def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, str(EXAMPLES / "train.py"), *map(str, arguments)]
+
+
+def start(*arguments: str | Path) -> "subprocess.Popen[str]":
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*arguments), stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "batch/s" not in err, "the progress bar must be quiet where standard error is no terminal"
+    return out
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> str | None:
+    """Where two checkpoints differ, bit for bit; times aside."""
+    if path.endswith("/seconds"):
+        return None
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        return None if same and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes() else path
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return path
+        pairs = [(a[k], b[k], f"{path}/{k}") for k in a]
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return path
+        pairs = [(x, y, f"{path}/{i}") for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if type(a) is type(b) and a == b else path
+    return next((found for pair in pairs if (found := first_difference(*pair)) is not None), None)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_picture(path: Path, width: int) -> None:
+    """A PNG of that width at least, with the colours of both lines in it."""
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= width
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+@pytest.mark.parametrize(
+    ("variant", "resume_with"),
+    [(["--fused"], ["--workers", "1"]), (["--no-fused"], [])],
+    ids=["fused-resumed-with-a-worker", "eager"],
+)
+def test_killed_in_mid_epoch_and_resumed_is_bitwise_the_uninterrupted_run(
+    folder: Path, tmp_path: Path, variant: list[str], resume_with: list[str]
+) -> None:
+    options = ["--data", folder, *SMALL, "--epochs", "2", "--checkpoint-every", "5", *variant]
+    whole = start(*options, "--out", tmp_path / "whole")
+    broken = start(*options, "--out", tmp_path / "broken")
+    saved = tmp_path / "broken" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not saved.exists() and broken.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    broken.kill()
+    _, err = broken.communicate()
+    assert broken.returncode == -signal.SIGKILL, err
+    state = read(saved)
+    assert 0 < state["epoch"] * 12 + state["batch"] < 24
+    assert state["batch"] > 0, "the checkpoint that was left must lie within an epoch"
+
+    resumed = start(*options, *resume_with, "--out", tmp_path / "broken", "--resume")
+    finish(whole)
+    out = finish(resumed)
+    assert f"resumed in epoch {state['epoch'] + 1} after {state['batch']} of 12 batches" in out
+    expected, got = read(tmp_path / "whole" / "checkpoint.pt"), read(saved)
+    assert len(got["history"]) == 2
+    assert first_difference(expected, got) is None
+    assert first_difference(state["model"], got["model"]) is not None
+
+
+def test_digits_are_learnt_and_everything_is_written(example: SimpleNamespace, tmp_path: Path) -> None:
+    out, report = tmp_path / "run", tmp_path / "result.json"
+    options = ["--arch", "resnet10", "--batch", "32", "--epochs", "2", "--out", str(out), "--json", str(report)]
+    assert example.train.main(options) == 0
+    result = json.loads(report.read_text())
+    (run,) = result["runs"]
+    assert (run["variant"], run["blocks_fused"]) == ("fused", 4)
+    assert [row["epoch"] for row in run["history"]] == [1, 2]
+    assert run["final_accuracy"] == run["history"][-1]["test_accuracy"] > 0.8
+    assert run["history"][1]["train_loss"] < run["history"][0]["train_loss"] < math.log(10)
+    assert_picture(out / "curves.png", 1000)
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "curves.png"]
+    state = read(out / "checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (2, 0)
+    model = example.trainer.build_model("resnet10", 10, 1, True)  # stock blocks take the weights of fused ones
+    model.load_state_dict(state["model"], strict=True)
+
+
+def test_two_processes(folder: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    options = ["--data", folder, *SMALL, "--epochs", "2", "--out", tmp_path, "--json"]
+    done = subprocess.run(
+        command(*options, launcher=launcher), capture_output=True, text=True, timeout=240, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # one process prints
+    assert result["processes"] == 2
+    assert done.stderr.count("epoch   2/2") == 1
+    state = read(tmp_path / "checkpoint.pt")
+    assert len(state["ranks"]) == 2
+    assert state["model"]["bn1.num_batches_tracked"] == 2 * (96 // 2 // 8)
+    assert state["history"][-1]["test_accuracy"] > 0.6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "curves.png"]
+
+
+def test_compare(example: SimpleNamespace, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", str(folder), *SMALL, "--epochs", "2", "--compare", "--seeds", "2", "--out", str(tmp_path)]
+    assert example.train.main([*options, "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [(r["variant"], r["seed"]) for r in result["runs"]] == [
+        *(("eager", 0), ("eager", 1)),
+        *(("fused", 0), ("fused", 1)),
+    ]
+    assert [r["blocks_fused"] for r in result["runs"]] == [0, 0, 4, 4]
+    final = [r["final_accuracy"] for r in result["runs"]]
+    mean = (final[2] + final[3] - final[0] - final[1]) / 2
+    assert result["comparison"]["mean_difference"] == pytest.approx(mean, abs=1e-12)
+    assert "eager %" in captured.err
+    assert "fused - eager" in captured.err
+    assert_picture(tmp_path / "compare.png", 1500)
+    # A finished comparison is not trained again.
+    capsys.readouterr()
+    assert example.train.main([*options, "--json", "--resume"]) == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out)["runs"] == result["runs"]
+    assert "epoch   2/2" not in again.err
+
+
+def test_eager_and_fused_start_from_the_same_weights_and_see_the_same_images(
+    example: SimpleNamespace, folder: Path, tmp_path: Path
+) -> None:
+    args = example.train.parse(["--data", str(folder), *SMALL])
+    processes = example.trainer.Processes(0, 1, torch.device("cpu"))
+    data = example.train.prepare_data(args, processes)
+    first = []
+    for fused in (False, True):
+        trainer = example.trainer.Trainer(args, data, fused, 3, tmp_path, processes, sys.stderr)
+        seen: list[torch.Tensor] = []
+        trainer.step = lambda x, y, seen=seen: seen.append(x)
+        trainer.train_epoch(SimpleNamespace(update=lambda: None))
+        first.append((trainer.model.state_dict(), torch.cat(seen)))
+    assert first_difference(first[0][0], first[1][0]) is None
+    assert torch.equal(first[0][1], first[1][1])
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(
+    example: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    example.checkpoint.save({"settings": {}, "value": torch.arange(3)}, path)
+
+    def half(state: object, file: Any) -> None:
+        file.write(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        example.checkpoint.save({"settings": {}, "value": torch.zeros(3)}, path)
+    assert example.checkpoint.load(path)["value"].tolist() == [0, 1, 2]
+
+
+def test_random_states_come_back(example: SimpleNamespace) -> None:
+    import random
+
+    device = torch.device("cpu")
+    kept = example.checkpoint.rng_state(device)
+    try:
+        example.checkpoint.seed_all(7)
+        state = example.checkpoint.rng_state(device)
+        drawn = [(random.random(), np.random.rand(), torch.rand(1).item()) for _ in range(2)]
+        example.checkpoint.set_rng_state(state, device)
+        assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn[0] != drawn[1]
+    finally:
+        example.checkpoint.set_rng_state(kept, device)
+
+
+def test_loss_scaler_skips_and_is_restored(example: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
+    args = example.train.parse(["--data", str(folder), *SMALL, "--amp", "fp16", "--no-fused"])
+    processes = example.trainer.Processes(0, 1, torch.device("cpu"))
+    data = example.train.prepare_data(args, processes)
+    trainer = example.trainer.Trainer(args, data, False, 0, tmp_path, processes, sys.stderr)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    scale, rate = trainer.scaler.get_scale(), trainer.scheduler.get_last_lr()
+    trainer.step(torch.full((8, 3, 8, 8), math.inf), torch.zeros(8, dtype=torch.long))
+    assert trainer.scaler.get_scale() == scale / 2
+    assert trainer.scheduler.get_last_lr() == rate
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+    trainer.save()
+    resumed = example.trainer.Trainer(args, data, False, 0, tmp_path, processes, sys.stderr)
+    resumed.restore()
+    assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
+    assert resumed.scaler.get_scale() == scale / 2
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_only(example: SimpleNamespace, folder: Path) -> None:
+    for name in ("digits", str(folder)):
+        data = example.data.load_data(name, root=Path(), download=False, size=None, holdout=0.2, split_seed=0)
+        picked = data.train_indices[:20]
+
+        def images(seed: int, epoch: int, order: list[int], data: Any = data) -> dict[int, torch.Tensor]:
+            view = example.data.View(data.train, (seed, epoch))
+            return {i: view[i][0] for i in order}
+
+        one, reverse = images(1, 2, picked), images(1, 2, picked[::-1])
+        assert all(torch.equal(one[i], reverse[i]) for i in picked)
+        for other in (images(1, 3, picked), images(2, 2, picked)):
+            assert sum(not torch.equal(one[i], other[i]) for i in picked) > 10
+        plain = example.data.View(data.train)
+        assert plain[0][0].shape == (data.channels, data.size, data.size)
+        assert torch.equal(plain[0][0], plain[0][0])
+
+
+def test_digits_split_is_fixed_stratified_and_disjoint(example: SimpleNamespace) -> None:
+    loads = [
+        example.data.load_data("digits", root=Path(), download=False, size=8, holdout=0.2, split_seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    data, same, other = loads
+    assert data.train_indices == same.train_indices
+    assert data.test_indices == same.test_indices != other.test_indices
+    assert not set(data.train_indices) & set(data.test_indices)
+    assert sorted(data.train_indices + data.test_indices) == list(range(1797))
+    for digit in range(10):
+        members = data.train.labels.count(digit)
+        held = sum(data.test.labels[i] == digit for i in data.test_indices)
+        assert abs(held - 0.2 * members) <= 0.5
+
+
+def test_cifar10_has_its_own_test_set_and_mirrors(example: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's class stands in with ten images; the files themselves are not read here."""
+
+    def stand_in(root: str, train: bool, download: bool) -> SimpleNamespace:
+        assert not download
+        pixels = np.random.default_rng(int(train)).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+        return SimpleNamespace(data=pixels, targets=list(range(10)))
+
+    monkeypatch.setattr(example.data.torchvision.datasets, "CIFAR10", stand_in)
+    data = example.data.load_data("cifar10", root=Path(), download=False, size=None, holdout=0.2, split_seed=0)
+    assert (data.classes, data.channels, data.size) == (10, 3, 32)
+    assert data.train_indices == data.test_indices == list(range(10))
+    pixels = torch.from_numpy(stand_in("", True, False).data).permute(0, 3, 1, 2).double() / 255
+    expected = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
+    plain = torch.stack([data.train.image(i, None) for i in range(10)])
+    torch.testing.assert_close(plain.double(), expected, rtol=1e-5, atol=1e-5)
+    # Every augmented image is a shifted window of the padded image, mirrored in about half of the cases.
+    mirrored = 0
+    for key in range(40):
+        got = data.train.image(0, np.random.default_rng(key))
+        windows = torch.nn.functional.pad(data.train.pixels[0], (4,) * 4).unfold(1, 32, 1).unfold(2, 32, 1)
+        windows = (windows.permute(1, 2, 0, 3, 4) - data.train.mean) / data.train.std
+        straight = bool((windows == got).flatten(2).all(-1).any())
+        flipped = bool((windows.flip(-1) == got).flatten(2).all(-1).any())
+        assert straight != flipped
+        mirrored += flipped
+    assert 8 < mirrored < 32
+
+
+def test_folder_with_its_own_held_out_images(example: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(folder)
+    (tmp_path / "val").symlink_to(folder)
+    data = example.data.load_data(str(tmp_path), root=Path(), download=False, size=16, holdout=0.2, split_seed=0)
+    assert data.train_indices == data.test_indices == list(range(120))
+    assert data.test.image(0, None).shape == (3, 16, 16)
+
+
+def test_interval_is_students(example: SimpleNamespace) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="the reference quantiles are scipy's")
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 10, 31):
+        values = rng.normal(size=n)
+        low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+        assert example.compare.interval95(values.tolist()) == pytest.approx((high - low) / 2, rel=1e-4)
+    assert example.compare.interval95([0.5]) is None
+
+
+def test_verdict(example: SimpleNamespace) -> None:
+    comparison = example.compare.Comparison
+    equal = comparison([0, 1, 2], [0.97, 0.98, 0.99], [0.98, 0.98, 0.98])
+    assert equal.equal is True
+    assert equal.verdict().endswith("equal within the interval")
+    worse = comparison([0, 1, 2], [0.97, 0.98, 0.99], [0.90, 0.911, 0.92])
+    assert worse.equal is False
+    assert worse.verdict().endswith("NOT equal")
+    assert comparison([0, 1], [0.97, 0.98], [0.97, 0.98]).equal is True
+    assert comparison([0], [0.97], [0.98]).equal is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "no/such/place"], "there is no folder no/such/place"),
+        (["--data", "{tmp}"], "must hold one sub-folder a class"),
+        (["--data", "cifar10", "--data-root", "{tmp}"], "pass --data-root or --download"),
+        (["--data", "{folder}", "--batch", "1000"], "96 training images do not fill a batch of 1000"),
+        (["--seeds", "3"], "--seeds needs --compare"),
+        (["--holdout", "1.5"], "must lie between 0 and 1, got 1.5"),
+        (["--epochs", "0"], "must be at least 1, got 0"),
+        (["--lr", "nan"], "must be positive and finite, got nan"),
+        (["--workers", "-1"], "must not be negative, got -1"),
+        (["--arch", "vgg11"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence(
+    example: SimpleNamespace,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    given = [a.format(tmp=tmp_path, folder=folder) for a in arguments]
+    try:
+        code = example.train.main([*given, "--no-fused", "--out", str(tmp_path / "out")])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: ")
+    assert message in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said(example: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example.train.main(["--device", "cuda"]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_resume_refuses_what_is_not_its_checkpoint(
+    example: SimpleNamespace, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", str(folder), *SMALL, "--epochs", "1", "--no-fused", "--out", str(tmp_path)]
+    assert example.train.main(options) == 0
+    assert example.train.main([*options, "--resume", "--lr", "0.5"]) == 2
+    assert "was made with lr = 0.02, not 0.5" in capsys.readouterr().err
+    assert example.train.main([*options, "--resume", "--fused"]) == 2
+    assert "was made with fused = False, not True" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert example.train.main([*options, "--resume"]) == 2
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    torch.save({"something": 1}, tmp_path / "checkpoint.pt")
+    assert example.train.main([*options, "--resume"]) == 2
+    assert "is not a checkpoint of this script" in capsys.readouterr().err
