@@ -23,8 +23,8 @@ TINY = {
     "tiny.basic": Block("basic", 8, 8, 8),
     "tiny.basic.projection": Block("basic", 8, 16, 8, 2, "projection"),
     "tiny.basic.zero_pad": Block("basic", 8, 16, 8, 2, "zero_pad"),
-    "tiny.bottleneck": Block("bottleneck", 16, 4, 8),
-    "tiny.bottleneck.projection": Block("bottleneck", 8, 4, 8, 2, "projection"),
+    "tiny.bottleneck": Block("bottleneck", 32, 8, 8),
+    "tiny.bottleneck.projection": Block("bottleneck", 16, 8, 8, 2, "projection"),
 }
 
 
