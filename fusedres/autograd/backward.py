@@ -33,7 +33,9 @@ class Backward:
         if not grad_out.is_contiguous(memory_format=torch.channels_last):
             grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         self.grad_out = grad_out
-        self.entry = in_dtype(x.contiguous(memory_format=torch.channels_last), plan.dtype)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous(memory_format=torch.channels_last)
+        self.entry = in_dtype(x, plan.dtype)
         self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
         self.backend = plan.backend
         self.grads: list[Tensor | None] = [None] * len(needs)
@@ -159,7 +161,7 @@ class Backward:
         index: int,
         d: Tensor,
         sum_d: Tensor,
-        source: tuple[Tensor, Tensor | None, Tensor, int],
+        source: tuple[Tensor, Tensor | None, Tensor, int],  # of ops.bn_relu: what to centre, state, pivot, stride
         state: Tensor,
         one_pass: OnePass,
     ) -> Tensor:

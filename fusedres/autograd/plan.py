@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,8 @@ class Branch(NamedTuple):
 class Saved(NamedTuple):
     """What backward needs besides x and the parameters."""
 
-    ys: list[Tensor]  # raw convolution outputs of the units before the last
-    states: list[Tensor]  # their (4, C) states
+    ys: Sequence[Tensor]  # raw convolution outputs of the units before the last
+    states: Sequence[Tensor]  # their (4, C) states
     last: Branch
     projection: Branch | None
     mask: Tensor  # packed bits of the last ReLU

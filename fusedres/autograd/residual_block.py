@@ -65,8 +65,12 @@ class ResidualBlockFunction(torch.autograd.Function):
         source, nchw = _to_channels_last(x)
         out, saved = forward_passes(source, plan, tensors, with_mask=True)
         params = [t for i in range(0, len(tensors), UNIT_TENSORS) for t in tensors[i : i + UNIT_PARAMS]]
-        ctx.plan = plan
-        ctx.nchw = nchw
+        ctx.plan, ctx.nchw = plan, nchw
+        # What each slot of the backward's result needs: x, then the parameters of every unit.
+        needed = ctx.needs_input_grad
+        ctx.needs = [needed[0]]
+        for first in range(2, len(needed), UNIT_TENSORS):
+            ctx.needs += needed[first : first + UNIT_PARAMS]
         ctx.save_for_backward(
             x, saved.mask, *params, *_flat(saved.last), *_flat(saved.projection), *saved.ys, *saved.states
         )
@@ -76,14 +80,11 @@ class ResidualBlockFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Fused, or through the composite where the gradients are to be differentiated again."""
         plan: BlockPlan = ctx.plan
+        needs: list[bool] = ctx.needs
         depth = len(plan.units)
-        count = depth if plan.projection is None else depth + 1
-        needed = ctx.needs_input_grad
-        needs = [needed[0]]
-        for first in range(2, 2 + UNIT_TENSORS * count, UNIT_TENSORS):
-            needs += needed[first : first + UNIT_PARAMS]
-        x, mask, *rest = ctx.saved_tensors
-        params, rest = tuple(rest[: UNIT_PARAMS * count]), rest[UNIT_PARAMS * count :]
+        after_params = 1 + len(needs)
+        tensors = ctx.saved_tensors
+        x, mask, params, rest = tensors[0], tensors[1], tensors[2:after_params], tensors[after_params:]
         last, projection = _branch(*rest[:5]), _branch(*rest[5:10])
         assert last is not None
         saved = Saved(rest[10 : 9 + depth], rest[9 + depth :], last, projection, mask)

@@ -13,7 +13,7 @@ GATE_NONE, GATE_BITS, GATE_OUTPUT, GATE_RECOMPUTE = range(4)
 
 # From this size on the C library maps fresh memory page by page at each allocation: huge pages make its first touch
 # cheap. Smaller buffers come from its heap, touched before.
-_HUGE_BYTES = 8 << 20
+_HUGE_BYTES = 4 << 20
 
 
 def address(tensor: Tensor | None) -> int:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 
 
@@ -33,9 +36,10 @@ class Op:
 
     def launch(self, *args: Any) -> Any:
         """Runs the kernel on arguments that are known to be right."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if _is_compiling() or _dispatch_modes():
             return self._overload(*args)
-        return (self._kernels.get(args[-1]) or self._kernel(args[-1]))(*args[:-1])
+        *arguments, backend = args
+        return (self._kernels.get(backend) or self._kernel(backend))(*arguments)
 
     def _checked(self, *args: Any) -> Any:
         self._check(*args)
