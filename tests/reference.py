@@ -178,11 +178,6 @@ def set_mode(block: nn.Module, mode: str) -> nn.Module:
     return block
 
 
-def modes(case: Case) -> tuple[str, ...]:
-    """Training, eval, all BatchNorms frozen, and each of them frozen alone."""
-    return ("train", "eval", "frozen", *(f"frozen:{name}" for name in case.norms))
-
-
 def run(block: nn.Module, x: Tensor, grad: Tensor, autocast: torch.dtype | None = None) -> Values:
     """One forward and backward of the block as it stands; the named tensors of the file head."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()

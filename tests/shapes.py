@@ -76,6 +76,11 @@ def case(block: str, shortcut: str, planes: int = 8, stride: int | None = None, 
     return Case(block, shortcut, in_channels, planes, stride or 2, **sizes)
 
 
+def modes(case: Case) -> tuple[str, ...]:
+    """Training, eval, all BatchNorms frozen, and each of them frozen alone: see reference.set_mode."""
+    return ("train", "eval", "frozen", *(f"frozen:{name}" for name in case.norms))
+
+
 def with_size(base: Case, batch: int, height: int, width: int) -> Case:
     return replace(base, batch=batch, height=height, width=width)
 
