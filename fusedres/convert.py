@@ -79,8 +79,8 @@ def fuse(
             if _instance_forward(block):
                 continue
             block.__class__ = _FUSED[type(block)]
-        block.fused_memory = memory  # type: ignore[assignment]
-        block.fused_conv = conv  # type: ignore[assignment]
+        block.fused_memory = memory
+        block.fused_conv = conv
     return model
 
 

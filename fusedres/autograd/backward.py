@@ -14,6 +14,8 @@ from fusedres.autograd.forward import in_dtype
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, ConvBN, OnePass, Saved
 from fusedres.ops import launch
 
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
 
 class Backward:
     """One backward of a block: the gradients of x and of conv weight, BN weight, BN bias of every unit.
@@ -38,6 +40,8 @@ class Backward:
         self.entry = in_dtype(x, plan.dtype)
         self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
         self.backend = plan.backend
+        # The graph is freed behind this backward: the saved outputs may be overwritten with their gradients.
+        self.donated = not torch.compiler.is_compiling() and not _keeps_graph()
         self.grads: list[Tensor | None] = [None] * len(needs)
 
     def run(self) -> list[Tensor | None]:
@@ -117,18 +121,24 @@ class Backward:
         dtype = self.grad_out.dtype
         assert last.y is not None
         needs_sums = self._needs_sums(index) or (projection is not None and self._needs_sums(index + 1))
-        grad, grad_projection, sums = launch.bn_add_relu_backward(
+        y, projection_y = in_dtype(last.y, dtype), None if projection is None else projection.y
+        arguments = (
             self.grad_out,
             saved.mask,
-            in_dtype(last.y, dtype),
+            y,
             last.state,
             plan.units[-1].batch_statistics,
-            None if projection is None else projection.y,
+            projection_y,
             None if projection is None else projection.state,
             plan.projection is not None and plan.projection.batch_statistics,
             needs_sums,
             self.backend,
         )
+        if self.donated:
+            sums = launch.bn_add_relu_backward_(*arguments)
+            grad, grad_projection = y, projection_y
+        else:
+            grad, grad_projection, sums = launch.bn_add_relu_backward(*arguments)
         self._set_norm_grads(index, sums[1], sums[0])
         if projection is None:
             return in_dtype(grad, plan.dtype), None
@@ -141,6 +151,7 @@ class Backward:
         d, sum_d = launch.relu_backward(self.grad_out, saved.mask, self.backend)
         grad: Tensor | None = None
         grad_projection: Tensor | None = None
+        source: tuple[Tensor, Tensor | None, Tensor, int]
         if saved.last.one_pass:
             source = (saved.ys[-1], saved.states[-1], saved.last.one_pass.pivot, 1)
             grad = self._one_pass(index, d, sum_d, source, saved.last.state, saved.last.one_pass)
@@ -172,7 +183,7 @@ class Backward:
         self._set_norm_grads(index, grad_weight, sum_d)
         if self.needs[1 + UNIT_PARAMS * index]:
             self.grads[1 + UNIT_PARAMS * index] = grad_conv
-        return grad_z  # type: ignore[no-any-return]
+        return grad_z
 
     def _ordinary(self, index: int, d: Tensor, y: Tensor | None, state: Tensor, unit: ConvBN) -> Tensor:
         assert y is not None

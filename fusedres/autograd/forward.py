@@ -20,10 +20,10 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, backend: str) -> Tensor:
     _, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
     if not unit.batch_statistics:
-        return launch.bn_frozen(y, weight, bias, mean, var, unit.eps, backend)  # type: ignore[no-any-return]
+        return launch.bn_frozen(y, weight, bias, mean, var, unit.eps, backend)
     if not unit.update:
         mean = var = batches = None
-    return launch.bn_statistics(  # type: ignore[no-any-return]
+    return launch.bn_statistics(
         y, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend
     )
 
@@ -98,27 +98,54 @@ def _projection(entry: Tensor, plan: BlockPlan, unit: ConvBN, tensors: Tensors) 
     index, backend = len(plan.units), plan.backend
     if plan.one_pass[1]:
         return _one_pass(entry, None, unit.stride[0], unit, tensors, index, backend)
-    subsampled = unit.pixelwise and unit.stride != (1, 1)
-    source = launch.bn_relu(entry, None, None, unit.stride[0], backend) if subsampled else entry
+    source, subsampled = _projection_source(entry, unit, backend)
     y = convolution(source, _weight(tensors, index), unit, subsampled=subsampled)
     return y, Branch(y, _state(y, unit, tensors, index, backend), None)
 
 
+def _projection_source(entry: Tensor, unit: ConvBN, backend: str) -> tuple[Tensor, bool]:
+    if unit.pixelwise and unit.stride != (1, 1):
+        return launch.bn_relu(entry, None, None, unit.stride[0], backend), True
+    return entry, False
+
+
 def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """relu(F(x) + S(x)) where no gradient is wanted and all statistics are constants: nothing is kept."""
+    states: list[Tensor] = []
+    units = plan.units if plan.projection is None else (*plan.units, plan.projection)
+    entry = in_dtype(x[:0], plan.dtype)
+    for index, unit in enumerate(units):
+        states.append(_state(entry, unit, tensors, index, plan.backend))
+    images = plan.infer_images
+    if images >= x.shape[0]:
+        return _infer(x, plan, tensors, states, None)
+    first = _infer(x[:images], plan, tensors, states, None)
+    out = launch.empty_batch(first, x.shape[0], plan.backend)
+    out[:images] = first
+    for begin in range(images, x.shape[0], images):
+        _infer(x[begin : begin + images], plan, tensors, states, out[begin : begin + images])
+    return out
+
+
+def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
+    """The block on some images, into out where given."""
     backend = plan.backend
     h = entry = in_dtype(x, plan.dtype)
     last_index = len(plan.units) - 1
     for index in range(last_index):
         h = convolution(h, _weight(tensors, index), plan.units[index])
-        launch.bn_relu_(h, _state(h, plan.units[index], tensors, index, backend), backend)
+        launch.bn_relu_(h, states[index], backend)
     y = convolution(h, _weight(tensors, last_index), plan.units[last_index])
     del h
-    state = _state(y, plan.units[last_index], tensors, last_index, backend)
-    if plan.projection is not None:
-        shortcut, projection = _projection(entry, plan, plan.projection, tensors)
-        launch.bn_add_relu_(y, state, shortcut, projection.state, 1, False, backend)
+    if plan.projection is None:
+        y = in_dtype(y, torch.promote_types(y.dtype, x.dtype))
+        shortcut, shortcut_state, stride = in_dtype(x, y.dtype), None, plan.pad_stride
+    else:
+        source, subsampled = _projection_source(entry, plan.projection, backend)
+        shortcut = convolution(source, _weight(tensors, last_index + 1), plan.projection, subsampled=subsampled)
+        shortcut_state, stride = states[last_index + 1], 1
+    if out is None:
+        launch.bn_add_relu_(y, states[last_index], shortcut, shortcut_state, stride, False, backend)
         return y
-    y = in_dtype(y, torch.promote_types(y.dtype, x.dtype))
-    launch.bn_add_relu_(y, state, in_dtype(x, y.dtype), None, plan.pad_stride, False, backend)
-    return y
+    launch.bn_add_relu_out(y, states[last_index], shortcut, shortcut_state, stride, out, backend)
+    return out

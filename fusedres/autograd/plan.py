@@ -33,6 +33,7 @@ class BlockPlan(NamedTuple):
     projection: ConvBN | None
     pad_stride: int  # stride of an identity or zero-padded shortcut
     one_pass: tuple[bool, bool]  # last unit, projection: statistics before the convolution
+    infer_images: int  # images that inference takes through the whole block at a time
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else the input's
     backend: str
 

@@ -10,8 +10,8 @@ from fusedres.modules.fused_block import FusedBlock
 class FusedBottleneck(FusedBlock, Bottleneck):
     """torchvision's Bottleneck with its passes fused: same constructor, children, state_dict and numbers.
 
-    out = relu(BN3(conv3(relu(BN2(conv2(relu(BN1(conv1(x))))))) + S(x)), 1x1 - 3x3 - 1x1 with the stride on the 3x3, S as
-    in FusedBasicBlock (He et al. 2015, figure 5; groups and width as in ResNeXt and Wide ResNet).
+    out = relu(BN3(conv3(relu(BN2(conv2(relu(BN1(conv1(x))))))) + S(x)), 1x1, 3x3, 1x1 with stride on the 3x3, S as in
+    FusedBasicBlock (He et al. 2015, figure 5; groups and width as in ResNeXt and Wide ResNet).
 
     Shape:
         x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, 4·planes, ceil(H / stride),

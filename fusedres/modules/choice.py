@@ -1,4 +1,4 @@
-"""Where statistics before the convolution (ops.one_pass) are used: asked for with memory="min", or measured faster."""
+"""Choices between ways that give the same numbers, by shape alone: what was measured faster, or was asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import ConvBN
+
+# The products of the Gram matrix with the weight do not shrink with the batch. Below this many rows an input channel
+# they cost more than 5% of the block, and the output that they would spare is no larger than they are.
+_MIN_ROWS_A_CHANNEL = 16
+
+# Inference goes through the block some images at a time, so that its intermediates stay in cache and their memory is
+# used again: on two cores, batch 8, a 256-channel Bottleneck at 56x56 took 0.6 of the time. Below _WHOLE_BYTES it lost.
+_WHOLE_BYTES = 16 << 20
+_PART_BYTES = 8 << 20
 
 
 def one_pass_pays(
@@ -17,30 +26,32 @@ def one_pass_pays(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
 ) -> tuple[bool, bool]:
-    """Whether the last unit and the projection run one-pass.
-
-    The products of the Gram matrix with the weight do not shrink with the batch: below `_MIN_ROWS_A_CHANNEL` rows an
-    input channel they cost more than they save, and the raw output that they would spare is no larger than they are.
-    """
+    """Whether the last unit and the projection take their statistics before the convolution (ops.one_pass)."""
+    if memory != "min" and not _one_pass_is_faster(x, dtype):
+        return False, False
     rows = shape[0] * shape[2] * shape[3]
     last = tensors[6 * (len(units) - 1)]
     assert last is not None
-    choice = [_possible(units[-1], last, rows), False]
+    of_projection = False
     if projection is not None:
         weight = tensors[6 * len(units)]
         assert weight is not None
-        choice[1] = _possible(projection, weight, rows)
-    if memory != "min":
-        choice = [pays and _measured_faster(rows, x, dtype) for pays in choice]
-    return choice[0], choice[1]
-
-
-_MIN_ROWS_A_CHANNEL = 4
+        of_projection = _possible(projection, weight, rows)
+    return _possible(units[-1], last, rows), of_projection
 
 
 def _possible(unit: ConvBN, weight: Tensor, rows: int) -> bool:
     return unit.batch_statistics and unit.pixelwise and rows >= _MIN_ROWS_A_CHANNEL * weight.shape[1]
 
 
-def _measured_faster(rows: int, x: Tensor, dtype: torch.dtype) -> bool:
+def _one_pass_is_faster(x: Tensor, dtype: torch.dtype) -> bool:
     return False
+
+
+def images_at_a_time(x: Tensor, shape: tuple[int, int, int, int]) -> int:
+    """How many images inference takes through the block together."""
+    images = x.shape[0]
+    size = max(x.numel(), shape[0] * shape[1] * shape[2] * shape[3]) * x.element_size()
+    if not x.is_cpu or size < _WHOLE_BYTES:
+        return images
+    return max(1, images * _PART_BYTES // size)

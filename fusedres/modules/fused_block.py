@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedres.autograd import BlockPlan, ConvBN, count_path, run_block
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import unusual
-from fusedres.modules.choice import one_pass_pays
+from fusedres.modules.choice import images_at_a_time, one_pass_pays
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -95,7 +95,9 @@ class FusedBlock(nn.Module):
                 "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
             )
         one_pass = one_pass_pays(self.fused_memory, units, projection, tensors, x, shape, dtype)
-        return BlockPlan(tuple(units), projection, pad_stride, one_pass, dtype, backend), tuple(tensors)
+        images = images_at_a_time(x, shape)
+        plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, dtype, backend)
+        return plan, tuple(tensors)
 
 
 def _convolution_dtype(op: str, x: Tensor) -> torch.dtype:

@@ -1,10 +1,11 @@
 """The fused operators, as torch.library ops of the namespace fusedres. Each takes its backend as an argument."""
 
-from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_
-from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_relu_backward_
+from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_, bn_add_relu_out
+from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_add_relu_backward_, bn_relu_backward_
 from fusedres.ops.bn_frozen import bn_frozen
 from fusedres.ops.bn_relu import bn_relu, bn_relu_
 from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.empty_batch import empty_batch
 from fusedres.ops.gram import gram
 from fusedres.ops.one_pass import one_pass_backward, one_pass_statistics
 from fusedres.ops.relu_backward import relu_backward
@@ -14,11 +15,14 @@ __all__ = [
     "bn_add_relu",
     "bn_add_relu_",
     "bn_add_relu_backward",
+    "bn_add_relu_backward_",
+    "bn_add_relu_out",
     "bn_frozen",
     "bn_relu",
     "bn_relu_",
     "bn_relu_backward_",
     "bn_statistics",
+    "empty_batch",
     "gram",
     "one_pass_backward",
     "one_pass_statistics",

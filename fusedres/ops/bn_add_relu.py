@@ -113,3 +113,32 @@ def bn_add_relu_(
     """x = relu(scale·x + shift + S) in place; arguments, mask and errors as in bn_add_relu. Returns the mask."""
     mask: Tensor = BN_ADD_RELU_(x, state, shortcut, shortcut_state, stride, with_mask, backend)
     return mask
+
+
+def _check_out(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor, backend: str
+) -> None:
+    _check_tail(x, state, shortcut, shortcut_state, stride, False, backend)
+    _checks.same("bn_add_relu_out", "out", out, "x", x)
+
+
+BN_ADD_RELU_OUT = Op(
+    "bn_add_relu_out(Tensor x, Tensor state, Tensor shortcut, Tensor? shortcut_state, int stride, Tensor(a!) out, "
+    "str backend) -> ()",
+    "bn_add_relu",
+    _check_out,
+    lambda *_: None,
+)
+
+
+def bn_add_relu_out(
+    x: Tensor,
+    state: Tensor,
+    shortcut: Tensor,
+    out: Tensor,
+    backend: str,
+    shortcut_state: Tensor | None = None,
+    stride: int = 1,
+) -> None:
+    """relu(scale·x + shift + S) into out, like x; arguments and errors as in bn_add_relu."""
+    BN_ADD_RELU_OUT(x, state, shortcut, shortcut_state, stride, out, backend)

@@ -98,6 +98,45 @@ def bn_add_relu_backward(
     return grad_x, grad_shortcut, sums
 
 
+BN_ADD_RELU_BACKWARD_ = Op(
+    "bn_add_relu_backward_(Tensor grad, Tensor? gate, Tensor(a!) x, Tensor state, bool batch_statistics, "
+    "Tensor(b!)? shortcut_x, Tensor? shortcut_state, bool shortcut_batch_statistics, bool with_sums, str backend) "
+    "-> Tensor",
+    "bn_add_relu_backward",
+    _check_bn_add_relu_backward,
+    lambda grad, gate, x, state, *_: state.new_empty((3, x.shape[1])),
+)
+
+
+def bn_add_relu_backward_(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    backend: str,
+    *,
+    batch_statistics: bool,
+    shortcut_x: Tensor | None = None,
+    shortcut_state: Tensor | None = None,
+    shortcut_batch_statistics: bool = False,
+    with_sums: bool = True,
+) -> Tensor:
+    """bn_add_relu_backward with the gradients written over x and shortcut_x: for a last backward. Returns the sums."""
+    sums: Tensor = BN_ADD_RELU_BACKWARD_(
+        grad,
+        gate,
+        x,
+        state,
+        batch_statistics,
+        shortcut_x,
+        shortcut_state,
+        shortcut_batch_statistics,
+        with_sums,
+        backend,
+    )
+    return sums
+
+
 def _check_bn_relu_backward_(
     grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool, backend: str
 ) -> None:

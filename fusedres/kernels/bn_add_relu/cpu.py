@@ -24,6 +24,13 @@ def bn_add_relu_(
     return _launch(x, state, shortcut, shortcut_state, stride, with_mask, x)
 
 
+def bn_add_relu_out(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor
+) -> None:
+    """See fusedres.ops.bn_add_relu."""
+    _launch(x, state, shortcut, shortcut_state, stride, False, out)
+
+
 def _launch(
     x: Tensor,
     state: Tensor,

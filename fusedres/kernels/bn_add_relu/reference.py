@@ -26,3 +26,10 @@ def bn_add_relu_(
     out, mask = bn_add_relu(x, state, shortcut, shortcut_state, stride, with_mask)
     x.copy_(out)
     return mask
+
+
+def bn_add_relu_out(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor
+) -> None:
+    """See fusedres.ops.bn_add_relu."""
+    out.copy_(bn_add_relu(x, state, shortcut, shortcut_state, stride, False)[0])

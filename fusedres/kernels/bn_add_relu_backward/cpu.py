@@ -40,6 +40,34 @@ def bn_add_relu_backward(
     return grad_x, grad_shortcut, sums
 
 
+def bn_add_relu_backward_(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+    with_sums: bool,
+) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    return _launch(
+        grad,
+        gate_code(gate),
+        address(gate),
+        x,
+        state,
+        batch_statistics,
+        x,
+        shortcut_x,
+        shortcut_state,
+        shortcut_batch_statistics,
+        shortcut_x,
+        with_sums,
+    )
+
+
 def bn_relu_backward_(
     grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
 ) -> Tensor:

@@ -52,3 +52,24 @@ def bn_relu_backward_(
     sums = torch.stack((d.sum((0, 2, 3)), product, torch.zeros_like(product)))
     grad.copy_(grad_x)  # last: d may be grad itself
     return sums
+
+
+def bn_add_relu_backward_(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+    with_sums: bool,
+) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    grad_x, grad_shortcut, sums = bn_add_relu_backward(
+        grad, gate, x, state, batch_statistics, shortcut_x, shortcut_state, shortcut_batch_statistics, with_sums
+    )
+    x.copy_(grad_x)
+    if shortcut_x is not None:
+        shortcut_x.copy_(grad_shortcut)
+    return sums

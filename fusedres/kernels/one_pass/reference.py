@@ -48,19 +48,26 @@ def one_pass_backward(
     dtype = state.dtype
     rows_d = d.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
     rows_z = z.permute(0, 2, 3, 1).reshape(-1, in_channels).to(dtype)
-    count = rows_z.shape[0]
     matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
+    grad_conv, grad_weight, quadratic, constant = small_products(
+        rows_d.T @ rows_z, sum_d, matrix, state, projected, total, rows_z.shape[0]
+    )
+    grad_z = torch.addmm(constant, rows_d, state[2].unsqueeze(1) * matrix).addmm_(rows_z, quadratic, alpha=-1)
+    n, _, h, w = z.shape
+    grad_z = grad_z.to(z.dtype).view(n, h, w, in_channels).permute(0, 3, 1, 2)
+    return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
+
+
+def small_products(
+    cross: Tensor, sum_d: Tensor, matrix: Tensor, state: Tensor, projected: Tensor, total: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dW, dγ, Q and dz's constant row from G = dᵀz', none larger than the weight."""
     mean, invstd, scale, _ = state
-    cross = rows_d.T @ rows_z
     grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
     c1 = scale * sum_d / count
     c2 = scale * invstd * grad_weight / count
     grad_conv = torch.addr(scale.unsqueeze(1) * cross, c1, total, alpha=-1)
     grad_conv.addcmul_(c2.unsqueeze(1), projected, value=-count)
-    scaled = scale.unsqueeze(1) * matrix
     quadratic = (matrix * c2.unsqueeze(1)).T @ matrix
-    constant = (total @ quadratic - sum_d @ scaled) / count
-    grad_z = torch.addmm(constant, rows_d, scaled).addmm_(rows_z, quadratic, alpha=-1)
-    n, _, h, w = z.shape
-    grad_z = grad_z.to(z.dtype).view(n, h, w, in_channels).permute(0, 3, 1, 2)
-    return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
+    constant = (total @ quadratic) / count - c1 @ matrix
+    return grad_conv, grad_weight, quadratic, constant
