@@ -47,7 +47,7 @@ _use_installed_copy()
 
 from fusedres._version import __version__
 from fusedres.backends import use_backend
-from fusedres.convert import BlockReport, Report, fuse, report, unfuse
+from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse
 from fusedres.modules import FusedBasicBlock, FusedBottleneck, ZeroPadShortcut
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Report",
     "ZeroPadShortcut",
     "__version__",
+    "freeze",
     "fuse",
     "report",
     "unfuse",

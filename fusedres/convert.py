@@ -14,7 +14,7 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {BasicBlock: FusedBasicBlock, 
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library")
-_OPTIONS = ("fused_memory", "fused_conv", "_frozen")
+_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen")
 
 
 class BlockReport(NamedTuple):
@@ -97,6 +97,34 @@ def unfuse(model: nn.Module) -> nn.Module:
             block.__class__ = _STOCK[type(block)]
             for option in _OPTIONS:
                 block.__dict__.pop(option, None)
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Keeps the weights of the fused blocks folded for inference: a contract that they no longer change. In place.
+
+    Without it BatchNorm is applied from the live weights at every call, so nothing can be stale. Frozen blocks fold it
+    into the convolutions (in float32 or wider) and lay the weights out at their next call, and use that until
+    model.train() drops it. Copies and pickles of a frozen model are not frozen. Calls that want gradients, and blocks
+    whose BatchNorm takes batch statistics, run as if they were not.
+
+    Args:
+        model: in eval mode, blocks fused before.
+
+    Returns:
+        model itself.
+
+    Raises:
+        TypeError: model is not a module. ValueError: a fused block is in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
+    blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, FusedBlock)]
+    for name, block in blocks:
+        if block.training:
+            raise ValueError(f"freeze: {name or 'the block'} must be in eval mode; call model.eval() first")
+    for _, block in blocks:
+        block.fused_frozen = True
     return model
 
 

@@ -23,9 +23,7 @@ def _state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, backend: str) 
         return launch.bn_frozen(y, weight, bias, mean, var, unit.eps, backend)
     if not unit.update:
         mean = var = batches = None
-    return launch.bn_statistics(
-        y, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend
-    )
+    return launch.bn_statistics(y, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend)
 
 
 def _weight(tensors: Tensors, index: int) -> Tensor:

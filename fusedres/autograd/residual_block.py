@@ -21,7 +21,7 @@ from fusedres.autograd.composite import composite_block
 from fusedres.autograd.forward import forward_passes, infer
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Branch, OnePass, Saved
 
-# How often each path ran: fused_forward, fused_backward, composite_backward, unfused.
+# How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused.
 path_counts: Counter[str] = Counter()
 
 _CHANNELS_LAST = torch.channels_last

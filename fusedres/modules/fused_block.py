@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, ConvBN, count_path, run_block
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import unusual
 from fusedres.modules.choice import images_at_a_time, one_pass_pays
+from fusedres.modules.frozen import FrozenBlock, fold, input_kind, run_frozen
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,6 +26,7 @@ class FusedBlock(nn.Module):
 
     fused_memory: str = "auto"
     fused_conv: str = "auto"
+    fused_frozen: FrozenBlock | Literal[True] | None = None  # True: to be folded at the next call
     _conv_names: tuple[str, ...] = ()
     _norm_names: tuple[str, ...] = ()
 
@@ -49,7 +52,30 @@ class FusedBlock(nn.Module):
         if backend is None or (x.dim() == 4 and x.shape[0] == 0):
             return self._unfused(x)
         plan, tensors = self._read(x, backend)
+        if self.fused_frozen is not None and self._is_constant(x, plan, tensors):
+            if self.fused_frozen is True or self.fused_frozen.kind != input_kind(x, plan):
+                self.fused_frozen = fold(x, plan, tensors)
+            count_path("frozen_forward")
+            return run_frozen(x, plan, self.fused_frozen)
         return run_block(x, plan, tensors)
+
+    def train(self, mode: bool = True) -> Self:
+        """Also drops what fusedres.freeze kept, where mode is True."""
+        if mode:
+            self.fused_frozen = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle of a frozen block is not frozen: folds stay with the block that they were made for."""
+        return {name: value for name, value in self.__dict__.items() if name != "fused_frozen"}
+
+    @staticmethod
+    def _is_constant(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> bool:
+        """No gradient is wanted, and no statistics depend on the batch."""
+        units = plan.units if plan.projection is None else (*plan.units, plan.projection)
+        if any(unit.batch_statistics for unit in units):
+            return False
+        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *tensors))
 
     def _unfused(self, x: Tensor) -> Tensor:
         count_path("unfused")

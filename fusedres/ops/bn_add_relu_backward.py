@@ -33,7 +33,9 @@ def _check_bn_add_relu_backward(
         _checks.state(op, "shortcut_state", shortcut_state, shortcut_x)
 
 
-def _fake(grad: Tensor, gate: Tensor | None, x: Tensor, state: Tensor, _: bool, shortcut_x: Tensor | None, *__: object):
+def _fake(
+    grad: Tensor, gate: Tensor | None, x: Tensor, state: Tensor, _: bool, shortcut_x: Tensor | None, *__: object
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad_shortcut = torch.empty_like(grad_x) if shortcut_x is not None else x.new_empty(0)
     return grad_x, grad_shortcut, state.new_empty((3, x.shape[1]))

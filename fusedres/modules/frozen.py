@@ -1,0 +1,86 @@
+"""Inference with weights that no longer change: BatchNorm folded into the convolutions once, weights laid out once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd import BlockPlan, ConvBN
+from fusedres.ops import launch
+
+
+class FrozenConv(NamedTuple):
+    """A convolution with its BatchNorm folded in: weight scale⊙W in oneDNN's own layout where it serves, bias shift."""
+
+    weight: Tensor
+    bias: Tensor
+    packed: bool
+    unit: ConvBN
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale⊙(W * x) + shift, channels_last."""
+        stride, padding, dilation, groups = self.unit[:4]
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""
+            )
+        else:
+            y = torch.convolution(x, self.weight, self.bias, stride, padding, dilation, False, (0, 0), groups)
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+class FrozenBlock(NamedTuple):
+    """The folded convolutions of a block, the projection's last, for inputs of one kind."""
+
+    kind: tuple[torch.dtype, torch.device, torch.dtype]
+    convs: tuple[FrozenConv, ...]
+    identities: tuple[Tensor, ...]  # states that only apply the ReLU, one a convolution
+
+
+def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, torch.dtype]:
+    """What the folds depend on besides the weights."""
+    return x.dtype, x.device, plan.dtype
+
+
+def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> FrozenBlock:
+    """Folds every unit of a block whose statistics are constants, in float32 or wider, rounded once."""
+    units = plan.units if plan.projection is None else (*plan.units, plan.projection)
+    convs: list[FrozenConv] = []
+    identities: list[Tensor] = []
+    example = x[:0].to(plan.dtype)
+    for index, unit in enumerate(units):
+        conv_weight, weight, bias, mean, var, _ = tensors[6 * index : 6 * index + 6]
+        assert conv_weight is not None and mean is not None and var is not None
+        state = launch.bn_frozen(example, weight, bias, mean, var, unit.eps, plan.backend)
+        folded = (conv_weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(plan.dtype)
+        packed = plan.dtype is torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
+        if packed:
+            folded = torch.ops.mkldnn._reorder_convolution_weight(
+                folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, None
+            )
+        convs.append(FrozenConv(folded, state[3].to(plan.dtype), packed, unit))
+        identity = torch.zeros_like(state)
+        identity[1:3] = 1
+        identities.append(identity)
+    return FrozenBlock(input_kind(x, plan), tuple(convs), tuple(identities))
+
+
+def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
+    """relu(F(x) + S(x)) of the folded block; x in any memory format, the result in the same."""
+    backend = plan.backend
+    nchw = x.is_contiguous() or x.stride(1) != 1
+    x = x.contiguous(memory_format=torch.channels_last)
+    h = entry = x.to(plan.dtype)
+    last = len(plan.units) - 1
+    for index in range(last):
+        h = frozen.convs[index](h)
+        launch.bn_relu_(h, frozen.identities[index], backend)
+    y = frozen.convs[last](h)
+    if plan.projection is not None:
+        launch.bn_add_relu_(y, frozen.identities[last], frozen.convs[last + 1](entry), None, 1, False, backend)
+    else:
+        y = y.to(torch.promote_types(y.dtype, x.dtype))
+        launch.bn_add_relu_(y, frozen.identities[last], x.to(y.dtype), None, plan.pad_stride, False, backend)
+    return y.contiguous() if nchw else y
