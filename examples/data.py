@@ -94,7 +94,11 @@ class FolderImages:
 
     def image(self, index: int, rng: np.random.Generator | None) -> Tensor:
         """A crop of 35-100% of the image where rng is given, else its centre; (3, size, size)."""
-        picture: Any = self.folder.loader(self.folder.samples[index][0])
+        path = self.folder.samples[index][0]
+        try:
+            picture: Any = self.folder.loader(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read as an image: repair or remove it") from error
         width, height = picture.size
         if rng is None:
             scaled = TF.resize(picture, [round(self.size * 256 / 224)])

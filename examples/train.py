@@ -160,6 +160,11 @@ def train_one(
     from tqdm import tqdm
 
     trainer = Trainer(args, data, fused, seed, out, processes, log)
+    if processes.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out: {out} cannot be made a folder ({error.strerror}): pass another") from error
     if args.resume:
         trainer.restore()
     steps = trainer.batches_per_epoch
@@ -248,6 +253,8 @@ def train(args: argparse.Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
+        raise UsageError(f"--json: there is no folder {Path(args.json).parent} to write to")
     processes = start_processes(args.device)
     try:
         data = prepare_data(args, processes)
@@ -271,8 +278,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(args)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # An error from a process that loads images arrives with that process's traceback before it.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("data.UsageError: ")
+        print(f"train.py: error: {'' if rank == '0' else f'process {rank}: '}{sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume continues", file=sys.stderr)

@@ -364,6 +364,7 @@ def test_verdict(example: SimpleNamespace) -> None:
         (["--data", "{tmp}"], "must hold one sub-folder a class"),
         (["--data", "cifar10", "--data-root", "{tmp}"], "pass --data-root or --download"),
         (["--data", "{folder}", "--batch", "1000"], "96 training images do not fill a batch of 1000"),
+        (["--data", "{folder}", "--json", "{tmp}/none/x.json"], "there is no folder {tmp}/none to write to"),
         (["--seeds", "3"], "--seeds needs --compare"),
         (["--holdout", "1.5"], "must lie between 0 and 1, got 1.5"),
         (["--epochs", "0"], "must be at least 1, got 0"),
@@ -388,8 +389,32 @@ def test_bad_arguments_end_in_one_sentence(
     assert code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("train.py: error: ")
-    assert message in last
+    assert message.format(tmp=tmp_path) in last
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_is_named(
+    example: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str
+) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            (tmp_path / label / f"{i}.png").write_bytes(b"no image")
+    options = ["--data", str(tmp_path), *SMALL, "--no-fused", "--workers", workers, "--out", str(tmp_path / "out")]
+    assert example.train.main(options) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: error: {tmp_path}/")
+    assert last.endswith(".png cannot be read as an image: repair or remove it")
+
+
+def test_out_must_be_a_folder(
+    example: SimpleNamespace, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    options = ["--data", str(folder), *SMALL, "--no-fused", "--out", str(tmp_path / "file")]
+    assert example.train.main(options) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
