@@ -50,6 +50,7 @@ class Settings:
     memory: str = "auto"
     conv: str = "auto"
     backend: str | None = None
+    freeze: bool = False
     compile: bool = False
     fuse: Callable[[nn.Module], nn.Module] | None = None  # replaces fusedres.fuse, for tests
 
@@ -67,7 +68,8 @@ class Settings:
         """`module` fused in place."""
         if self.fuse:
             return self.fuse(module)
-        return fusedres.fuse(module, memory=self.memory, conv=self.conv)
+        fused = fusedres.fuse(module, memory=self.memory, conv=self.conv)
+        return fusedres.freeze(fused) if self.freeze and not module.training else fused
 
     def ran(self, module: nn.Module) -> tuple[str | None, str | None]:
         """The backend that served the fused `module`, and why it runs unfused where it does."""
@@ -219,6 +221,7 @@ def rows_of(case: Case, settings: Settings, where: dict[str, Any], bandwidth: fl
             "backend": (case.backend or "unfused") if ours else None,
             "conv": settings.conv if ours else None,
             "memory": settings.memory if ours else None,
+            "frozen": (settings.freeze and case.phase == "infer") if ours else None,
             "shape": [case.batch, block.in_channels, block.size, block.size],
             "geometry": {"planes": block.planes, "stride": block.stride, "shortcut": block.shortcut},
             "dtype": str(settings.dtype).removeprefix("torch."),
@@ -273,6 +276,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=95, help="seconds for everything, without --pairs (95)")
     parser.add_argument("--full", action="store_true", help="every stage shape, at least 30 pairs, no budget")
+    parser.add_argument("--freeze", action="store_true", help="inference with weights folded once (fusedres.freeze)")
+    parser.add_argument("--keep-pages", action="store_true", help="CPU: freed memory stays mapped (glibc)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, default mode, channels_last")
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     parser.add_argument("--plot", metavar="FILE.png", help="draw times and saved bytes relative to eager")
@@ -307,9 +312,11 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     """Runs the benchmark; returns 1, and times nothing more, when a fused block disagrees."""
     options = parse(argv)
     started = time.perf_counter()
+    if options.keep_pages and not harness.keep_pages():
+        print("note: --keep-pages has no effect here, it is glibc's")
     settings = Settings(
         torch.device(options.device), DTYPES[options.dtype], options.memory, options.conv, options.backend,
-        options.compile, fuse,
+        options.freeze, options.compile, fuse,
     )  # fmt: skip
     if settings.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -328,6 +335,8 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     rows: list[dict[str, Any]] = []
     lines = []
     for done, case in enumerate(cases):
+        if done and not options.pairs and time.perf_counter() - started > options.budget:
+            break
         progress.step(f"{case}: checking", 0)
         bench = Bench(case, settings)
         failed = [v for v in bench.check() if not v.passed]
@@ -352,6 +361,8 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
         rows += rows_of(case, settings, where, bandwidth)
         lines.append(cells(case, options.compile))
     progress.close()
+    left_out = cases[len(lines) :]
+    cases = cases[: len(lines)]
     harness.print_table(HEADER + (["compile ms", "vs compile"] if options.compile else []), lines)
     counts = [len(c.samples[BASE]) for c in cases]
     print(
@@ -359,6 +370,10 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
         f"eager/fused; outputs{' and gradients' if 'train' in phases else ''} checked against float64; "
         f"{time.perf_counter() - started:.0f} s"
     )
+    if left_out:
+        print(
+            f"note: {len(left_out)} lines left out, the {options.budget:g} s of --budget were spent: {left_out[0]} ..."
+        )
     for reason in sorted({c.unfused for c in cases if c.unfused}):
         print(f"note: {sum(c.unfused == reason for c in cases)} of {len(cases)} lines ran unfused: {reason}")
     if options.json:

@@ -3,9 +3,10 @@
     python benchmarks/bench_ops.py                         56², 28², 14² and 7², the widths of ResNet-18 and ResNet-50
     python benchmarks/bench_ops.py --ops bn_add_relu --sizes 56 --json ops.json
 
-Op and copy alternate in one run. The copy works between preallocated buffers and moves the same number of bytes; the op
-allocates its results, as it does in a model. A second pass over an argument is counted, though a cache may serve it.
-Each op is checked against the reference backend before it is timed.
+Op and copy alternate in one run. The copy works between preallocated buffers and moves the same number of bytes; the
+op allocates its results, as it does in a model. On a CPU the memory of earlier results is kept mapped, so that page
+faults of fresh memory stay out of it (--fresh-pages lets them in). A second pass over an argument is counted, though a
+cache may serve it. Each op is checked against the reference backend before it is timed.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", help="names of ops (all)")
     parser.add_argument("--backend", default="auto", help="(auto)")
     parser.add_argument("--pairs", type=int, default=30, help="rounds, each timing op and copy once (30)")
+    parser.add_argument("--fresh-pages", action="store_true", help="CPU: allocate as the C library does by itself")
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,10 +166,12 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     else:
         backend = options.backend
+    kept = device.type == "cpu" and not options.fresh_pages and harness.keep_pages()
     where = harness.machine(device)
     print(
         f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}, "
         f"{backend} backend, {options.dtype}, batch {options.batch}"
+        f"{', freed memory stays mapped' if kept else ''}"
     )
     if note := harness.busy_note(device):
         print(note)

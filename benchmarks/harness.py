@@ -11,6 +11,7 @@ page faults of freshly allocated memory included, as a user pays them.
 from __future__ import annotations
 
 import copy
+import ctypes
 import datetime
 import json
 import math
@@ -40,6 +41,7 @@ ROW_KEYS = (
     "backend",
     "conv",
     "memory",
+    "frozen",  # weights folded once, for inference
     "shape",  # of the input, N C H W
     "geometry",  # planes, stride, shortcut of a block
     "dtype",
@@ -257,6 +259,20 @@ def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
     variant = copy_variant(size, device)
     samples = interleave([variant], Timer(device), rounds=rounds)["copy"]
     return size / summarize(samples).median
+
+
+def keep_pages() -> bool:
+    """Makes the C library keep freed memory mapped, for the rest of the process; False where it cannot (not glibc).
+
+    A large allocation is otherwise mapped anew each time, and its first touch costs a page fault every 4 KiB, which on
+    virtual machines can exceed the time of a pass over it several times.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
