@@ -499,8 +499,8 @@ class CountBytes(TorchDispatchMode):
         if _moves_nothing(func):
             return result
         results = _distinct(t for t in tree_leaves(result) if isinstance(t, Tensor))
-        storages = {t.untyped_storage()._cdata for t in inputs.values()}
-        fresh = {k: t for k, t in results.items() if t.untyped_storage()._cdata not in storages}
+        storages = {_memory(t) for t in inputs.values()}
+        fresh = {k: t for k, t in results.items() if _memory(t) not in storages}
         if inputs and results and not fresh and not changed:
             return result  # a view, or an argument handed back
         only_filled = changed.keys() if _only_fills(func) else ()
@@ -523,12 +523,14 @@ class CountBytes(TorchDispatchMode):
 def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:
     found = {}
     for t in tensors:
-        if t.layout is torch.strided:
-            key = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()))
-        else:
-            key = (id(t),)
-        found.setdefault(key, t)
+        place = (t.storage_offset(), tuple(t.shape), tuple(t.stride())) if t.layout is torch.strided else ()
+        found.setdefault((_memory(t), *place), t)
     return found
+
+
+def _memory(tensor: Tensor) -> int:
+    """What two views of the same memory share; a library's opaque tensor, e.g. of packed weights, is its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _written_arguments(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
