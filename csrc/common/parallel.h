@@ -13,7 +13,7 @@ struct Chunks {
   int64_t count;  // chunks
 
   Chunks(int64_t rows, int64_t row_bytes)
-      : rows(rows), size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 512)),
+      : rows(rows), size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 256)),
         count((rows + size - 1) / size) {}
 
   int64_t begin(int64_t chunk) const { return chunk * size; }

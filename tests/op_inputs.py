@@ -1,0 +1,64 @@
+"""Inputs and comparisons shared by the tests of single ops. Every op has its oracle in float64 in its own test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# (N, C, H, W): one channel, off the 16 lanes of a block on either side, one row, many rows a channel, one pixel
+SHAPES = (
+    (2, 1, 5, 3),
+    (3, 3, 4, 4),
+    (1, 65, 9, 7),
+    (4, 127, 1, 1),
+    (2, 129, 5, 5),
+    (5, 64, 14, 13),
+    (1, 2047, 3, 2),
+)
+EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def activation(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal values of a channels_last activation, each channel with its own mean and scale."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    channels = shape[1]
+    scale = torch.rand(1, channels, 1, 1, generator=generator, dtype=torch.float64) + 0.5
+    offset = torch.randn(1, channels, 1, 1, generator=generator, dtype=torch.float64)
+    return (values * scale + offset).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def vector(channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(channels, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
+
+
+def state(channels: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """(4, C): mean, invstd, scale, shift, of either sign where that may be."""
+    mean, invstd = vector(channels, seed=seed + 10).double(), vector(channels, seed=seed + 11).double().abs() + 0.5
+    scale, shift = vector(channels, seed=seed + 12).double(), vector(channels, seed=seed + 13).double()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.stack((mean, invstd, scale, shift)).to(wide)
+
+
+def channels(v: Tensor) -> Tensor:
+    return v.double().view(1, -1, 1, 1)
+
+
+def assert_near(
+    name: str, got: Tensor, want: Tensor, terms: Tensor, dtype: torch.dtype, roundings: float = 4.0
+) -> None:
+    """|got - want| <= roundings·eps(arithmetic)·terms + half an ulp of storage, elementwise; NaN where want has it."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    storage = EPS[got.dtype] * want.abs() + (6e-8 if got.dtype == torch.float16 else 0.0)
+    bound = roundings * EPS[wide] * terms + storage
+    error = (got.double() - want).abs()
+    wrong = ~(error <= bound) & ~(want.isnan() & got.isnan()) & ~(got.double() == want)
+    if wrong.any():
+        index = torch.unravel_index((error - bound).nan_to_num(1e300).mul(wrong).argmax(), error.shape)
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} values wrong, worst at {tuple(int(i) for i in index)}: "
+            f"got {got[index].item()}, want {want[index].item()}, allowed error {bound[index].item():.3g}"
+        )

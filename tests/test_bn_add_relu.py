@@ -1,0 +1,78 @@
+"""bn_add_relu, with its mask, in place and into a given tensor, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, state
+
+from fusedres import ops
+from fusedres.kernels.reference import unpack_bits
+
+
+def _affine(x, affine):
+    return x.double() * channels(affine[2]) + channels(affine[3])
+
+
+def _terms(x, affine):
+    return x.double().abs() * channels(affine[2]).abs() + channels(affine[3]).abs()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("projection", [False, True])
+def test_same_shape(backend, dtype, shape, projection):
+    x, shortcut = activation(shape, dtype), activation(shape, dtype, seed=7)
+    affine, other = state(shape[1], dtype), state(shape[1], dtype, seed=5) if projection else None
+    got, mask = ops.bn_add_relu(x, affine, shortcut, backend, other, with_mask=True)
+    branch = _affine(shortcut, other) if projection else shortcut.double()
+    terms = _terms(x, affine) + (_terms(shortcut, other) if projection else shortcut.double().abs())
+    want = _affine(x, affine) + branch
+    assert_near("out", got, want.relu(), terms, dtype)
+    active = unpack_bits(mask, shape[1])
+    clear = want.abs() > 8 * torch.finfo(torch.float32).eps * terms
+    assert torch.equal(active[clear], (want > 0)[clear])
+    assert torch.equal(ops.bn_add_relu(x, affine, shortcut, backend, other)[0], got)
+    out = torch.empty_like(x)
+    ops.bn_add_relu_out(x, affine, shortcut, out, backend, other)
+    assert torch.equal(out, got)
+    assert torch.equal(ops.bn_add_relu_(x, affine, shortcut, backend, other, with_mask=True), mask)
+    assert torch.equal(x, got)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "h", "w", "stride"),
+    [(3, 8, 7, 5, 2), (16, 32, 6, 6, 2), (17, 40, 5, 9, 3), (4, 4, 5, 5, 2), (5, 70, 4, 4, 1)],
+)
+def test_zero_padded_shortcut(backend, dtype, c_in, c_out, h, w, stride):
+    shortcut = activation((2, c_in, h, w), dtype)
+    x = activation((2, c_out, -(-h // stride), -(-w // stride)), dtype, seed=3)
+    affine = state(c_out, dtype)
+    got, _ = ops.bn_add_relu(x, affine, shortcut, backend, stride=stride, with_mask=True)
+    branch = torch.zeros(x.shape, dtype=torch.float64)
+    branch[:, :c_in] = shortcut.double()[:, :, ::stride, ::stride]
+    assert_near("out", got, (_affine(x, affine) + branch).relu(), _terms(x, affine) + branch.abs(), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_active_and_passes(backend):
+    x, shortcut = activation((1, 20, 2, 2), torch.float32), activation((1, 20, 2, 2), torch.float32, seed=1)
+    shortcut[0, 3, 1, 1] = torch.nan
+    out, mask = ops.bn_add_relu(x, state(20, torch.float32), shortcut, backend, with_mask=True)
+    assert out.isnan().sum() == 1 and out[0, 3, 1, 1].isnan() and unpack_bits(mask, 20)[0, 3, 1, 1]
+
+
+def test_errors():
+    x = activation((2, 8, 3, 3), torch.float32)
+    affine = state(8, torch.float32)
+    with pytest.raises(ValueError, match="was the downsample branch skipped"):
+        ops.bn_add_relu(x, affine, activation((2, 8, 6, 6), torch.float32), "cpu")
+    with pytest.raises(ValueError, match="was the downsample branch skipped"):
+        ops.bn_add_relu(x, affine, activation((2, 9, 3, 3), torch.float32), "cpu")
+    with pytest.raises(TypeError, match=r"bn_add_relu: shortcut must be torch\.float32 like x"):
+        ops.bn_add_relu(x, affine, x.double(), "cpu")
+    with pytest.raises(ValueError, match="neither strided nor padded"):
+        ops.bn_add_relu(x, affine, activation((2, 4, 3, 3), torch.float32), "cpu", affine)

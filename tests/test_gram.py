@@ -1,0 +1,84 @@
+"""gram and the one-pass tail against float64 autograd of convolution + BatchNorm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_inputs import BACKENDS, DTYPES, activation, assert_near, channels, state, vector
+
+from fusedres import ops
+
+SHAPES = ((2, 1, 5, 3), (3, 3, 4, 4), (1, 65, 9, 7), (2, 129, 5, 5), (5, 64, 14, 13), (2, 33, 40, 31))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("with_state", "stride"), [(True, 1), (False, 2)])
+def test_gram(backend, dtype, shape, with_state, stride):
+    x = activation(shape, dtype)
+    affine = state(shape[1], dtype) if with_state else None
+    out, pivot, total, matrix = ops.gram(x, affine, backend, stride)
+    z = x.double()[:, :, ::stride, ::stride]
+    if affine is not None:
+        z = (z * channels(affine[2]) + channels(affine[3])).relu()
+    assert_near("z", out, z - channels(pivot), z.abs() + channels(pivot).abs() + 1, dtype, 8)
+    assert_near("pivot", pivot, z[0, :, 0, 0], z[0, :, 0, 0].abs() + 1, dtype, 8)
+    rows = out.double().permute(0, 2, 3, 1).reshape(-1, shape[1])  # of what is stored
+    assert_near("sum", total, rows.sum(0), rows.abs().sum(0), dtype, 128)
+    assert_near("gram", matrix, rows.T @ rows, rows.abs().T @ rows.abs(), dtype, 512)
+    assert backend != "cpu" or torch.equal(matrix, matrix.T)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("c_in", "c_out", "h", "w"), [(3, 12, 6, 5), (16, 64, 7, 7), (65, 33, 9, 8)])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (30.0, 1.0), (1e4, 0.1)])
+def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, w, mean, std):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, c_in, h, w, generator=generator, dtype=torch.float64) * std + mean
+    z = z.to(dtype).contiguous(memory_format=torch.channels_last)
+    conv_weight = (torch.randn(c_out, c_in, 1, 1, generator=generator, dtype=torch.float64) / c_in**0.5).to(dtype)
+    weight, bias = vector(c_out, dtype, 1), vector(c_out, dtype, 2)
+    running = [torch.zeros(c_out, dtype=dtype), torch.ones(c_out, dtype=dtype), torch.tensor(0)]
+    centred, pivot, total, matrix = ops.gram(z, None, backend)
+    count = z.numel() // c_in
+    got_state, projected = ops.one_pass_statistics(
+        conv_weight, pivot, total, matrix, count, weight, bias, *running, 0.1, 1e-5, backend
+    )
+    out = F.conv2d(centred, conv_weight) * got_state[2].view(1, -1, 1, 1) + got_state[3].view(1, -1, 1, 1)
+
+    leaves = [t.double().requires_grad_() for t in (z, conv_weight, weight, bias)]
+    want_mean, want_var = torch.zeros(c_out).double(), torch.ones(c_out).double()
+    want = F.batch_norm(F.conv2d(leaves[0], leaves[1]), want_mean, want_var, leaves[2], leaves[3], True, 0.1, 1e-5)
+    exact = 1e-6 if mean == 1e4 else 1e-11  # the oracle, not centred, loses (mean / std)² itself
+    tolerance = exact if dtype == torch.float64 else 5e-5
+
+    def close(name, a, b, scale=1.0):
+        error = ((a.double() - b).abs().max() / b.abs().max()).item()
+        assert error < tolerance * scale, f"{name}: relative error {error:.2e}"
+
+    close("out", out, want.detach())
+    close("running_mean", running[0], want_mean)
+    close("running_var", running[1], want_var)
+    assert int(running[2]) == 1
+
+    d = activation(tuple(want.shape), dtype, 5)
+    want.backward(d.double())
+    grad_z, grad_conv, grad_weight = ops.one_pass_backward(
+        d, d.sum((0, 2, 3)), centred, conv_weight, got_state, projected, total, backend
+    )
+    for name, got, leaf in zip(("z", "conv", "weight"), (grad_z, grad_conv, grad_weight), leaves, strict=False):
+        close(f"grad_{name}", got, leaf.grad, 10.0)
+
+
+def test_errors():
+    x = activation((2, 4, 3, 3), torch.float32)
+    with pytest.raises(ValueError, match="gram: x must have at least one value"):
+        ops.gram(x[:0], None, "cpu")
+    _, pivot, total, matrix = ops.gram(x, None, "cpu")
+    with pytest.raises(ValueError, match="one_pass_statistics: gram must have shape"):
+        ops.one_pass_statistics(
+            torch.ones(8, 4, 1, 1), pivot, total, matrix[:2], 18, None, None, None, None, None, 0.1, 1e-5, "cpu"
+        )
