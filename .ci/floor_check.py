@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fusedres
 
@@ -47,9 +48,14 @@ def main() -> None:
         with torch.inference_mode():
             check(f"{name} inference", [fused.eval()(images)], [eager.eval()(images)])
 
-    model = fusedres.fuse(torchvision.models.resnet18(num_classes=10).double())
-    compiled = torch.compile(model, backend="aot_eager")  # not fullgraph: torch 2.11 does not trace context variables
-    check("resnet18 compiled train step", train_step(compiled, images, labels), train_step(model, images, labels))
+    for block in (BasicBlock(8, 8), Bottleneck(32, 8)):
+        model = fusedres.fuse(nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten())).double()
+        for size in (6, 1):  # at 1x1 both memory formats are one
+            torch.compiler.reset()
+            compiled = torch.compile(model, backend="aot_eager")  # torch 2.11 traces no context variable: no fullgraph
+            images = torch.randn(4, block.conv1.in_channels, size, size, dtype=torch.float64)
+            name = f"{type(block).__name__} compiled, {size}x{size}"
+            check(name, train_step(compiled, images, labels), train_step(model, images, labels))
 
 
 if __name__ == "__main__":
