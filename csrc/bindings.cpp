@@ -27,9 +27,13 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-DType dtype_of(int code) { return static_cast<DType>(code); }
+DType dtype_of(int code) {
+  return static_cast<DType>(code);
+}
 
-Gate gate_of(int kind, Address data) { return {static_cast<GateKind>(kind), pointer<const void>(data)}; }
+Gate gate_of(int kind, Address data) {
+  return {static_cast<GateKind>(kind), pointer<const void>(data)};
+}
 
 py::dict build_info() {
   py::dict info;
@@ -62,8 +66,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info);
 
-  m.def(
-      "advise_huge_pages", [](Address data, size_t bytes) { advise_huge_pages(pointer(data), bytes); }, release);
+  m.def("advise_huge_pages", [](Address data, size_t bytes) { advise_huge_pages(pointer(data), bytes); }, release);
 
   m.def(
       "bn_statistics",
@@ -71,36 +74,50 @@ PYBIND11_MODULE(_C, m) {
          Address bias, int bias_dtype, Address running_mean, int running_mean_dtype, Address running_var,
          int running_var_dtype, Address num_batches_tracked, bool cumulative, double momentum, double eps,
          int threads) {
-        bn_statistics({pointer<const void>(x), dtype_of(dtype), rows, channels, pointer(state),
+        bn_statistics({pointer<const void>(x),
+                       dtype_of(dtype),
+                       rows,
+                       channels,
+                       pointer(state),
                        {pointer(weight), dtype_of(weight_dtype)},
                        {pointer(bias), dtype_of(bias_dtype)},
                        {pointer(running_mean), dtype_of(running_mean_dtype)},
                        {pointer(running_var), dtype_of(running_var_dtype)},
-                       pointer<int64_t>(num_batches_tracked), cumulative, momentum, eps, threads});
+                       pointer<int64_t>(num_batches_tracked),
+                       cumulative,
+                       momentum,
+                       eps,
+                       threads});
       },
       release);
 
-  m.def("bn_frozen", [](int dtype, int64_t channels, Address state, Address weight, int weight_dtype, Address bias,
-                        int bias_dtype, Address running_mean, int running_mean_dtype, Address running_var,
-                        int running_var_dtype, double eps) {
-    BnStatisticsParams params{};
-    params.dtype = dtype_of(dtype);
-    params.channels = channels;
-    params.state = pointer(state);
-    params.weight = {pointer(weight), dtype_of(weight_dtype)};
-    params.bias = {pointer(bias), dtype_of(bias_dtype)};
-    params.running_mean = {pointer(running_mean), dtype_of(running_mean_dtype)};
-    params.running_var = {pointer(running_var), dtype_of(running_var_dtype)};
-    params.eps = eps;
-    bn_frozen(params);
-  });
+  m.def("bn_frozen",
+        [](int dtype, int64_t channels, Address state, Address weight, int weight_dtype, Address bias, int bias_dtype,
+           Address running_mean, int running_mean_dtype, Address running_var, int running_var_dtype, double eps) {
+          BnStatisticsParams params{};
+          params.dtype = dtype_of(dtype);
+          params.channels = channels;
+          params.state = pointer(state);
+          params.weight = {pointer(weight), dtype_of(weight_dtype)};
+          params.bias = {pointer(bias), dtype_of(bias_dtype)};
+          params.running_mean = {pointer(running_mean), dtype_of(running_mean_dtype)};
+          params.running_var = {pointer(running_var), dtype_of(running_var_dtype)};
+          params.eps = eps;
+          bn_frozen(params);
+        });
 
   m.def(
       "bn_relu",
       [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t channels,
          Address state, Address pivot, Address out, int threads) {
-        bn_relu({pointer<const void>(x), dtype_of(dtype), {batch, height, width, stride}, channels,
-                 pointer<const void>(state), pointer<const void>(pivot), pointer(out), threads});
+        bn_relu({pointer<const void>(x),
+                 dtype_of(dtype),
+                 {batch, height, width, stride},
+                 channels,
+                 pointer<const void>(state),
+                 pointer<const void>(pivot),
+                 pointer(out),
+                 threads});
       },
       release);
 
@@ -109,9 +126,17 @@ PYBIND11_MODULE(_C, m) {
       [](Address x, int dtype, int64_t channels, Address state, Address shortcut, int64_t batch, int64_t height,
          int64_t width, int64_t stride, int64_t shortcut_channels, Address shortcut_state, Address out, Address mask,
          int threads) {
-        bn_add_relu({pointer<const void>(x), dtype_of(dtype), channels, pointer<const void>(state),
-                     pointer<const void>(shortcut), {batch, height, width, stride}, shortcut_channels,
-                     pointer<const void>(shortcut_state), pointer(out), pointer<uint8_t>(mask), threads});
+        bn_add_relu({pointer<const void>(x),
+                     dtype_of(dtype),
+                     channels,
+                     pointer<const void>(state),
+                     pointer<const void>(shortcut),
+                     {batch, height, width, stride},
+                     shortcut_channels,
+                     pointer<const void>(shortcut_state),
+                     pointer(out),
+                     pointer<uint8_t>(mask),
+                     threads});
       },
       release);
 
@@ -122,11 +147,16 @@ PYBIND11_MODULE(_C, m) {
          bool shortcut_batch_statistics, Address shortcut_grad_x, Address sums, bool reduce, bool elementwise,
          int threads) {
         const BnAddReluBackwardParams params{
-            pointer<const void>(grad), dtype_of(dtype), rows, channels, gate_of(gate_kind, gate),
+            pointer<const void>(grad),
+            dtype_of(dtype),
+            rows,
+            channels,
+            gate_of(gate_kind, gate),
             {pointer<const void>(x), pointer<const void>(state), pointer(grad_x), batch_statistics},
             {pointer<const void>(shortcut_x), pointer<const void>(shortcut_state), pointer(shortcut_grad_x),
              shortcut_batch_statistics},
-            pointer(sums), threads};
+            pointer(sums),
+            threads};
         if (reduce) bn_add_relu_backward_reduce(params);
         if (elementwise) bn_add_relu_backward_elementwise(params);
       },
@@ -145,8 +175,14 @@ PYBIND11_MODULE(_C, m) {
       "shortcut_grad",
       [](Address grad_x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t x_channels,
          Address grad, int64_t channels, int gate_kind, Address gate, int threads) {
-        shortcut_grad({pointer(grad_x), dtype_of(dtype), {batch, height, width, stride}, x_channels,
-                       pointer<const void>(grad), channels, gate_of(gate_kind, gate), threads});
+        shortcut_grad({pointer(grad_x),
+                       dtype_of(dtype),
+                       {batch, height, width, stride},
+                       x_channels,
+                       pointer<const void>(grad),
+                       channels,
+                       gate_of(gate_kind, gate),
+                       threads});
       },
       release);
 
@@ -154,8 +190,16 @@ PYBIND11_MODULE(_C, m) {
       "gram",
       [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t channels,
          Address state, Address out, Address pivot, Address sum, Address gram_matrix, int threads) {
-        gram({pointer<const void>(x), dtype_of(dtype), {batch, height, width, stride}, channels,
-              pointer<const void>(state), pointer(out), pointer(pivot), pointer(sum), pointer(gram_matrix), threads});
+        gram({pointer<const void>(x),
+              dtype_of(dtype),
+              {batch, height, width, stride},
+              channels,
+              pointer<const void>(state),
+              pointer(out),
+              pointer(pivot),
+              pointer<double>(sum),
+              pointer<double>(gram_matrix),
+              threads});
       },
       release);
 }

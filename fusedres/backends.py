@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 BACKENDS = ("auto", "reference", "cpu")
 
 # Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
@@ -45,13 +47,19 @@ def use_backend(name: str) -> Iterator[None]:
         _selected.reset(token)
 
 
+@torch.compiler.assume_constant_result
+def _current() -> str:
+    """The selected name; what is compiled keeps the one it was compiled under."""
+    return _selected.get()
+
+
 def backend_for(device_type: str) -> str | None:
     """The backend that serves a device in this context, or None where nothing is verified for it.
 
     Raises:
         RuntimeError: the selected backend does not serve this device.
     """
-    name = _selected.get()
+    name = _current()
     if name == "auto":
         return _VERIFIED.get(device_type)
     if device_type not in _DEVICES.get(name, (device_type,)):

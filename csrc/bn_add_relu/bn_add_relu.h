@@ -9,7 +9,7 @@ struct BnAddReluParams {
   const void* x;  // [rows, channels], rows = shortcut_map.out_rows()
   DType dtype;
   int64_t channels;
-  const void* state;  // [4, channels] arithmetic type: mean, invstd, scale, shift
+  const void* state;     // [4, channels] arithmetic type: mean, invstd, scale, shift
   const void* shortcut;  // [batch, height, width, shortcut_channels] of shortcut_map
   RowMap shortcut_map;
   int64_t shortcut_channels;   // at most channels; the channels beyond get no shortcut (zero padding)

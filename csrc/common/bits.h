@@ -17,7 +17,9 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline float bf16_to_float(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline float bf16_to_float(uint16_t bits) {
+  return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 
 inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);

@@ -15,8 +15,8 @@ namespace fusedres {
 
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
-Isa best_isa();      // what the processor supports
-Isa current_isa();   // best_isa() unless FUSEDRES_ISA=portable|avx2|avx512 asks for a lower one
+Isa best_isa();     // what the processor supports
+Isa current_isa();  // best_isa() unless FUSEDRES_ISA=portable|avx2|avx512 asks for a lower one
 const char* isa_name(Isa isa);
 
 // Picks the entry of a function table for the current instruction set.
@@ -32,8 +32,7 @@ F* select_isa(F* portable, [[maybe_unused]] F* avx2, [[maybe_unused]] F* avx512)
 }  // namespace fusedres
 
 #if FUSEDRES_X86
-#define FUSEDRES_SELECT_ISA(function) \
-  ::fusedres::select_isa(&portable::function, &avx2::function, &avx512::function)
+#define FUSEDRES_SELECT_ISA(function) ::fusedres::select_isa(&portable::function, &avx2::function, &avx512::function)
 #else
 #define FUSEDRES_SELECT_ISA(function) (&portable::function)
 #endif

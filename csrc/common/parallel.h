@@ -13,7 +13,8 @@ struct Chunks {
   int64_t count;  // chunks
 
   Chunks(int64_t rows, int64_t row_bytes)
-      : rows(rows), size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 256)),
+      : rows(rows),
+        size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 256)),
         count((rows + size - 1) / size) {}
 
   int64_t begin(int64_t chunk) const { return chunk * size; }
@@ -23,7 +24,9 @@ struct Chunks {
 // Work below this many bytes runs on the calling thread: waking the others costs more.
 constexpr int64_t kSerialBytes = 1 << 16;
 
-inline int threads_for(int64_t bytes, int threads) { return bytes < kSerialBytes ? 1 : std::max(threads, 1); }
+inline int threads_for(int64_t bytes, int threads) {
+  return bytes < kSerialBytes ? 1 : std::max(threads, 1);
+}
 
 // Calls body(index) for every index in [0, count), contiguous ranges a thread.
 template <class Body>

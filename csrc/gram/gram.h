@@ -12,13 +12,13 @@ struct GramParams {
   int64_t channels;
   const void* state;  // [4, channels] arithmetic type: mean, invstd, scale, shift; null: no affine and no ReLU
   void* out;          // [map.out_rows(), channels]: z - pivot
-  void* pivot;        // [channels] arithmetic type: the first row of z
-  void* sum;          // [channels] arithmetic type: Σ(z - pivot)
-  void* gram;         // [channels, channels] arithmetic type: Σ(z - pivot)(z - pivot)ᵀ
+  void* pivot;        // [channels] arithmetic type: the average of the first rows of z
+  double* sum;        // [channels]: Σ(z - pivot)
+  double* gram;       // [channels, channels]: Σ(z - pivot)(z - pivot)ᵀ
   int threads;
 };
 
-// z = relu(scale·x + shift) of every stride-th pixel, centred on its first row, with its column sums and Gram matrix:
+// z = relu(scale·x + shift) of every stride-th pixel, centred on a pivot, with its column sums and Gram matrix:
 // the statistics of any 1x1 convolution of z follow from them before it runs.
 void gram(const GramParams& params);
 

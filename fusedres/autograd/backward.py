@@ -37,6 +37,7 @@ class Backward:
         self.grad_out = grad_out
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
+        self.x_dtype = x.dtype
         self.entry = in_dtype(x, plan.dtype)
         self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
         self.backend = plan.backend
@@ -76,8 +77,9 @@ class Backward:
                 return self.grads
             grad = previous
         if plan.projection is None:
-            grad = in_dtype(grad, self.grad_out.dtype)
-            launch.shortcut_grad_(grad, self.grad_out, saved.mask, plan.pad_stride, backend)
+            grad = in_dtype(grad, self.x_dtype)  # under autocast x may be wider: both terms are added in its dtype
+            grad_out = in_dtype(self.grad_out, self.x_dtype)
+            launch.shortcut_grad_(grad, grad_out, saved.mask, plan.pad_stride, backend)
         elif shortcut is not None:
             launch.shortcut_grad_(grad, shortcut[0], None, shortcut[1], backend)
         self.grads[0] = grad
@@ -118,10 +120,9 @@ class Backward:
         if last.one_pass or (projection is not None and projection.one_pass):
             return self._tail_one_pass()
         index = len(plan.units) - 1
-        dtype = self.grad_out.dtype
         assert last.y is not None
         needs_sums = self._needs_sums(index) or (projection is not None and self._needs_sums(index + 1))
-        y, projection_y = in_dtype(last.y, dtype), None if projection is None else projection.y
+        y, projection_y = last.y, None if projection is None else projection.y
         arguments = (
             self.grad_out,
             saved.mask,
@@ -141,7 +142,7 @@ class Backward:
             grad, grad_projection, sums = launch.bn_add_relu_backward(*arguments)
         self._set_norm_grads(index, sums[1], sums[0])
         if projection is None:
-            return in_dtype(grad, plan.dtype), None
+            return grad, None
         self._set_norm_grads(index + 1, sums[2], sums[0])
         return grad, grad_projection
 
@@ -178,7 +179,7 @@ class Backward:
     ) -> Tensor:
         z = launch.bn_relu(*source, self.backend)
         grad_z, grad_conv, grad_weight = launch.one_pass_backward(
-            in_dtype(d, z.dtype), sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total, self.backend
+            d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total, self.backend
         )
         self._set_norm_grads(index, grad_weight, sum_d)
         if self.needs[1 + UNIT_PARAMS * index]:
@@ -188,10 +189,10 @@ class Backward:
     def _ordinary(self, index: int, d: Tensor, y: Tensor | None, state: Tensor, unit: ConvBN) -> Tensor:
         assert y is not None
         sums = launch.bn_relu_backward_(
-            d, in_dtype(y, d.dtype), state, False, unit.batch_statistics, self._needs_sums(index), self.backend
+            d, y, state, False, unit.batch_statistics, self._needs_sums(index), self.backend
         )
         self._set_norm_grads(index, sums[1], sums[0])
-        return in_dtype(d, self.plan.dtype)
+        return d
 
     def _projection_convolution(self, grad: Tensor | None) -> tuple[Tensor, int] | None:
         """The gradient that the projection sends to x, with the stride of the pixels it reaches."""

@@ -48,5 +48,5 @@ def composite_block(
     z = conv_bn(h, plan.units[-1], len(plan.units) - 1)
     if plan.projection is not None:
         return (z + conv_bn(x, plan.projection, len(plan.units))).relu()
-    shortcut = x[:, :, :: plan.pad_stride, :: plan.pad_stride]
+    shortcut = x.to(z.dtype)[:, :, :: plan.pad_stride, :: plan.pad_stride]
     return (z + F.pad(shortcut, (0, 0, 0, 0, 0, z.shape[1] - shortcut.shape[1]))).relu()

@@ -73,8 +73,7 @@ def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool
     del h
 
     if plan.projection is None:
-        y = in_dtype(y, torch.promote_types(y.dtype, x.dtype))
-        shortcut, projection, stride = in_dtype(x, y.dtype), None, plan.pad_stride
+        shortcut, projection, stride = entry, None, plan.pad_stride
     else:
         shortcut, projection = _projection(entry, plan, plan.projection, tensors)
         stride = 1
@@ -136,8 +135,7 @@ def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], o
     y = convolution(h, _weight(tensors, last_index), plan.units[last_index])
     del h
     if plan.projection is None:
-        y = in_dtype(y, torch.promote_types(y.dtype, x.dtype))
-        shortcut, shortcut_state, stride = in_dtype(x, y.dtype), None, plan.pad_stride
+        shortcut, shortcut_state, stride = entry, None, plan.pad_stride
     else:
         source, subsampled = _projection_source(entry, plan.projection, backend)
         shortcut = convolution(source, _weight(tensors, last_index + 1), plan.projection, subsampled=subsampled)

@@ -74,10 +74,11 @@ class ResidualBlockFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x, saved.mask, *params, *_flat(saved.last), *_flat(saved.projection), *saved.ys, *saved.states
         )
-        return out.contiguous() if nchw else out
+        # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
+        return out.contiguous() if nchw and not out.is_contiguous() else out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Fused, or through the composite where the gradients are to be differentiated again."""
         plan: BlockPlan = ctx.plan
         needs: list[bool] = ctx.needs

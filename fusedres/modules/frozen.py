@@ -81,6 +81,5 @@ def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
     if plan.projection is not None:
         launch.bn_add_relu_(y, frozen.identities[last], frozen.convs[last + 1](entry), None, 1, False, backend)
     else:
-        y = y.to(torch.promote_types(y.dtype, x.dtype))
-        launch.bn_add_relu_(y, frozen.identities[last], x.to(y.dtype), None, plan.pad_stride, False, backend)
+        launch.bn_add_relu_(y, frozen.identities[last], entry, None, plan.pad_stride, False, backend)
     return y.contiguous() if nchw else y

@@ -85,14 +85,25 @@ class FusedBlock(nn.Module):
     def _read(self, x: Tensor, backend: str) -> tuple[BlockPlan, tuple[Tensor | None, ...]]:
         """The plan of this call and its tensors, after every check: nothing is computed or updated before."""
         op = type(self).__name__
-        dtype = _convolution_dtype(op, x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = _convolution_dtype(op, x, autocast)
         modules = self.__dict__["_modules"]
         units: list[ConvBN] = []
         tensors: list[Tensor | None] = []
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         for conv_name, norm_name in zip(self._conv_names, self._norm_names, strict=True):
             shape = _add_unit(
-                op, conv_name, modules[conv_name], norm_name, modules[norm_name], x, dtype, shape, units, tensors
+                op,
+                conv_name,
+                modules[conv_name],
+                norm_name,
+                modules[norm_name],
+                x,
+                dtype,
+                autocast,
+                shape,
+                units,
+                tensors,
             )
         downsample = modules.get("downsample")
         projection: ConvBN | None = None
@@ -101,7 +112,9 @@ class FusedBlock(nn.Module):
         if type(downsample) is nn.Sequential:
             conv, norm = downsample
             ends: list[ConvBN] = []
-            reached = _add_unit(op, "downsample.0", conv, "downsample.1", norm, x, dtype, reached, ends, tensors)
+            reached = _add_unit(
+                op, "downsample.0", conv, "downsample.1", norm, x, dtype, autocast, reached, ends, tensors
+            )
             projection = ends[0]
         elif downsample is not None:
             if x.shape[1] != downsample.in_channels:
@@ -126,7 +139,7 @@ class FusedBlock(nn.Module):
         return plan, tuple(tensors)
 
 
-def _convolution_dtype(op: str, x: Tensor) -> torch.dtype:
+def _convolution_dtype(op: str, x: Tensor, autocast: bool) -> torch.dtype:
     if x.dim() != 4:
         raise ValueError(
             f"{op}: x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}; add a batch dimension"
@@ -135,9 +148,8 @@ def _convolution_dtype(op: str, x: Tensor) -> torch.dtype:
         raise TypeError(
             f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}; convert it, e.g. x.float()"
         )
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
+    if autocast and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
@@ -149,6 +161,7 @@ def _add_unit(
     norm: Any,
     x: Tensor,
     dtype: torch.dtype,
+    autocast: bool,
     shape: tuple[int, int, int, int],
     units: list[ConvBN],
     tensors: list[Tensor | None],
@@ -163,7 +176,7 @@ def _add_unit(
         )
     if conv_weight.device != x.device:
         raise RuntimeError(f"{op}: {conv_name}.weight must be on {x.device} like x, got {conv_weight.device}; move one")
-    if conv_weight.dtype is not x.dtype and conv_weight.dtype is not dtype and dtype is x.dtype:
+    if conv_weight.dtype is not x.dtype and not autocast:
         raise TypeError(
             f"{op}: {conv_name}.weight must be {x.dtype} like x, got {conv_weight.dtype}; convert one or use autocast"
         )

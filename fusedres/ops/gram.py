@@ -23,7 +23,7 @@ def _fake(x: Tensor, state: Tensor | None, stride: int, backend: str) -> tuple[T
     shape = (n, c, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     vector = x.new_empty(c, dtype=_checks.arithmetic_dtype(x))
-    return out, vector, torch.empty_like(vector), vector.new_empty((c, c))
+    return out, vector, vector.new_empty(c, dtype=torch.float64), vector.new_empty((c, c), dtype=torch.float64)
 
 
 GRAM = Op(
@@ -44,8 +44,8 @@ def gram(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tupl
         stride: every stride-th pixel in height and width is taken.
 
     Returns:
-        z − t (N, C, ceil(H / stride), ceil(W / stride)) channels_last in x's dtype; t (C,), s (C,) and G (C, C),
-        float64 for float64 x, else float32. s and G are those of z − t as stored (rounded).
+        z − t (N, C, ceil(H / stride), ceil(W / stride)) channels_last in x's dtype; t (C,), float64 for float64 x, else
+        float32, the average of the first rows of z; s (C,) and G (C, C) in float64, those of z − t as stored (rounded).
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.

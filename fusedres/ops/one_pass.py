@@ -41,8 +41,8 @@ def _check_statistics(
     op = "one_pass_statistics"
     channels, in_channels = conv_weight.shape[:2]
     _checks.dense(op, "pivot", pivot, (in_channels,), pivot.dtype, conv_weight)
-    _checks.dense(op, "total", total, (in_channels,), pivot.dtype, conv_weight)
-    _checks.dense(op, "gram", gram, (in_channels, in_channels), pivot.dtype, conv_weight)
+    _checks.dense(op, "total", total, (in_channels,), torch.float64, conv_weight)
+    _checks.dense(op, "gram", gram, (in_channels, in_channels), torch.float64, conv_weight)
     for name, vector in (
         ("weight", weight),
         ("bias", bias),
@@ -134,7 +134,7 @@ def _check_backward(
     dtype = _checks.arithmetic_dtype(d)
     _checks.dense(op, "state", state, (4, channels), dtype, d)
     _checks.dense(op, "projected", projected, (channels, in_channels), dtype, d)
-    _checks.dense(op, "total", total, (in_channels,), dtype, d)
+    _checks.dense(op, "total", total, (in_channels,), torch.float64, d)
     _checks.dense(op, "sum_d", sum_d, (channels,), dtype, d)
     if d.shape[1] != channels or z.shape[1] != in_channels or d.shape[2:] != z.shape[2:]:
         raise ValueError(

@@ -63,6 +63,7 @@ def small_products(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dW, dγ, Q and dz's constant row from G = dᵀz', none larger than the weight."""
     mean, invstd, scale, _ = state
+    total = total.to(state.dtype)
     grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
     c1 = scale * sum_d / count
     c2 = scale * invstd * grad_weight / count
