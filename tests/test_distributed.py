@@ -1,0 +1,17 @@
+"""DistributedDataParallel over fused blocks: two processes with gloo. One start of the processes serves every check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+def test_two_processes(tmp_path: Path) -> None:
+    """Two forwards before a backward, averaged gradients, uneven batches, SyncBatchNorm: as the stock blocks."""
+    assert len(distributed_worker.CHECKS) == 4
+    mp.spawn(distributed_worker.main, args=(2, str(tmp_path)), nprocs=2)
