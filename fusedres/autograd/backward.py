@@ -6,13 +6,15 @@ own gradient last, straight from grad_out and the mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fusedres.autograd.convolution import convolution_backward
 from fusedres.autograd.forward import in_dtype
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, ConvBN, OnePass, Saved
-from fusedres.ops import launch
+from fusedres.ops.launch import launches
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -40,14 +42,14 @@ class Backward:
         self.x_dtype = x.dtype
         self.entry = in_dtype(x, plan.dtype)
         self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
-        self.backend = plan.backend
+        self.launch = launches(plan.backend)
         # The graph is freed behind this backward: the saved outputs may be overwritten with their gradients.
         self.donated = not torch.compiler.is_compiling() and not _keeps_graph()
         self.grads: list[Tensor | None] = [None] * len(needs)
 
     def run(self) -> list[Tensor | None]:
         """The gradients, in the order of `needs`."""
-        plan, saved, backend = self.plan, self.saved, self.backend
+        plan, saved = self.plan, self.saved
         grad, grad_projection = self._tail()
         shortcut = self._projection_convolution(grad_projection)
         del grad_projection
@@ -56,18 +58,12 @@ class Backward:
         for index in range(last - 1 if saved.last.one_pass else last, -1, -1):
             unit = plan.units[index]
             if index < last:
-                sums = launch.bn_relu_backward_(
-                    grad,
-                    saved.ys[index],
-                    saved.states[index],
-                    True,
-                    unit.batch_statistics,
-                    self._needs_sums(index),
-                    backend,
+                sums = self.launch.bn_relu_backward_(
+                    grad, saved.ys[index], saved.states[index], True, unit.batch_statistics, self._needs_sums(index)
                 )
-                self._set_norm_grads(index, sums[1], sums[0])
+                self._set_norm_grads(index, sums)
             if index > 0:
-                h = launch.bn_relu(saved.ys[index - 1], saved.states[index - 1], None, 1, backend)
+                h = self.launch.bn_relu(saved.ys[index - 1], saved.states[index - 1], None, 1)
                 need_h = any(self.needs[: 1 + UNIT_PARAMS * index])
             else:
                 h, need_h = self.entry, self.needs[0]
@@ -79,9 +75,9 @@ class Backward:
         if plan.projection is None:
             grad = in_dtype(grad, self.x_dtype)  # under autocast x may be wider: both terms are added in its dtype
             grad_out = in_dtype(self.grad_out, self.x_dtype)
-            launch.shortcut_grad_(grad, grad_out, saved.mask, plan.pad_stride, backend)
+            self.launch.shortcut_grad_(grad, grad_out, saved.mask, plan.pad_stride)
         elif shortcut is not None:
-            launch.shortcut_grad_(grad, shortcut[0], None, shortcut[1], backend)
+            self.launch.shortcut_grad_(grad, shortcut[0], None, shortcut[1])
         self.grads[0] = grad
         return self.grads
 
@@ -93,12 +89,13 @@ class Backward:
     def _needs_sums(self, index: int) -> bool:
         return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
 
-    def _set_norm_grads(self, index: int, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    def _set_norm_grads(self, index: int, sums: Tensor | Sequence[Tensor], of_weight: int = 1) -> None:
+        """From sums: Σd in row 0, Σd·x̂ in row of_weight."""
         slot = UNIT_PARAMS * index
         if self.needs[slot + 2]:
-            self.grads[slot + 2] = in_dtype(grad_weight, self.params[slot + 1].dtype)  # type: ignore[union-attr]
+            self.grads[slot + 2] = in_dtype(sums[of_weight], self.params[slot + 1].dtype)  # type: ignore[union-attr]
         if self.needs[slot + 3]:
-            self.grads[slot + 3] = in_dtype(grad_bias, self.params[slot + 2].dtype)  # type: ignore[union-attr]
+            self.grads[slot + 3] = in_dtype(sums[0], self.params[slot + 2].dtype)  # type: ignore[union-attr]
 
     def _convolution(
         self, index: int, unit: ConvBN, grad: Tensor, h: Tensor, need_h: bool, subsampled: bool = False
@@ -133,23 +130,22 @@ class Backward:
             None if projection is None else projection.state,
             plan.projection is not None and plan.projection.batch_statistics,
             needs_sums,
-            self.backend,
         )
         if self.donated:
-            sums = launch.bn_add_relu_backward_(*arguments)
+            sums = self.launch.bn_add_relu_backward_(*arguments)
             grad, grad_projection = y, projection_y
         else:
-            grad, grad_projection, sums = launch.bn_add_relu_backward(*arguments)
-        self._set_norm_grads(index, sums[1], sums[0])
+            grad, grad_projection, sums = self.launch.bn_add_relu_backward(*arguments)
+        self._set_norm_grads(index, sums)
         if projection is None:
             return grad, None
-        self._set_norm_grads(index + 1, sums[2], sums[0])
+        self._set_norm_grads(index + 1, sums, 2)
         return grad, grad_projection
 
     def _tail_one_pass(self) -> tuple[Tensor, Tensor | None]:
         plan, saved = self.plan, self.saved
         index = len(plan.units) - 1
-        d, sum_d = launch.relu_backward(self.grad_out, saved.mask, self.backend)
+        d, sum_d = self.launch.relu_backward(self.grad_out, saved.mask)
         grad: Tensor | None = None
         grad_projection: Tensor | None = None
         source: tuple[Tensor, Tensor | None, Tensor, int]
@@ -177,21 +173,19 @@ class Backward:
         state: Tensor,
         one_pass: OnePass,
     ) -> Tensor:
-        z = launch.bn_relu(*source, self.backend)
-        grad_z, grad_conv, grad_weight = launch.one_pass_backward(
-            d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total, self.backend
+        z = self.launch.bn_relu(*source)
+        grad_z, grad_conv, grad_weight = self.launch.one_pass_backward(
+            d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total
         )
-        self._set_norm_grads(index, grad_weight, sum_d)
+        self._set_norm_grads(index, (sum_d, grad_weight))
         if self.needs[1 + UNIT_PARAMS * index]:
             self.grads[1 + UNIT_PARAMS * index] = grad_conv
         return grad_z
 
     def _ordinary(self, index: int, d: Tensor, y: Tensor | None, state: Tensor, unit: ConvBN) -> Tensor:
         assert y is not None
-        sums = launch.bn_relu_backward_(
-            d, y, state, False, unit.batch_statistics, self._needs_sums(index), self.backend
-        )
-        self._set_norm_grads(index, sums[1], sums[0])
+        sums = self.launch.bn_relu_backward_(d, y, state, False, unit.batch_statistics, self._needs_sums(index))
+        self._set_norm_grads(index, sums)
         return d
 
     def _projection_convolution(self, grad: Tensor | None) -> tuple[Tensor, int] | None:
@@ -203,6 +197,6 @@ class Backward:
             return grad, unit.stride[0]
         subsampled = unit.pixelwise and unit.stride != (1, 1)
         stride = unit.stride[0] if subsampled else 1
-        h = launch.bn_relu(self.entry, None, None, stride, self.backend) if subsampled else self.entry
+        h = self.launch.bn_relu(self.entry, None, None, stride) if subsampled else self.entry
         grad_h = self._convolution(len(self.plan.units), unit, grad, h, self.needs[0], subsampled)
         return None if grad_h is None else (grad_h, stride)

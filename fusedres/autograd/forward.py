@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedres.autograd.convolution import convolution
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, OnePass, Saved
-from fusedres.ops import launch
+from fusedres.ops.launch import Launches, launches
 
 Tensors = tuple[Tensor | None, ...]  # UNIT_TENSORS of every unit, one after the other
 
@@ -17,13 +17,13 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, backend: str) -> Tensor:
+def _state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, launch: Launches) -> Tensor:
     _, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
     if not unit.batch_statistics:
-        return launch.bn_frozen(y, weight, bias, mean, var, unit.eps, backend)
+        return launch.bn_frozen(y, weight, bias, mean, var, unit.eps)
     if not unit.update:
         mean = var = batches = None
-    return launch.bn_statistics(y, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend)
+    return launch.bn_statistics(y, weight, bias, mean, var, batches, unit.momentum, unit.eps)
 
 
 def _weight(tensors: Tensors, index: int) -> Tensor:
@@ -33,24 +33,24 @@ def _weight(tensors: Tensors, index: int) -> Tensor:
 
 
 def _one_pass(
-    h: Tensor, state: Tensor | None, stride: int, unit: ConvBN, tensors: Tensors, index: int, backend: str
+    h: Tensor, state: Tensor | None, stride: int, unit: ConvBN, tensors: Tensors, index: int, launch: Launches
 ) -> tuple[Tensor, Branch]:
     """The raw convolution of the centred input, and the branch's end. With a state h is raw: relu(BN(h)) is meant."""
     conv_weight, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
     assert conv_weight is not None
     if not unit.update:
         mean = var = batches = None
-    z, pivot, total, gram = launch.gram(h, state, stride, backend)
+    z, pivot, total, gram = launch.gram(h, state, stride)
     count = z.numel() // z.shape[1]
     end_state, projected = launch.one_pass_statistics(
-        conv_weight, pivot, total, gram, count, weight, bias, mean, var, batches, unit.momentum, unit.eps, backend
+        conv_weight, pivot, total, gram, count, weight, bias, mean, var, batches, unit.momentum, unit.eps
     )
     return convolution(z, conv_weight, unit, subsampled=True), Branch(None, end_state, OnePass(pivot, total, projected))
 
 
 def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool) -> tuple[Tensor, Saved]:
     """relu(F(x) + S(x)), and what its backward needs."""
-    backend = plan.backend
+    launch = launches(plan.backend)
     entry = in_dtype(x, plan.dtype)
     ys: list[Tensor] = []
     states: list[Tensor] = []
@@ -59,17 +59,17 @@ def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool
     for index in range(last_index):
         unit = plan.units[index]
         y = convolution(h, _weight(tensors, index), unit)
-        state = _state(y, unit, tensors, index, backend)
+        state = _state(y, unit, tensors, index, launch)
         ys.append(y)
         states.append(state)
         if index + 1 < last_index or not plan.one_pass[0]:
-            h = launch.bn_relu(y, state, None, 1, backend)
+            h = launch.bn_relu(y, state, None, 1)
     unit = plan.units[last_index]
     if plan.one_pass[0]:
-        y, last = _one_pass(ys[-1], states[-1], 1, unit, tensors, last_index, backend)
+        y, last = _one_pass(ys[-1], states[-1], 1, unit, tensors, last_index, launch)
     else:
         y = convolution(h, _weight(tensors, last_index), unit)
-        last = Branch(y, _state(y, unit, tensors, last_index, backend), None)
+        last = Branch(y, _state(y, unit, tensors, last_index, launch), None)
     del h
 
     if plan.projection is None:
@@ -81,43 +81,44 @@ def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool
 
     # The result goes into a raw convolution output that nobody saves, where there is one.
     if last.y is None:
-        mask = launch.bn_add_relu_(y, last.state, shortcut, shortcut_state, stride, with_mask, backend)
+        mask = launch.bn_add_relu_(y, last.state, shortcut, shortcut_state, stride, with_mask)
         return y, Saved(ys, states, last, projection, mask)
     if projection is not None and projection.y is None:
-        mask = launch.bn_add_relu_(shortcut, projection.state, y, last.state, 1, with_mask, backend)
+        mask = launch.bn_add_relu_(shortcut, projection.state, y, last.state, 1, with_mask)
         return shortcut, Saved(ys, states, last, projection, mask)
-    out, mask = launch.bn_add_relu(y, last.state, shortcut, shortcut_state, stride, with_mask, backend)
+    out, mask = launch.bn_add_relu(y, last.state, shortcut, shortcut_state, stride, with_mask)
     return out, Saved(ys, states, last, projection, mask)
 
 
 def _projection(entry: Tensor, plan: BlockPlan, unit: ConvBN, tensors: Tensors) -> tuple[Tensor, Branch]:
     """The projection's raw convolution and its end. A strided 1x1 reads every stride-th pixel: taken out before."""
-    index, backend = len(plan.units), plan.backend
+    index, launch = len(plan.units), launches(plan.backend)
     if plan.one_pass[1]:
-        return _one_pass(entry, None, unit.stride[0], unit, tensors, index, backend)
-    source, subsampled = _projection_source(entry, unit, backend)
+        return _one_pass(entry, None, unit.stride[0], unit, tensors, index, launch)
+    source, subsampled = _projection_source(entry, unit, launch)
     y = convolution(source, _weight(tensors, index), unit, subsampled=subsampled)
-    return y, Branch(y, _state(y, unit, tensors, index, backend), None)
+    return y, Branch(y, _state(y, unit, tensors, index, launch), None)
 
 
-def _projection_source(entry: Tensor, unit: ConvBN, backend: str) -> tuple[Tensor, bool]:
+def _projection_source(entry: Tensor, unit: ConvBN, launch: Launches) -> tuple[Tensor, bool]:
     if unit.pixelwise and unit.stride != (1, 1):
-        return launch.bn_relu(entry, None, None, unit.stride[0], backend), True
+        return launch.bn_relu(entry, None, None, unit.stride[0]), True
     return entry, False
 
 
 def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """relu(F(x) + S(x)) where no gradient is wanted and all statistics are constants: nothing is kept."""
+    launch = launches(plan.backend)
     states: list[Tensor] = []
     units = plan.units if plan.projection is None else (*plan.units, plan.projection)
     entry = in_dtype(x[:0], plan.dtype)
     for index, unit in enumerate(units):
-        states.append(_state(entry, unit, tensors, index, plan.backend))
+        states.append(_state(entry, unit, tensors, index, launch))
     images = plan.infer_images
     if images >= x.shape[0]:
         return _infer(x, plan, tensors, states, None)
     first = _infer(x[:images], plan, tensors, states, None)
-    out = launch.empty_batch(first, x.shape[0], plan.backend)
+    out = launch.empty_batch(first, x.shape[0])
     out[:images] = first
     for begin in range(images, x.shape[0], images):
         _infer(x[begin : begin + images], plan, tensors, states, out[begin : begin + images])
@@ -126,22 +127,22 @@ def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
 
 def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
     """The block on some images, into out where given."""
-    backend = plan.backend
+    launch = launches(plan.backend)
     h = entry = in_dtype(x, plan.dtype)
     last_index = len(plan.units) - 1
     for index in range(last_index):
         h = convolution(h, _weight(tensors, index), plan.units[index])
-        launch.bn_relu_(h, states[index], backend)
+        launch.bn_relu_(h, states[index])
     y = convolution(h, _weight(tensors, last_index), plan.units[last_index])
     del h
     if plan.projection is None:
         shortcut, shortcut_state, stride = entry, None, plan.pad_stride
     else:
-        source, subsampled = _projection_source(entry, plan.projection, backend)
+        source, subsampled = _projection_source(entry, plan.projection, launch)
         shortcut = convolution(source, _weight(tensors, last_index + 1), plan.projection, subsampled=subsampled)
         shortcut_state, stride = states[last_index + 1], 1
     if out is None:
-        launch.bn_add_relu_(y, states[last_index], shortcut, shortcut_state, stride, False, backend)
+        launch.bn_add_relu_(y, states[last_index], shortcut, shortcut_state, stride, False)
         return y
-    launch.bn_add_relu_out(y, states[last_index], shortcut, shortcut_state, stride, out, backend)
+    launch.bn_add_relu_out(y, states[last_index], shortcut, shortcut_state, stride, out)
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import BlockPlan, ConvBN
-from fusedres.ops import launch
+from fusedres.ops.launch import launches
 
 
 class FrozenConv(NamedTuple):
@@ -49,11 +49,12 @@ def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Froz
     units = plan.units if plan.projection is None else (*plan.units, plan.projection)
     convs: list[FrozenConv] = []
     identities: list[Tensor] = []
+    launch = launches(plan.backend)
     example = x[:0].to(plan.dtype)
     for index, unit in enumerate(units):
         conv_weight, weight, bias, mean, var, _ = tensors[6 * index : 6 * index + 6]
         assert conv_weight is not None and mean is not None and var is not None
-        state = launch.bn_frozen(example, weight, bias, mean, var, unit.eps, plan.backend)
+        state = launch.bn_frozen(example, weight, bias, mean, var, unit.eps)
         folded = (conv_weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(plan.dtype)
         packed = plan.dtype is torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
         if packed:
@@ -69,17 +70,17 @@ def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Froz
 
 def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
     """relu(F(x) + S(x)) of the folded block; x in any memory format, the result in the same."""
-    backend = plan.backend
+    launch = launches(plan.backend)
     nchw = x.is_contiguous() or x.stride(1) != 1
     x = x.contiguous(memory_format=torch.channels_last)
     h = entry = x.to(plan.dtype)
     last = len(plan.units) - 1
     for index in range(last):
         h = frozen.convs[index](h)
-        launch.bn_relu_(h, frozen.identities[index], backend)
+        launch.bn_relu_(h, frozen.identities[index])
     y = frozen.convs[last](h)
     if plan.projection is not None:
-        launch.bn_add_relu_(y, frozen.identities[last], frozen.convs[last + 1](entry), None, 1, False, backend)
+        launch.bn_add_relu_(y, frozen.identities[last], frozen.convs[last + 1](entry), None, 1, False)
     else:
-        launch.bn_add_relu_(y, frozen.identities[last], entry, None, plan.pad_stride, False, backend)
+        launch.bn_add_relu_(y, frozen.identities[last], entry, None, plan.pad_stride, False)
     return y.contiguous() if nchw else y

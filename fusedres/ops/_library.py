@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 
 
 class Op:
     """An op of the namespace fusedres whose last argument names the backend.
 
-    Called, it goes through torch's dispatcher and checks its arguments. `launch` is for callers that have checked
-    them: the same arguments, straight to the kernel, unless torch.compile or a dispatch mode must see the op.
+    Called, it goes through torch's dispatcher and checks its arguments; see launch.py for callers that have.
     """
 
     def __init__(self, schema: str, folder: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
@@ -34,18 +30,15 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self._overload(*args)
 
-    def launch(self, *args: Any) -> Any:
-        """Runs the kernel on arguments that are known to be right."""
-        if _is_compiling() or _dispatch_modes():
-            return self._overload(*args)
-        *arguments, backend = args
-        return (self._kernels.get(backend) or self._kernel(backend))(*arguments)
+    def dispatched(self, backend: str) -> Callable[..., Any]:
+        """The op through torch's dispatcher, of one backend."""
+        return lambda *args: self._overload(*args, backend)
 
     def _checked(self, *args: Any) -> Any:
         self._check(*args)
-        return self._kernel(args[-1])(*args[:-1])
+        return self.kernel(args[-1])(*args[:-1])
 
-    def _kernel(self, backend: str) -> Callable[..., Any]:
+    def kernel(self, backend: str) -> Callable[..., Any]:
         """fusedres.kernels.<folder>.<backend>.<name>, imported at first use."""
         kernel = self._kernels.get(backend)
         if kernel is None:
