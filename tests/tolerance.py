@@ -15,9 +15,10 @@ roundoff of the accumulator: rounding one partial sum costs at most u_acc·sum |
 about log2(n) of them, up to 10 here, of either sign; 8 of them of one sign are not to be expected. u_store is the
 unit roundoff of what is kept in memory; 4 deviations of a Gaussian are passed by 6 of 100,000 values.
 
-Measured: stock blocks against their oracle without any help from factor·err(eager), in the other memory format and
-on two threads, reach 0.67 of the floor in float64 and, with that help, 0.40 in float32 and bfloat16; test_tolerance.py
-repeats a part of it. Masks that rounding flips are not covered: reference.separate keeps pre-activations off zero.
+Measured over 15,264 errors a dtype (11,424 in bfloat16), stock blocks in one memory format against eager in the other:
+what is left of the error after factor·err(eager) reaches 0.79 of the floor in float64, where eager helps least, 0.53 in
+float32, 0.33 in bfloat16 and 0.32 in float16; test_tolerance.py repeats a part. Masks that rounding flips are not
+covered: reference.separate keeps pre-activations off zero.
 
 What took no part in a reduction (statistics that are not updated, counters, empty batches) must equal eager's bit by
 bit; infinities and NaN must be where eager has them.
@@ -84,7 +85,7 @@ def complaint(
     *,
     dtype: torch.dtype,
 ) -> str | None:
-    """What is wrong with one tensor, or None. `spread` defaults to sqrt of the largest part of `terms`: |ref|."""
+    """What is wrong with one tensor, or None. `spread` defaults to |ref|: one rounding of the result."""
     if got.shape != eager.shape or got.dtype != eager.dtype:
         return f"{name}: {tuple(got.shape)} {got.dtype}, eager has {tuple(eager.shape)} {eager.dtype}"
     if terms is None or not got.is_floating_point():
