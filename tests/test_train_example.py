@@ -246,6 +246,31 @@ def test_random_states_come_back(example: SimpleNamespace) -> None:
         example.checkpoint.set_rng_state(kept, device)
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_the_fused_network(
+    example: SimpleNamespace, folder: Path, tmp_path: Path, amp: str
+) -> None:
+    args = example.train.parse(["--data", str(folder), *SMALL, "--amp", amp])
+    processes = example.trainer.Processes(0, 1, torch.device("cpu"))
+    data = example.train.prepare_data(args, processes)
+    trainer = example.trainer.Trainer(args, data, True, 0, tmp_path, processes, sys.stderr)
+    assert trainer.blocks_fused == 4
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    batch = torch.stack([data.train.image(i, None) for i in range(0, 120, 15)])
+    labels = torch.tensor([data.train.labels[i] for i in range(0, 120, 15)])
+    for _ in range(16):  # fp16: steps are skipped until the scale of the loss fits
+        trainer.step(*trainer.to_device(batch, labels))
+        if trainer.scheduler.last_epoch > 0:
+            break
+    assert trainer.scheduler.last_epoch == 1
+    loss, _, images = trainer.sums.tolist()
+    assert 0.1 < loss / images < 10  # about ln(2) before the first step
+    for name, p in trainer.model.named_parameters():
+        assert p.dtype == torch.float32
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[name]), name
+
+
 def test_loss_scaler_skips_and_is_restored(example: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
     args = example.train.parse(["--data", str(folder), *SMALL, "--amp", "fp16", "--no-fused"])
     processes = example.trainer.Processes(0, 1, torch.device("cpu"))
