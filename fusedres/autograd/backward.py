@@ -89,11 +89,11 @@ class Backward:
     def _needs_sums(self, index: int) -> bool:
         return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
 
-    def _set_norm_grads(self, index: int, sums: Tensor | Sequence[Tensor], of_weight: int = 1) -> None:
-        """From sums: Σd in row 0, Σd·x̂ in row of_weight."""
+    def _set_norm_grads(self, index: int, sums: Tensor | Sequence[Tensor]) -> None:
+        """From Σd and Σd·x̂."""
         slot = UNIT_PARAMS * index
         if self.needs[slot + 2]:
-            self.grads[slot + 2] = in_dtype(sums[of_weight], self.params[slot + 1].dtype)  # type: ignore[union-attr]
+            self.grads[slot + 2] = in_dtype(sums[1], self.params[slot + 1].dtype)  # type: ignore[union-attr]
         if self.needs[slot + 3]:
             self.grads[slot + 3] = in_dtype(sums[0], self.params[slot + 2].dtype)  # type: ignore[union-attr]
 
@@ -139,7 +139,7 @@ class Backward:
         self._set_norm_grads(index, sums)
         if projection is None:
             return grad, None
-        self._set_norm_grads(index + 1, sums, 2)
+        self._set_norm_grads(index + 1, (sums[0].clone(), sums[2]))  # no two gradients share memory
         return grad, grad_projection
 
     def _tail_one_pass(self) -> tuple[Tensor, Tensor | None]:
@@ -177,7 +177,7 @@ class Backward:
         grad_z, grad_conv, grad_weight = self.launch.one_pass_backward(
             d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total
         )
-        self._set_norm_grads(index, (sum_d, grad_weight))
+        self._set_norm_grads(index, (sum_d.clone(), grad_weight))  # the other branch may hand out sum_d too
         if self.needs[1 + UNIT_PARAMS * index]:
             self.grads[1 + UNIT_PARAMS * index] = grad_conv
         return grad_z

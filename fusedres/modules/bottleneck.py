@@ -17,8 +17,9 @@ class FusedBottleneck(FusedBlock, Bottleneck):
         x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, 4·planes, ceil(H / stride),
         ceil(W / stride)) in x's memory format; channels_last is the fast one.
 
-    Saved for backward: x, the raw convolution outputs, one bit an element. With memory="min" (and wherever it measured
-    faster) conv3's and the projection's outputs, the largest tensors, are not saved: ops.one_pass.
+    Saved for backward: x, the raw convolution outputs, one bit an element. With memory="min" conv3's and the
+    projection's outputs, the largest tensors, are not saved where there are 16 rows or more an input channel:
+    ops.one_pass.
 
     Raises:
         ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.

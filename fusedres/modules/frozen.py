@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.autograd import BlockPlan, ConvBN
+from fusedres.autograd import UNIT_TENSORS, BlockPlan, ConvBN
 from fusedres.ops.launch import launches
 
 
@@ -52,7 +52,7 @@ def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Froz
     launch = launches(plan.backend)
     example = x[:0].to(plan.dtype)
     for index, unit in enumerate(units):
-        conv_weight, weight, bias, mean, var, _ = tensors[6 * index : 6 * index + 6]
+        conv_weight, weight, bias, mean, var, _ = tensors[UNIT_TENSORS * index : UNIT_TENSORS * (index + 1)]
         assert conv_weight is not None and mean is not None and var is not None
         state = launch.bn_frozen(example, weight, bias, mean, var, unit.eps)
         folded = (conv_weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(plan.dtype)

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from fusedres.autograd import BlockPlan, ConvBN, count_path, run_block
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import unusual
-from fusedres.modules.choice import images_at_a_time, one_pass_pays
+from fusedres.modules.choice import images_at_a_time, one_pass_units
 from fusedres.modules.frozen import FrozenBlock, fold, input_kind, run_frozen
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -133,7 +133,7 @@ class FusedBlock(nn.Module):
                 f"{op}: the shortcut must have shape {shape} like the residual branch, got {reached}; "
                 "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
             )
-        one_pass = one_pass_pays(self.fused_memory, units, projection, tensors, x, shape, dtype)
+        one_pass = one_pass_units(self.fused_memory, units, projection, tensors, shape)
         images = images_at_a_time(x, shape)
         plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, dtype, backend)
         return plan, tuple(tensors)

@@ -20,7 +20,8 @@ def bn_statistics(
 ) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     dtype = arithmetic_dtype(x.dtype)
-    var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+    wide = x.to(dtype)
+    mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)  # not var_mean: its mean of infinities is NaN
     count = x.numel() // x.shape[1]
     update_running(mean, var, count, running_mean, running_var, num_batches_tracked, momentum)
     return normalisation(mean, var, weight, bias, eps)
