@@ -79,7 +79,7 @@ class ResidualBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Fused, or through the composite where the gradients are to be differentiated again."""
+        """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
         plan: BlockPlan = ctx.plan
         needs: list[bool] = ctx.needs
         depth = len(plan.units)
@@ -89,7 +89,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         last, projection = _branch(*rest[:5]), _branch(*rest[5:10])
         assert last is not None
         saved = Saved(rest[10 : 9 + depth], rest[9 + depth :], last, projection, mask)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(grad_out):
             count_path("composite_backward")
             grads = _differentiable(grad_out, x, plan, params, saved, needs)
         else:
@@ -105,6 +105,14 @@ class ResidualBlockFunction(torch.autograd.Function):
             result += grads[slot : slot + UNIT_PARAMS]
             result += (None, None, None)
         return tuple(result)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """A batch of gradients of vmap or of autograd.grad(is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return False
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def _flat(branch: Branch | None) -> tuple[Tensor | None, ...]:
@@ -137,7 +145,9 @@ def _differentiable(
     if saved.projection is not None:
         states.append(saved.projection.state)
     constants = [None if unit.batch_statistics else state for unit, state in zip(units, states, strict=True)]
-    out = composite_block(x, plan, params, constants)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = composite_block(x, plan, params, constants)
     inputs = [tensor for tensor, need in zip((x, *params), needs, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=True))
+    found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))
     return [next(found) if need else None for need in needs]
