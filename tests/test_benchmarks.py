@@ -426,7 +426,7 @@ def test_bench_ops_measures_every_op(tmp_path, capsys, harness):
     assert bench_ops.main([*small, "--json", str(path)]) == 0
     out = capsys.readouterr().out
     rows = json.loads(path.read_text())
-    unit, mask, vectors = 4 * 2 * 16 * 4 * 4, 2 * 16 * 4 * 4 // 8, 4 * 16 * 32
+    unit, mask, vectors = 4 * 2 * 16 * 4 * 4, 2 * 16 * 4 * 4 // 8, 4 * 16 * 32 + 8 * 16 * 16  # the Gram matrix
     # Tensors that each op reads and writes, and masks of one bit an element; a reduction before an elementwise pass
     # reads its operands once more.
     passes = {

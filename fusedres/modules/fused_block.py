@@ -119,7 +119,8 @@ class FusedBlock(nn.Module):
         elif downsample is not None:
             if x.shape[1] != downsample.in_channels:
                 raise ValueError(
-                    f"{op}: x must have {downsample.in_channels} channels for downsample, got shape {tuple(x.shape)}"
+                    f"{op}: x must have {downsample.in_channels} channels for downsample, got shape {tuple(x.shape)}; "
+                    f"use ZeroPadShortcut({x.shape[1]}, ...)"
                 )
             pad_stride = downsample.stride
             reached = (
@@ -172,7 +173,8 @@ def _add_unit(
     groups = conv.groups
     if shape[1] != in_channels * groups:
         raise ValueError(
-            f"{op}: the input of {conv_name} must have {in_channels * groups} channels (dim 1), got shape {shape}"
+            f"{op}: {'x' if shape == x.shape else 'its input'} must have {in_channels * groups} channels (dim 1) for "
+            f"{conv_name}, got shape {shape}; give it a convolution of {shape[1]} input channels, or another input"
         )
     if conv_weight.device != x.device:
         raise RuntimeError(f"{op}: {conv_name}.weight must be on {x.device} like x, got {conv_weight.device}; move one")
@@ -184,7 +186,9 @@ def _add_unit(
     height = (shape[2] + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     width = (shape[3] + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
     if height < 1 or width < 1:
-        raise ValueError(f"{op}: the input of {conv_name} must be larger than its kernel, got shape {shape}")
+        raise ValueError(
+            f"{op}: the input of {conv_name} must be larger than its kernel, got shape {shape}; use larger images"
+        )
 
     parameters, buffers = norm.__dict__["_parameters"], norm.__dict__["_buffers"]
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
@@ -195,7 +199,8 @@ def _add_unit(
             continue
         if vector.shape != (out_channels,):
             raise ValueError(
-                f"{op}: {norm_name} must have {out_channels} channels like {conv_name}, got {tuple(vector.shape)}"
+                f"{op}: {norm_name} must have {out_channels} channels like {conv_name}, got {tuple(vector.shape)}; "
+                f"replace it by BatchNorm2d({out_channels})"
             )
         if vector.dtype is not dtype and vector.dtype is not torch.float32:
             raise TypeError(f"{op}: {norm_name} must be {dtype} or float32, got {vector.dtype}; convert it")

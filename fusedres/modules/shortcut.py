@@ -26,6 +26,9 @@ class ZeroPadShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
+            if not isinstance(value, int):
+                raise TypeError(f"ZeroPadShortcut: {name} must be an int, got {value!r}")
         if out_channels < in_channels or in_channels < 1:
             raise ValueError(
                 f"ZeroPadShortcut: out_channels must be at least in_channels ({in_channels}) >= 1, got {out_channels}; "
