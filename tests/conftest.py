@@ -1,15 +1,14 @@
-"""One seed, one thread a pytest-xdist worker, and settings restored after each test."""
+"""One seed, one thread, and settings restored after each test."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Shapes are too small to split, and waiting threads would slow down whatever else runs; tests of threads set their own.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -517,6 +517,7 @@ def test_functional_call_uses_the_given_parameters() -> None:
     torch.testing.assert_close(twin(x), block(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 def test_forward_mode_and_batched_transforms_match() -> None:
     """jvp and vmap over a fused block in eval are those of the stock block."""
     block, x, tangent = stock_case(case("basic", "identity"), torch.float64, mode="eval")

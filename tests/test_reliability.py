@@ -287,6 +287,7 @@ def test_saved_tensor_hooks_see_and_may_replace_everything() -> None:
             assert all(torch.equal(value, packed[name]) for name, value in plain.items()), case
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_anomaly_detection_finds_nothing() -> None:
     for case in CORE:
         block, x, grad = stock_case(case)
@@ -294,11 +295,9 @@ def test_anomaly_detection_finds_nothing() -> None:
             run(fused_twin(block), x, grad)
 
 
-@pytest.mark.parametrize("case", CORE, ids=label)
+@pytest.mark.parametrize("case", [case for case in CORE if case.shortcut == "identity"], ids=label)
 def test_fused_blocks_run_as_stock_in_a_sequence(case: Case) -> None:
     """Blocks in a row, each input the output of the block before: nothing of one is overwritten by the next."""
-    if case.shortcut != "identity":
-        pytest.skip("only an identity block can follow itself")
     blocks = []
     for seed in range(4):
         block, x, grad = stock_case(Case(**{**vars(case), "seed": seed}), torch.float64)
