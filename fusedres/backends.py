@@ -9,14 +9,16 @@ from contextvars import ContextVar
 
 import torch
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 
 # Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
 # runs the unfused composition of torch's own operators.
 _VERIFIED = {"cpu": "cpu"}
 
-# Device types that a backend serves; the reference composite serves all.
-_DEVICES = {"cpu": ("cpu",)}
+# Device types that a backend serves; the reference composite serves all. Triton's interpreter takes CPU tensors; on meta
+# tensors its launches are only recorded.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")}
 
 
 def _checked(name: str, source: str) -> str:
@@ -35,7 +37,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the verified kernels of the device; the default), ``"reference"`` (readable PyTorch, any
-            device), or ``"cpu"`` (C++, CPU tensors). The environment variable ``FUSEDRES_BACKEND`` sets the default.
+            device), ``"cpu"`` (C++, CPU tensors), or ``"triton"`` (NVIDIA GPUs; CPU tensors where Python was started
+            with ``TRITON_INTERPRET=1``). The environment variable ``FUSEDRES_BACKEND`` sets the default.
 
     Raises:
         ValueError: the name is none of these.

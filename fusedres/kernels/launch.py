@@ -1,0 +1,133 @@
+"""The one place where Triton kernels start: device guard, compile options, and a record of what was launched.
+
+A kernel folder's triton.py holds the kernels and their launchers; its configs.py maps a problem to the candidates of its
+tile sizes. Launchers take `choose(candidates)`, allocate, and call `launch`.
+
+Roles by name: a kernel's pointer argument that it writes is called out or out_…, every other one is only read. Tensors
+are passed as views of what is touched (x[:, :, ::2, ::2] where a stride leaves pixels out), strides as numbers beside
+them, so the bytes that a launch moves can be summed from its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Kernels run in Triton's interpreter, on CPU tensors, when Python started with TRITON_INTERPRET=1.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# Shared memory that one program may use on sm_90, in bytes.
+SHARED_MEMORY_LIMIT = 232_448
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of one launch by the kernel's constexpr names, and what the compiler needs beside them."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __getitem__(self, block: str) -> int:
+        return self.blocks[block]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was made: the kernel, its arguments by name, the config taken and those it could have taken."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    config: Config
+    candidates: Sequence[Config]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's function name."""
+        return str(self.kernel.fn.__name__)
+
+    def bytes(self) -> int:
+        """Memory moved: every distinct tensor read once and every distinct tensor written once."""
+        seen: dict[tuple[Any, ...], int] = {}
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor):
+                written = name.startswith("out")
+                storage = value.untyped_storage()._cdata
+                key = (written, storage, value.storage_offset(), tuple(value.shape), value.stride())
+                seen[key] = value.numel() * value.element_size()
+        return sum(seen.values())
+
+
+@dataclass
+class _Record:
+    launches: list[Launch] = field(default_factory=list)
+
+
+_record: ContextVar[_Record | None] = ContextVar("fusedres_record", default=None)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collects every launch made inside; on meta tensors nothing but the record is made."""
+    record = _Record()
+    token = _record.set(record)
+    try:
+        yield record.launches
+    finally:
+        _record.reset(token)
+
+
+def choose(candidates: Sequence[Config]) -> Config:
+    """The config to launch with: the first, by which configs.py orders until a GPU has measured them."""
+    return candidates[0]
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config, candidates: Sequence[Config] = ()
+) -> None:
+    """Runs kernel[grid](**arguments) with the config's blocks on the tensors' device and its current stream."""
+    record = _record.get()
+    if record is not None:
+        record.launches.append(Launch(kernel, arguments, config, candidates or (config,), grid))
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    if device.type == "meta":
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _run(kernel, grid, arguments, config)
+    else:
+        _run(kernel, grid, arguments, config)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config) -> None:
+    kernel[grid](
+        **arguments,
+        **config.blocks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,  # its default differs between Triton versions
+    )
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's precision for float32 operands, as torch's own convolutions take it; other dtypes ignore it."""
+    tf32 = dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else "ieee"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at one a multiprocessor; off a GPU what an H100 has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
