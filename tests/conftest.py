@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter; read when triton is first imported, which torch puts off.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Shapes are too small to split, and waiting threads would slow down whatever else runs; tests of threads set their own.
 torch.set_num_threads(1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (N, C, H, W): one channel, off the 16 lanes of a block on either side, one row, many rows a channel, one pixel
 SHAPES = (
@@ -18,6 +19,17 @@ SHAPES = (
     (1, 2047, 3, 2),
 )
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def device(backend: str, dtype: torch.dtype = torch.float32) -> str:
+    """Where a backend's kernels run here; skips what no kernel can show here."""
+    if backend != "triton":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly, and there is no GPU")
+    return "cpu"
 
 
 def activation(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
