@@ -1,0 +1,42 @@
+"""The weight gradient of a convolution in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from fusedres.kernels.reference import affine, arithmetic_dtype, gated, per_channel
+
+
+def conv_wgrad(
+    grad: Tensor,
+    gate: Tensor | None,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    input: Tensor,
+    input_state: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """See fusedres.ops.conv_wgrad; one split."""
+    wide = arithmetic_dtype(grad.dtype)
+    dy, h = grad, input
+    if y is not None and coefficients is not None:
+        a, c1, mean, k = (per_channel(row) for row in coefficients)
+        dy = (a * (gated(grad, gate).to(wide) - c1 - (y.to(wide) - mean) * k)).to(grad.dtype)
+    if input_state is not None:
+        h = torch.relu(affine(input, input_state)).to(input.dtype)
+    shape = (grad.shape[1], input.shape[1], kernel[0], kernel[1])
+    weight_grad = conv2d_weight(h.to(wide), shape, dy.to(wide), stride, padding, dilation)
+    return weight_grad.permute(0, 2, 3, 1).contiguous().unsqueeze(0)
+
+
+def conv_wgrad_finalize(partials: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """See fusedres.ops.conv_wgrad.conv_wgrad_finalize."""
+    grads = [torch.empty_like(weight) for weight in weights]
+    for partial, grad in zip(partials, grads, strict=True):
+        grad.copy_(partial.sum(0).permute(0, 3, 1, 2))
+    return grads
