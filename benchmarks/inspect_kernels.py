@@ -1,0 +1,427 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, pipelining.
+
+Blocks and ops run on meta tensors, where a launch is only recorded. Each recorded kernel is compiled for every one of
+its candidate configs, specialised as Triton's JIT would for these arguments, and read back from PTX, SASS and resource
+usage. Nothing is timed. Needs a process without TRITON_INTERPRET.
+
+    python benchmarks/inspect_kernels.py --arch 90 --kernel bn_relu --json rows.json
+
+As a library:
+
+    inspect_function(lambda: bn_relu(x, state, "triton"), arch=90)  # every candidate of every launch; x on "meta"
+    inspect_launch(launch, config, arch=90)
+
+The main loop of a kernel is any innermost loop with tensor-core instructions; where no loop has any, any innermost loop
+with global memory accesses. Counts are static instructions of the SASS, the waits those of the PTX.
+
+A kernel folder's configs.py may declare PIPELINED, the names of kernels whose tensor-core pipeline is meant to stay
+full: no shared-memory stores in the main loop and no wait for all of wgmma there. The verdict holds them to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from harness import Progress, machine
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+import fusedres
+from fusedres.kernels import launch as launching
+from fusedres.kernels.launch import SHARED_MEMORY_LIMIT, Config, Launch, record_launches
+
+# Shared memory that one program may use, and that a multiprocessor has, in bytes.
+SHARED_LIMITS = {80: 166_912, 90: SHARED_MEMORY_LIMIT}
+SHARED_TOTALS = {80: 167_936, 90: 233_472}
+
+DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compilation gave. Loop counts are None where the kernel has no main loop."""
+
+    kernel: str
+    problem: str
+    config: str
+    arch: int
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes a program
+    resident: int  # programs a multiprocessor, by registers, shared memory and threads
+    tensor_core: str | None  # HGMMA (wgmma), HMMA (mma), DMMA; None: no tensor-core instruction
+    tensor_core_count: int
+    loop_async_copies: int | None  # fewest of any main loop: cp.async or TMA
+    loop_shared_stores: int | None  # most of any main loop
+    wgmma_waits: tuple[int, ...]  # N of every wgmma.wait_group in main loops
+    wgmma_wait: int | None  # the greatest of them
+    loads: int  # from global memory, asynchronous ones included
+    loads_16: int  # of these, 16 bytes a thread
+    stores: int
+    stores_16: int
+    compile_s: float
+    pipelined: bool  # declared in configs.PIPELINED
+    problems: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """ok, or what is wrong."""
+        return "; ".join(self.problems) or "ok"
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+
+
+class _Capture:
+    """Stands for a kernel where launch.py starts it, and keeps what it was given."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._keep
+
+    def _keep(self, **arguments: Any) -> None:
+        self.arguments = arguments
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """One kernel as Triton would compile it for a launch's arguments and one config."""
+
+    launch: Launch
+    config: Config
+    source: ASTSource
+    options: dict[str, Any]
+    target: GPUTarget
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for launches that share a compilation."""
+        source, config = self.source, self.config
+        kernel = (self.launch.kernel.fn.__module__, self.launch.name, self.target.arch)
+        parts = (source.signature, source.constants, source.attrs)
+        return (*kernel, *(repr(sorted(p.items())) for p in parts), config.num_warps, config.num_stages)
+
+
+def specialise(launch: Launch, config: Config, arch: int) -> Specialised:
+    """Binds the recorded arguments with Triton's own binder, so alignment and constants are those of a real launch."""
+    if launching.INTERPRETED:
+        raise RuntimeError("inspect_kernels: TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+    capture = _Capture()
+    launching._run(capture, launch.grid, launch.arguments, config)
+    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(**capture.arguments)
+    options, signature, constants, attrs = kernel._pack_args(backend, capture.arguments, bound, specialization, rest)
+    return Specialised(launch, config, ASTSource(kernel, signature, constants, attrs), options.__dict__, target)
+
+
+def inspect_launch(launch: Launch, config: Config, arch: int = 90) -> Row:
+    """Compiles the launch's kernel with `config` and reads the result."""
+    return _inspect(specialise(launch, config, arch))
+
+
+def _inspect(what: Specialised) -> Row:
+    launch, config, arch = what.launch, what.config, what.target.arch
+    named = {"kernel": launch.name, "problem": problem(launch), "config": describe(config), "arch": arch}
+    pipelined = launch.name in declared_pipelined(launch)
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(what.source, target=what.target, options=what.options)
+    except Exception as error:  # whatever Triton or ptxas raise is the finding
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]
+        nothing: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 0) | {
+            "tensor_core": None,
+            "wgmma_waits": (),
+            "wgmma_wait": None,
+            "loop_async_copies": None,
+            "loop_shared_stores": None,
+        }
+        failed = (f"does not compile: {type(error).__name__}: {reason}",)
+        return Row(**nothing | named | {"pipelined": pipelined, "problems": failed})
+    seconds = time.perf_counter() - start
+    binary = Binary(compiled.asm["cubin"], compiled.asm["ptx"])
+    shared, threads = compiled.metadata.shared, 32 * config.num_warps
+    registers, spilled = binary.resources
+    kinds = [k for k in ("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA") if binary.count(k)]
+    copies = [sum(op.startswith(_ASYNC) for op in loop) for loop in binary.main_loops]
+    staged = [sum(op.startswith(("STS", "STSM")) for op in loop) for loop in binary.main_loops]
+    loads = [op for op in binary.opcodes if op.startswith(("LDG", "LDGSTS"))]
+    stores = [op for op in binary.opcodes if op.startswith("STG")]
+    row = Row(
+        **named,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        resident=min(
+            65_536 // (8 * -(-registers // 8) * threads), SHARED_TOTALS[arch] // (shared + 1024), 2048 // threads, 32
+        ),
+        tensor_core="+".join(kinds) or None,
+        tensor_core_count=sum(binary.count(k) for k in kinds),
+        loop_async_copies=min(copies, default=None),
+        loop_shared_stores=max(staged, default=None),
+        wgmma_waits=tuple(sorted(binary.wgmma_waits)),
+        wgmma_wait=max(binary.wgmma_waits, default=None),
+        loads=len(loads),
+        loads_16=sum(".128" in op for op in loads),
+        stores=len(stores),
+        stores_16=sum(".128" in op for op in stores),
+        compile_s=round(seconds, 3),
+        pipelined=pipelined,
+        problems=(),
+    )
+    half = re.search(r"tt\.dot .*x(bf16|f16)>", compiled.asm["ttir"]) is not None
+    return Row(**asdict(row) | {"wgmma_waits": row.wgmma_waits, "problems": tuple(_problems(row, half, config))})
+
+
+def _problems(row: Row, half_dot: bool, config: Config) -> Iterator[str]:
+    if row.spilled:
+        yield f"spills {row.spilled} bytes"
+    if row.shared > SHARED_LIMITS[row.arch]:
+        yield f"shared memory {row.shared:,} over {SHARED_LIMITS[row.arch]:,}"
+    if half_dot and row.arch >= 90 and "HGMMA" not in (row.tensor_core or ""):
+        yield "a 16-bit dot without wgmma"
+    elif half_dot and row.tensor_core is None:
+        yield "a 16-bit dot without tensor cores"
+    if half_dot and config.num_stages > 1 and row.loop_async_copies == 0:
+        yield "no asynchronous copies in the main loop"
+    if row.pipelined and half_dot:
+        if row.loop_shared_stores:
+            yield f"{row.loop_shared_stores} shared-memory stores in the main loop"
+        if row.arch >= 90 and 0 in row.wgmma_waits:
+            yield "wgmma wait 0 in the main loop"
+
+
+def declared_pipelined(launch: Launch) -> Iterable[str]:
+    """PIPELINED of the configs.py beside the kernel's file."""
+    package = launch.kernel.fn.__module__.rpartition(".")[0]
+    if not package or find_spec(f"{package}.configs") is None:
+        return ()
+    return getattr(import_module(f"{package}.configs"), "PIPELINED", ())
+
+
+def describe(config: Config) -> str:
+    """BLOCK_M=128 BLOCK_N=64 w8 s3."""
+    return " ".join([*(f"{k}={v}" for k, v in config.blocks.items()), f"w{config.num_warps}", f"s{config.num_stages}"])
+
+
+def problem(launch: Launch) -> str:
+    """The dtype of the first floating-point tensor of at most 16 bits (else the first), and the sizes."""
+    tensors = [v for v in launch.arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    dtypes = sorted((t.dtype for t in tensors), key=lambda d: d.itemsize)
+    sizes = [
+        f"{k}={v}"
+        for k, v in launch.arguments.items()
+        if isinstance(v, int) and not isinstance(v, bool) and not k.lower().startswith(("stride", "block"))
+    ]
+    return " ".join([DTYPES[dtypes[0]] if dtypes else "", *sizes])
+
+
+# --- reading what was compiled ----------------------------------------------------------------------------------------
+
+_ASYNC = ("LDGSTS", "UBLKCP", "UTMALDG")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+class Binary:
+    """A cubin and its PTX, disassembled with the tools inside the triton package."""
+
+    def __init__(self, cubin: bytes, ptx: str) -> None:
+        self._cubin = cubin
+        self._ptx = ptx
+
+    def _dump(self, *flags: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self._cubin)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, *flags, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @cached_property
+    def resources(self) -> tuple[int, int]:
+        """Registers and spilled bytes of a thread."""
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", self._dump("--dump-resource-usage")))
+        return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+    @cached_property
+    def instructions(self) -> list[tuple[int, str, str]]:
+        """(address, opcode with its modifiers, operands)."""
+        return [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self._dump("-sass"))]
+
+    @property
+    def opcodes(self) -> list[str]:
+        """Of every instruction."""
+        return [op for _, op, _ in self.instructions]
+
+    def count(self, opcode: str) -> int:
+        """Instructions of this opcode, whatever its modifiers."""
+        return sum(op.partition(".")[0] == opcode for op in self.opcodes)
+
+    @cached_property
+    def main_loops(self) -> list[list[str]]:
+        """The opcodes of each main loop."""
+        spans = []
+        for address, op, rest in self.instructions:
+            target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+            if op.startswith("BRA") and target and int(target[1], 16) < address:
+                spans.append((int(target[1], 16), address))
+        loops = [[op for a, op, _ in self.instructions if low <= a <= high] for low, high in _innermost(spans)]
+        for marks in (("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA"), ("LDG", *_ASYNC, "STG")):
+            found = [loop for loop in loops if any(op.startswith(marks) for op in loop)]
+            if found:
+                return found
+        return []
+
+    @cached_property
+    def wgmma_waits(self) -> list[int]:
+        """N of every wgmma.wait_group in the PTX's innermost loops with wgmma."""
+        lines = self._ptx.splitlines()
+        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
+        spans = []
+        for i, line in enumerate(lines):
+            m = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+            if m and labels[m[1]] < i:
+                spans.append((labels[m[1]], i))
+        with_wgmma = [(a, b) for a, b in spans if any("wgmma.mma_async" in line for line in lines[a:b])]
+        waits = []
+        for a, b in _innermost(with_wgmma):
+            waits += [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", "\n".join(lines[a:b]))]
+        return waits
+
+
+def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans that hold no other one."""
+    distinct = sorted(set(spans))
+    return [s for s in distinct if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in distinct)]
+
+
+# --- many -------------------------------------------------------------------------------------------------------------
+
+
+def record(function: Callable[[], Any]) -> list[Launch]:
+    """The launches that `function` makes under the triton backend; its tensors are on the meta device."""
+    with fusedres.use_backend("triton"), record_launches() as launches:
+        function()
+    return launches
+
+
+def compilations(launches: Iterable[Launch], arch: int = 90, limit: int | None = None) -> list[Specialised]:
+    """Every distinct compilation of the launches' candidates (the first `limit` of each), in order."""
+    found: dict[tuple[Any, ...], Specialised] = {}
+    for launch in launches:
+        for config in list(launch.candidates)[:limit]:
+            what = specialise(launch, config, arch)
+            found.setdefault(what.key, what)
+    return list(found.values())
+
+
+def inspect_launches(launches: Iterable[Launch], arch: int = 90, limit: int | None = None) -> list[Row]:
+    """One row for every distinct compilation of the launches' candidates (the first `limit` of each)."""
+    return [_inspect(what) for what in compilations(launches, arch, limit)]
+
+
+def inspect_function(function: Callable[[], Any], arch: int = 90, limit: int | None = None) -> list[Row]:
+    """inspect_launches of what `function` launches; it runs ops or blocks on meta tensors."""
+    return inspect_launches(record(function), arch, limit)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, kernel by kernel."""
+    lines = []
+    for (kernel, arch, sizes), group in groupby(rows, lambda r: (r.kernel, r.arch, r.problem)):
+        lines += ["", f"{kernel} [sm_{arch}] {sizes}", "  ".join(f"{n:>{w}}" for n, w in _COLUMNS)]
+        for row in group:
+            loop = "-" if row.loop_async_copies is None else f"{row.loop_async_copies}/{row.loop_shared_stores}"
+            cells = (
+                row.config, row.registers, row.spilled, f"{row.shared:,}", row.resident,
+                f"{row.tensor_core_count} {row.tensor_core}" if row.tensor_core else "-", loop,
+                ",".join(map(str, row.wgmma_waits)) or "-", f"{row.loads_16}/{row.loads}",
+                f"{row.stores_16}/{row.stores}", f"{row.compile_s:.1f}", row.verdict,
+            )  # fmt: skip
+            lines.append("  ".join(f"{c!s:>{w}}" for c, (_, w) in zip(cells, _COLUMNS, strict=True)))
+    return "\n".join(lines)
+
+
+_COLUMNS = (
+    ("config", 44), ("regs", 4), ("spill", 5), ("shared", 8), ("res", 3), ("tensor core", 11), ("copy/sts", 8),
+    ("waits", 5), ("ld16", 7), ("st16", 7), ("s", 5), ("verdict", 7),
+)  # fmt: skip
+
+
+# --- command ----------------------------------------------------------------------------------------------------------
+
+
+def cases(pattern: str = "*", batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
+    """Name → a function that runs one block of ResNet-18 or 50 on meta tensors, training and inference."""
+    import blocks as shapes
+
+    def step(block: shapes.Block) -> None:
+        module = fusedres.fuse(shapes.make_block(block)).to("meta", dtype)
+        size = (batch, block.in_channels, block.size, block.size)
+        x = torch.empty(size, dtype=dtype, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+        out = module.train()(x)
+        out.backward(torch.empty_like(out))
+        with torch.inference_mode():
+            module.eval()(x)
+
+    return {name: lambda b=block: step(b) for name, block in shapes.select([pattern]).items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compiles every candidate of every Triton kernel; needs no GPU.")
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--blocks", default="all", help="which blocks run (all); a name or pattern of blocks.py")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--limit", type=int, help="only the first candidates of each launch")
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    options = parser.parse_args(argv)
+    if launching.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+    dtype = next(d for d, name in DTYPES.items() if name == options.dtype)
+    launches = []
+    for run in cases(options.blocks, options.batch, dtype).values():
+        launches += [launch for launch in record(run) if options.kernel in launch.name]
+    todo = compilations(launches, options.arch, options.limit)
+    bar = Progress(len(todo))
+    rows = []
+    for what in todo:
+        bar.step(what.launch.name)
+        rows.append(_inspect(what))
+    bar.close()
+    print(table(sorted(rows, key=lambda r: (r.kernel, r.problem))))
+    bad = [row for row in rows if row.problems]
+    print(f"\n{len(rows)} compilations of {len({r.kernel for r in rows})} kernels, {len(bad)} with a problem")
+    if options.json:
+        where = {key: machine(torch.device("cpu"))[key] for key in ("versions", "commit", "date")}
+        written = [asdict(row) | {"verdict": row.verdict} | where for row in rows]
+        Path(options.json).write_text(json.dumps(written, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
