@@ -5,6 +5,7 @@ from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_add_relu_
 from fusedres.ops.bn_frozen import bn_frozen
 from fusedres.ops.bn_relu import bn_relu, bn_relu_
 from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.conv_dgrad import conv_dgrad
 from fusedres.ops.conv_fprop import conv_bn_add_relu, conv_fprop
 from fusedres.ops.conv_wgrad import conv_wgrad, conv_wgrad_finalize
 from fusedres.ops.empty_batch import empty_batch
@@ -25,6 +26,7 @@ __all__ = [
     "bn_relu_backward_",
     "bn_statistics",
     "conv_bn_add_relu",
+    "conv_dgrad",
     "conv_fprop",
     "conv_wgrad",
     "conv_wgrad_finalize",

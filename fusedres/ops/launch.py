@@ -17,6 +17,7 @@ from fusedres.ops.bn_add_relu_backward import BN_ADD_RELU_BACKWARD, BN_ADD_RELU_
 from fusedres.ops.bn_frozen import BN_FROZEN
 from fusedres.ops.bn_relu import BN_RELU, BN_RELU_
 from fusedres.ops.bn_statistics import BN_STATISTICS
+from fusedres.ops.conv_dgrad import CONV_DGRAD
 from fusedres.ops.conv_fprop import CONV_BN_ADD_RELU, CONV_FPROP
 from fusedres.ops.conv_wgrad import CONV_WGRAD, CONV_WGRAD_FINALIZE
 from fusedres.ops.empty_batch import EMPTY_BATCH
@@ -44,6 +45,7 @@ class Launches:
         self.bn_relu_backward_ = of(BN_RELU_BACKWARD_)
         self.bn_statistics = of(BN_STATISTICS)
         self.conv_bn_add_relu = of(CONV_BN_ADD_RELU)
+        self.conv_dgrad = of(CONV_DGRAD)
         self.conv_fprop = of(CONV_FPROP)
         self.conv_wgrad = of(CONV_WGRAD)
         self.conv_wgrad_finalize = of(CONV_WGRAD_FINALIZE)
