@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusedres.autograd import BlockPlan, ConvBN, count_path, run_block
+from fusedres.autograd import BlockPlan, ConvBN, Directions, count_path, run_block
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import unusual
-from fusedres.modules.choice import images_at_a_time, one_pass_units
+from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
 from fusedres.modules.frozen import FrozenBlock, fold, input_kind, run_frozen
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,7 +85,7 @@ class FusedBlock(nn.Module):
     def _read(self, x: Tensor, backend: str) -> tuple[BlockPlan, tuple[Tensor | None, ...]]:
         """The plan of this call and its tensors, after every check: nothing is computed or updated before."""
         op = type(self).__name__
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         dtype = _convolution_dtype(op, x, autocast)
         modules = self.__dict__["_modules"]
         units: list[ConvBN] = []
@@ -104,6 +104,7 @@ class FusedBlock(nn.Module):
                 shape,
                 units,
                 tensors,
+                own_products(self.fused_conv, backend, modules[conv_name].groups),
             )
         downsample = modules.get("downsample")
         projection: ConvBN | None = None
@@ -112,8 +113,9 @@ class FusedBlock(nn.Module):
         if type(downsample) is nn.Sequential:
             conv, norm = downsample
             ends: list[ConvBN] = []
+            own = own_products(self.fused_conv, backend, conv.groups)
             reached = _add_unit(
-                op, "downsample.0", conv, "downsample.1", norm, x, dtype, autocast, reached, ends, tensors
+                op, "downsample.0", conv, "downsample.1", norm, x, dtype, autocast, reached, ends, tensors, own
             )
             projection = ends[0]
         elif downsample is not None:
@@ -166,6 +168,7 @@ def _add_unit(
     shape: tuple[int, int, int, int],
     units: list[ConvBN],
     tensors: list[Tensor | None],
+    own: Directions,
 ) -> tuple[int, int, int, int]:
     """Appends a checked unit and its tensors; returns the shape behind it."""
     conv_weight: Tensor = conv.__dict__["_parameters"]["weight"]
@@ -215,6 +218,8 @@ def _add_unit(
     if momentum is None and batches is None:
         momentum = 0.0  # as in torch: without a counter nothing is averaged in
     pixelwise = kernel_h == kernel_w == 1 == groups and padding == (0, 0) and stride[0] == stride[1]
-    units.append(ConvBN(stride, padding, dilation, groups, pixelwise, batch_statistics, update, momentum, norm.eps))
+    units.append(
+        ConvBN(stride, padding, dilation, groups, pixelwise, batch_statistics, update, momentum, norm.eps, own)
+    )
     tensors += (conv_weight, *vectors, batches)
     return shape[0], out_channels, height, width
