@@ -13,7 +13,7 @@ from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck
 _FUSED: dict[type[nn.Module], type[FusedBlock]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
 _MEMORY = ("auto", "min")
-_CONV = ("auto", "library")
+_CONV = ("auto", "library", "fused")
 _OPTIONS = ("fused_memory", "fused_conv", "fused_frozen")
 
 
@@ -57,7 +57,9 @@ def fuse(
         model: any module; its BasicBlock and Bottleneck descendants (itself included) are switched.
         filter: filter(name, block) → bool selects the blocks; None: all.
         memory: "auto", or "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass).
-        conv: "auto" or "library": which convolutions run; both are torch's own.
+        conv: whose convolutions run: "library" (torch's), "fused" (this package's, with BatchNorm and ReLU on their
+            loads and stores; the reference and triton backends have them, the cpu backend runs the library's), or
+            "auto" (what was measured faster; the library's until a GPU has measured).
 
     Returns:
         model itself.

@@ -17,7 +17,8 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, launch: Launches) -> Tensor:
+def unit_state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, launch: Launches) -> Tensor:
+    """The (4, C) state of a unit's BatchNorm: from y, or from the running statistics."""
     _, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
     if not unit.batch_statistics:
         return launch.bn_frozen(y, weight, bias, mean, var, unit.eps)
@@ -59,7 +60,7 @@ def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool
     for index in range(last_index):
         unit = plan.units[index]
         y = convolution(h, _weight(tensors, index), unit)
-        state = _state(y, unit, tensors, index, launch)
+        state = unit_state(y, unit, tensors, index, launch)
         ys.append(y)
         states.append(state)
         if index + 1 < last_index or not plan.one_pass[0]:
@@ -69,7 +70,7 @@ def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool
         y, last = _one_pass(ys[-1], states[-1], 1, unit, tensors, last_index, launch)
     else:
         y = convolution(h, _weight(tensors, last_index), unit)
-        last = Branch(y, _state(y, unit, tensors, last_index, launch), None)
+        last = Branch(y, unit_state(y, unit, tensors, last_index, launch), None)
     del h
 
     if plan.projection is None:
@@ -97,7 +98,7 @@ def _projection(entry: Tensor, plan: BlockPlan, unit: ConvBN, tensors: Tensors) 
         return _one_pass(entry, None, unit.stride[0], unit, tensors, index, launch)
     source, subsampled = _projection_source(entry, unit, launch)
     y = convolution(source, _weight(tensors, index), unit, subsampled=subsampled)
-    return y, Branch(y, _state(y, unit, tensors, index, launch), None)
+    return y, Branch(y, unit_state(y, unit, tensors, index, launch), None)
 
 
 def _projection_source(entry: Tensor, unit: ConvBN, launch: Launches) -> tuple[Tensor, bool]:
@@ -113,7 +114,7 @@ def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
     units = plan.units if plan.projection is None else (*plan.units, plan.projection)
     entry = in_dtype(x[:0], plan.dtype)
     for index, unit in enumerate(units):
-        states.append(_state(entry, unit, tensors, index, launch))
+        states.append(unit_state(entry, unit, tensors, index, launch))
     images = plan.infer_images
     if images >= x.shape[0]:
         return _infer(x, plan, tensors, states, None)

@@ -12,6 +12,17 @@ UNIT_TENSORS = 6  # conv weight, BN weight, BN bias, running_mean, running_var, 
 UNIT_PARAMS = 3  # the first of them
 
 
+class Directions(NamedTuple):
+    """Which of a convolution's three products are this package's own kernels; the others are the library's."""
+
+    fprop: bool
+    dgrad: bool
+    wgrad: bool
+
+
+LIBRARY = Directions(False, False, False)
+
+
 class ConvBN(NamedTuple):
     """A convolution without bias and the BatchNorm behind it."""
 
@@ -24,6 +35,7 @@ class ConvBN(NamedTuple):
     update: bool  # running statistics take this batch in
     momentum: float | None
     eps: float
+    own: Directions = LIBRARY
 
 
 class BlockPlan(NamedTuple):
@@ -37,6 +49,16 @@ class BlockPlan(NamedTuple):
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else the input's
     backend: str
 
+    @property
+    def all_units(self) -> tuple[ConvBN, ...]:
+        """The branch's units, then the projection's."""
+        return self.units if self.projection is None else (*self.units, self.projection)
+
+    @property
+    def own_convolutions(self) -> bool:
+        """Some convolution runs in a kernel of this package, with BatchNorm on its load or store."""
+        return any(any(unit.own) for unit in self.all_units)
+
 
 class OnePass(NamedTuple):
     """What a one-pass unit (ops.one_pass) saves instead of its convolution's output."""
@@ -44,6 +66,7 @@ class OnePass(NamedTuple):
     pivot: Tensor
     total: Tensor
     projected: Tensor
+    folded: Tensor | None = None  # the weight with BatchNorm's scale in it, where the tail was one product
 
 
 class Branch(NamedTuple):
@@ -62,3 +85,6 @@ class Saved(NamedTuple):
     last: Branch
     projection: Branch | None
     mask: Tensor  # packed bits of the last ReLU
+    weights: Sequence[
+        Tensor | None
+    ] = ()  # of all units: as the own kernels take them, None where that is the parameter

@@ -5,7 +5,8 @@ For units F_1 … F_n of convolution + BatchNorm and a shortcut S (He et al. 201
     h_0 = x;  y_i = conv_i(h_{i-1});  h_i = relu(BN_i(y_i)) for i < n;  out = relu(BN_n(y_n) + S(x))
 
 Saved: x, the raw y_i, each BatchNorm's (4, C) state, and one bit an element for the last ReLU. The h_i are recomputed
-in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y.
+in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y. forward.py and backward.py
+run the library's convolutions, conv_forward.py and conv_backward.py this package's own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fusedres.autograd.backward import Backward
 from fusedres.autograd.composite import composite_block
+from fusedres.autograd.conv_backward import ConvBackward
+from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Branch, OnePass, Saved
 
@@ -49,10 +52,16 @@ def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) ->
     x, nchw = _to_channels_last(x)
     constant = not any(unit.batch_statistics for unit in plan.units)
     if constant and (plan.projection is None or not plan.projection.batch_statistics):
-        out = infer(x, plan, tensors)
+        out = ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
     else:
-        out, _ = forward_passes(x, plan, tensors, with_mask=False)
+        out, _ = _forward(x, plan, tensors, with_mask=False)
     return out.contiguous() if nchw else out
+
+
+def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], with_mask: bool) -> tuple[Tensor, Saved]:
+    if plan.own_convolutions:
+        return ConvForward(x, plan, tensors).run(with_mask)
+    return forward_passes(x, plan, tensors, with_mask)
 
 
 class ResidualBlockFunction(torch.autograd.Function):
@@ -63,7 +72,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         """Saves what backward needs through save_for_backward, nothing else."""
         count_path("fused_forward")
         source, nchw = _to_channels_last(x)
-        out, saved = forward_passes(source, plan, tensors, with_mask=True)
+        out, saved = _forward(source, plan, tensors, with_mask=True)
         params = [t for i in range(0, len(tensors), UNIT_TENSORS) for t in tensors[i : i + UNIT_PARAMS]]
         ctx.plan, ctx.nchw = plan, nchw
         # What each slot of the backward's result needs: x, then the parameters of every unit.
@@ -71,9 +80,8 @@ class ResidualBlockFunction(torch.autograd.Function):
         ctx.needs = [needed[0]]
         for first in range(2, len(needed), UNIT_TENSORS):
             ctx.needs += needed[first : first + UNIT_PARAMS]
-        ctx.save_for_backward(
-            x, saved.mask, *params, *_flat(saved.last), *_flat(saved.projection), *saved.ys, *saved.states
-        )
+        branches = (*_flat(saved.last), *_flat(saved.projection))
+        ctx.save_for_backward(x, saved.mask, *params, *branches, *saved.ys, *saved.states, *saved.weights)
         # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
         return out.contiguous() if nchw and not out.is_contiguous() else out
 
@@ -86,15 +94,16 @@ class ResidualBlockFunction(torch.autograd.Function):
         after_params = 1 + len(needs)
         tensors = ctx.saved_tensors
         x, mask, params, rest = tensors[0], tensors[1], tensors[2:after_params], tensors[after_params:]
-        last, projection = _branch(*rest[:5]), _branch(*rest[5:10])
+        last, projection, rest = _branch(*rest[:6]), _branch(*rest[6:12]), rest[12:]
         assert last is not None
-        saved = Saved(rest[10 : 9 + depth], rest[9 + depth :], last, projection, mask)
+        saved = Saved(rest[: depth - 1], rest[depth - 1 : 2 * depth - 2], last, projection, mask, rest[2 * depth - 2 :])
         if torch.is_grad_enabled() or _is_batched(grad_out):
             count_path("composite_backward")
             grads = _differentiable(grad_out, x, plan, params, saved, needs)
         else:
             count_path("fused_backward")
-            grads = Backward(grad_out, x, plan, params, saved, needs).run()
+            passes = ConvBackward if plan.own_convolutions else Backward
+            grads = passes(grad_out, x, plan, params, saved, needs).run()
             grad_x = grads[0]
             if grad_x is not None:
                 if grad_x.dtype is not x.dtype:
@@ -117,18 +126,23 @@ def _is_batched(tensor: Tensor) -> bool:
 
 def _flat(branch: Branch | None) -> tuple[Tensor | None, ...]:
     if branch is None:
-        return (None, None, None, None, None)
-    return (branch.y, branch.state, *(branch.one_pass or (None, None, None)))
+        return (None,) * 6
+    return (branch.y, branch.state, *(branch.one_pass or (None,) * 4))
 
 
 def _branch(
-    y: Tensor | None, state: Tensor | None, pivot: Tensor | None, total: Tensor | None, projected: Tensor | None
+    y: Tensor | None,
+    state: Tensor | None,
+    pivot: Tensor | None,
+    total: Tensor | None,
+    projected: Tensor | None,
+    folded: Tensor | None,
 ) -> Branch | None:
     if state is None:
         return None
     if pivot is None or total is None or projected is None:
         return Branch(y, state, None)
-    return Branch(None, state, OnePass(pivot, total, projected))
+    return Branch(None, state, OnePass(pivot, total, projected, folded))
 
 
 def _differentiable(

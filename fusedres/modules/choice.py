@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.autograd import UNIT_TENSORS, ConvBN
+from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
 
 # The products of the Gram matrix with the weight do not shrink with the batch. Below this many rows an input channel
 # they cost more than 5% of the block, and the output that they would spare is no larger than they are.
@@ -14,6 +14,18 @@ _MIN_ROWS_A_CHANNEL = 16
 # used again: on two cores, batch 8, a 256-channel Bottleneck at 56x56 took 0.6 of the time. Below _WHOLE_BYTES it lost.
 _WHOLE_BYTES = 16 << 20
 _PART_BYTES = 8 << 20
+
+
+_OWN = Directions(True, True, True)
+
+
+def own_products(conv: str, backend: str, groups: int) -> Directions:
+    """Which products of a convolution run in this package's own kernels.
+
+    The CPU's convolutions are always the library's, and so are grouped ones. "auto" takes the library's too: no GPU has
+    measured the own ones yet.
+    """
+    return _OWN if conv == "fused" and backend != "cpu" and groups == 1 else LIBRARY
 
 
 def one_pass_units(

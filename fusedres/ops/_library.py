@@ -10,6 +10,8 @@ import torch
 
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 
+OPS: dict[str, Op] = {}  # every op by its name
+
 
 class Op:
     """An op of the namespace fusedres whose last argument names the backend.
@@ -26,6 +28,7 @@ class Op:
         _LIBRARY.impl(self.name, self._checked, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{self.name}", fake, lib=_LIBRARY)
         self._overload = getattr(torch.ops.fusedres, self.name).default
+        OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
         return self._overload(*args)
@@ -42,9 +45,12 @@ class Op:
         """fusedres.kernels.<folder>.<backend>.<name>, imported at first use."""
         kernel = self._kernels.get(backend)
         if kernel is None:
+            name = f"fusedres.kernels.{self._folder}.{backend}"
             try:
-                module = import_module(f"fusedres.kernels.{self._folder}.{backend}")
+                kernel = getattr(import_module(name), self.name, None)
             except ModuleNotFoundError as error:
                 raise RuntimeError(f"{self.name}: there is no {backend} backend; use 'reference'") from error
-            kernel = self._kernels[backend] = getattr(module, self.name)
+            if kernel is None:
+                raise RuntimeError(f"{self.name}: there is no {backend} backend; use 'reference'")
+            self._kernels[backend] = kernel
         return kernel
