@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,27 +11,32 @@ from fusedres.ops import _checks
 from fusedres.ops._library import Op
 
 
-def _check_gram(x: Tensor, state: Tensor | None, stride: int, backend: str) -> None:
-    _checks.activation("gram", "x", x, backend)
+def _check(op: str, x: Tensor, state: Tensor | None, stride: int, backend: str) -> None:
+    _checks.activation(op, "x", x, backend)
     if state is not None:
-        _checks.state("gram", "state", state, x)
-    _checks.positive_stride("gram", stride)
+        _checks.state(op, "state", state, x)
+    _checks.positive_stride(op, stride)
     if x.numel() == 0:
-        raise ValueError(f"gram: x must have at least one value a channel, got shape {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must have at least one value a channel, got shape {tuple(x.shape)}")
 
 
 def _fake(x: Tensor, state: Tensor | None, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
     shape = (n, c, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    vector = x.new_empty(c, dtype=_checks.arithmetic_dtype(x))
-    return out, vector, vector.new_empty(c, dtype=torch.float64), vector.new_empty((c, c), dtype=torch.float64)
+    return out, *_fake_statistics(x)
+
+
+def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    c = x.shape[1]
+    pivot = x.new_empty(c, dtype=_checks.arithmetic_dtype(x))
+    return pivot, pivot.new_empty(c, dtype=torch.float64), pivot.new_empty((c, c), dtype=torch.float64)
 
 
 GRAM = Op(
     "gram(Tensor x, Tensor? state, int stride, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "gram",
-    _check_gram,
+    partial(_check, "gram"),
     _fake,
 )
 
@@ -40,7 +47,7 @@ def gram(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tupl
     Args:
         x: (N, C, H, W), channels_last; float32, float64, bfloat16 or float16; not empty.
         state: (4, C) of bn_statistics or bn_frozen; None: z is x itself.
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
         stride: every stride-th pixel in height and width is taken.
 
     Returns:
@@ -52,3 +59,17 @@ def gram(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tupl
     """
     out, pivot, total, matrix = GRAM(x, state, stride, backend)
     return out, pivot, total, matrix
+
+
+GRAM_STATISTICS = Op(
+    "gram_statistics(Tensor x, Tensor? state, int stride, str backend) -> (Tensor, Tensor, Tensor)",
+    "gram",
+    partial(_check, "gram_statistics"),
+    _fake_statistics,
+)
+
+
+def gram_statistics(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """t, s and G of gram, without writing z − t; backend "reference" or "triton", all else as in gram."""
+    pivot, total, matrix = GRAM_STATISTICS(x, state, stride, backend)
+    return pivot, total, matrix

@@ -16,3 +16,8 @@ def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, 
     out = (z - per_channel(pivot)).to(x.dtype).contiguous(memory_format=torch.channels_last)
     rows = out.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).double()
     return out, pivot, rows.sum(0), rows.T @ rows
+
+
+def gram_statistics(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    return gram(x, state, stride)[1:]

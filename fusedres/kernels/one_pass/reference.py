@@ -62,13 +62,24 @@ def small_products(
     cross: Tensor, sum_d: Tensor, matrix: Tensor, state: Tensor, projected: Tensor, total: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dW, dγ, Q and dz's constant row from G = dᵀz', none larger than the weight."""
-    mean, invstd, scale, _ = state
-    total = total.to(state.dtype)
-    grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
-    c1 = scale * sum_d / count
-    c2 = scale * invstd * grad_weight / count
-    grad_conv = torch.addr(scale.unsqueeze(1) * cross, c1, total, alpha=-1)
-    grad_conv.addcmul_(c2.unsqueeze(1), projected, value=-count)
-    quadratic = (matrix * c2.unsqueeze(1)).T @ matrix
-    constant = (total @ quadratic) / count - c1 @ matrix
+    grad_conv, grad_weight = parameter_grads(cross, sum_d, matrix, state, projected, total, count)
+    quadratic = quadratic_form(matrix, grad_weight, state, count)
+    constant = (total.to(state.dtype) @ quadratic) / count - (state[2] * sum_d / count) @ matrix
     return grad_conv, grad_weight, quadratic, constant
+
+
+def parameter_grads(
+    cross: Tensor, sum_d: Tensor, matrix: Tensor, state: Tensor, projected: Tensor, total: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """dW and dγ."""
+    mean, invstd, scale, _ = state
+    grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
+    grad_conv = torch.addr(scale.unsqueeze(1) * cross, scale * sum_d / count, total.to(state.dtype), alpha=-1)
+    grad_conv.addcmul_((scale * invstd * grad_weight).unsqueeze(1), projected, value=-1)
+    return grad_conv, grad_weight
+
+
+def quadratic_form(matrix: Tensor, grad_weight: Tensor, state: Tensor, count: int) -> Tensor:
+    """Q = Wᵀ·diag(c2)·W."""
+    c2 = state[2] * state[1] * grad_weight / count
+    return (matrix * c2.unsqueeze(1)).T @ matrix
