@@ -9,6 +9,7 @@ usage. Nothing is timed. Needs a process without TRITON_INTERPRET.
 As a library:
 
     inspect_function(lambda: bn_relu(x, state, "triton"), arch=90)  # every candidate of every launch; x on "meta"
+    print(table(rows))
     inspect_launch(launch, config, arch=90)
 
 The main loop of a kernel is any innermost loop with tensor-core instructions; where no loop has any, any innermost loop
@@ -39,6 +40,7 @@ from typing import Any
 import torch
 import triton
 from harness import Progress, machine
+from launched import CountLaunched
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -322,10 +324,15 @@ def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def record(function: Callable[[], Any]) -> list[Launch]:
-    """The launches that `function` makes under the triton backend; its tensors are on the meta device."""
-    with fusedres.use_backend("triton"), record_launches() as launches:
+    """The launches that `function` makes under the triton backend; its tensors are on the meta device.
+
+    Ops run their launchers, called as ops, as part of a block, or directly.
+    """
+    with fusedres.use_backend("triton"), CountLaunched() as count, record_launches() as direct:
         function()
-    return launches
+    for name in sorted(count.missing):
+        print(f"note: {name} has no triton kernel yet", file=sys.stderr)
+    return count.kernels + direct
 
 
 def compilations(launches: Iterable[Launch], arch: int = 90, limit: int | None = None) -> list[Specialised]:

@@ -578,8 +578,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--block", help="list the kernels of one block: layer1.0 of ResNet-50, 18:layer2.0 of ResNet-18"
     )
+    parser.add_argument(
+        "--launched",
+        nargs="*",
+        metavar="WAY",
+        help="count the launches of the triton backend instead, on meta tensors (all ways of launched.py)",
+    )
+    parser.add_argument("--batch", type=int, default=256, help="images of a step that is launched (256)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     options = parser.parse_args(argv)
+    if options.launched is not None:
+        _print_launched(options, parser)
+        return
     if options.block:
         depth, _, name = options.block.rpartition(":")
         block = resnet_blocks(int(depth or 50), options.image)[name]
@@ -600,6 +610,25 @@ def main(argv: list[str] | None = None) -> None:
     print(f"stem: eager {stem[0]:.1f}, fused {stem[1]:.1f}")
     if options.json:
         record = {"image": options.image, "itemsize": options.itemsize, "rows": rows, "stem": stem}
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _print_launched(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    import launched
+    from harness import machine, print_table
+
+    unknown = [way for way in options.launched if way not in launched.WAYS]
+    if unknown:
+        parser.error(f"--launched: unknown ways {unknown}; known: {', '.join(launched.WAYS)}")
+    if options.itemsize != 2:
+        parser.error(f"--launched: blocks run in bf16, so --itemsize must be 2, got {options.itemsize}")
+    rows = launched.rows((18, 50), options.launched or list(launched.WAYS), options.batch, image=options.image)
+    print(f"as launched, bf16, batch {options.batch}, {options.image}²; launches and operators forward+backward")
+    print_table(*launched.table(rows))
+    if options.json:
+        where = machine(torch.device("cpu"))
+        about = {key: where[key] for key in ("versions", "commit", "date")}
+        record = about | {"batch": options.batch, "image": options.image, "dtype": "bfloat16", "rows": rows}
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
 
 

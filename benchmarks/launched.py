@@ -1,0 +1,229 @@
+"""Bytes that a residual block moves as it is launched: counted from the arguments of every launch, without a GPU.
+
+Blocks run on meta tensors under the triton backend, forward and backward. There a launch is only recorded, and what it
+moves follows from its arguments: every distinct tensor read once and every distinct tensor written once. Whatever runs
+beside (a library's convolutions above all) is counted as an operator by traffic.CountBytes. A kernel that reads an
+operand in several tiles again counts it once, as if a cache held it.
+
+Bytes an image are the slope between two batch sizes; the rest (weights, their gradients, per-channel vectors) does not
+grow with the batch and stands apart. `python benchmarks/traffic.py --launched` prints both beside the closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+
+import torch
+from harness import Progress
+from traffic import MODES, Block, CountBytes, bytes_moved, resnet_blocks
+
+import fusedres
+import fusedres.ops
+from fusedres.kernels.launch import Launch, record_launches
+from fusedres.ops._library import Op
+
+# Name of a way → fuse()'s arguments, and the closed form's mode that it is held against.
+WAYS: dict[str, tuple[dict[str, str], str]] = {
+    "library": ({"conv": "library"}, "library"),
+    "library min": ({"conv": "library", "memory": "min"}, "library"),
+    "fused": ({"conv": "fused"}, "epilogue"),
+    "fused min": ({"conv": "fused", "memory": "min"}, "stored_dy"),
+}
+
+
+class MissingKernelError(RuntimeError):
+    """An op has no triton kernel, so what it moves is unknown."""
+
+
+class CountLaunched(CountBytes):
+    """Keeps the launches of Triton kernels made inside, and counts every other operator.
+
+    An op of fusedres does not count as an operator: on meta tensors torch would call its fake, here its triton launcher
+    runs and what that launches and calls is what counts. Ops without a triton kernel are named in `missing`; their
+    fakes run. Goes with use_backend("triton").
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Launch] = []
+        self.missing: set[str] = set()
+        self._ops = _ops()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "fusedres":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        op = self._ops[func._schema.name.partition("::")[2]]
+        try:
+            op.kernel(args[-1])
+        except (RuntimeError, AttributeError):
+            self.missing.add(op.name)
+            return func(*args)
+        with self, record_launches() as launches:
+            result = op._checked(*args)
+        self.kernels += launches
+        return result
+
+
+def _ops() -> dict[str, Op]:
+    modules = [import_module(f"fusedres.ops.{module.name}") for module in iter_modules(fusedres.ops.__path__)]
+    return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Op)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kernel or operator does in one phase of a training step."""
+
+    phase: str  # "forward" or "backward"
+    name: str
+    kernel: bool  # a Triton kernel of this package, else an operator
+    calls: int
+    image_bytes: float  # an image
+    rest_bytes: float  # whatever the batch
+
+
+def train_step(block: Block, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:
+    """One training step of the block on meta tensors: what each phase launched and called."""
+    from blocks import make_block
+
+    module = fusedres.fuse(make_block(block), **WAYS[way][0]).to("meta", dtype)
+    shape = (batch, block.in_channels, block.size, block.size)
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    with fusedres.use_backend("triton"):
+        with CountLaunched() as forward:
+            out = module(x)
+        grad = torch.empty_like(out)
+        with CountLaunched() as backward:
+            torch.autograd.backward(out, grad)
+    return {"forward": forward, "backward": backward}
+
+
+def parts(block: Block, way: str, batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[Part]:
+    """What a training step of the block at `batch` moves, kernel by kernel, most bytes first.
+
+    Raises:
+        MissingKernelError: an op on the way has no triton kernel.
+    """
+    half = batch // 2
+    large, small = (train_step(block, way, images, dtype) for images in (batch, half))
+    missing = sorted(set().union(*(count.missing for count in large.values())))
+    if missing:
+        raise MissingKernelError(f"{way}: no triton kernel of {', '.join(missing)}")
+    found = []
+    for phase in ("forward", "backward"):
+        at_batch, at_half = _by_name(large[phase]), _by_name(small[phase])
+        for (name, kernel), (calls, moved) in at_batch.items():
+            image = (moved - at_half.get((name, kernel), (0, 0))[1]) / (batch - half)
+            found.append(Part(phase, name, kernel, calls, image, moved - batch * image))
+    return sorted(found, key=lambda part: -part.image_bytes)
+
+
+def _by_name(count: CountLaunched) -> dict[tuple[str, bool], tuple[int, int]]:
+    """(name, whether a kernel) → (calls, bytes)."""
+    table = {(name, False): found for name, found in count.by_operator().items()}
+    for launch in count.kernels:
+        calls, moved = table.get((launch.name, True), (0, 0))
+        table[launch.name, True] = (calls + 1, moved + launch.bytes())
+    return table
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums over parts."""
+
+    launches: tuple[int, int]  # forward, backward
+    operators: tuple[int, int]
+    image_bytes: float
+    rest_bytes: float
+
+    @classmethod
+    def of(cls, found: Iterable[Part]) -> Total:
+        """Of some parts."""
+        found = list(found)
+
+        def calls(kernel: bool) -> tuple[int, int]:
+            forward, backward = (
+                sum(part.calls for part in found if part.phase == phase and part.kernel is kernel)
+                for phase in ("forward", "backward")
+            )
+            return forward, backward
+
+        return cls(
+            calls(True), calls(False), sum(part.image_bytes for part in found), sum(part.rest_bytes for part in found)
+        )
+
+
+def rows(
+    depths: Sequence[int], ways: Sequence[str], batch: int, dtype: torch.dtype = torch.bfloat16, image: int = 224
+) -> list[dict]:
+    """A row a distinct block and way, and one a model and way: the sum over its blocks.
+
+    A way that misses a kernel has one row, with the reason.
+    """
+    models = {depth: resnet_blocks(depth, image) for depth in depths}
+    distinct = {block for blocks in models.values() for block in blocks.values()}
+    bar = Progress(len(distinct) * len(ways))
+    found: list[dict] = []
+    for way in ways:
+        mode = WAYS[way][1]
+        try:
+            counted = {}
+            for block in distinct:
+                bar.step(way)
+                counted[block] = parts(block, way, batch, dtype)
+        except (MissingKernelError, NotImplementedError) as error:
+            found.append({"name": "all", "way": way, "missing": str(error)})
+            continue
+        for depth, blocks in models.items():
+            named: dict[Block, str] = {}
+            for name, block in blocks.items():
+                named.setdefault(block, f"resnet{depth}.{name}")
+            for block, name in named.items():
+                total = Total.of(counted[block])
+                detail = [vars(part) for part in counted[block]]
+                found.append(_row(name, way, mode, total, [block], dtype) | {"parts": detail})
+            everything = [part for block in blocks.values() for part in counted[block]]
+            found.append(_row(f"resnet{depth}", way, mode, Total.of(everything), list(blocks.values()), dtype))
+    bar.close()
+    return found
+
+
+def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], dtype: torch.dtype) -> dict:
+    closed = {m: sum(bytes_moved(b, m, "train", 1, dtype.itemsize, weights=False) for b in blocks) / 1e6 for m in MODES}
+    return {
+        "name": name,
+        "way": way,
+        "launches": total.launches,
+        "operators": total.operators,
+        "mb_image": total.image_bytes / 1e6,
+        "mb_rest": total.rest_bytes / 1e6,
+        "held_against": mode,
+        "closed_form_mb_image": closed,
+    }
+
+
+def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the rows."""
+    header = ["block", "way", "launches", "operators", "MB/image", "rest MB", "ratio", *MODES]
+    cells = []
+    for row in found:
+        if "missing" in row:
+            cells.append([row["name"], row["way"], row["missing"], *[""] * (len(header) - 3)])
+            continue
+        closed = row["closed_form_mb_image"]
+        ratio = f"{row['mb_image'] / closed[row['held_against']]:.3f} {row['held_against']}"
+        cells.append(
+            [
+                row["name"],
+                row["way"],
+                "+".join(map(str, row["launches"])),
+                "+".join(map(str, row["operators"])),
+                f"{row['mb_image']:.3f}",
+                f"{row['mb_rest']:.3f}",
+                ratio,
+                *(f"{closed[m]:.3f}" for m in MODES),
+            ]
+        )
+    return header, cells
