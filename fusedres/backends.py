@@ -15,8 +15,8 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 # runs the unfused composition of torch's own operators.
 _VERIFIED = {"cpu": "cpu"}
 
-# Device types that a backend serves; the reference composite serves all. Triton's interpreter takes CPU tensors; on meta
-# tensors its launches are only recorded.
+# Device types that a backend serves; the reference composite serves all. Triton's interpreter takes CPU tensors; on
+# meta tensors its launches are only recorded.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")}
 

@@ -19,13 +19,13 @@ MEMORY = ("auto", "min")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-def fused_twin(block: nn.Module, memory: str = "auto") -> nn.Module:
+def fused_twin(block: nn.Module, memory: str = "auto", conv: str = "auto") -> nn.Module:
     """A fused deep copy of a stock block: same parameters, buffers and modes, none of them shared."""
     twin = copy.deepcopy(block)
     for child in twin.modules():
         if isinstance(child, (STOCK["basic"], STOCK["bottleneck"])) and isinstance(child.downsample, ZeroPad):
             child.downsample = zero_pad_of(child, child.downsample)
-    fusedres.fuse(twin, memory=memory)
+    fusedres.fuse(twin, memory=memory, conv=conv)
     report = fusedres.report(twin)
     assert report, "no residual block was found"
     assert all(row.fused for row in report), f"not fused:\n{report}"

@@ -1,9 +1,9 @@
 """The backward passes of a residual block with convolutions of this package's own.
 
-A gradient dy behind a BatchNorm is formed where it is loaded, or written once (`Gradient.stored`) for a 3x3 convolution,
-whose two products would otherwise form it nine times an element. dgrad masks its result with the previous layer's ReLU,
-recomputed from that layer's raw output, and takes that BatchNorm's two sums where it stores it; the first dgrad adds the
-shortcut's gradient there instead.
+A gradient dy behind a BatchNorm is formed where it is loaded, or written once (`Gradient.stored`) for a 3x3
+convolution, whose two products would otherwise form it nine times an element. dgrad masks its result with the previous
+layer's ReLU, recomputed from that layer's raw output, and takes that BatchNorm's two sums where it stores it; the first
+dgrad adds the shortcut's gradient there instead.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class ConvBackward:
             if self.needs[slot + offset] and parameter is not None:
                 self.grads[slot + offset] = in_dtype(value, parameter.dtype)
 
-    # --- the tail -------------------------------------------------------------------------------------------------------
+    # --- the tail ----------------------------------------------------------------------------------------------------
 
     def _tail(self) -> tuple[Gradient, Gradient | Tensor | None]:
-        """Gradients behind the last ReLU: of the last unit (of the one before where it is one-pass), and of the projection.
+        """Gradients behind the last ReLU: of the last unit (the one before where that is one-pass), of the projection.
 
         The projection's is that of its convolution's output, or that of x on its pixels where it is one-pass.
         """
@@ -186,7 +186,7 @@ class ConvBackward:
         unit = self.plan.units[index]
         return index == 0 and unit.pixelwise and unit.own.dgrad and unit.own.wgrad
 
-    # --- one-pass units ---------------------------------------------------------------------------------------------------
+    # --- one-pass units ----------------------------------------------------------------------------------------------
 
     def _x_stride(self) -> int:
         assert self.plan.projection is not None
@@ -229,7 +229,7 @@ class ConvBackward:
         )
         return dz, partials
 
-    # --- convolutions -----------------------------------------------------------------------------------------------------
+    # --- convolutions ------------------------------------------------------------------------------------------------
 
     def _geometry(self, unit: ConvBN) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         return unit.stride, unit.padding, unit.dilation

@@ -1,8 +1,8 @@
 """The forward passes of a residual block with convolutions of this package's own.
 
 BatchNorm's statistics are taken where a convolution stores its output, and its affine map and ReLU are applied where
-the next one loads it: between two convolutions only the raw output exists. A product that the plan leaves to the library
-reads and writes whole tensors instead.
+the next one loads it: between two convolutions only the raw output exists. A product that the plan leaves to the
+library reads and writes whole tensors instead.
 """
 
 from __future__ import annotations

@@ -85,6 +85,4 @@ class Saved(NamedTuple):
     last: Branch
     projection: Branch | None
     mask: Tensor  # packed bits of the last ReLU
-    weights: Sequence[
-        Tensor | None
-    ] = ()  # of all units: as the own kernels take them, None where that is the parameter
+    weights: Sequence[Tensor | None] = ()  # of all units, as own kernels take them; None: the parameter itself

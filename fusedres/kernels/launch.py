@@ -1,7 +1,7 @@
 """The one place where Triton kernels start: device guard, compile options, and a record of what was launched.
 
-A kernel folder's triton.py holds the kernels and their launchers; its configs.py maps a problem to the candidates of its
-tile sizes. Launchers take `choose(candidates)`, allocate, and call `launch`.
+A kernel folder's triton.py holds the kernels and their launchers; its configs.py maps a problem to the candidates of
+its tile sizes. Launchers take `choose(candidates)`, allocate, and call `launch`.
 
 Roles by name: a kernel's pointer argument that it writes is called out or out_…, every other one is only read. Tensors
 are passed as views of what is touched (x[:, :, ::2, ::2] where a stride leaves pixels out), strides as numbers beside
