@@ -1,0 +1,40 @@
+"""What passes a ReLU's backward, in Triton kernels: a tile of a gradient, masked where its gate is closed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def gate_kind(gate: Tensor | None) -> str:
+    """The GATE of a kernel: "none", "bits" (packed, uint8) or "output" (the ReLU's output, like the gradient)."""
+    if gate is None:
+        return "none"
+    return "output" if gate.dtype.is_floating_point else "bits"
+
+
+@triton.jit
+def load_bits(bits_ptr, row, column, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_M, BLOCK_C) of packed bits (M, ceil(C / 8)) as 0 or 1; a byte is loaded once for its 8 channels."""
+    width = (C + 7) // 8
+    rows = tl.arange(0, BLOCK_M)
+    bytes_ = column // 8 + tl.arange(0, BLOCK_C // 8)
+    inside = (row + rows < M)[:, None] & (bytes_ < width)[None, :]
+    packed = tl.load(bits_ptr + row * width + rows[:, None] * width + bytes_[None, :], mask=inside, other=0)
+    bits = (packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, [BLOCK_M, BLOCK_C])
+
+
+@triton.jit
+def load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_M, BLOCK_C) of grad (M, C) from (row, column) on, 0 where the gate is closed or outside; row is int64."""
+    rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
+    inside = (row + rows < M)[:, None] & (columns < C)[None, :]
+    offsets = row * C + rows[:, None] * C + columns[None, :]
+    d = tl.load(grad_ptr + offsets, mask=inside, other=0)
+    if GATE == "bits":
+        d = tl.where(load_bits(gate_ptr, row, column, M, C, BLOCK_M, BLOCK_C) == 0, 0.0, d)
+    if GATE == "output":
+        d = tl.where(tl.load(gate_ptr + offsets, mask=inside, other=0) <= 0, 0.0, d)  # NaN is open, as torch has it
+    return d
