@@ -66,8 +66,11 @@ def backend_for(device_type: str) -> str | None:
     if name == "auto":
         return _VERIFIED.get(device_type)
     if device_type not in _DEVICES.get(name, (device_type,)):
+        remedy = "select 'auto' or 'reference'"
+        if name == "triton":
+            remedy += ", or start Python with TRITON_INTERPRET=1 to interpret the kernels on CPU tensors"
         raise RuntimeError(
             f"use_backend: the {name} backend serves {', '.join(_DEVICES[name])} tensors, got a {device_type} tensor; "
-            "select 'auto' or 'reference'"
+            f"{remedy}"
         )
     return name

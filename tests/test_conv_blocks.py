@@ -19,6 +19,7 @@ from test_gradcheck import TINY, function_of
 from tolerance import check
 
 import fusedres
+from fusedres import backends
 from fusedres.autograd import Directions
 from fusedres.modules import choice
 
@@ -37,10 +38,11 @@ def compare(
     memory: str,
     backend: str = "reference",
     memory_format: torch.memory_format = torch.channels_last,
+    conv: str = "fused",
 ) -> None:
     block, x, grad, eager, truth = prepared(block_case, dtype, memory_format, mode)
     where = device(backend, dtype)
-    twin = fused_twin(block, memory, "fused").to(where)
+    twin = fused_twin(block, memory, conv).to(where)
     with fusedres.use_backend(backend), expect_paths(fused_forward=1, fused_backward=1):
         got = run(twin, x.to(where), grad.to(where))
     got = {name: value.cpu() for name, value in got.items()}
@@ -178,3 +180,50 @@ def test_the_cpu_backend_keeps_the_librarys() -> None:
     block.fused_conv = "fused"
     plan, _ = block._read(torch.randn(2, 8, 5, 5), "cpu")
     assert not plan.own_convolutions
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("conv", ["fused", "library"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("block_case", SMALL, ids=label)
+def test_triton(block_case: Case, mode: str, conv: str, memory: str) -> None:
+    compare(block_case, torch.float32, mode, memory, "triton", conv=conv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("block_case", SMALL, ids=label)
+def test_triton_in_other_dtypes(block_case: Case, dtype: torch.dtype) -> None:
+    compare(block_case, dtype, "train", "min", "triton")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("block_case", SMALL, ids=label)
+def test_triton_without_gradients(block_case: Case, mode: str) -> None:
+    block, x, _, eager, truth = prepared(block_case, torch.float32, torch.channels_last, mode)
+    expected = {name: value for name, value in eager.items() if name == "out" or name.startswith("stats.")}
+    where = device("triton")
+    twin = fused_twin(block, conv="fused").to(where)
+    with fusedres.use_backend("triton"), torch.no_grad(), expect_paths(fused_forward=1):
+        out = twin(x.to(where)).cpu()
+    got = {"out": out} | {f"stats.{name}": buffer.cpu() for name, buffer in twin.named_buffers()}
+    check(got, expected, truth, torch.float32, f"{block_case} {mode}")
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("block_case", [c for c in TINY if c.shortcut != "zeropad"], ids=label)
+def test_triton_gradcheck(block_case: Case, memory: str) -> None:
+    block, x, _ = stock_case(block_case, torch.float64, torch.channels_last)
+    where = device("triton")
+    function, leaves = function_of(fused_twin(block, memory, "fused").to(where))
+    with fusedres.use_backend("triton"):
+        assert torch.autograd.gradcheck(function, (x.to(where).requires_grad_(), *leaves), fast_mode=True)
+
+
+def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._DEVICES, "triton", ("cuda", "meta"))
+    block = fusedres.FusedBasicBlock(8, 8)
+    with (
+        fusedres.use_backend("triton"),
+        pytest.raises(RuntimeError, match="triton backend serves cuda.*TRITON_INTERPRET"),
+    ):
+        block(torch.randn(2, 8, 5, 5))
