@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fusedres.ops import _checks
 from fusedres.ops._library import Op
-from fusedres.ops.conv_fprop import output_size
 
 _OP = "conv_dgrad"
 
@@ -63,7 +62,7 @@ def _check_sizes(
     if len(input_size) != 4:
         raise ValueError(f"{_OP}: input_size must be (N, C, H, W), got {tuple(input_size)}")
     out_size = [
-        output_size(size, taps, s, pad, step)
+        (size + 2 * pad - step * (taps - 1) - 1) // s + 1
         for size, taps, s, pad, step in zip(input_size[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
     expected = [input_size[0], weight.shape[0], *out_size]
