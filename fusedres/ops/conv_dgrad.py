@@ -135,13 +135,22 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     input: Tensor | None,
-    *rest: object,
+    input_state: Tensor | None,
+    shortcut_grad: Tensor | None,
+    shortcut_gate: Tensor | None,
+    shortcut_stride: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty(tuple(input_size), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     dtype = _checks.arithmetic_dtype(grad)
     if input is None:
         return grad_x, grad.new_empty(0, dtype=dtype)
     tiles = 1
+    if backend == "triton":
+        from fusedres.kernels.conv_dgrad.configs import candidates, row_tiles
+        from fusedres.kernels.launch import choose
+
+        tiles = row_tiles(input_size, stride, choose(candidates(grad, weight, y is not None)))
     return grad_x, grad.new_empty((tiles, 2, input_size[1]), dtype=dtype)
 
 

@@ -1,0 +1,80 @@
+"""Tile sizes of conv_dgrad's kernel, the best guess first; none has been timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, input_precision
+
+# Every candidate for stored dy copies both operands to shared memory ahead of wgmma; on load dy passes registers.
+PIPELINED = ("conv_dgrad_kernel",)
+
+
+def candidates(grad: Tensor, weight: Tensor, on_load: bool) -> tuple[Config, ...]:
+    """For grad (N, K, P, Q) and weight (K, C, R, S); on_load: dy is formed in the kernel."""
+    if INTERPRETED or grad.is_cpu:
+        return (_config(64, 64, 32, 4, 4, 1),)
+    if grad.dtype is torch.float64:
+        return _FLOAT64
+    if grad.dtype is torch.float32 and input_precision(grad.dtype) == "ieee":
+        return _FLOAT32
+    narrow = weight.shape[1] <= 64
+    if on_load:
+        return _ON_LOAD_NARROW if narrow else _ON_LOAD
+    return _NARROW if narrow else _WIDE
+
+
+def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) -> int:
+    """Row tiles of a result (N, C, H, W): as many for every phase as the largest one, (0, 0), has."""
+    n, _, h, w = input_size
+    pixels = n * ceil_div(h, stride[0]) * ceil_div(w, stride[1])
+    return stride[0] * stride[1] * ceil_div(pixels, config["BLOCK_M"])
+
+
+def _config(block_m: int, block_n: int, block_k: int, slices: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLICES": slices}, warps, stages)
+
+
+_WIDE = (
+    _config(128, 128, 64, 4, 8, 3),
+    _config(128, 128, 64, 4, 8, 4),
+    _config(128, 128, 32, 4, 8, 4),
+    _config(64, 128, 64, 4, 4, 3),
+    _config(64, 256, 64, 4, 4, 3),
+    _config(128, 256, 64, 4, 8, 3),
+    _config(128, 64, 64, 2, 4, 3),
+)
+_NARROW = (
+    _config(128, 64, 64, 2, 4, 3),
+    _config(128, 64, 64, 2, 8, 3),
+    _config(256, 64, 64, 2, 8, 3),
+    _config(64, 64, 64, 1, 4, 4),
+)
+_ON_LOAD = (
+    _config(128, 128, 64, 4, 8, 2),
+    _config(128, 128, 32, 4, 8, 3),
+    _config(64, 128, 64, 4, 4, 2),
+    _config(64, 256, 32, 4, 4, 2),
+    _config(64, 64, 64, 2, 4, 3),
+)
+_ON_LOAD_NARROW = (
+    _config(64, 64, 64, 2, 4, 3),
+    _config(128, 64, 64, 2, 8, 2),
+    _config(128, 64, 32, 2, 8, 3),
+    _config(64, 64, 32, 2, 4, 4),
+)
+_FLOAT32 = (
+    _config(64, 64, 32, 2, 4, 2),
+    _config(64, 64, 16, 2, 4, 3),
+    _config(128, 64, 16, 2, 8, 3),
+    _config(64, 32, 32, 1, 4, 2),
+)
+_FLOAT64 = (
+    _config(64, 64, 16, 2, 4, 2),
+    _config(64, 32, 16, 1, 4, 3),
+    _config(32, 64, 16, 2, 4, 3),
+    _config(32, 32, 32, 1, 4, 2),
+)
