@@ -1,19 +1,19 @@
 """What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, pipelining.
 
 Blocks and ops run on meta tensors, where a launch is only recorded. Each recorded kernel is compiled for every one of
-its candidate configs, specialised as Triton's JIT would for these arguments, and read back from PTX, SASS and resource
+its candidate configs, specialised as Triton's JIT would for these arguments, and read back from SASS and resource
 usage. Nothing is timed. Needs a process without TRITON_INTERPRET.
 
     python benchmarks/inspect_kernels.py --arch 90 --kernel bn_relu --json rows.json
 
 As a library:
 
-    inspect_function(lambda: bn_relu(x, state, "triton"), arch=90)  # every candidate of every launch; x on "meta"
+    rows = inspect_function(lambda: bn_relu(x, state, "triton"), arch=90)  # all candidates; x and state on "meta"
     print(table(rows))
-    inspect_launch(launch, config, arch=90)
+    row = inspect_launch(launch, config, arch=90)
 
 The main loop of a kernel is any innermost loop with tensor-core instructions; where no loop has any, any innermost loop
-with global memory accesses. Counts are static instructions of the SASS, the waits those of the PTX.
+with global memory accesses. Counts are of instructions as they stand in the SASS, not as they run.
 
 A kernel folder's configs.py may declare PIPELINED, the names of kernels whose tensor-core pipeline is meant to stay
 full: no shared-memory stores in the main loop and no wait for all of wgmma there. The verdict holds them to it.
@@ -79,8 +79,7 @@ class Row:
     tensor_core_count: int
     loop_async_copies: int | None  # fewest of any main loop: cp.async or TMA
     loop_shared_stores: int | None  # most of any main loop
-    wgmma_waits: tuple[int, ...]  # N of every wgmma.wait_group in main loops
-    wgmma_wait: int | None  # the greatest of them
+    wgmma_waits: tuple[int, ...]  # of every wait in main loops: how many groups of wgmma may stay in flight
     loads: int  # from global memory, asynchronous ones included
     loads_16: int  # of these, 16 bytes a thread
     stores: int
@@ -158,20 +157,19 @@ def _inspect(what: Specialised) -> Row:
         nothing: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 0) | {
             "tensor_core": None,
             "wgmma_waits": (),
-            "wgmma_wait": None,
             "loop_async_copies": None,
             "loop_shared_stores": None,
         }
         failed = (f"does not compile: {type(error).__name__}: {reason}",)
         return Row(**nothing | named | {"pipelined": pipelined, "problems": failed})
     seconds = time.perf_counter() - start
-    binary = Binary(compiled.asm["cubin"], compiled.asm["ptx"])
+    binary = Binary(compiled.asm["cubin"])
     shared, threads = compiled.metadata.shared, 32 * config.num_warps
     registers, spilled = binary.resources
-    kinds = [k for k in ("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA") if binary.count(k)]
-    copies = [sum(op.startswith(_ASYNC) for op in loop) for loop in binary.main_loops]
-    staged = [sum(op.startswith(("STS", "STSM")) for op in loop) for loop in binary.main_loops]
-    loads = [op for op in binary.opcodes if op.startswith(("LDG", "LDGSTS"))]
+    kinds = [k for k in _TENSOR_CORE if binary.count(k)]
+    copies = [sum(line.startswith(_ASYNC) for line in loop) for loop in binary.main_loops]
+    staged = [sum(line.startswith("STS") for line in loop) for loop in binary.main_loops]
+    loads = [op for op in binary.opcodes if op.startswith("LDG")]
     stores = [op for op in binary.opcodes if op.startswith("STG")]
     row = Row(
         **named,
@@ -186,7 +184,6 @@ def _inspect(what: Specialised) -> Row:
         loop_async_copies=min(copies, default=None),
         loop_shared_stores=max(staged, default=None),
         wgmma_waits=tuple(sorted(binary.wgmma_waits)),
-        wgmma_wait=max(binary.wgmma_waits, default=None),
         loads=len(loads),
         loads_16=sum(".128" in op for op in loads),
         stores=len(stores),
@@ -245,15 +242,15 @@ def problem(launch: Launch) -> str:
 # --- reading what was compiled ----------------------------------------------------------------------------------------
 
 _ASYNC = ("LDGSTS", "UBLKCP", "UTMALDG")
+_TENSOR_CORE = ("HGMMA", "HMMA", "DMMA")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
 class Binary:
-    """A cubin and its PTX, disassembled with the tools inside the triton package."""
+    """A cubin, disassembled with cuobjdump of the triton package."""
 
-    def __init__(self, cubin: bytes, ptx: str) -> None:
+    def __init__(self, cubin: bytes) -> None:
         self._cubin = cubin
-        self._ptx = ptx
 
     def _dump(self, *flags: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -284,34 +281,29 @@ class Binary:
 
     @cached_property
     def main_loops(self) -> list[list[str]]:
-        """The opcodes of each main loop."""
+        """The instructions of each main loop."""
         spans = []
-        for address, op, rest in self.instructions:
-            target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+        for address, op, operands in self.instructions:
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
             if op.startswith("BRA") and target and int(target[1], 16) < address:
                 spans.append((int(target[1], 16), address))
-        loops = [[op for a, op, _ in self.instructions if low <= a <= high] for low, high in _innermost(spans)]
-        for marks in (("HGMMA", "HMMA", "DMMA", "IMMA", "QGMMA"), ("LDG", *_ASYNC, "STG")):
-            found = [loop for loop in loops if any(op.startswith(marks) for op in loop)]
+        loops = [
+            [op + operands for a, op, operands in self.instructions if low <= a <= high]
+            for low, high in _innermost(spans)
+        ]
+        for marks in (_TENSOR_CORE, ("LDG", *_ASYNC, "STG")):
+            found = [loop for loop in loops if any(line.startswith(marks) for line in loop)]
             if found:
                 return found
         return []
 
-    @cached_property
+    @property
     def wgmma_waits(self) -> list[int]:
-        """N of every wgmma.wait_group in the PTX's innermost loops with wgmma."""
-        lines = self._ptx.splitlines()
-        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
-        spans = []
-        for i, line in enumerate(lines):
-            m = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
-            if m and labels[m[1]] < i:
-                spans.append((labels[m[1]], i))
-        with_wgmma = [(a, b) for a, b in spans if any("wgmma.mma_async" in line for line in lines[a:b])]
-        waits = []
-        for a, b in _innermost(with_wgmma):
-            waits += [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", "\n".join(lines[a:b]))]
-        return waits
+        """Of every wait in main loops, how many groups of wgmma may stay in flight."""
+        found = (
+            re.match(r"WARPGROUP\.DEPBAR\.LE\s+gsb0, 0x([0-9a-f]+)", line) for loop in self.main_loops for line in loop
+        )
+        return [int(wait[1], 16) for wait in found if wait]
 
 
 def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from pkgutil import iter_modules
 
 import torch
 from harness import Progress
 from traffic import MODES, Block, CountBytes, bytes_moved, resnet_blocks
 
 import fusedres
-import fusedres.ops
 from fusedres.kernels.launch import Launch, record_launches
-from fusedres.ops._library import Op
+from fusedres.ops._library import OPS
 
 # Name of a way → fuse()'s arguments, and the closed form's mode that it is held against.
 WAYS: dict[str, tuple[dict[str, str], str]] = {
@@ -50,12 +47,11 @@ class CountLaunched(CountBytes):
         super().__init__()
         self.kernels: list[Launch] = []
         self.missing: set[str] = set()
-        self._ops = _ops()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "fusedres":
             return super().__torch_dispatch__(func, types, args, kwargs)
-        op = self._ops[func._schema.name.partition("::")[2]]
+        op = OPS[func._schema.name.partition("::")[2]]
         try:
             op.kernel(args[-1])
         except (RuntimeError, AttributeError):
@@ -65,11 +61,6 @@ class CountLaunched(CountBytes):
             result = op._checked(*args)
         self.kernels += launches
         return result
-
-
-def _ops() -> dict[str, Op]:
-    modules = [import_module(f"fusedres.ops.{module.name}") for module in iter_modules(fusedres.ops.__path__)]
-    return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Op)}
 
 
 @dataclass(frozen=True)
