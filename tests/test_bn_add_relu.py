@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, state
+from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state
 
 from fusedres import ops
 from fusedres.kernels.reference import unpack_bits
@@ -23,8 +23,10 @@ def _terms(x, affine):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("projection", [False, True])
 def test_same_shape(backend, dtype, shape, projection):
-    x, shortcut = activation(shape, dtype), activation(shape, dtype, seed=7)
-    affine, other = state(shape[1], dtype), state(shape[1], dtype, seed=5) if projection else None
+    where = device(backend, dtype)
+    x, shortcut = activation(shape, dtype).to(where), activation(shape, dtype, seed=7).to(where)
+    affine = state(shape[1], dtype).to(where)
+    other = state(shape[1], dtype, seed=5).to(where) if projection else None
     got, mask = ops.bn_add_relu(x, affine, shortcut, backend, other, with_mask=True)
     branch = _affine(shortcut, other) if projection else shortcut.double()
     terms = _terms(x, affine) + (_terms(shortcut, other) if projection else shortcut.double().abs())
@@ -42,26 +44,33 @@ def test_same_shape(backend, dtype, shape, projection):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("c_in", "c_out", "h", "w", "stride"),
     [(3, 8, 7, 5, 2), (16, 32, 6, 6, 2), (17, 40, 5, 9, 3), (4, 4, 5, 5, 2), (5, 70, 4, 4, 1)],
 )
 def test_zero_padded_shortcut(backend, dtype, c_in, c_out, h, w, stride):
-    shortcut = activation((2, c_in, h, w), dtype)
-    x = activation((2, c_out, -(-h // stride), -(-w // stride)), dtype, seed=3)
-    affine = state(c_out, dtype)
-    got, _ = ops.bn_add_relu(x, affine, shortcut, backend, stride=stride, with_mask=True)
-    branch = torch.zeros(x.shape, dtype=torch.float64)
+    where = device(backend, dtype)
+    shortcut = activation((2, c_in, h, w), dtype).to(where)
+    x = activation((2, c_out, -(-h // stride), -(-w // stride)), dtype, seed=3).to(where)
+    affine = state(c_out, dtype).to(where)
+    got, mask = ops.bn_add_relu(x, affine, shortcut, backend, stride=stride, with_mask=True)
+    branch = torch.zeros(x.shape, dtype=torch.float64, device=where)
     branch[:, :c_in] = shortcut.double()[:, :, ::stride, ::stride]
-    assert_near("out", got, (_affine(x, affine) + branch).relu(), _terms(x, affine) + branch.abs(), dtype)
+    want, terms = _affine(x, affine) + branch, _terms(x, affine) + branch.abs()
+    assert_near("out", got, want.relu(), terms, dtype)
+    clear = want.abs() > 8 * torch.finfo(torch.float32).eps * terms
+    assert torch.equal(unpack_bits(mask, c_out)[clear], (want > 0)[clear])
+    assert not unpack_bits(mask, mask.shape[-1] * 8)[:, c_out:].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_active_and_passes(backend):
-    x, shortcut = activation((1, 20, 2, 2), torch.float32), activation((1, 20, 2, 2), torch.float32, seed=1)
+    where = device(backend)
+    x = activation((1, 20, 2, 2), torch.float32).to(where)
+    shortcut = activation((1, 20, 2, 2), torch.float32, seed=1).to(where)
     shortcut[0, 3, 1, 1] = torch.nan
-    out, mask = ops.bn_add_relu(x, state(20, torch.float32), shortcut, backend, with_mask=True)
+    out, mask = ops.bn_add_relu(x, state(20, torch.float32).to(where), shortcut, backend, with_mask=True)
     assert out.isnan().sum() == 1 and out[0, 3, 1, 1].isnan() and unpack_bits(mask, 20)[0, 3, 1, 1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, state, vector
+from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state, vector
 
 from fusedres import ops
 
@@ -27,9 +27,10 @@ def _want(x, affine, pivot, stride):
     ("with_state", "with_pivot", "stride"), [(1, 0, 1), (1, 1, 1), (0, 1, 2), (0, 0, 2), (0, 0, 3)]
 )
 def test_forward(backend, dtype, shape, with_state, with_pivot, stride):
-    x = activation(shape, dtype)
-    affine = state(shape[1], dtype) if with_state else None
-    pivot = vector(shape[1], torch.float64 if dtype == torch.float64 else torch.float32) if with_pivot else None
+    where, wide = device(backend, dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    x = activation(shape, dtype).to(where)
+    affine = state(shape[1], dtype).to(where) if with_state else None
+    pivot = vector(shape[1], wide).to(where) if with_pivot else None
     got = ops.bn_relu(x, affine, backend, pivot, stride)
     want, terms = _want(x, affine, pivot, stride)
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
@@ -39,8 +40,9 @@ def test_forward(backend, dtype, shape, with_state, with_pivot, stride):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_gives_the_same_bits(backend, dtype):
-    x = activation((3, 37, 5, 6), dtype)
-    affine = state(37, dtype)
+    where = device(backend, dtype)
+    x = activation((3, 37, 5, 6), dtype).to(where)
+    affine = state(37, dtype).to(where)
     want = ops.bn_relu(x, affine, backend)
     ops.bn_relu_(x, affine, backend)
     assert torch.equal(x, want)
@@ -49,9 +51,10 @@ def test_in_place_gives_the_same_bits(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
-    x = activation((2, 33, 3, 3), dtype)
+    where = device(backend, dtype)
+    x = activation((2, 33, 3, 3), dtype).to(where)
     x[0, :, 0, 0], x[1, :, 1, 1], x[1, :, 2, 2] = torch.nan, torch.inf, -torch.inf
-    affine = state(33, dtype)
+    affine = state(33, dtype).to(where)
     want = (x.double() * channels(affine[2]) + channels(affine[3])).relu()
     got = ops.bn_relu(x, affine, backend)
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near
+from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, device
 
 from fusedres import ops
 from fusedres.kernels.reference import pack_bits
@@ -21,7 +21,8 @@ def _gate(active, kind, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["bits", "output"])
 def test_relu_backward(backend, dtype, shape, kind):
-    grad, active = activation(shape, dtype), activation(shape, torch.float32, 4) > 0
+    where = device(backend, dtype)
+    grad, active = activation(shape, dtype).to(where), activation(shape, torch.float32, 4).to(where) > 0
     d, total = ops.relu_backward(grad, _gate(active, kind, dtype), backend)
     assert torch.equal(d, grad * active)
     want = d.double()
@@ -36,9 +37,10 @@ def test_relu_backward(backend, dtype, shape, kind):
     [(8, 8, 5, 5, 1), (3, 8, 7, 5, 2), (16, 33, 6, 6, 2), (17, 40, 5, 9, 3), (65, 65, 4, 3, 2)],
 )
 def test_shortcut_grad(backend, dtype, kind, c_in, c_out, h, w, stride):
-    grad_x = activation((2, c_in, h, w), dtype)
+    where = device(backend, dtype)
+    grad_x = activation((2, c_in, h, w), dtype).to(where)
     shape = (2, c_out, -(-h // stride), -(-w // stride))
-    grad, active = activation(shape, dtype, 2), activation(shape, torch.float32, 4) > 0
+    grad, active = activation(shape, dtype, 2).to(where), activation(shape, torch.float32, 4).to(where) > 0
     gate = _gate(active, kind, dtype)
     want = grad_x.double()
     want[:, :, ::stride, ::stride] += (grad * active if gate is not None else grad).double()[:, :c_in]

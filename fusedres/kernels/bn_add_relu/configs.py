@@ -1,0 +1,13 @@
+"""Tiles of bn_add_relu."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedres.kernels.launch import Config
+from fusedres.kernels.tiles import row_tiles
+
+
+def bn_add_relu(channels: int, dtype: torch.dtype) -> list[Config]:
+    """Candidates, best guess first."""
+    return row_tiles(channels, dtype)

@@ -1,0 +1,119 @@
+"""The tail of a residual block in Triton: BatchNorm's affine map, shortcut, ReLU.
+
+    z[m, c] = scale[c]·x[m, c] + shift[c] + S[m, c]      out = relu(z)      mask = NOT (z <= 0)      (He et al. 2015)
+
+S is the shortcut as it is, or with its own scale and shift, or every stride-th of its pixels with zero channels
+appended. A program owns BLOCK_M rows by BLOCK_C channels of the result, and the BLOCK_C / 8 bytes of mask a row. Reads x
+and the pixels of the shortcut that are used, writes out and, where asked for, 1 bit an element, each once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels.bn_add_relu import configs
+from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.tiles import affine, pixel_offsets, pixels, relu, tile
+
+
+@triton.jit
+def bn_add_relu_kernel(
+    x_ptr,  # (M, C)
+    state_ptr,  # (4, C) float32 or float64
+    shortcut_ptr,  # (N, P, Q, shortcut_C) like x, strides (stride_n, stride_h, stride_w, 1)
+    shortcut_state_ptr,  # (4, C) like the state, or None
+    out_ptr,  # (M, C) like x; x itself in place
+    out_mask_ptr,  # (M, ceil(C / 8)) uint8, or None
+    M,
+    C,
+    P,
+    Q,
+    shortcut_C,
+    stride_n,
+    stride_h,
+    stride_w,
+    IS_STRIDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row, column = tile(tl.program_id(0), C, BLOCK_M, BLOCK_C)
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
+    inside = (rows < M)[:, None] & (columns < C)[None, :]
+    offsets = rows[:, None] * C + columns[None, :]
+    pixel = pixel_offsets(row, P, Q, stride_n, stride_h, stride_w, IS_STRIDED, BLOCK_M)
+    reached = (rows < M)[:, None] & (columns < shortcut_C)[None, :]
+
+    x = tl.load(x_ptr + offsets, mask=inside, other=0)
+    branch = tl.load(shortcut_ptr + pixel[:, None] + columns[None, :], mask=reached, other=0)
+    z = affine(x, state_ptr, C, columns)
+    if shortcut_state_ptr is not None:
+        branch = affine(branch, shortcut_state_ptr, C, columns)
+    z += branch.to(z.dtype)
+    tl.store(out_ptr + offsets, relu(z).to(out_ptr.dtype.element_ty), mask=inside)
+    if out_mask_ptr is not None:
+        # z is 0 beyond the channels, so their bits are
+        bits = tl.reshape(tl.where(z <= 0, 0, 1), [BLOCK_M, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        width, bytes_ = (C + 7) // 8, column // 8 + tl.arange(0, BLOCK_C // 8)
+        inside = (rows < M)[:, None] & (bytes_ < width)[None, :]
+        tl.store(out_mask_ptr + rows[:, None] * width + bytes_[None, :], tl.sum(bits, 2).to(tl.uint8), mask=inside)
+
+
+def bn_add_relu(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_add_relu."""
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    return out, _launch(x, state, shortcut, shortcut_state, stride, with_mask, out)
+
+
+def bn_add_relu_(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
+) -> Tensor:
+    """See fusedres.ops.bn_add_relu."""
+    return _launch(x, state, shortcut, shortcut_state, stride, with_mask, x)
+
+
+def bn_add_relu_out(
+    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor
+) -> None:
+    """See fusedres.ops.bn_add_relu."""
+    _launch(x, state, shortcut, shortcut_state, stride, False, out)
+
+
+def _launch(
+    x: Tensor,
+    state: Tensor,
+    shortcut: Tensor,
+    shortcut_state: Tensor | None,
+    stride: int,
+    with_mask: bool,
+    out: Tensor,
+) -> Tensor:
+    n, c, p, q = x.shape
+    mask = torch.empty((n, p, q, ceil_div(c, 8)) if with_mask else (0,), dtype=torch.uint8, device=x.device)
+    view, (stride_n, stride_h, stride_w) = pixels(shortcut, stride)
+    candidates = configs.bn_add_relu(c, x.dtype)
+    config = choose(candidates)
+    arguments = {
+        "x_ptr": x,
+        "state_ptr": state,
+        "shortcut_ptr": view,
+        "shortcut_state_ptr": shortcut_state,
+        "out_ptr": out,
+        "out_mask_ptr": mask if with_mask else None,
+        "M": n * p * q,
+        "C": c,
+        "P": p,
+        "Q": q,
+        "shortcut_C": shortcut.shape[1],
+        "stride_n": stride_n,
+        "stride_h": stride_h,
+        "stride_w": stride_w,
+        "IS_STRIDED": stride > 1,
+    }
+    grid = (ceil_div(n * p * q, config["BLOCK_M"]) * ceil_div(c, config["BLOCK_C"]),)
+    launch(bn_add_relu_kernel, grid, arguments, config, candidates)
+    return mask

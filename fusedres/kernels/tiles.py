@@ -1,0 +1,70 @@
+"""What the Triton kernels of one pass over channels_last activations share: tiles of M rows by C channels.
+
+A program owns BLOCK_M rows and BLOCK_C channels; programs of neighbouring channels are neighbours. Row m is pixel
+(n, p, q) of (N, P, Q). Row numbers and offsets are int64, what is inside a tile int32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
+
+
+@triton.jit
+def tile(pid, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """First row (int64) and first channel of program `pid`."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    return (pid // blocks).to(tl.int64) * BLOCK_M, pid % blocks * BLOCK_C
+
+
+@triton.jit
+def pixel_offsets(row, P, Q, stride_n, stride_h, stride_w, IS_STRIDED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(BLOCK_M,) offsets of rows row, row + 1, …; where no pixel is left out, rows lie stride_w apart."""
+    rows = tl.arange(0, BLOCK_M)
+    if IS_STRIDED:
+        image = row // (P * Q)
+        rest = (row - image * (P * Q)).to(tl.int32) + rows  # from the first image of the tile on
+        p = rest // Q % P
+        offsets = (image + rest // (P * Q)) * stride_n + p.to(tl.int64) * stride_h + (rest % Q).to(tl.int64) * stride_w
+    else:
+        offsets = (row + rows) * stride_w
+    return offsets
+
+
+@triton.jit
+def affine(x, state_ptr, C, columns):
+    """scale·x + shift in the state's type, of the (4, C) state; 0 beyond C where x is."""
+    inside = columns < C
+    scale = tl.load(state_ptr + 2 * C + columns, mask=inside, other=0)
+    shift = tl.load(state_ptr + 3 * C + columns, mask=inside, other=0)
+    return x.to(scale.dtype) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def relu(z):
+    """max(z, 0), NaN where z is."""
+    return tl.where(z <= 0, 0.0, z)
+
+
+def pixels(x: Tensor, stride: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Every stride-th pixel of a channels_last activation, and the strides of (N, P, Q) whatever torch says of size 1."""
+    _, c, h, w = x.shape
+    view = x if stride == 1 else x[:, :, ::stride, ::stride]
+    return view, (h * w * c, stride * w * c, stride * c)
+
+
+def row_tiles(channels: int, dtype: torch.dtype) -> list[Config]:
+    """Candidates of a kernel that reads and writes each element once: 2 to 8 vectors of 16 bytes a thread and operand."""
+    if INTERPRETED:
+        return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
+    vector = 16 // dtype.itemsize
+    # the widest of the blocks that cover the channels with the fewest lanes idle
+    block_c = min((256, 128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
+    return [
+        Config({"BLOCK_M": max(1, 32 * warps * vector * vectors // block_c), "BLOCK_C": block_c}, warps)
+        for warps, vectors in ((4, 4), (8, 4), (4, 8), (8, 2), (4, 2))
+    ]
