@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from fusedres.kernels.conv_fprop.geometry import empty_output, output_shape
 from fusedres.ops import _checks
 from fusedres.ops._library import Op
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Pixels of a convolution's output along one axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def output_shape(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
-    """(N, K, P, Q) of a convolution of (N, C, H, W) with (K, C, R, S)."""
-    p, q = (
-        output_size(x.shape[2 + axis], weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis])
-        for axis in (0, 1)
-    )
-    return x.shape[0], weight.shape[0], p, q
 
 
 def _check_convolution(
@@ -54,13 +38,8 @@ def _check_convolution(
             f"{op}: x must be at least as large as the dilated weight, got an output of {shape[2]}x{shape[3]} pixels "
             f"for x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
-
-
-def _empty_output(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    shape = output_shape(x, weight, stride, padding, dilation)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if shape[0] * shape[2] * shape[3] > 2**31 - 2**10:
+        raise ValueError(f"{op}: the output must have fewer than 2^31 pixels, got N·P·Q of {shape[0]}x{shape[2:]}")
 
 
 def _check_conv_fprop(
@@ -88,7 +67,7 @@ def _fake_conv_fprop(
     with_statistics: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = _empty_output(x, weight, stride, padding, dilation)
+    y = empty_output(x, weight, stride, padding, dilation)
     dtype = _checks.arithmetic_dtype(x)
     if not with_statistics:
         return y, x.new_empty((0,), dtype=dtype), x.new_empty((0,), dtype=dtype)
@@ -96,7 +75,7 @@ def _fake_conv_fprop(
     if backend == "triton":
         from fusedres.kernels.conv_fprop.configs import row_tiles
 
-        tiles = row_tiles(x, weight, state, stride, padding, dilation)
+        tiles = row_tiles(x, weight, y, state is not None, any(padding))
     return y, x.new_empty((tiles, 2, weight.shape[0]), dtype=dtype), x.new_empty((tiles,), dtype=dtype)
 
 
@@ -191,7 +170,7 @@ CONV_BN_ADD_RELU = Op(
     "Tensor? shortcut, Tensor? shortcut_state, int shortcut_stride, str backend) -> Tensor",
     "conv_fprop",
     _check_conv_bn_add_relu,
-    lambda x, weight, stride, padding, dilation, *_: _empty_output(x, weight, stride, padding, dilation),
+    lambda x, weight, stride, padding, dilation, *_: empty_output(x, weight, stride, padding, dilation),
 )
 
 

@@ -1,0 +1,66 @@
+"""Sizes of a convolution, and which of its taps fall on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Pixels of a convolution's output along one axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def output_shape(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """(N, K, P, Q) of a convolution of (N, C, H, W) with (K, C, R, S)."""
+    p, q = (
+        output_size(x.shape[2 + axis], weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis])
+        for axis in (0, 1)
+    )
+    return x.shape[0], weight.shape[0], p, q
+
+
+def empty_output(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Room for a convolution's output, channels_last."""
+    shape = output_shape(x, weight, stride, padding, dilation)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def tap_table(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """(R·S, P·Q) float32: 1 where a tap of an output pixel is inside x, 0 where it falls on padding."""
+    axes = tuple(
+        (x.shape[2 + axis], weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)
+    )
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _build(axes, x.device)  # in the graph's own memory, filled at each replay
+    return _cached(axes, x.device)
+
+
+@cache
+def _cached(axes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    table = _build(axes, device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # once: other streams will read it too
+    return table
+
+
+def _build(axes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    rows, columns = (_inside(*axis, device) for axis in axes)
+    return (rows[:, None, :, None] & columns[None, :, None, :]).float().flatten(2).flatten(0, 1).contiguous()
+
+
+def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int, device: torch.device) -> Tensor:
+    """(kernel, outputs) booleans of one axis."""
+    taps = torch.arange(kernel, device=device)[:, None] * dilation - padding
+    pixels = torch.arange(output_size(size, kernel, stride, padding, dilation), device=device) * stride
+    position = taps + pixels
+    return (position >= 0) & (position < size)

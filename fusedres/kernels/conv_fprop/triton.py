@@ -1,0 +1,253 @@
+"""Convolutions as implicit GEMMs over channels_last memory, with BatchNorm on load and on store.
+
+conv_fprop:        y = conv(h, weight), h = relu(scale·x + shift) or x, and each row tile's mean and squared deviations.
+conv_bn_add_relu:  relu(scale·conv(x, weight) + shift + S).
+
+Rows are the N·P·Q output pixels, columns the K output channels, and the reduction runs over taps and input channels
+(Chetlur et al. 2014, cuDNN). A program owns BLOCK_M rows and BLOCK_K columns and all of the reduction; programs of the
+same rows run side by side, so that x comes from L2 after the first. Reads x and weight (and the shortcut), writes the
+output once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels.conv_fprop.accumulate import accumulate, affine, below, output_pixel
+from fusedres.kernels.conv_fprop.configs import candidates
+from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
+from fusedres.kernels.launch import Config, ceil_div, choose, input_precision, launch
+from fusedres.kernels.reference import arithmetic_dtype
+
+
+@triton.jit
+def conv_fprop_kernel(
+    x_ptr,  # (N, H, W, C), strides below
+    weight_ptr,  # (K, R, S, C)
+    state_ptr,  # (4, C) float32 or float64, or None
+    table_ptr,  # (R·S, P·Q) float32, or None where no config has TABLE
+    out_ptr,  # (N, P, Q, K)
+    out_partials_ptr,  # (tiles, 2, K) float32 or float64, or None
+    out_rows_ptr,  # (tiles,) likewise
+    rows,
+    H,
+    W,
+    P,
+    Q,
+    x_stride_n,
+    x_stride_h,
+    x_stride_w,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tile = tl.program_id(0) // COLUMN_TILES
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % COLUMN_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = accumulate(
+        x_ptr, weight_ptr, state_ptr, table_ptr, m, k, rows, H, W, P, Q, x_stride_n, x_stride_h, x_stride_w, stride_h,
+        stride_w, padding_h, padding_w, dilation_h, dilation_w, C, K, R, S, PADDED, FLAT, TABLE, PRECISION, ACCUMULATOR,
+        BLOCK_M, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+    y = acc.to(out_ptr.dtype.element_ty)
+    row_inside = (m < rows)[:, None]
+    column_inside = below(k, K, BLOCK_K)
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=row_inside & column_inside[None, :])
+    if out_partials_ptr is not None:
+        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(ACCUMULATOR)
+        stored = y.to(ACCUMULATOR)
+        mean = tl.sum(tl.where(row_inside, stored, 0.0), 0) / count
+        deviation = tl.where(row_inside, stored - mean[None, :], 0.0)
+        partials = out_partials_ptr + tile.to(tl.int64) * (2 * K) + k
+        tl.store(partials, mean, mask=column_inside)
+        tl.store(partials + K, tl.sum(deviation * deviation, 0), mask=column_inside)
+        tl.store(out_rows_ptr + tile, count)  # the same from every column tile
+
+
+@triton.jit
+def conv_bn_add_relu_kernel(
+    x_ptr,  # (N, H, W, C), strides below
+    weight_ptr,  # (K, R, S, C)
+    state_ptr,  # (4, K) float32 or float64
+    shortcut_ptr,  # (N, P, Q, shortcut_channels), strides below, or None
+    shortcut_state_ptr,  # (4, K) like state, or None
+    out_ptr,  # (N, P, Q, K)
+    rows,
+    H,
+    W,
+    P,
+    Q,
+    x_stride_n,
+    x_stride_h,
+    x_stride_w,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    shortcut_channels,
+    shortcut_stride_n,
+    shortcut_stride_p,
+    shortcut_stride_q,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    m = tl.program_id(0) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % COLUMN_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = accumulate(
+        x_ptr, weight_ptr, None, None, m, k, rows, H, W, P, Q, x_stride_n, x_stride_h, x_stride_w, stride_h,
+        stride_w, padding_h, padding_w, dilation_h, dilation_w, C, K, R, S, PADDED, FLAT, TABLE, PRECISION, ACCUMULATOR,
+        BLOCK_M, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+    row_inside = (m < rows)[:, None]
+    column_inside = below(k, K, BLOCK_K)[None, :]
+    z = affine(acc, state_ptr, k[None, :], column_inside, K)
+    if shortcut_ptr is not None:
+        n, p, q = output_pixel(m, P, Q)
+        offset = n * shortcut_stride_n + p.to(tl.int64) * shortcut_stride_p + q.to(tl.int64) * shortcut_stride_q
+        reached = row_inside & (k < shortcut_channels)[None, :]
+        shortcut = tl.load(shortcut_ptr + offset[:, None] + k[None, :], mask=reached, other=0.0)
+        if shortcut_state_ptr is not None:
+            z += affine(shortcut, shortcut_state_ptr, k[None, :], column_inside, K)
+        else:
+            z += shortcut.to(ACCUMULATOR)
+    out = tl.where(z <= 0, 0.0, z).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], out, mask=row_inside & column_inside)
+
+
+def conv_fprop(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.conv_fprop."""
+    y = empty_output(x, weight, stride, padding, dilation)
+    rows, k = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
+    configs = candidates(x, weight, rows, state is not None, any(padding))
+    config = choose(configs)
+    tiles = ceil_div(rows, config["BLOCK_M"])
+    dtype = arithmetic_dtype(x.dtype)
+    partials = torch.empty((tiles, 2, k) if with_statistics else (0,), dtype=dtype, device=x.device)
+    tile_rows = torch.empty((tiles,) if with_statistics else (0,), dtype=dtype, device=x.device)
+    arguments = _convolution(x, weight, y, stride, padding, dilation) | {
+        "state_ptr": state,
+        "table_ptr": tap_table(x, weight, stride, padding, dilation) if config["TABLE"] else None,
+        "out_ptr": y,
+        "out_partials_ptr": partials if with_statistics else None,
+        "out_rows_ptr": tile_rows if with_statistics else None,
+    }
+    launch(conv_fprop_kernel, _grid(rows, k, config), arguments, config, configs)
+    return y, partials, tile_rows
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    state: Tensor,
+    shortcut: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_stride: int,
+) -> Tensor:
+    """See fusedres.ops.conv_bn_add_relu."""
+    out = empty_output(x, weight, stride, padding, dilation)
+    rows, k = out.shape[0] * out.shape[2] * out.shape[3], out.shape[1]
+    configs = candidates(x, weight, rows, False, any(padding))
+    config = choose(configs)
+    reached = None if shortcut is None else shortcut[:, :, ::shortcut_stride, ::shortcut_stride]
+    strides = (0, 0, 0, 0) if reached is None else reached.stride()
+    arguments = _convolution(x, weight, out, stride, padding, dilation) | {
+        "state_ptr": state,
+        "shortcut_ptr": reached,
+        "shortcut_state_ptr": shortcut_state,
+        "out_ptr": out,
+        "shortcut_channels": 0 if reached is None else reached.shape[1],
+        "shortcut_stride_n": strides[0],
+        "shortcut_stride_p": strides[2],
+        "shortcut_stride_q": strides[3],
+    }
+    launch(conv_bn_add_relu_kernel, _grid(rows, k, config), arguments, config, configs)
+    return out
+
+
+def _grid(rows: int, columns: int, config: Config) -> tuple[int]:
+    return (ceil_div(rows, config["BLOCK_M"]) * ceil_div(columns, config["BLOCK_K"]),)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> dict[str, Any]:
+    """The arguments of the reduction."""
+    k, c, r, s = weight.shape
+    if r == s == 1 and not any(padding):  # a view of the pixels that are touched
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "rows": y.shape[0] * y.shape[2] * y.shape[3],
+        "H": x.shape[2],
+        "W": x.shape[3],
+        "P": y.shape[2],
+        "Q": y.shape[3],
+        "x_stride_n": x.stride(0),
+        "x_stride_h": x.stride(2),
+        "x_stride_w": x.stride(3),
+        "stride_h": stride[0],
+        "stride_w": stride[1],
+        "padding_h": padding[0],
+        "padding_w": padding[1],
+        "dilation_h": dilation[0],
+        "dilation_w": dilation[1],
+        "C": c,
+        "K": k,
+        "R": r,
+        "S": s,
+        "PADDED": any(padding),
+        "PRECISION": input_precision(x.dtype),
+        "ACCUMULATOR": tl.float64 if x.dtype is torch.float64 else tl.float32,
+    }
