@@ -50,7 +50,11 @@ class CountLaunched(CountBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "fusedres":
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if func is torch.ops.aten.convolution.default and args[0].is_meta:
+                # cuDNN keeps the input's memory format, which the meta kernel leaves open.
+                return result.contiguous(memory_format=torch.channels_last)
+            return result
         op = OPS[func._schema.name.partition("::")[2]]
         try:
             op.kernel(args[-1])
@@ -87,7 +91,7 @@ def train_step(block: Block, way: str, batch: int, dtype: torch.dtype) -> dict[s
             out = module(x)
         grad = torch.empty_like(out)
         with CountLaunched() as backward:
-            torch.autograd.backward(out, grad)
+            torch.autograd.grad(out, [x, *module.parameters()], grad)  # nothing is accumulated
     return {"forward": forward, "backward": backward}
 
 
