@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, state
+from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state
 
 from fusedres import ops
 from fusedres.kernels.reference import pack_bits
@@ -27,9 +27,9 @@ def _branch(d, x, affine, batch_statistics):
     return grad, terms, product, product_terms
 
 
-def _inputs(shape, dtype):
-    grad, x, other = (activation(shape, dtype, seed) for seed in (1, 2, 3))
-    active = activation(shape, torch.float32, 4) > 0
+def _inputs(shape, dtype, place="cpu"):
+    grad, x, other = (activation(shape, dtype, seed).to(place) for seed in (1, 2, 3))
+    active = activation(shape, torch.float32, 4).to(place) > 0
     return grad, x, other, active
 
 
@@ -41,8 +41,9 @@ def _inputs(shape, dtype):
     [("bits", False, True), ("bits", True, True), ("output", False, False), (None, True, False)],
 )
 def test_tail(backend, dtype, shape, gate_kind, projection, batch_statistics):
-    grad, x, other, active = _inputs(shape, dtype)
-    affine, other_affine = state(shape[1], dtype), state(shape[1], dtype, seed=9)
+    place = device(backend, dtype)
+    grad, x, other, active = _inputs(shape, dtype, place)
+    affine, other_affine = state(shape[1], dtype).to(place), state(shape[1], dtype, seed=9).to(place)
     gate = {"bits": pack_bits(active), "output": active.to(dtype).contiguous(memory_format=torch.channels_last)}.get(
         gate_kind or ""
     )
@@ -76,8 +77,9 @@ def test_tail(backend, dtype, shape, gate_kind, projection, batch_statistics):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gated", [True, False])
 def test_inner(backend, dtype, shape, gated):
-    grad, x, _, _ = _inputs(shape, dtype)
-    affine = state(shape[1], dtype)
+    place = device(backend, dtype)
+    grad, x, _, _ = _inputs(shape, dtype, place)
+    affine = state(shape[1], dtype).to(place)
     z = x.double() * channels(affine[2]) + channels(affine[3])
     d = torch.where(z <= 0, 0.0, grad.double()) if gated else grad.double()
     clear = z.abs() > 1e-5 if dtype != torch.float64 else z.abs() > 1e-13
@@ -91,11 +93,60 @@ def test_inner(backend, dtype, shape, gated):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_the_gate_lets_the_gradient_pass(backend):
-    grad, x, _, _ = _inputs((1, 18, 2, 2), torch.float32)
+    place = device(backend)
+    grad, x, _, _ = _inputs((1, 18, 2, 2), torch.float32, place)
+    affine = state(18, torch.float32).to(place)
     output = torch.zeros_like(x)
     output[0, 17, 1, 0] = torch.nan
-    _, _, sums = ops.bn_add_relu_backward(grad, output, x, state(18, torch.float32), backend, batch_statistics=False)
+    _, _, sums = ops.bn_add_relu_backward(grad, output, x, affine, backend, batch_statistics=False)
     assert sums[0, 17] == grad[0, 17, 1, 0] and not sums[0, :17].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_the_gradient_and_in_the_statistics_stays_in_its_channel(backend):
+    place = device(backend)
+    grad, x, _, _ = _inputs((2, 20, 3, 3), torch.float32, place)
+    affine = state(20, torch.float32).to(place)
+    grad[1, 3, 0, 2] = torch.nan
+    affine[0, 7] = torch.nan
+    grad_x, _, sums = ops.bn_add_relu_backward(grad, None, x, affine, backend, batch_statistics=True)
+    bad = torch.zeros(20, dtype=torch.bool, device=place)
+    bad[[3, 7]] = True
+    assert torch.equal(grad_x.isnan().all(0).all(-1).all(-1), bad) and torch.equal(grad_x.isnan().any(0)[:, 0, 0], bad)
+    assert torch.equal(sums[1].isnan(), bad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_sums", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_constant_statistics_keep_a_bad_x_out_of_the_gradient(backend, with_sums, bad):
+    place = device(backend)
+    grad, x, other, active = _inputs((2, 20, 3, 3), torch.float32, place)
+    affine = state(20, torch.float32).to(place)
+    x[0, 5, 1, 1] = bad
+    gate = pack_bits(active)
+    options = {"batch_statistics": False, "shortcut_x": other, "shortcut_state": affine, "with_sums": with_sums}
+    grad_x, grad_other, sums = ops.bn_add_relu_backward(grad, gate, x, affine, backend, **options)
+    want = grad * active * affine[2].view(1, -1, 1, 1)
+    assert torch.equal(grad_x, want) and torch.equal(grad_other, want)
+    if with_sums and active[0, 5, 1, 1]:
+        assert not sums[1, 5].isfinite()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_statistics_on_one_branch_only(backend):
+    place = device(backend)
+    grad, x, other, active = _inputs((3, 24, 5, 5), torch.float32, place)
+    affine, other_affine = state(24, torch.float32).to(place), state(24, torch.float32, seed=9).to(place)
+    gate, d = pack_bits(active), grad.double() * active
+    for first, second in ((True, False), (False, True)):
+        options = {"batch_statistics": first, "shortcut_x": other, "shortcut_state": other_affine}
+        options |= {"shortcut_batch_statistics": second}
+        grad_x, grad_other, _ = ops.bn_add_relu_backward(grad, gate, x, affine, backend, **options)
+        want, terms, _, _ = _branch(d, x, affine, first)
+        assert_near("grad_x", grad_x, want, terms, torch.float32, 16)
+        want, terms, _, _ = _branch(d, other, other_affine, second)
+        assert_near("grad_shortcut", grad_other, want, terms, torch.float32, 16)
 
 
 def test_same_bits_on_any_number_of_threads():

@@ -2,11 +2,13 @@
 
 from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_, bn_add_relu_out
 from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_add_relu_backward_, bn_relu_backward_
+from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_coefficients, bn_backward_reduce
 from fusedres.ops.bn_frozen import bn_frozen
 from fusedres.ops.bn_relu import bn_relu, bn_relu_
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.conv_dgrad import conv_dgrad
 from fusedres.ops.conv_fprop import conv_bn_add_relu, conv_fprop
+from fusedres.ops.conv_weights import conv_weights
 from fusedres.ops.conv_wgrad import conv_wgrad, conv_wgrad_finalize
 from fusedres.ops.empty_batch import empty_batch
 from fusedres.ops.gram import gram, gram_statistics
@@ -27,6 +29,9 @@ __all__ = [
     "bn_add_relu_backward",
     "bn_add_relu_backward_",
     "bn_add_relu_out",
+    "bn_backward_apply",
+    "bn_backward_coefficients",
+    "bn_backward_reduce",
     "bn_frozen",
     "bn_relu",
     "bn_relu_",
@@ -35,6 +40,7 @@ __all__ = [
     "conv_bn_add_relu",
     "conv_dgrad",
     "conv_fprop",
+    "conv_weights",
     "conv_wgrad",
     "conv_wgrad_finalize",
     "empty_batch",

@@ -1,0 +1,22 @@
+"""Tiles of conv_weights: (k, r, s) by channels; nothing here has been measured on a GPU."""
+
+from __future__ import annotations
+
+from fusedres.kernels.bn_backward.configs import column_block
+from fusedres.kernels.launch import INTERPRETED, Config
+
+
+def conv_weights(channels: int) -> list[Config]:
+    """Candidates for weights of at most this many input channels."""
+    if INTERPRETED:
+        return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
+    # 16 rows hold the 9 taps of a 3x3 filter, which lie side by side in a weight that is not channels_last
+    return [
+        Config({"BLOCK_M": elements // block, "BLOCK_C": block}, warps)
+        for elements, block, warps in (
+            (2048, column_block(channels, 128), 4),
+            (1024, column_block(channels, 64), 4),
+            (4096, column_block(channels, 256), 8),
+            (2048, column_block(channels, 64), 4),
+        )
+    ]

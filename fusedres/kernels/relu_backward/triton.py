@@ -1,0 +1,91 @@
+"""The gradient that passes a ReLU, and its column sums, in Triton.
+
+    d = grad where the gate is open, else 0      Σd per channel
+
+relu_backward_kernel  a program: BLOCK_M·STEPS rows of BLOCK_C channels. Reads grad and the gate; writes d and a
+                      partial sum a channel.
+merge_sums_kernel     a program: BLOCK_C channels of all T partials, in fixed order. Reads (T, C); writes (C,).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels.bn_backward import configs
+from fusedres.kernels.gate import gate_kind, load_gated
+from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.reference import arithmetic_dtype
+
+
+@triton.jit
+def relu_backward_kernel(
+    grad_ptr,  # (M, C)
+    gate_ptr,  # packed bits (M, ceil(C / 8)) uint8, or like grad
+    out_ptr,  # like grad
+    out_partials_ptr,  # (T, C) float32 or float64
+    M,
+    C,
+    GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    tile, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C
+    rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_M, BLOCK_C], out_partials_ptr.dtype.element_ty)
+    for step in range(STEPS):
+        row = (tile * STEPS + step) * BLOCK_M
+        inside = (row + rows < M)[:, None] & (columns < C)[None, :]
+        d = load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE, BLOCK_M, BLOCK_C)
+        tl.store(out_ptr + row * C + rows[:, None] * C + columns[None, :], d, mask=inside)
+        total += d.to(total.dtype)
+    tl.store(out_partials_ptr + tile * C + columns, tl.sum(total, 0), mask=columns < C)
+
+
+@triton.jit
+def merge_sums_kernel(
+    partials_ptr,  # (T, C)
+    out_ptr,  # (C,) of the same dtype
+    T,
+    C,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_T, BLOCK_C], partials_ptr.dtype.element_ty)
+    for step in range(STEPS):
+        tiles = step * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        inside = (tiles < T)[:, None] & (columns < C)[None, :]
+        total += tl.load(partials_ptr + tiles[:, None] * C + columns[None, :], mask=inside, other=0)
+    tl.store(out_ptr + columns, tl.sum(total, 0), mask=columns < C)
+
+
+def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.relu_backward."""
+    channels = grad.shape[1]
+    rows = grad.numel() // channels
+    candidates = configs.reduction(rows, channels, grad.element_size())
+    config = choose(candidates)
+    tiles = ceil_div(rows, configs.row_tile(rows, channels))
+    d = torch.empty_like(grad)
+    partials = torch.empty((tiles, channels), dtype=arithmetic_dtype(grad.dtype), device=grad.device)
+    arguments = {
+        "grad_ptr": grad,
+        "gate_ptr": gate,
+        "out_ptr": d,
+        "out_partials_ptr": partials,
+        "M": rows,
+        "C": channels,
+        "GATE": gate_kind(gate),
+    }
+    launch(relu_backward_kernel, (tiles, ceil_div(channels, config["BLOCK_C"])), arguments, config, candidates)
+    candidates = configs.merge(tiles, channels)
+    config = choose(candidates)
+    sums = partials.new_empty(channels)
+    arguments = {"partials_ptr": partials, "out_ptr": sums, "T": tiles, "C": channels}
+    launch(merge_sums_kernel, (ceil_div(channels, config["BLOCK_C"]),), arguments, config, candidates)
+    return d, sums

@@ -1,0 +1,234 @@
+"""The steps of BatchNorm's backward one by one: sums over tiles, their merge into coefficients, elementwise gradients.
+
+bn_add_relu_backward runs all three; kernels that take the sums where they have d at hand call the last two.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from fusedres.ops import _checks
+from fusedres.ops._library import Op
+
+
+def _check_branches(
+    op: str, grad: Tensor, gate: Tensor | None, x: Tensor, shortcut_x: Tensor | None, backend: str
+) -> None:
+    _checks.activation(op, "grad", grad, backend)
+    _checks.gate(op, "gate", gate, grad)
+    _checks.same(op, "x", x, "grad", grad)
+    if shortcut_x is not None:
+        _checks.same(op, "shortcut_x", shortcut_x, "grad", grad)
+
+
+def _check_both(op: str, argument: str, tensor: Tensor | None, shortcut_x: Tensor | None) -> None:
+    if (tensor is None) != (shortcut_x is None):
+        got = "None" if tensor is None else "one without the other"
+        raise ValueError(f"{op}: {argument} must be given with shortcut_x, got {got}; pass both or neither")
+
+
+def _check_reduce(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+    backend: str,
+) -> None:
+    op = "bn_backward_reduce"
+    _check_branches(op, grad, gate, x, shortcut_x, backend)
+    _check_both(op, "shortcut_state", shortcut_state, shortcut_x)
+    _checks.state(op, "state", state, x)
+    if shortcut_state is not None:
+        _checks.state(op, "shortcut_state", shortcut_state, x)
+
+
+def _tiles(x: Tensor, backend: str) -> int:
+    """Partials that a backend's bn_backward_reduce returns."""
+    if backend != "triton":
+        return 1
+    rows = x.numel() // x.shape[1]
+    tile: int = import_module("fusedres.kernels.bn_backward.configs").row_tile(rows, x.shape[1])
+    return -(-rows // tile)
+
+
+BN_BACKWARD_REDUCE = Op(
+    "bn_backward_reduce(Tensor grad, Tensor? gate, Tensor x, Tensor state, Tensor? shortcut_x, "
+    "Tensor? shortcut_state, str backend) -> Tensor",
+    "bn_backward",
+    _check_reduce,
+    lambda grad, gate, x, state, shortcut_x, shortcut_state, backend: state.new_empty(
+        (_tiles(x, backend), 2 if shortcut_x is None else 3, x.shape[1])
+    ),
+)
+
+
+def bn_backward_reduce(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    backend: str,
+    *,
+    shortcut_x: Tensor | None = None,
+    shortcut_state: Tensor | None = None,
+) -> Tensor:
+    """Sums over row tiles that BatchNorm's backward needs: Σd, Σd·x̂ and, with a shortcut, its Σd·x̂.
+
+    d = grad where the gate is open, else 0; x̂ = (x − mean)·invstd.
+
+    Args:
+        grad: (N, C, H, W), channels_last, the gradient behind the ReLU; left as it is.
+        gate: packed bits of bn_add_relu, the ReLU's output (closed where it is <= 0, so NaN is open), or None.
+        x: like grad, the raw convolution output. state: (4, C), its bn_statistics or bn_frozen.
+        backend: "reference" or "triton".
+        shortcut_x, shortcut_state: the same for the projection of a shortcut, or None.
+
+    Returns:
+        (T, 2, C), or (T, 3, C) with a shortcut, float64 for float64, else float32: one row of sums for each of T tiles.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+    """
+    partials: Tensor = BN_BACKWARD_REDUCE(grad, gate, x, state, shortcut_x, shortcut_state, backend)
+    return partials
+
+
+def _check_coefficients(
+    partials: Tensor,
+    count: int,
+    state: Tensor,
+    batch_statistics: bool,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+    backend: str,
+) -> None:
+    op = "bn_backward_coefficients"
+    if partials.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: partials must be float32 or float64, got {partials.dtype}")
+    rows = 2 if shortcut_state is None else 3
+    if partials.dim() != 3 or partials.shape[1] != rows:
+        wanted = f"(T, {rows}, C) {'without' if shortcut_state is None else 'with'} a shortcut"
+        raise ValueError(f"{op}: partials must have shape {wanted}, got {tuple(partials.shape)}")
+    _checks.dense(op, "partials", partials, tuple(partials.shape), partials.dtype, partials)
+    if count < 1:
+        raise ValueError(f"{op}: count must be at least 1, got {count}; it is N·H·W")
+    shape = (4, partials.shape[2])
+    _checks.dense(op, "state", state, shape, partials.dtype, partials)
+    if shortcut_state is not None:
+        _checks.dense(op, "shortcut_state", shortcut_state, shape, partials.dtype, partials)
+
+
+def _fake_coefficients(
+    partials: Tensor, count: int, state: Tensor, batch_statistics: bool, shortcut_state: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    shortcut = state.new_empty(0) if shortcut_state is None else torch.empty_like(state)
+    return partials.new_empty(partials.shape[1:]), torch.empty_like(state), shortcut
+
+
+BN_BACKWARD_COEFFICIENTS = Op(
+    "bn_backward_coefficients(Tensor partials, int count, Tensor state, bool batch_statistics, "
+    "Tensor? shortcut_state, bool shortcut_batch_statistics, str backend) -> (Tensor, Tensor, Tensor)",
+    "bn_backward",
+    _check_coefficients,
+    _fake_coefficients,
+)
+
+
+def bn_backward_coefficients(
+    partials: Tensor,
+    count: int,
+    state: Tensor,
+    backend: str,
+    *,
+    batch_statistics: bool,
+    shortcut_state: Tensor | None = None,
+    shortcut_batch_statistics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges the partials of bn_backward_reduce into what the elementwise gradient needs per channel.
+
+    a = scale, c1 = Σd/count, μ = mean, k = invstd·(Σd·x̂)/count; c1 = k = 0 with constant statistics.
+
+    Args:
+        partials: (T, 2, C), or (T, 3, C) with a shortcut; float32 or float64; summed in fixed order.
+        count: N·H·W. state: (4, C), bn_statistics or bn_frozen of the branch, of partials' dtype.
+        backend: "reference" or "triton".
+        batch_statistics: the statistics of state depend on x.
+        shortcut_state, shortcut_batch_statistics: the same for a shortcut's branch, or None.
+
+    Returns:
+        sums (2 or 3, C): Σd, Σd·x̂, and Σd·x̂ of the shortcut; coefficients (4, C): a, c1, μ, k; the shortcut's
+        coefficients (empty without one).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+    """
+    sums, coefficients, shortcut_coefficients = BN_BACKWARD_COEFFICIENTS(
+        partials, count, state, batch_statistics, shortcut_state, shortcut_batch_statistics, backend
+    )
+    return sums, coefficients, shortcut_coefficients
+
+
+def _check_apply(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    coefficients: Tensor,
+    shortcut_x: Tensor | None,
+    shortcut_coefficients: Tensor | None,
+    backend: str,
+) -> None:
+    op = "bn_backward_apply"
+    _check_branches(op, grad, gate, x, shortcut_x, backend)
+    _check_both(op, "shortcut_coefficients", shortcut_coefficients, shortcut_x)
+    _checks.state(op, "coefficients", coefficients, x)
+    if shortcut_coefficients is not None:
+        _checks.state(op, "shortcut_coefficients", shortcut_coefficients, x)
+
+
+def _fake_apply(
+    grad: Tensor, gate: Tensor | None, x: Tensor, coefficients: Tensor, shortcut_x: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return grad_x, x.new_empty(0) if shortcut_x is None else torch.empty_like(grad_x)
+
+
+BN_BACKWARD_APPLY = Op(
+    "bn_backward_apply(Tensor grad, Tensor? gate, Tensor x, Tensor coefficients, Tensor? shortcut_x, "
+    "Tensor? shortcut_coefficients, str backend) -> (Tensor, Tensor)",
+    "bn_backward",
+    _check_apply,
+    _fake_apply,
+)
+
+
+def bn_backward_apply(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    coefficients: Tensor,
+    backend: str,
+    *,
+    shortcut_x: Tensor | None = None,
+    shortcut_coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient at a raw convolution output: a·(d − c1 − (x − μ)·k), for one branch or two that meet.
+
+    Args:
+        grad, gate, x, shortcut_x: as in bn_backward_reduce; left as they are.
+        coefficients, shortcut_coefficients: (4, C) of bn_backward_coefficients. Where k = 0, as with constant
+            statistics, the gradient does not depend on x, NaN or not.
+        backend: "reference" or "triton".
+
+    Returns:
+        x's gradient and the shortcut's (empty without one), like x.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+    """
+    grad_x, grad_shortcut = BN_BACKWARD_APPLY(grad, gate, x, coefficients, shortcut_x, shortcut_coefficients, backend)
+    return grad_x, grad_shortcut
