@@ -69,7 +69,12 @@ def _fake_conv_wgrad(
     dilation: list[int],
     backend: str,
 ) -> Tensor:
-    shape = (1, grad.shape[1], *kernel, input.shape[1])
+    splits = 1
+    if backend == "triton":
+        from fusedres.kernels.conv_wgrad.configs import plan
+
+        splits = plan(grad, input, kernel, input_state is not None).splits
+    shape = (splits, grad.shape[1], *kernel, input.shape[1])
     return grad.new_empty(shape, dtype=_checks.arithmetic_dtype(grad))
 
 

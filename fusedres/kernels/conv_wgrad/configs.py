@@ -1,0 +1,89 @@
+"""Tiles of conv_wgrad and conv_wgrad_finalize, and how many splits of the rows fill a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.launch import INTERPRETED, SHARED_MEMORY_LIMIT, Config, ceil_div, choose, multiprocessors
+
+# Launches whose tensor-core pipeline is meant to stay full: those with one computed operand or none.
+PIPELINED = ("conv_wgrad_kernel",)
+
+
+@cache
+def conv_wgrad(k: int, c: int, dtype: torch.dtype, x_first: bool) -> tuple[Config, ...]:
+    """Candidates, best guess first. x_first: C is the first axis of the tile."""
+    first, second = (c, k) if x_first else (k, c)
+
+    def config(block_first: int, block_second: int, block_m: int, num_warps: int, num_stages: int) -> Config:
+        block_c, block_k = (block_first, block_second) if x_first else (block_second, block_first)
+        blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c}
+        return Config(blocks, num_warps, num_stages)
+
+    if INTERPRETED:
+        return (config(64, 64, 64, 4, 1),)
+    if dtype is torch.float64:
+        return config(64, 64, 16, 4, 2), config(32, 32, 32, 4, 2), config(64, 32, 16, 4, 2), config(32, 64, 16, 4, 2)
+    if dtype is torch.float32:
+        return config(64, 64, 32, 4, 3), config(64, 64, 16, 4, 3), config(64, 32, 32, 4, 3), config(32, 64, 32, 4, 3)
+    if first <= 64 and second <= 64:
+        tiles = ((64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 2), (64, 64, 32, 4, 4))
+    elif first <= 64:
+        tiles = ((64, 256, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
+    elif second <= 64:
+        tiles = ((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (128, 64, 128, 8, 2))
+    else:
+        tiles = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 3))
+    return tuple(config(*tile) for tile in tiles)
+
+
+class Plan(NamedTuple):
+    """How one launch cuts its problem."""
+
+    candidates: Sequence[Config]
+    config: Config
+    steps: int  # of BLOCK_M rows in a split
+    splits: int
+
+
+def plan(grad: Tensor, input: Tensor, kernel: Sequence[int], x_first: bool) -> Plan:
+    """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
+    k, c, taps = int(grad.shape[1]), int(input.shape[1]), int(kernel[0] * kernel[1])
+    candidates = conv_wgrad(k, c, grad.dtype, x_first)
+    config = choose(candidates)
+    block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
+    tiles = taps * ceil_div(k, block_k) * ceil_div(c, block_c)
+    threads = 32 * config.num_warps
+    by_registers = 65_536 // (threads * (block_k * block_c // threads + 64))
+    by_shared_memory = SHARED_MEMORY_LIMIT // (config.num_stages * (block_k + block_c) * block_m * grad.itemsize)
+    side_by_side = multiprocessors(grad.device) * max(1, min(by_registers, by_shared_memory))
+    # A tile of sums is written and read, 8 bytes each, from memory taken as half as fast as the L2 that rows come from.
+    sums = 16 * block_k * block_c / ((block_k + block_c) * block_m * grad.itemsize)
+    rows = int(grad.numel()) // k
+    return Plan(candidates, config, *_split(ceil_div(rows, block_m), tiles, side_by_side, sums))
+
+
+@cache
+def _split(total: int, tiles: int, side_by_side: int, sums: float) -> tuple[int, int]:
+    """(steps, splits): the least waves · (steps of a split + steps that its sums cost)."""
+
+    def cost(splits: int) -> float:
+        return ceil_div(tiles * splits, side_by_side) * (ceil_div(total, splits) + sums)
+
+    best = min(range(1, min(total, 2 + 3 * side_by_side // tiles) + 1), key=cost)
+    steps = ceil_div(total, best)
+    return steps, ceil_div(total, steps)
+
+
+def conv_wgrad_finalize(splits: int) -> tuple[Config, ...]:
+    """Candidates, best guess first."""
+    if INTERPRETED:
+        return (Config({"BLOCK": 4096, "SPLITS": 4}),)
+    few = Config({"BLOCK": 512, "SPLITS": 4}), Config({"BLOCK": 256, "SPLITS": 4})
+    many = Config({"BLOCK": 128, "SPLITS": 16}), Config({"BLOCK": 128, "SPLITS": 32})
+    return few + many if splits <= 8 else many + few
