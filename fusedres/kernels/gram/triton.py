@@ -1,0 +1,168 @@
+"""Gram matrix and column sums of z' = z − t, z = relu(scale·x + shift), in three launches; z' is rounded to x's dtype.
+
+    t = the average of the first rows of z        s = Σ z'        G = z'ᵀz'
+
+gram_pivot     a program: BLOCK_C channels of the first rows. Writes t (C,).
+gram_tiles     a program: a BLOCK_A×BLOCK_B tile of G over BLOCK_M·STEPS rows; a tile whole below the diagonal is left
+               out. Reads the columns of both sides of its tile; writes one split of G (C, C), of s (C,) by the tiles of
+               the first row, which also write z' where it is asked for.
+gram_finalize  a program: BLOCK elements of s, and of G on and above its diagonal, over all splits in fixed order, in
+               float64. Reads the splits; writes s and both halves of G.
+
+x is read once where one tile covers C; else what a tile reads again comes from the L2 cache, as all tiles of the same
+rows run side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels.centred import grid_arguments, load_activated, load_centred, pixel_offsets
+from fusedres.kernels.gram import configs
+from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.splits import merge
+
+_PIVOT_ROWS = 8
+
+
+@triton.jit
+def gram_pivot_kernel(
+    x_ptr,  # (N, H, W, C)
+    state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
+    out_ptr,  # (C,) float32 or float64
+    M,
+    P,
+    Q,
+    H,
+    W,
+    STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    dtype = out_ptr.dtype.element_ty
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.arange(0, ROWS)
+    offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
+    z = load_activated(x_ptr, state_ptr, dtype, offsets, columns, C, C % BLOCK_C == 0, 1)
+    total = tl.sum(tl.where((rows < M)[:, None], z, 0.0), 0)
+    tl.store(out_ptr + columns, total / tl.minimum(M, ROWS), mask=columns < C)
+
+
+@triton.jit
+def gram_tiles_kernel(
+    x_ptr,  # (N, H, W, C)
+    state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
+    pivot_ptr,  # (C,) float32 or float64
+    out_ptr,  # (S, C + 1, C) of pivot's dtype: splits of G, and of s behind it
+    out_z_ptr,  # (M, C) like x, or None
+    M,
+    P,
+    Q,
+    H,
+    W,
+    STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    dtype = pivot_ptr.dtype.element_ty
+    tiles_b: tl.constexpr = (C + BLOCK_B - 1) // BLOCK_B
+    tile = tl.program_id(0)
+    column_a, column_b = tile // tiles_b * BLOCK_A, tile % tiles_b * BLOCK_B
+    if column_a >= column_b + BLOCK_B:
+        return
+    split = tl.program_id(1)
+    columns_a, columns_b = column_a + tl.arange(0, BLOCK_A), column_b + tl.arange(0, BLOCK_B)
+    once = tl.where(column_a == 0, C, 0)  # channels whose z' and sum this program writes
+    matrix = tl.zeros([BLOCK_A, BLOCK_B], dtype)
+    total = tl.zeros([BLOCK_B], dtype)
+    for step in range(STEPS):
+        rows = (split * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
+        a = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_a, C, C % BLOCK_A == 0, 0)
+        b = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_b, C, C % BLOCK_B == 0, 1)
+        b = tl.where((rows < M)[:, None], b, 0.0).to(b.dtype)
+        if out_z_ptr is not None:
+            inside = (rows < M)[:, None] & (columns_b < once)[None, :]
+            tl.store(out_z_ptr + rows.to(tl.int64)[:, None] * C + columns_b[None, :], b, mask=inside)
+        matrix = tl.dot(a, b, matrix, input_precision=PRECISION)
+        total += tl.sum(b.to(dtype), 0)
+    out_ptr += split.to(tl.int64) * (C + 1) * C
+    inside = (columns_a < C)[:, None] & (columns_b < C)[None, :]
+    tl.store(out_ptr + columns_a[:, None] * C + columns_b[None, :], matrix, mask=inside)
+    tl.store(out_ptr + C * C + columns_b, total, mask=columns_b < once)
+
+
+@triton.jit
+def gram_finalize_kernel(
+    splits_ptr,  # (S, C + 1, C) float32 or float64
+    out_total_ptr,  # (C,) float64
+    out_ptr,  # (C, C) float64
+    S,
+    C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    elements = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = elements // C, elements % C
+    upper = row <= column
+    wanted = upper | (row == C)
+    sums = tl.zeros([BLOCK_S, BLOCK], tl.float64)
+    for step in range(STEPS):
+        split = step * BLOCK_S + tl.arange(0, BLOCK_S)
+        pointers = splits_ptr + split.to(tl.int64)[:, None] * ((C + 1) * C) + elements[None, :]
+        sums += tl.load(pointers, mask=(split < S)[:, None] & wanted[None, :], other=0).to(tl.float64)
+    value = tl.sum(sums, 0)
+    tl.store(out_ptr + row * C + column, value, mask=upper)
+    tl.store(out_ptr + column * C + row, value, mask=upper)
+    tl.store(out_total_ptr + column, value, mask=row == C)
+
+
+def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    taken = x[:, :, ::stride, ::stride]
+    n, channels, p, q = taken.shape
+    dtype = arithmetic_dtype(x.dtype)
+    pivot = torch.empty(channels, dtype=dtype, device=x.device)
+    rows = n * p * q
+    arguments = {"x_ptr": taken, "state_ptr": state, "M": rows, "P": p, "Q": q, "C": channels}
+    arguments |= grid_arguments(x, stride)
+    candidates = configs.pivot(channels)
+    config = choose(candidates)
+    first = arguments | {"out_ptr": pivot, "ROWS": _PIVOT_ROWS}
+    launch(gram_pivot_kernel, (ceil_div(channels, config["BLOCK_C"]),), first, config, candidates)
+
+    candidates = configs.tiles(rows, channels, x.dtype, x.device)
+    config = choose(candidates)
+    count = ceil_div(rows, config["BLOCK_M"] * config["STEPS"])
+    splits = torch.empty((count, channels + 1, channels), dtype=dtype, device=x.device)
+    grid = (ceil_div(channels, config["BLOCK_A"]) * ceil_div(channels, config["BLOCK_B"]), count)
+    arguments |= {"pivot_ptr": pivot, "out_ptr": splits, "out_z_ptr": out, "PRECISION": input_precision(x.dtype)}
+    launch(gram_tiles_kernel, grid, arguments, config, candidates)
+
+    total = torch.empty(channels, dtype=torch.float64, device=x.device)
+    matrix = torch.empty((channels, channels), dtype=torch.float64, device=x.device)
+    candidates = merge(count)
+    config = choose(candidates)
+    arguments = {"splits_ptr": splits, "out_total_ptr": total, "out_ptr": matrix, "S": count, "C": channels}
+    launch(gram_finalize_kernel, (ceil_div(splits[0].numel(), config["BLOCK"]),), arguments, config, candidates)
+    return pivot, total, matrix
+
+
+def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    out = torch.empty_like(x[:, :, ::stride, ::stride], memory_format=torch.channels_last)
+    return out, *_launch(x, state, stride, out)
+
+
+def gram_statistics(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    return _launch(x, state, stride, None)
