@@ -40,7 +40,7 @@ from typing import Any
 import torch
 import triton
 from harness import Progress, machine
-from launched import CountLaunched
+from launched import WAYS, CountLaunched
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -228,15 +228,15 @@ def describe(config: Config) -> str:
 
 
 def problem(launch: Launch) -> str:
-    """The dtype of the first floating-point tensor of at most 16 bits (else the first), and the sizes."""
-    tensors = [v for v in launch.arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    dtypes = sorted((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    sizes = [
-        f"{k}={v}"
-        for k, v in launch.arguments.items()
-        if isinstance(v, int) and not isinstance(v, bool) and not k.lower().startswith(("stride", "block"))
-    ]
-    return " ".join([DTYPES[dtypes[0]] if dtypes else "", *sizes])
+    """The dtype of the narrowest floating-point tensor, sizes and switches, and the tensors that are not there."""
+    dtypes = [v.dtype for v in launch.arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    words = [DTYPES[min(dtypes, key=lambda d: d.itemsize)]] if dtypes else []
+    for name, value in launch.arguments.items():
+        if value is None:
+            words.append(f"no-{name.removesuffix('_ptr')}")
+        elif isinstance(value, int | str) and not name.lower().startswith("stride"):
+            words.append(f"{name}={value}")
+    return " ".join(words)
 
 
 # --- reading what was compiled ----------------------------------------------------------------------------------------
@@ -252,23 +252,24 @@ class Binary:
     def __init__(self, cubin: bytes) -> None:
         self._cubin = cubin
 
-    def _dump(self, *flags: str) -> str:
+    @cached_property
+    def _text(self) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self._cubin)
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, *flags, file.name]
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    @cached_property
+    @property
     def resources(self) -> tuple[int, int]:
         """Registers and spilled bytes of a thread."""
-        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", self._dump("--dump-resource-usage")))
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", self._text))
         return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
     @cached_property
     def instructions(self) -> list[tuple[int, str, str]]:
         """(address, opcode with its modifiers, operands)."""
-        return [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self._dump("-sass"))]
+        return [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self._text)]
 
     @property
     def opcodes(self) -> list[str]:
@@ -373,12 +374,14 @@ _COLUMNS = (
 # --- command ----------------------------------------------------------------------------------------------------------
 
 
-def cases(pattern: str = "*", batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
-    """Name → a function that runs one block of ResNet-18 or 50 on meta tensors, training and inference."""
+def cases(
+    blocks: str = "all", ways: Iterable[str] = tuple(WAYS), batch: int = 256, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Callable[[], None]]:
+    """Name → a function that runs a block of ResNet-18 or 50 one way on meta tensors, training and inference."""
     import blocks as shapes
 
-    def step(block: shapes.Block) -> None:
-        module = fusedres.fuse(shapes.make_block(block)).to("meta", dtype)
+    def step(block: shapes.Block, way: str) -> None:
+        module = fusedres.fuse(shapes.make_block(block), **WAYS[way][0]).to("meta", dtype)
         size = (batch, block.in_channels, block.size, block.size)
         x = torch.empty(size, dtype=dtype, device="meta").to(memory_format=torch.channels_last).requires_grad_()
         out = module.train()(x)
@@ -386,7 +389,8 @@ def cases(pattern: str = "*", batch: int = 256, dtype: torch.dtype = torch.bfloa
         with torch.inference_mode():
             module.eval()(x)
 
-    return {name: lambda b=block: step(b) for name, block in shapes.select([pattern]).items()}
+    chosen = shapes.select([blocks])
+    return {f"{name}, {way}": lambda b=block, w=way: step(b, w) for name, block in chosen.items() for way in ways}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -394,6 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--blocks", default="all", help="which blocks run (all); a name or pattern of blocks.py")
+    parser.add_argument("--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (all)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--limit", type=int, help="only the first candidates of each launch")
@@ -403,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     dtype = next(d for d, name in DTYPES.items() if name == options.dtype)
     launches = []
-    for run in cases(options.blocks, options.batch, dtype).values():
+    for run in cases(options.blocks, options.ways, options.batch, dtype).values():
         launches += [launch for launch in record(run) if options.kernel in launch.name]
     todo = compilations(launches, options.arch, options.limit)
     bar = Progress(len(todo))
