@@ -5,29 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def output_pixel(m, P, Q):
-    """(n, p, q) of output rows, n in 64 bits."""
-    pixel = m % (P * Q)
-    return (m // (P * Q)).to(tl.int64), pixel // Q, pixel % Q
-
-
-@triton.jit
-def below(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """index < SIZE for a block of an axis; a constant where the block divides the axis."""
-    if SIZE % BLOCK == 0:
-        return tl.full(index.shape, True, tl.int1)
-    else:
-        return index < SIZE
-
-
-@triton.jit
-def affine(y, state_ptr, k, inside, K: tl.constexpr):
-    """scale·y + shift of a tile in the arithmetic type; 0 beyond the channels inside."""
-    scale = tl.load(state_ptr + 2 * K + k, mask=inside, other=0.0)
-    shift = tl.load(state_ptr + 3 * K + k, mask=inside, other=0.0)
-    return y.to(scale.dtype) * scale + shift
+from fusedres.kernels.conv_fprop.tile import affine, below, output_pixel
+from fusedres.kernels.tiles import relu
 
 
 @triton.jit
@@ -105,8 +84,7 @@ def accumulate(
         )
         weight = tl.load(weight_columns + j[:, None], mask=inside[:, None] & column_inside, other=0.0)
         if state_ptr is not None:
-            z = affine(x, state_ptr, c[None, :], inside[None, :], C)
-            z = tl.where(z <= 0, 0.0, z)
+            z = relu(affine(x, state_ptr, c[None, :], inside[None, :], C))
             if PADDED:
                 if TABLE:
                     keep = tl.load(table_ptr + tap * (P * Q) + p * Q + q, mask=m < rows, other=0.0)[:, None] != 0

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, choose
+
+
+@dataclass(frozen=True)
+class DescriptorConfig(Config):
+    """A config of the kernel that loads by tensor descriptors."""
 
 
 def capability(device: torch.device) -> int:

@@ -54,12 +54,13 @@ def _cached(axes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 
 def _build(axes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    rows, columns = (_inside(*axis, device) for axis in axes)
+    rows, columns = (_inside(axis, device) for axis in axes)
     return (rows[:, None, :, None] & columns[None, :, None, :]).float().flatten(2).flatten(0, 1).contiguous()
 
 
-def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int, device: torch.device) -> Tensor:
+def _inside(axis: tuple[int, ...], device: torch.device) -> Tensor:
     """(kernel, outputs) booleans of one axis."""
+    size, kernel, stride, padding, dilation = axis
     taps = torch.arange(kernel, device=device)[:, None] * dilation - padding
     pixels = torch.arange(output_size(size, kernel, stride, padding, dilation), device=device) * stride
     position = taps + pixels

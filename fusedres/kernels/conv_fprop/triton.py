@@ -18,12 +18,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedres.kernels.conv_fprop.accumulate import accumulate, affine, below, output_pixel
-from fusedres.kernels.conv_fprop.configs import candidates
+from fusedres.kernels.conv_fprop.accumulate import accumulate
+from fusedres.kernels.conv_fprop.configs import DescriptorConfig, candidates
+from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
 from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
+from fusedres.kernels.conv_fprop.tile import affine, below, output_pixel, store
 from fusedres.kernels.launch import Config, ceil_div, choose, input_precision, launch
 from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.tiles import pixels, relu
 
 
 @triton.jit
@@ -71,19 +75,7 @@ def conv_fprop_kernel(
         stride_w, padding_h, padding_w, dilation_h, dilation_w, C, K, R, S, PADDED, FLAT, TABLE, PRECISION, ACCUMULATOR,
         BLOCK_M, BLOCK_K, BLOCK_C,
     )  # fmt: skip
-    y = acc.to(out_ptr.dtype.element_ty)
-    row_inside = (m < rows)[:, None]
-    column_inside = below(k, K, BLOCK_K)
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=row_inside & column_inside[None, :])
-    if out_partials_ptr is not None:
-        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(ACCUMULATOR)
-        stored = y.to(ACCUMULATOR)
-        mean = tl.sum(tl.where(row_inside, stored, 0.0), 0) / count
-        deviation = tl.where(row_inside, stored - mean[None, :], 0.0)
-        partials = out_partials_ptr + tile.to(tl.int64) * (2 * K) + k
-        tl.store(partials, mean, mask=column_inside)
-        tl.store(partials + K, tl.sum(deviation * deviation, 0), mask=column_inside)
-        tl.store(out_rows_ptr + tile, count)  # the same from every column tile
+    store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, m, k, rows, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -145,7 +137,7 @@ def conv_bn_add_relu_kernel(
             z += affine(shortcut, shortcut_state_ptr, k[None, :], column_inside, K)
         else:
             z += shortcut.to(ACCUMULATOR)
-    out = tl.where(z <= 0, 0.0, z).to(out_ptr.dtype.element_ty)
+    out = relu(z).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], out, mask=row_inside & column_inside)
 
 
@@ -167,14 +159,18 @@ def conv_fprop(
     dtype = arithmetic_dtype(x.dtype)
     partials = torch.empty((tiles, 2, k) if with_statistics else (0,), dtype=dtype, device=x.device)
     tile_rows = torch.empty((tiles,) if with_statistics else (0,), dtype=dtype, device=x.device)
+    by_table = isinstance(config, DescriptorConfig) or config["TABLE"]
     arguments = _convolution(x, weight, y, stride, padding, dilation) | {
         "state_ptr": state,
-        "table_ptr": tap_table(x, weight, stride, padding, dilation) if config["TABLE"] else None,
+        "table_ptr": tap_table(x, weight, stride, padding, dilation) if by_table and any(padding) else None,
         "out_ptr": y,
         "out_partials_ptr": partials if with_statistics else None,
         "out_rows_ptr": tile_rows if with_statistics else None,
     }
-    launch(conv_fprop_kernel, _grid(rows, k, config), arguments, config, configs)
+    if isinstance(config, DescriptorConfig):
+        launch(conv_fprop_descriptor_kernel, _grid(rows, k, config), _by_descriptors(arguments, config), config)
+    else:
+        launch(conv_fprop_kernel, _grid(rows, k, config), arguments, config, configs)
     return y, partials, tile_rows
 
 
@@ -194,8 +190,7 @@ def conv_bn_add_relu(
     rows, k = out.shape[0] * out.shape[2] * out.shape[3], out.shape[1]
     configs = candidates(x, weight, rows, False, any(padding))
     config = choose(configs)
-    reached = None if shortcut is None else shortcut[:, :, ::shortcut_stride, ::shortcut_stride]
-    strides = (0, 0, 0, 0) if reached is None else reached.stride()
+    reached, strides = (None, (0, 0, 0)) if shortcut is None else pixels(shortcut, shortcut_stride)
     arguments = _convolution(x, weight, out, stride, padding, dilation) | {
         "state_ptr": state,
         "shortcut_ptr": reached,
@@ -203,8 +198,8 @@ def conv_bn_add_relu(
         "out_ptr": out,
         "shortcut_channels": 0 if reached is None else reached.shape[1],
         "shortcut_stride_n": strides[0],
-        "shortcut_stride_p": strides[2],
-        "shortcut_stride_q": strides[3],
+        "shortcut_stride_p": strides[1],
+        "shortcut_stride_q": strides[2],
     }
     launch(conv_bn_add_relu_kernel, _grid(rows, k, config), arguments, config, configs)
     return out
@@ -224,8 +219,11 @@ def _convolution(
 ) -> dict[str, Any]:
     """The arguments of the reduction."""
     k, c, r, s = weight.shape
+    _, _, h, w = x.shape
+    x_strides = (h * w * c, w * c, c)  # torch's may differ where a size is 1
     if r == s == 1 and not any(padding):  # a view of the pixels that are touched
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        x, x_strides = x[:, :, :: stride[0], :: stride[1]], (h * w * c, stride[0] * w * c, stride[1] * c)
+        stride = (1, 1)
     return {
         "x_ptr": x,
         "weight_ptr": weight,
@@ -234,9 +232,9 @@ def _convolution(
         "W": x.shape[3],
         "P": y.shape[2],
         "Q": y.shape[3],
-        "x_stride_n": x.stride(0),
-        "x_stride_h": x.stride(2),
-        "x_stride_w": x.stride(3),
+        "x_stride_n": x_strides[0],
+        "x_stride_h": x_strides[1],
+        "x_stride_w": x_strides[2],
         "stride_h": stride[0],
         "stride_w": stride[1],
         "padding_h": padding[0],
@@ -250,4 +248,24 @@ def _convolution(
         "PADDED": any(padding),
         "PRECISION": input_precision(x.dtype),
         "ACCUMULATOR": tl.float64 if x.dtype is torch.float64 else tl.float32,
+    }
+
+
+def _by_descriptors(arguments: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The same convolution's arguments for conv_fprop_descriptor_kernel."""
+    x, weight, c = arguments["x_ptr"], arguments["weight_ptr"], arguments["C"]
+    block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
+    kept = (
+        "state_ptr table_ptr out_ptr out_partials_ptr out_rows_ptr rows W padding_h padding_w dilation_h dilation_w "
+        "C K R S PRECISION"
+    )
+    return {name: arguments[name] for name in kept.split()} | {
+        "x_descriptor": TensorDescriptor(x, [x.numel() // c, c], [c, 1], [block_m, block_c]),
+        "weight_descriptor": TensorDescriptor(
+            weight,
+            [weight.shape[0], weight.numel() // weight.shape[0]],
+            [weight.numel() // weight.shape[0], 1],
+            [block_k, block_c],
+        ),
+        "pixels": arguments["H"] * arguments["W"],
     }

@@ -1,0 +1,60 @@
+"""What the convolution kernels do with a tile beside its reduction: locate it, apply BatchNorm, store it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def output_pixel(m, P, Q):
+    """(n, p, q) of output rows, n in 64 bits."""
+    pixel = m % (P * Q)
+    return (m // (P * Q)).to(tl.int64), pixel // Q, pixel % Q
+
+
+@triton.jit
+def below(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """index < SIZE for a block of an axis; a constant where the block divides the axis."""
+    if SIZE % BLOCK == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < SIZE
+
+
+@triton.jit
+def affine(y, state_ptr, k, inside, K: tl.constexpr):
+    """scale·y + shift of a tile in the arithmetic type; 0 beyond the channels inside."""
+    scale = tl.load(state_ptr + 2 * K + k, mask=inside, other=0.0)
+    shift = tl.load(state_ptr + 3 * K + k, mask=inside, other=0.0)
+    return y.to(scale.dtype) * scale + shift
+
+
+@triton.jit
+def store(
+    acc,
+    out_ptr,  # (N, P, Q, K)
+    out_partials_ptr,  # (tiles, 2, K) in acc's type, or None
+    out_rows_ptr,  # (tiles,) likewise
+    tile,
+    m,
+    k,
+    rows,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Stores the tile; with partials also mean and squared deviations of its columns as they were stored."""
+    y = acc.to(out_ptr.dtype.element_ty)
+    row_inside = (m < rows)[:, None]
+    column_inside = below(k, K, BLOCK_K)
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=row_inside & column_inside[None, :])
+    if out_partials_ptr is not None:
+        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(acc.dtype)
+        stored = y.to(acc.dtype)
+        mean = tl.sum(tl.where(row_inside, stored, 0.0), 0) / count
+        deviation = tl.where(row_inside, stored - mean[None, :], 0.0)
+        partials = out_partials_ptr + tile.to(tl.int64) * (2 * K) + k
+        tl.store(partials, mean, mask=column_inside)
+        tl.store(partials + K, tl.sum(deviation * deviation, 0), mask=column_inside)
+        tl.store(out_rows_ptr + tile, count)  # the same from every column tile
