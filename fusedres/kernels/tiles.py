@@ -51,14 +51,14 @@ def relu(z):
 
 
 def pixels(x: Tensor, stride: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Every stride-th pixel of a channels_last activation, and the strides of (N, P, Q) whatever torch says of size 1."""
+    """Every stride-th pixel of a channels_last activation, and the strides of (N, P, Q), whatever torch's of size 1."""
     _, c, h, w = x.shape
     view = x if stride == 1 else x[:, :, ::stride, ::stride]
     return view, (h * w * c, stride * w * c, stride * c)
 
 
 def row_tiles(channels: int, dtype: torch.dtype) -> list[Config]:
-    """Candidates of a kernel that reads and writes each element once: 2 to 8 vectors of 16 bytes a thread and operand."""
+    """Candidates of a kernel that touches each element once: 2 to 8 vectors of 16 bytes a thread and operand."""
     if INTERPRETED:
         return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
     vector = 16 // dtype.itemsize

@@ -74,7 +74,7 @@ def bn_add_relu(
         x: (N, C, P, Q), channels_last; float32, float64, bfloat16 or float16.
         state: (4, C) of bn_statistics or bn_frozen.
         shortcut: (N, C', H, W), C' <= C, ceil(H / stride) = P, ceil(W / stride) = Q; dtype and layout of x.
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
         shortcut_state: (4, C), for a shortcut of x's shape; None: no affine map.
         stride: at least 1.
         with_mask: also return the ReLU's mask.

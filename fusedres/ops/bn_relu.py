@@ -38,7 +38,7 @@ def bn_relu(x: Tensor, state: Tensor | None, backend: str, pivot: Tensor | None 
     Args:
         x: (N, C, H, W), channels_last; float32, float64, bfloat16 or float16.
         state: (4, C) of bn_statistics or bn_frozen; None: x as it is, no affine map and no ReLU.
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
         pivot: (C,) in the state's dtype, subtracted last; None: 0.
         stride: at least 1.
 

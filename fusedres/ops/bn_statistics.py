@@ -26,15 +26,32 @@ def _check_bn_statistics(
     if count <= 1:
         # torch's own words, so that callers which match them go on working
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    _checks.channel_vector("bn_statistics", "weight", weight, channels, x)
-    _checks.channel_vector("bn_statistics", "bias", bias, channels, x)
-    _checks.channel_vector("bn_statistics", "running_mean", running_mean, channels, x)
-    _checks.channel_vector("bn_statistics", "running_var", running_var, channels, x)
+    check_channel_arguments(
+        "bn_statistics", weight, bias, running_mean, running_var, num_batches_tracked, momentum, channels, x
+    )
+
+
+def check_channel_arguments(
+    op: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    channels: int,
+    like: Tensor,
+) -> None:
+    """What BatchNorm keeps per channel, and how it averages."""
+    _checks.channel_vector(op, "weight", weight, channels, like)
+    _checks.channel_vector(op, "bias", bias, channels, like)
+    _checks.channel_vector(op, "running_mean", running_mean, channels, like)
+    _checks.channel_vector(op, "running_var", running_var, channels, like)
     if num_batches_tracked is not None:
-        _checks.dense("bn_statistics", "num_batches_tracked", num_batches_tracked, (), torch.int64, x)
+        _checks.dense(op, "num_batches_tracked", num_batches_tracked, (), torch.int64, like)
     elif momentum is None and running_mean is not None:
         raise ValueError(
-            "bn_statistics: momentum must be a number where num_batches_tracked is None, got None; "
+            f"{op}: momentum must be a number where num_batches_tracked is None, got None; "
             "pass num_batches_tracked for the cumulative average"
         )
 
@@ -75,7 +92,7 @@ def bn_statistics(
         num_batches_tracked: () int64 or None; incremented in place.
         momentum: averaging factor; None: 1 / num_batches_tracked, computed on the device.
         eps: added to the variance.
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
 
     Returns:
         (4, C): mean, invstd, scale, shift; float64 for float64 x, else float32.

@@ -29,7 +29,7 @@ def empty_batch(like: Tensor, batch: int, backend: str) -> Tensor:
     Args:
         like: (N, C, H, W), channels_last.
         batch: images of the result.
-        backend: "reference" or "cpu"; on the CPU large results get huge pages.
+        backend: "reference", "cpu" or "triton"; on the CPU large results get huge pages.
 
     Returns:
         (batch, C, H, W), channels_last, like's dtype and device.

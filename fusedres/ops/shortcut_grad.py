@@ -38,7 +38,7 @@ def shortcut_grad_(grad_x: Tensor, grad: Tensor, backend: str, *, gate: Tensor |
     Args:
         grad_x: (N, C', H, W), channels_last; updated in place.
         grad: (N, C, P, Q), C >= C', P = ceil(H / stride), Q = ceil(W / stride); dtype and layout of grad_x.
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
         gate: packed bits or the ReLU's output for grad's channels, or None where grad is masked already.
         stride: at least 1.
 

@@ -3,8 +3,8 @@
     z[m, c] = scale[c]·x[m, c] + shift[c] + S[m, c]      out = relu(z)      mask = NOT (z <= 0)      (He et al. 2015)
 
 S is the shortcut as it is, or with its own scale and shift, or every stride-th of its pixels with zero channels
-appended. A program owns BLOCK_M rows by BLOCK_C channels of the result, and the BLOCK_C / 8 bytes of mask a row. Reads x
-and the pixels of the shortcut that are used, writes out and, where asked for, 1 bit an element, each once.
+appended. A program owns BLOCK_M rows by BLOCK_C channels of the result, and the BLOCK_C / 8 bytes of mask a row. Reads
+x and the pixels of the shortcut that are used, writes out and, where asked for, 1 bit an element, each once.
 """
 
 from __future__ import annotations

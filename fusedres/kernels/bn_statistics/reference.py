@@ -27,10 +27,32 @@ def bn_statistics(
     return normalisation(mean, var, weight, bias, eps)
 
 
+def bn_finalize(
+    partials: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """See fusedres.ops.bn_finalize."""
+    means, m2 = partials.unbind(1)
+    pivot = torch.where(means[0].isfinite(), means[0], 0.0)  # small differences of large means stay exact
+    shifted, weights, count = means - pivot, rows.unsqueeze(1), rows.sum()
+    mean = (weights * shifted).sum(0) / count
+    var = (m2 + weights * (shifted - mean).square()).sum(0) / count
+    mean = mean + pivot
+    update_running(mean, var, count, running_mean, running_var, num_batches_tracked, momentum)
+    return normalisation(mean, var, weight, bias, eps)
+
+
 def update_running(
     mean: Tensor,
     var: Tensor,
-    count: int,
+    count: int | Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -47,8 +69,8 @@ def update_running(
     else:
         assert num_batches_tracked is not None  # checked by the op
         factor = 1.0 / num_batches_tracked.to(mean.dtype)
-    running_mean.copy_((1 - factor) * running_mean + factor * mean)
-    running_var.copy_((1 - factor) * running_var + factor * var * (count / (count - 1)))
+    running_mean.copy_((1 - factor) * running_mean.to(mean.dtype) + factor * mean)
+    running_var.copy_((1 - factor) * running_var.to(var.dtype) + factor * var * (count / (count - 1)))
 
 
 def normalisation(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
