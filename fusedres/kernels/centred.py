@@ -68,7 +68,7 @@ def load_centred(
     return (z - load_channels(pivot_ptr, columns, C, EVEN, CHANNEL_AXIS)).to(z_ptr.dtype.element_ty)
 
 
-def grid_arguments(x: Tensor, stride: int, prefix: str = "") -> dict[str, int]:
-    """pixel_offsets' sizes of an activation and a stride."""
-    _, _, h, w = x.shape
+def grid_arguments(x: Tensor | None, stride: int, prefix: str = "") -> dict[str, int]:
+    """pixel_offsets' sizes of an activation and a stride, by their names behind a prefix."""
+    h, w = (0, 0) if x is None else x.shape[2:]
     return {f"{prefix}H": h, f"{prefix}W": w, f"{prefix}STRIDE": stride}

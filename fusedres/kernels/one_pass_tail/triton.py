@@ -1,0 +1,180 @@
+"""The one-pass tail's forward in one GEMM; backward is in backward.py.
+
+    out = relu(z'·W̃ᵀ + b + S),  z' = relu(scale·z + shift) − t, rounded to z's dtype
+
+A program owns BLOCK_M rows of BLOCK_K output channels; the programs of the same rows run side by side. S is the
+shortcut as in bn_add_relu, or the projection x'·W̃ₓᵀ + bₓ, added along the reduction axis. Reads z, W̃ and the shortcut,
+or x and W̃ₓ; writes out and its packed bits. Neither the convolution's own output nor the projection's is ever stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
+from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.one_pass_tail import configs
+from fusedres.kernels.one_pass_tail.backward import one_pass_dgrad, one_pass_reduce
+from fusedres.kernels.one_pass_tail.reference import one_pass_fold, one_pass_products
+
+__all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
+
+
+@triton.jit
+def add_product(
+    acc,
+    z_ptr,
+    state_ptr,
+    pivot_ptr,
+    folded_ptr,
+    offsets,
+    k,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """acc + z'·W̃ᵀ; folded (K, C)."""
+    weight_offsets = k * C
+    for start in range(0, C, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        z = load_centred(z_ptr, state_ptr, pivot_ptr, offsets, columns, C, C % BLOCK_C == 0, 1)
+        pointers = folded_ptr + weight_offsets[None, :] + columns[:, None]
+        if EVEN_K and C % BLOCK_C == 0:
+            weight = tl.load(pointers)
+        else:
+            weight = tl.load(pointers, mask=(columns < C)[:, None] & (k < K)[None, :], other=0)
+        acc = tl.dot(z, weight, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def one_pass_tail_kernel(
+    z_ptr,  # (N, H, W, C)
+    state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
+    pivot_ptr,  # (C,), like all that follows of state's dtype unless said otherwise
+    folded_ptr,  # (K, C) of z's dtype
+    offset_ptr,  # (K,)
+    shortcut_ptr,  # (N, SHORTCUT_H, SHORTCUT_W, SHORTCUT_C) of z's dtype, or None
+    shortcut_state_ptr,  # (4, K), or None
+    x_ptr,  # (N, X_H, X_W, X_C) of z's dtype, or None
+    x_pivot_ptr,  # (X_C,), or None
+    x_folded_ptr,  # (K, X_C) of z's dtype, or None
+    x_offset_ptr,  # (K,), or None
+    out_ptr,  # (M, K) of z's dtype
+    out_mask_ptr,  # (M, ceil(K / 8)) uint8, or None
+    M,
+    P,
+    Q,
+    H,
+    W,
+    SHORTCUT_H,
+    SHORTCUT_W,
+    X_H,
+    X_W,
+    STRIDE: tl.constexpr,
+    SHORTCUT_STRIDE: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SHORTCUT_C: tl.constexpr,
+    X_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    dtype = pivot_ptr.dtype.element_ty
+    tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    even_k: tl.constexpr = K % BLOCK_K == 0
+    tile = tl.program_id(0)
+    rows = tile // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], dtype)
+    offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
+    acc = add_product(acc, z_ptr, state_ptr, pivot_ptr, folded_ptr, offsets, k, C, K, even_k, PRECISION, BLOCK_C)
+    if x_ptr is not None:
+        offsets = pixel_offsets(rows, M, P, Q, X_H, X_W, X_C, X_STRIDE)
+        acc = add_product(acc, x_ptr, None, x_pivot_ptr, x_folded_ptr, offsets, k, X_C, K, even_k, PRECISION, BLOCK_C)
+        acc += load_channels(x_offset_ptr, k, K, even_k, 1)
+    acc += load_channels(offset_ptr, k, K, even_k, 1)
+    if shortcut_ptr is not None:
+        offsets = pixel_offsets(rows, M, P, Q, SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, SHORTCUT_STRIDE)
+        even: tl.constexpr = even_k and SHORTCUT_C == K
+        shortcut = load_tile(shortcut_ptr, offsets, k, SHORTCUT_C, even, 1).to(dtype)
+        if shortcut_state_ptr is not None:
+            scale = load_channels(shortcut_state_ptr + 2 * K, k, K, even_k, 1)
+            shortcut = scale * shortcut + load_channels(shortcut_state_ptr + 3 * K, k, K, even_k, 1)
+        acc += shortcut
+    closed = acc <= 0  # NaN is open, as torch has it
+    out = tl.where(closed, 0.0, acc).to(out_ptr.dtype.element_ty)
+    inside = (rows < M)[:, None] & (k < K)[None, :]
+    rows = rows.to(tl.int64)
+    tl.store(out_ptr + rows[:, None] * K + k[None, :], out, mask=inside)
+    if out_mask_ptr is not None:
+        width: tl.constexpr = (K + 7) // 8
+        bits = tl.where(closed | (k >= K)[None, :], 0, 1) << (k % 8)[None, :]
+        packed = tl.sum(tl.reshape(bits, [BLOCK_M, BLOCK_K // 8, 8]), 2).to(tl.uint8)
+        bytes_ = tile % tiles_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+        inside = (rows < M)[:, None] & (bytes_ < width)[None, :]
+        tl.store(out_mask_ptr + rows[:, None] * width + bytes_[None, :], packed, mask=inside)
+
+
+def one_pass_tail(
+    z: Tensor,
+    state: Tensor | None,
+    pivot: Tensor,
+    folded: Tensor,
+    offset: Tensor,
+    stride: int,
+    shortcut: Tensor | None,
+    shortcut_state: Tensor | None,
+    shortcut_stride: int,
+    x: Tensor | None,
+    x_pivot: Tensor | None,
+    x_folded: Tensor | None,
+    x_offset: Tensor | None,
+    x_stride: int,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.one_pass_tail."""
+    taken = z[:, :, ::stride, ::stride]
+    n, in_channels, p, q = taken.shape
+    channels, rows = folded.shape[0], n * p * q
+    out = torch.empty((n, channels, p, q), dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
+    mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=z.device)
+    candidates = configs.tail(channels, in_channels, z.dtype)
+    config = choose(candidates)
+    arguments = {
+        "z_ptr": taken,
+        "state_ptr": state,
+        "pivot_ptr": pivot,
+        "folded_ptr": folded,
+        "offset_ptr": offset,
+        "shortcut_ptr": None if shortcut is None else shortcut[:, :, ::shortcut_stride, ::shortcut_stride],
+        "shortcut_state_ptr": shortcut_state,
+        "x_ptr": None if x is None else x[:, :, ::x_stride, ::x_stride],
+        "x_pivot_ptr": x_pivot,
+        "x_folded_ptr": x_folded,
+        "x_offset_ptr": x_offset,
+        "out_ptr": out,
+        "out_mask_ptr": mask if with_mask else None,
+        "M": rows,
+        "P": p,
+        "Q": q,
+        "C": in_channels,
+        "K": channels,
+        "PRECISION": input_precision(z.dtype),
+        **grid_arguments(z, stride),
+        **grid_arguments(shortcut, shortcut_stride, "SHORTCUT_"),
+        **grid_arguments(x, x_stride, "X_"),
+        "SHORTCUT_C": 0 if shortcut is None else shortcut.shape[1],
+        "X_C": 0 if x is None else x.shape[1],
+    }
+    grid = (ceil_div(rows, config["BLOCK_M"]) * ceil_div(channels, config["BLOCK_K"]),)
+    launch(one_pass_tail_kernel, grid, arguments, config, candidates)
+    return out, mask
