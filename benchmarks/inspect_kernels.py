@@ -12,8 +12,9 @@ As a library:
     print(table(rows))
     row = inspect_launch(launch, config, arch=90)
 
-The main loop of a kernel is any innermost loop with tensor-core instructions; where no loop has any, any innermost loop
-with global memory accesses. Counts are of instructions as they stand in the SASS, not as they run.
+The main loop of a kernel is any innermost loop with tensor-core instructions; where it is unrolled, what stands from
+the first to the last of them; where there are none, any innermost loop with global memory accesses. Counts are of
+instructions as they stand in the SASS, not as they run.
 
 A kernel folder's configs.py may declare PIPELINED, the names of kernels whose tensor-core pipeline is meant to stay
 full: no shared-memory stores in the main loop and no wait for all of wgmma there. The verdict holds them to it.
@@ -167,8 +168,6 @@ def _inspect(what: Specialised) -> Row:
     shared, threads = compiled.metadata.shared, 32 * config.num_warps
     registers, spilled = binary.resources
     kinds = [k for k in _TENSOR_CORE if binary.count(k)]
-    copies = [sum(line.startswith(_ASYNC) for line in loop) for loop in binary.main_loops]
-    staged = [sum(line.startswith("STS") for line in loop) for loop in binary.main_loops]
     loads = [op for op in binary.opcodes if op.startswith("LDG")]
     stores = [op for op in binary.opcodes if op.startswith("STG")]
     row = Row(
@@ -181,8 +180,8 @@ def _inspect(what: Specialised) -> Row:
         ),
         tensor_core="+".join(kinds) or None,
         tensor_core_count=sum(binary.count(k) for k in kinds),
-        loop_async_copies=min(copies, default=None),
-        loop_shared_stores=max(staged, default=None),
+        loop_async_copies=binary.async_copies,
+        loop_shared_stores=binary.shared_stores,
         wgmma_waits=tuple(sorted(binary.wgmma_waits)),
         loads=len(loads),
         loads_16=sum(".128" in op for op in loads),
@@ -281,22 +280,46 @@ class Binary:
         return sum(op.partition(".")[0] == opcode for op in self.opcodes)
 
     @cached_property
-    def main_loops(self) -> list[list[str]]:
-        """The instructions of each main loop."""
+    def lines(self) -> list[str]:
+        """Every instruction as text."""
+        return [op + operands for _, op, operands in self.instructions]
+
+    @cached_property
+    def loops(self) -> list[list[str]]:
+        """The instructions of every innermost loop."""
         spans = []
         for address, op, operands in self.instructions:
             target = re.search(r"0x([0-9a-f]+)\s*$", operands)
             if op.startswith("BRA") and target and int(target[1], 16) < address:
                 spans.append((int(target[1], 16), address))
-        loops = [
-            [op + operands for a, op, operands in self.instructions if low <= a <= high]
+        return [
+            [
+                line
+                for (address, _, _), line in zip(self.instructions, self.lines, strict=True)
+                if low <= address <= high
+            ]
             for low, high in _innermost(spans)
         ]
-        for marks in (_TENSOR_CORE, ("LDG", *_ASYNC, "STG")):
-            found = [loop for loop in loops if any(line.startswith(marks) for line in loop)]
-            if found:
-                return found
-        return []
+
+    @cached_property
+    def main_loops(self) -> list[list[str]]:
+        """The instructions of each main loop."""
+        products = [i for i, line in enumerate(self.lines) if line.startswith(_TENSOR_CORE)]
+        found = _with(self.loops, _TENSOR_CORE)
+        if products and not found:
+            return [self.lines[products[0] : products[-1] + 1]]
+        return found or _with(self.loops, ("LDG", *_ASYNC, "STG"))
+
+    @property
+    def async_copies(self) -> int | None:
+        """Asynchronous copies in the main loop, the fewest of several; in an unrolled one all of them."""
+        loops = self.main_loops if _with(self.loops, _TENSOR_CORE) else [self.lines] if self.main_loops else []
+        return min((len([line for line in loop if line.startswith(_ASYNC)]) for loop in loops), default=None)
+
+    @property
+    def shared_stores(self) -> int | None:
+        """Shared-memory stores in the main loop, the most of several."""
+        return max((len([line for line in loop if line.startswith("STS")]) for loop in self.main_loops), default=None)
 
     @property
     def wgmma_waits(self) -> list[int]:
@@ -305,6 +328,11 @@ class Binary:
             re.match(r"WARPGROUP\.DEPBAR\.LE\s+gsb0, 0x([0-9a-f]+)", line) for loop in self.main_loops for line in loop
         )
         return [int(wait[1], 16) for wait in found if wait]
+
+
+def _with(loops: Iterable[list[str]], opcodes: tuple[str, ...]) -> list[list[str]]:
+    """The loops that hold one of the opcodes."""
+    return [loop for loop in loops if any(line.startswith(opcodes) for line in loop)]
 
 
 def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
