@@ -75,7 +75,7 @@ def _fake_conv_fprop(
     if backend == "triton":
         from fusedres.kernels.conv_fprop.configs import row_tiles
 
-        tiles = row_tiles(x, weight, y, state is not None, any(padding))
+        tiles = row_tiles(x, weight, y, stride, padding, state is not None)
     return y, x.new_empty((tiles, 2, weight.shape[0]), dtype=dtype), x.new_empty((tiles,), dtype=dtype)
 
 

@@ -4,16 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, choose
+from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, choose, input_precision, multiprocessors
+
+# (BLOCK_M, BLOCK_K, BLOCK_C, warps, stages) by kind of arithmetic: narrow for up to 64 columns, wide for more.
+# With BatchNorm on load the tile of x is in registers, and its channels are fewer.
+_Tiles = tuple[tuple[int, int, int, int, int], ...]
+_HOPPER: dict[str, _Tiles] = {
+    "half wide": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (128, 256, 64, 8, 3)),
+    "half narrow": ((128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 64, 64, 8, 4), (256, 64, 64, 8, 3)),
+    "half wide normalised": ((128, 128, 32, 8, 4), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4), (128, 256, 32, 8, 4)),
+    "half narrow normalised": ((64, 64, 64, 4, 3), (128, 64, 32, 8, 4), (64, 64, 32, 4, 4), (128, 64, 64, 8, 3)),
+    "tf32 wide": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
+    "tf32 narrow": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 4), (128, 64, 16, 8, 4)),
+}
+_AMPERE: dict[str, _Tiles] = {
+    "half wide": ((128, 128, 32, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4)),
+    "half narrow": ((128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (128, 64, 32, 8, 4), (64, 64, 64, 4, 3)),
+    "half wide normalised": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 4), (128, 64, 32, 8, 3)),
+    "half narrow normalised": ((64, 64, 32, 4, 4), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 4)),
+    "tf32 wide": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 128, 16, 4, 3), (128, 128, 16, 8, 3)),
+    "tf32 narrow": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 4), (32, 64, 32, 4, 3)),
+}
+# Arithmetic without wgmma anywhere, and the flattened reduction, whose loads are single elements.
+_ANY: dict[str, _Tiles] = {
+    "half flat": ((64, 64, 32, 4, 1), (128, 64, 32, 8, 1), (64, 64, 64, 8, 1), (64, 64, 32, 8, 1)),
+    "tf32 flat": ((64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+    "ieee": ((128, 64, 16, 8, 3), (64, 64, 32, 8, 3), (64, 64, 16, 4, 3), (32, 64, 32, 4, 3)),
+    "double": ((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (32, 32, 16, 4, 3), (64, 64, 16, 4, 2)),
+}
+# The kernel by descriptors, on Hopper.
+_DESCRIPTORS: dict[str, _Tiles] = {
+    "half": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)),
+    "tf32": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
+}
 
 
 @dataclass(frozen=True)
 class DescriptorConfig(Config):
     """A config of the kernel that loads by tensor descriptors."""
+
+
+def candidates(
+    x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], normalised: bool
+) -> Sequence[Config]:
+    """Configs of y = conv(x, weight): those that fill the multiprocessors first, those by descriptors last.
+
+    FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory.
+    """
+    k, c, r, s = weight.shape
+    precision = input_precision(x.dtype)
+    found = _pointers(x.dtype, precision, k, c, r * s, normalised, any(padding), capability(x.device))
+    if INTERPRETED:
+        return found
+    rows, programs = y.shape[0] * y.shape[2] * y.shape[3], multiprocessors(x.device)
+
+    def busy(config: Config) -> int:
+        return min(ceil_div(rows, config["BLOCK_M"]) * ceil_div(k, config["BLOCK_K"]), programs)
+
+    found = sorted(found, key=busy, reverse=True)
+    if tuple(stride) == (1, 1) and y.shape[2:] == x.shape[2:]:
+        found += _descriptors(x.dtype, precision, c, capability(x.device))
+    return found
+
+
+def by_pointers(configs: Sequence[Config]) -> list[Config]:
+    """Those of the kernels that load by pointers."""
+    return [config for config in configs if not isinstance(config, DescriptorConfig)]
+
+
+def row_tiles(
+    x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], normalised: bool
+) -> int:
+    """Into how many tiles the statistics of y are split."""
+    config = choose(candidates(x, weight, y, stride, padding, normalised))
+    return ceil_div(y.shape[0] * y.shape[2] * y.shape[3], config["BLOCK_M"])
 
 
 def capability(device: torch.device) -> int:
@@ -24,25 +93,45 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def candidates(x: Tensor, weight: Tensor, rows: int, normalised: bool, padded: bool) -> Sequence[Config]:
-    """Configs of a convolution of x (N, C, H, W) with weight (K, C, R, S) into `rows` rows.
-
-    FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory.
-    """
-    _, c, r, s = weight.shape
-    flat = c < 32 and r * s > 1
-    table = normalised and padded and not flat and capability(x.device) >= 90
-
-    def config(m: int, n: int, reduction: int, warps: int, stages: int) -> Config:
-        blocks = {"BLOCK_M": m, "BLOCK_K": n, "BLOCK_C": reduction, "FLAT": flat, "TABLE": table}
-        return Config(blocks, warps, stages)
-
+@cache
+def _pointers(
+    dtype: torch.dtype, precision: str, k: int, c: int, taps: int, normalised: bool, padded: bool, arch: int
+) -> list[Config]:
+    hopper = 90 <= arch < 120  # 120 has the shared memory of 80 and no wgmma
+    flat = c < 32 and taps > 1
+    kind = _arithmetic(dtype, precision)
     if INTERPRETED:
-        return [config(64, 64, 32, 4, 1)]
-    return [config(128, 128, 64, 8, 3), config(128, 64, 64, 4, 3), config(64, 256, 64, 4, 3), config(64, 64, 64, 4, 3)]
+        tiles: _Tiles = ((64, 64, 32, 4, 1),)
+    elif kind in ("ieee", "double"):
+        tiles = _ANY[kind]
+    elif flat:
+        tiles = _ANY[f"{kind} flat"]
+    else:
+        wide = ceil_div(k, 128) * 128 == ceil_div(k, 64) * 64
+        name = f"{kind} {'wide' if wide else 'narrow'}{' normalised' if normalised and kind == 'half' else ''}"
+        tiles = (_HOPPER if hopper else _AMPERE)[name]
+    length = c * taps if flat else c
+    found = []
+    for block_m, block_k, longest, warps, stages in tiles:
+        # the longest of the blocks that waste the fewest lanes
+        block_c = min((b for b in (64, 32, 16) if b <= longest), key=lambda b: ceil_div(length, b) * b)
+        blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c, "FLAT": flat}
+        blocks["TABLE"] = normalised and padded and hopper and not flat
+        found.append(Config(blocks, warps, stages))
+    return list({repr(config): config for config in found}.values())
 
 
-def row_tiles(x: Tensor, weight: Tensor, y: Tensor, normalised: bool, padded: bool) -> int:
-    """Into how many tiles the statistics of y are split."""
-    rows = y.shape[0] * y.shape[2] * y.shape[3]
-    return ceil_div(rows, choose(candidates(x, weight, rows, normalised, padded))["BLOCK_M"])
+@cache
+def _descriptors(dtype: torch.dtype, precision: str, c: int, arch: int) -> list[Config]:
+    tiles = _DESCRIPTORS.get(_arithmetic(dtype, precision), ()) if 90 <= arch < 120 else ()
+    return [
+        DescriptorConfig({"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c}, warps, stages)
+        for block_m, block_k, block_c, warps, stages in tiles
+        if c % block_c == 0
+    ]
+
+
+def _arithmetic(dtype: torch.dtype, precision: str) -> str:
+    if dtype is torch.float64:
+        return "double"
+    return "half" if dtype.itemsize == 2 else precision

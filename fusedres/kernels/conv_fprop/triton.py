@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedres.kernels.conv_fprop.accumulate import accumulate
-from fusedres.kernels.conv_fprop.configs import DescriptorConfig, candidates
+from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, candidates
 from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
 from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
 from fusedres.kernels.conv_fprop.tile import affine, below, output_pixel, store
@@ -153,7 +153,7 @@ def conv_fprop(
     """See fusedres.ops.conv_fprop."""
     y = empty_output(x, weight, stride, padding, dilation)
     rows, k = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
-    configs = candidates(x, weight, rows, state is not None, any(padding))
+    configs = candidates(x, weight, y, stride, padding, state is not None)
     config = choose(configs)
     tiles = ceil_div(rows, config["BLOCK_M"])
     dtype = arithmetic_dtype(x.dtype)
@@ -170,7 +170,7 @@ def conv_fprop(
     if isinstance(config, DescriptorConfig):
         launch(conv_fprop_descriptor_kernel, _grid(rows, k, config), _by_descriptors(arguments, config), config)
     else:
-        launch(conv_fprop_kernel, _grid(rows, k, config), arguments, config, configs)
+        launch(conv_fprop_kernel, _grid(rows, k, config), arguments, config, by_pointers(configs))
     return y, partials, tile_rows
 
 
@@ -188,7 +188,7 @@ def conv_bn_add_relu(
     """See fusedres.ops.conv_bn_add_relu."""
     out = empty_output(x, weight, stride, padding, dilation)
     rows, k = out.shape[0] * out.shape[2] * out.shape[3], out.shape[1]
-    configs = candidates(x, weight, rows, False, any(padding))
+    configs = by_pointers(candidates(x, weight, out, stride, padding, False))
     config = choose(configs)
     reached, strides = (None, (0, 0, 0)) if shortcut is None else pixels(shortcut, shortcut_stride)
     arguments = _convolution(x, weight, out, stride, padding, dilation) | {
