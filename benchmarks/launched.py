@@ -5,8 +5,9 @@ moves follows from its arguments: every distinct tensor read once and every dist
 beside (a library's convolutions above all) is counted as an operator by traffic.CountBytes. A kernel that reads an
 operand in several tiles again counts it once, as if a cache held it.
 
-Bytes an image are the slope between two batch sizes; the rest (weights, their gradients, per-channel vectors) does not
-grow with the batch and stands apart. `python benchmarks/traffic.py --launched` prints both beside the closed form.
+Bytes an image are the slope from a batch to twice that batch; the rest (weights, their gradients, per-channel vectors)
+does not grow with the batch and stands apart. Where tiles or splits follow the batch neither is exact; their sum at the
+batch is. `python benchmarks/traffic.py --launched` prints all beside the closed form.
 """
 
 from __future__ import annotations
@@ -101,17 +102,17 @@ def parts(block: Block, way: str, batch: int = 256, dtype: torch.dtype = torch.b
     Raises:
         MissingKernelError: an op on the way has no triton kernel.
     """
-    half = batch // 2
-    train_step(block, way, half, dtype)  # whatever is made once and kept
-    large, small = (train_step(block, way, images, dtype) for images in (batch, half))
-    missing = sorted(set().union(*(count.missing for count in large.values())))
+    train_step(block, way, batch, dtype)  # whatever is made once and kept
+    small, large = (train_step(block, way, images, dtype) for images in (batch, 2 * batch))
+    missing = sorted(set().union(*(count.missing for count in small.values())))
     if missing:
         raise MissingKernelError(f"{way}: no triton kernel of {', '.join(missing)}")
     found = []
     for phase in ("forward", "backward"):
-        at_batch, at_half = _by_name(large[phase]), _by_name(small[phase])
-        for (name, kernel), (calls, moved) in at_batch.items():
-            image = (moved - at_half.get((name, kernel), (0, 0))[1]) / (batch - half)
+        at_batch, at_twice = _by_name(small[phase]), _by_name(large[phase])
+        for name, kernel in at_batch | at_twice:  # what runs may depend on the batch
+            calls, moved = at_batch.get((name, kernel), (0, 0))
+            image = (at_twice.get((name, kernel), (0, 0))[1] - moved) / batch
             found.append(Part(phase, name, kernel, calls, image, moved - batch * image))
     return sorted(found, key=lambda part: -part.image_bytes)
 
@@ -179,14 +180,14 @@ def rows(
             for block, name in named.items():
                 total = Total.of(counted[block])
                 detail = [vars(part) for part in counted[block]]
-                found.append(_row(name, way, mode, total, [block], dtype) | {"parts": detail})
+                found.append(_row(name, way, mode, total, [block], batch, dtype) | {"parts": detail})
             everything = [part for block in blocks.values() for part in counted[block]]
-            found.append(_row(f"resnet{depth}", way, mode, Total.of(everything), list(blocks.values()), dtype))
+            found.append(_row(f"resnet{depth}", way, mode, Total.of(everything), list(blocks.values()), batch, dtype))
     bar.close()
     return found
 
 
-def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], dtype: torch.dtype) -> dict:
+def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], batch: int, dtype: torch.dtype) -> dict:
     closed = {m: sum(bytes_moved(b, m, "train", 1, dtype.itemsize, weights=False) for b in blocks) / 1e6 for m in MODES}
     return {
         "name": name,
@@ -195,6 +196,7 @@ def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], 
         "operators": total.operators,
         "mb_image": total.image_bytes / 1e6,
         "mb_rest": total.rest_bytes / 1e6,
+        "mb_image_at_batch": (total.image_bytes + total.rest_bytes / batch) / 1e6,
         "held_against": mode,
         "closed_form_mb_image": closed,
     }
@@ -202,7 +204,7 @@ def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], 
 
 def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the rows."""
-    header = ["block", "way", "launches", "operators", "MB/image", "rest MB", "ratio", *MODES]
+    header = ["block", "way", "launches", "operators", "MB/image", "rest MB", "all/image", "ratio", *MODES]
     cells = []
     for row in found:
         if "missing" in row:
@@ -218,6 +220,7 @@ def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
                 "+".join(map(str, row["operators"])),
                 f"{row['mb_image']:.3f}",
                 f"{row['mb_rest']:.3f}",
+                f"{row['mb_image_at_batch']:.3f}",
                 ratio,
                 *(f"{closed[m]:.3f}" for m in MODES),
             ]

@@ -622,6 +622,8 @@ def _print_launched(options: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error(f"--launched: unknown ways {unknown}; known: {', '.join(launched.WAYS)}")
     if options.itemsize != 2:
         parser.error(f"--launched: blocks run in bf16, so --itemsize must be 2, got {options.itemsize}")
+    if options.batch < 1:
+        parser.error(f"--launched: --batch must be at least 1, got {options.batch}")
     rows = launched.rows((18, 50), options.launched or list(launched.WAYS), options.batch, image=options.image)
     print(f"as launched, bf16, batch {options.batch}, {options.image}²; launches and operators forward+backward")
     print_table(*launched.table(rows))

@@ -1,0 +1,161 @@
+"""Bytes counted from the arguments of every launch: they explain the closed form, and a kernel left out is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedres
+from fusedres.ops import bn_relu
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _path():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    import traffic
+
+    return traffic
+
+
+@pytest.fixture(scope="module")
+def launched():
+    import launched
+
+    return launched
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Both models, every way. In the interpreter configs are small ones: a process without it."""
+    path = tmp_path_factory.mktemp("launched") / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "traffic.py"), "--launched", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    return {(row["name"], row["way"]): row for row in run[1]["rows"]}
+
+
+def test_every_block_and_model_has_a_row_a_way(run, rows, launched, traffic):
+    names = {name for name, _ in rows}
+    assert {"resnet18", "resnet50", "resnet18.layer1.0", "resnet50.layer1.1", "resnet50.layer4.0"} <= names
+    assert rows.keys() == {(name, way) for name in names for way in launched.WAYS}
+    for row in rows.values():
+        assert "missing" not in row
+        assert row["closed_form_mb_image"].keys() == set(traffic.MODES)
+    table, record = run
+    assert record["batch"] == 256 and record["versions"]["torch"] == torch.__version__ and record["date"]
+    for name in names:
+        assert sum(line.split()[:1] == [name] for line in table.splitlines()) == len(launched.WAYS)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_model_is_the_sum_of_its_blocks(rows, traffic, launched, depth):
+    blocks = traffic.resnet_blocks(depth)
+    first = {}
+    for name, block in blocks.items():
+        first.setdefault(block, f"resnet{depth}.{name}")
+    for way in launched.WAYS:
+        of_blocks = [rows[first[block], way] for block in blocks.values()]
+        model = rows[f"resnet{depth}", way]
+        for key in ("mb_image", "mb_rest", "mb_image_at_batch"):
+            assert model[key] == pytest.approx(sum(row[key] for row in of_blocks))
+        for key in ("launches", "operators"):
+            assert model[key] == [sum(row[key][phase] for row in of_blocks) for phase in (0, 1)]
+    for row in rows.values():
+        if "parts" in row:
+            assert row["mb_image"] == pytest.approx(sum(part["image_bytes"] for part in row["parts"]) / 1e6)
+
+
+@pytest.mark.parametrize("name", ["resnet18.layer1.0", "resnet18.layer3.1", "resnet50.layer1.1", "resnet50.layer3.1"])
+def test_library_way_is_the_closed_form_and_what_backward_recomputes(rows, traffic, name):
+    """Inner activations are not saved: backward reads y and writes relu(BN(y)) once more."""
+    depth, _, block_name = name.removeprefix("resnet").partition(".")
+    block = traffic.resnet_blocks(int(depth))[block_name]
+    recomputed = sum(2 * 2 * c.target for c in block.convolutions[:-1])
+    closed = traffic.bytes_moved(block, "library", "train", 1, 2, weights=False)
+    assert rows[name, "library"]["mb_image"] * 1e6 == pytest.approx(closed + recomputed, rel=5e-3)
+
+
+def test_convolutions_are_the_library_s_or_this_package_s(rows):
+    def names(way: str, kernel: bool) -> set[str]:
+        return {
+            p["name"]
+            for row in rows.values()
+            if row["way"] == way
+            for p in row.get("parts", [])
+            if p["kernel"] is kernel
+        }
+
+    assert {"aten::convolution", "aten::convolution_backward"} <= names("library", False)
+    assert not any("conv" in name for name in names("library", True))
+    assert not any("convolution" in name for name in names("fused", False) | names("fused min", False))
+    assert any("fprop" in name for name in names("fused", True))
+    assert any("one_pass" in name for name in names("fused min", True)) and not any(
+        "one_pass" in n for n in names("fused", True)
+    )
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+def test_each_fusion_moves_less(rows, model):
+    ways = [rows[model, way]["mb_image"] for way in ("fused min", "fused", "library")]
+    eager = rows[model, "library"]["closed_form_mb_image"]["eager"]
+    assert ways == sorted(ways) and ways[-1] < eager
+
+
+def test_a_launch_counts_what_it_reads_and_writes(launched):
+    x = torch.empty(8, 64, 6, 6, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+    state = torch.empty(4, 64, device="meta")
+    for stride, pixels in ((1, 36), (2, 9)):
+        with fusedres.use_backend("triton"), launched.CountLaunched() as count:
+            bn_relu(x, state, "triton", None, stride)
+        assert count.total == 0 and not count.missing  # no operator beside it
+        assert [launch.bytes() for launch in count.kernels] == [2 * 8 * 64 * pixels * 2 + 4 * 64 * 4]
+
+
+def test_an_op_without_a_kernel_is_an_error(launched, traffic, monkeypatch):
+    from fusedres.ops._library import OPS
+
+    op = OPS["bn_relu"]
+    kernel = type(op).kernel
+
+    def without(self, backend):
+        if self is op:
+            raise RuntimeError("bn_relu: there is no triton backend")
+        return kernel(self, backend)
+
+    monkeypatch.setattr(type(op), "kernel", without)
+    with pytest.raises(launched.MissingKernelError, match=r"library: no triton kernel of bn_relu$"):
+        launched.parts(traffic.Block("basic", 8, 8, 8), "library", batch=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--launched", "none"], r"--launched: unknown ways ['none']; known: library, "),
+        (["--launched", "library", "--itemsize", "4"], "--itemsize must be 2, got 4"),
+        (["--launched", "library", "--batch", "0"], "--batch must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(traffic, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        traffic.main(arguments)
+    assert message in capsys.readouterr().err
