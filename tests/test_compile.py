@@ -52,6 +52,16 @@ def test_fullgraph_aot_eager(case: Case, mode: str, memory: str) -> None:
     assert_same_run(compiled_run(twin, x, grad, "aot_eager"), plain)
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("case", [CORE[1], CORE[3], CORE[4]], ids=label)
+def test_fullgraph_with_own_convolutions(case: Case, memory: str) -> None:
+    block, x, grad = stock_case(case, torch.float64, torch.channels_last)
+    twin = fused_twin(block, memory, "fused")
+    with fusedres.use_backend("reference"):
+        plain = run(copy.deepcopy(twin), x, grad)
+        assert_same_run(compiled_run(twin, x, grad, "aot_eager"), plain)
+
+
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=label)
 def test_fullgraph_dynamo_only(case: Case) -> None:
     block, x, grad = stock_case(case, torch.float64)

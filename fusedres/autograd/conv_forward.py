@@ -18,6 +18,8 @@ from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, OneP
 from fusedres.ops.launch import Launches, launches
 
 _CHANNELS_LAST = torch.channels_last
+_Shortcut = tuple[Tensor | None, Tensor | None, int]  # as it lies, its state, its stride
+_Joined = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]  # x, pivot, folded, offset, stride
 
 
 class Raw(NamedTuple):
@@ -83,12 +85,12 @@ class ConvForward:
         plan, launch = self.plan, self.launch
         last = len(plan.units) - 1
         states = [unit_state(self.entry, unit, self.tensors, i, launch) for i, unit in enumerate(plan.all_units)]
-        shortcut, shortcut_state, stride = self.entry, None, plan.pad_stride
+        shortcut: _Shortcut = (self.entry, None, plan.pad_stride)
         if plan.projection is not None:
-            shortcut, shortcut_state, stride = self._library_or_own(Raw(self.entry, None), last + 1), states[-1], 1
+            shortcut = (self._library_or_own(Raw(self.entry, None), last + 1), states[-1], 1)
         h = self.entry
         for index, unit in enumerate(plan.units):
-            end = (shortcut, shortcut_state, stride) if index == last else (None, None, 1)
+            end = shortcut if index == last else (None, None, 1)
             if unit.own.fprop:
                 geometry = (unit.stride, unit.padding, unit.dilation)
                 h = launch.conv_bn_add_relu(h, self._weight(index), *geometry, states[index], *end)
@@ -154,27 +156,24 @@ class ConvForward:
     def _tail(self, h: Raw, last: Branch, projection: Branch | None, with_mask: bool) -> tuple[Tensor, Tensor]:
         plan, launch = self.plan, self.launch
         end = len(plan.units) - 1
-        shortcut, shortcut_state, stride = self.entry, None, plan.pad_stride
+        shortcut: _Shortcut = (self.entry, None, plan.pad_stride)
         if projection is not None:
-            shortcut, shortcut_state, stride = projection.y, projection.state, 1
-        if not any(plan.one_pass):
-            out, mask = launch.bn_add_relu(last.y, last.state, shortcut, shortcut_state, stride, with_mask)
-            return out, mask
-        nothing = (None, None, None, None, 1)
-        joined = nothing
+            shortcut = (projection.y, projection.state, 1)
+        joined: _Joined = (None, None, None, None, 1)
         if plan.one_pass[1]:
             assert plan.projection is not None and projection is not None
             joined = (self.entry, *self._product(end + 1, projection), plan.projection.stride[0])
-            shortcut, shortcut_state = None, None
+            shortcut = (None, None, 1)
         if plan.one_pass[0]:
-            z, state, product, z_stride = h.y, h.state, self._product(end, last), 1
+            product = self._product(end, last)
+            out, mask = launch.one_pass_tail(h.y, h.state, *product, 1, *shortcut, *joined, with_mask)
+        elif plan.one_pass[1]:  # the projection's product, with the branch as its shortcut
+            x, *product_and_stride = joined
+            nothing = (None, None, None, None, 1)
+            branch = (last.y, last.state, 1)
+            out, mask = launch.one_pass_tail(x, None, *product_and_stride, *branch, *nothing, with_mask)
         else:
-            assert plan.projection is not None and projection is not None
-            z, state, product, z_stride = self.entry, None, joined[1:4], joined[4]
-            shortcut, shortcut_state, joined = last.y, last.state, nothing
-        out, mask = launch.one_pass_tail(
-            z, state, *product, z_stride, shortcut, shortcut_state, stride, *joined, with_mask
-        )
+            out, mask = launch.bn_add_relu(last.y, last.state, *shortcut, with_mask)
         return out, mask
 
     def _product(self, index: int, branch: Branch) -> tuple[Tensor, Tensor | None, Tensor]:

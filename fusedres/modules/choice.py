@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
@@ -19,13 +21,13 @@ _PART_BYTES = 8 << 20
 _OWN = Directions(True, True, True)
 
 
-def own_products(conv: str, backend: str, groups: int) -> Directions:
+def own_products(conv: str, backend: str, convolution: Any) -> Directions:
     """Which products of a convolution run in this package's own kernels.
 
     The CPU's convolutions are always the library's, and so are grouped ones. "auto" takes the library's too: no GPU has
     measured the own ones yet.
     """
-    return _OWN if conv == "fused" and backend != "cpu" and groups == 1 else LIBRARY
+    return _OWN if conv == "fused" and backend != "cpu" and convolution.groups == 1 else LIBRARY
 
 
 def one_pass_units(

@@ -104,7 +104,7 @@ class FusedBlock(nn.Module):
                 shape,
                 units,
                 tensors,
-                own_products(self.fused_conv, backend, modules[conv_name].groups),
+                own_products(self.fused_conv, backend, modules[conv_name]),
             )
         downsample = modules.get("downsample")
         projection: ConvBN | None = None
@@ -113,7 +113,7 @@ class FusedBlock(nn.Module):
         if type(downsample) is nn.Sequential:
             conv, norm = downsample
             ends: list[ConvBN] = []
-            own = own_products(self.fused_conv, backend, conv.groups)
+            own = own_products(self.fused_conv, backend, conv)
             reached = _add_unit(
                 op, "downsample.0", conv, "downsample.1", norm, x, dtype, autocast, reached, ends, tensors, own
             )
