@@ -7,7 +7,9 @@ import torch
 from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state
 
 from fusedres import ops
+from fusedres.kernels.launch import record_launches
 from fusedres.kernels.reference import unpack_bits
+from fusedres.ops.launch import launches
 
 
 def _affine(x, affine):
@@ -72,6 +74,17 @@ def test_nan_is_active_and_passes(backend):
     shortcut[0, 3, 1, 1] = torch.nan
     out, mask = ops.bn_add_relu(x, state(20, torch.float32).to(where), shortcut, backend, with_mask=True)
     assert out.isnan().sum() == 1 and out[0, 3, 1, 1].isnan() and unpack_bits(mask, 20)[0, 3, 1, 1]
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_counted_bytes(with_mask):
+    """One launch that names what it touches: of a strided shortcut the pixels that are used."""
+    x, shortcut = torch.empty((2, 32, 7, 7), device="meta"), torch.empty((2, 16, 14, 14), device="meta")
+    x, shortcut = (t.to(memory_format=torch.channels_last) for t in (x, shortcut))
+    with record_launches() as made:
+        launches("triton").bn_add_relu(x, torch.empty(4, 32, device="meta"), shortcut, None, 2, with_mask)
+    pixels = 2 * 7 * 7
+    assert [launch.bytes() for launch in made] == [4 * (4 * 32 + pixels * (2 * 32 + 16)) + with_mask * pixels * 4]
 
 
 def test_errors():

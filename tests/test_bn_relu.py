@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state, vector
 
 from fusedres import ops
+from fusedres.kernels.launch import record_launches
+from fusedres.kernels.tiles import pixel_offsets, tile
+from fusedres.ops.launch import launches
 
 
 def _want(x, affine, pivot, stride):
@@ -68,6 +73,57 @@ def test_every_bfloat16_and_float16_value_survives():
         got = ops.bn_relu(x, None, "cpu")
         assert torch.equal(got.isnan(), x.isnan())
         assert torch.equal(got[~x.isnan()], x[~x.isnan()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images(backend):
+    where = device(backend)
+    x = torch.empty((0, 8, 5, 5), device=where).contiguous(memory_format=torch.channels_last)
+    assert ops.bn_relu(x, state(8, torch.float32).to(where), backend, stride=2).shape == (0, 8, 3, 3)
+
+
+@triton.jit
+def _offsets_kernel(
+    out_ptr, pid, C, P, Q, stride_n, stride_h, stride_w, IS_STRIDED: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    row, column = tile(pid, C, BLOCK_M, 16)
+    pixel = pixel_offsets(row, P, Q, stride_n, stride_h, stride_w, IS_STRIDED, BLOCK_M)
+    tl.store(out_ptr + tl.arange(0, BLOCK_M), pixel + column)
+
+
+@pytest.mark.parametrize("pid", [0, 5, 2**27 + 7, 2**31 - 1])
+@pytest.mark.parametrize(("p", "q", "stride"), [(7, 5, 1), (7, 5, 2), (1, 1, 2), (1, 3, 3), (40_000, 30_000, 2)])
+def test_offsets_beyond_32_bits(pid, p, q, stride):
+    c, block_m = 40, 64
+    strides = (stride * p * stride * q * c, stride * stride * q * c, stride * c)
+    out = torch.empty(block_m, dtype=torch.int64, device=device("triton"))
+    _offsets_kernel[(1,)](out, pid, c, p, q, *strides, IS_STRIDED=stride > 1, BLOCK_M=block_m)
+    rows = range(pid // 3 * block_m, pid // 3 * block_m + block_m)
+    pixels = [(m // (p * q), m // q % p, m % q) if stride > 1 else (0, 0, m) for m in rows]
+    want = [sum(i * s for i, s in zip(pixel, strides, strict=True)) + pid % 3 * 16 for pixel in pixels]
+    assert out.tolist() == want
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="more than 2^31 elements, on a GPU")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_than_32_bits_of_elements(stride):
+    x = torch.empty((33, 64, 1024, 1024), dtype=torch.float16, device="cuda", memory_format=torch.channels_last)
+    for image in x:
+        image.copy_(torch.randn_like(image))
+    affine = state(64, torch.float16).cuda()
+    got = ops.bn_relu(x, affine, "triton", stride=stride)
+    for n in (0, 15, 31, 32):
+        assert torch.equal(got[n : n + 1], ops.bn_relu(x[n : n + 1], affine, "triton", stride=stride))
+
+
+@pytest.mark.parametrize("n", [1, 70_000, 140_000])
+def test_grids_stay_below_their_limits(n):
+    """65,535 programs along the second and third axis, so all are on the first."""
+    x = torch.empty((n, 3, 1, 1), device="meta")
+    with record_launches() as made:
+        launches("triton").bn_relu(x, torch.empty(4, 3, device="meta"), None, 1)
+        launches("triton").bn_statistics(x, None, None, None, None, None, 0.1, 1e-5)
+    assert len(made) == 3 and all(len(launch.grid) == 1 and launch.grid[0] < 2**31 for launch in made)
 
 
 def test_errors():

@@ -6,6 +6,8 @@ A program owns BLOCK_M rows and BLOCK_C channels; programs of neighbouring chann
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -57,8 +59,12 @@ def pixels(x: Tensor, stride: int) -> tuple[Tensor, tuple[int, int, int]]:
     return view, (h * w * c, stride * w * c, stride * c)
 
 
-def row_tiles(channels: int, dtype: torch.dtype) -> list[Config]:
-    """Candidates of a kernel that touches each element once: 2 to 8 vectors of 16 bytes a thread and operand."""
+# Warps of a program, and vectors of 16 bytes that a thread takes of each operand.
+ROW_TILES = ((4, 4), (8, 4), (4, 8), (8, 2), (4, 2))
+
+
+def row_tiles(channels: int, dtype: torch.dtype, choices: Sequence[tuple[int, int]] = ROW_TILES) -> list[Config]:
+    """Candidates of a kernel that touches each element once."""
     if INTERPRETED:
         return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
     vector = 16 // dtype.itemsize
@@ -66,5 +72,5 @@ def row_tiles(channels: int, dtype: torch.dtype) -> list[Config]:
     block_c = min((256, 128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
     return [
         Config({"BLOCK_M": max(1, 32 * warps * vector * vectors // block_c), "BLOCK_C": block_c}, warps)
-        for warps, vectors in ((4, 4), (8, 4), (4, 8), (8, 2), (4, 2))
+        for warps, vectors in choices
     ]

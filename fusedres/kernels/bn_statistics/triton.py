@@ -260,7 +260,7 @@ def _finalize(
     averaged = running_mean is not None and running_var is not None
     cumulative = averaged and momentum is None
     snapshot = num_batches_tracked.clone() if cumulative and num_batches_tracked is not None else None
-    candidates = configs.bn_finalize(tiles, c)
+    candidates = configs.bn_finalize(tiles, c, partials.dtype)
     config = choose(candidates)
     arguments = {
         "partials_ptr": partials,
