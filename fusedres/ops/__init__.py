@@ -3,6 +3,7 @@
 from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_, bn_add_relu_out
 from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_add_relu_backward_, bn_relu_backward_
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_coefficients, bn_backward_reduce
+from fusedres.ops.bn_finalize import bn_finalize
 from fusedres.ops.bn_frozen import bn_frozen
 from fusedres.ops.bn_relu import bn_relu, bn_relu_
 from fusedres.ops.bn_statistics import bn_statistics
@@ -32,6 +33,7 @@ __all__ = [
     "bn_backward_apply",
     "bn_backward_coefficients",
     "bn_backward_reduce",
+    "bn_finalize",
     "bn_frozen",
     "bn_relu",
     "bn_relu_",
