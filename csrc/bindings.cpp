@@ -8,6 +8,7 @@
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
 #include "bn_relu/bn_relu.h"
+#include "bn_relu_maxpool/bn_relu_maxpool.h"
 #include "bn_statistics/bn_statistics.h"
 #include "common/isa.h"
 #include "common/memory.h"
@@ -159,6 +160,39 @@ PYBIND11_MODULE(_C, m) {
             threads};
         if (reduce) bn_add_relu_backward_reduce(params);
         if (elementwise) bn_add_relu_backward_elementwise(params);
+      },
+      release);
+
+  m.def(
+      "bn_relu_maxpool",
+      [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, Address state,
+         Address out, Address argmax, int threads) {
+        bn_relu_maxpool({pointer<const void>(x),
+                         dtype_of(dtype),
+                         {batch, height, width, channels},
+                         pointer<const void>(state),
+                         pointer(out),
+                         pointer<uint8_t>(argmax),
+                         threads});
+      },
+      release);
+
+  m.def(
+      "bn_relu_maxpool_backward",
+      [](Address grad, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, Address argmax,
+         Address out, Address x, Address state, bool batch_statistics, Address grad_x, Address sums, bool reduce,
+         int threads) {
+        const BnReluMaxpoolBackwardParams params{
+            pointer<const void>(grad),
+            dtype_of(dtype),
+            {batch, height, width, channels},
+            pointer<const uint8_t>(argmax),
+            pointer<const void>(out),
+            {pointer<const void>(x), pointer<const void>(state), pointer(grad_x), batch_statistics},
+            pointer(sums),
+            threads};
+        if (reduce) bn_relu_maxpool_backward_reduce(params);
+        bn_relu_maxpool_backward_elementwise(params);
       },
       release);
 

@@ -1,17 +1,10 @@
 #pragma once
 
+#include "common/bn_branch.h"
 #include "common/dtype.h"
 #include "common/gate.h"
 
 namespace fusedres {
-
-// One normalised branch below the ReLU: z = scale·x + shift.
-struct BnBranch {
-  const void* x = nullptr;        // [rows, channels]; null: no such branch
-  const void* state = nullptr;    // [4, channels] arithmetic type: mean, invstd, scale, shift
-  void* grad_x = nullptr;         // [rows, channels]; may be the gradient itself (in place)
-  bool batch_statistics = false;  // false: mean and invstd are constants
-};
 
 struct BnAddReluBackwardParams {
   const void* grad;  // [rows, channels]

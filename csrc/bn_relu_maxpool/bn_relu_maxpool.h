@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/bn_branch.h"
+#include "common/dtype.h"
+
+namespace fusedres {
+
+// Sizes of x, [batch, height, width, channels]. A window's centre is pixel (2p, 2q); its places 0 to 8 are row-major.
+struct PoolShape {
+  int64_t batch;
+  int64_t height;
+  int64_t width;
+  int64_t channels;
+
+  int64_t out_height() const { return (height + 1) / 2; }
+  int64_t out_width() const { return (width + 1) / 2; }
+  int64_t windows() const { return batch * out_height() * out_width(); }
+};
+
+struct BnReluMaxpoolParams {
+  const void* x;
+  DType dtype;
+  PoolShape shape;
+  const void* state;  // [4, channels] arithmetic type: mean, invstd, scale, shift
+  void* out;          // [windows, channels]
+  uint8_t* argmax;    // [windows, channels], the place of the maximum; may be null
+  int threads;
+};
+
+// out = maxpool3x3, stride 2, padding 1, of relu(scale·x + shift). The first of equal maxima wins, and the last NaN.
+void bn_relu_maxpool(const BnReluMaxpoolParams& params);
+
+struct BnReluMaxpoolBackwardParams {
+  const void* grad;  // [windows, channels]
+  DType dtype;
+  PoolShape shape;
+  const uint8_t* argmax;  // [windows, channels]
+  const void* out;        // [windows, channels]
+  BnBranch branch;        // x, its state, grad_x
+  void* sums;             // [2, channels] arithmetic type: Σd, Σd·x̂
+  int threads;
+};
+
+// With d the gradient of scale·x + shift, per channel: the sums above.
+void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardParams& params);
+
+// grad_x = scale·(d - Σd/M - x̂·Σd·x̂/M) with batch statistics, scale·d without.
+void bn_relu_maxpool_backward_elementwise(const BnReluMaxpoolBackwardParams& params);
+
+}  // namespace fusedres

@@ -1,0 +1,56 @@
+"""BatchNorm's affine map, ReLU and the stem's max-pool in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres.kernels.bn_add_relu_backward.reference import bn_relu_backward_
+from fusedres.kernels.reference import affine
+
+_CHANNELS_LAST = torch.channels_last
+
+
+def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_relu_maxpool."""
+    width = x.shape[3]
+    out, index = F.max_pool2d(affine(x, state).relu_(), 3, 2, 1, return_indices=True)
+    out = out.to(x.dtype).contiguous(memory_format=_CHANNELS_LAST)
+    if not with_argmax:
+        return out, x.new_empty(0, dtype=torch.uint8)
+    top = 2 * torch.arange(out.shape[2], device=x.device).view(-1, 1) - 1
+    left = 2 * torch.arange(out.shape[3], device=x.device) - 1
+    place = (index // width - top) * 3 + index % width - left
+    return out, place.to(torch.uint8).contiguous(memory_format=_CHANNELS_LAST)
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_relu_maxpool; the sums are always there."""
+    d = _unpooled(grad, argmax, out, x, state)
+    sums = bn_relu_backward_(d, x, state, False, batch_statistics, with_sums)
+    return d.to(x.dtype), sums[:2]
+
+
+def bn_relu_maxpool_backward_(
+    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+) -> Tensor:
+    """See fusedres.ops.bn_relu_maxpool."""
+    grad_x, sums = bn_relu_maxpool_backward(grad, argmax, out, x, state, batch_statistics, with_sums)
+    x.copy_(grad_x)
+    return sums
+
+
+def _unpooled(grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """The gradient of scale·x + shift, in the arithmetic type: every window's, at its place."""
+    n, c, rows, columns = grad.shape
+    wide = grad.to(state.dtype).masked_fill(out <= 0, 0)
+    padded = wide.new_zeros((n, c, 2 * rows + 1, 2 * columns + 1))
+    for place in range(9):
+        top, left = place // 3, place % 3
+        here = padded[:, :, top : top + 2 * rows : 2, left : left + 2 * columns : 2]
+        here += wide.masked_fill(argmax != place, 0)
+    inside = padded[:, :, 1 : 1 + x.shape[2], 1 : 1 + x.shape[3]]
+    return inside.contiguous(memory_format=_CHANNELS_LAST)

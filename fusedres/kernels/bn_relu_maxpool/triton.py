@@ -1,0 +1,104 @@
+"""Launchers of BatchNorm + ReLU + max-pool; the equations and the kernels are in triton_kernels.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.bn_backward.triton import coefficients_launch
+from fusedres.kernels.bn_relu_maxpool import configs
+from fusedres.kernels.bn_relu_maxpool.triton_kernels import (
+    bn_relu_maxpool_apply_kernel,
+    bn_relu_maxpool_kernel,
+    bn_relu_maxpool_reduce_kernel,
+)
+from fusedres.kernels.launch import Config, ceil_div, choose, launch
+
+
+def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_relu_maxpool."""
+    n, c, h, w = x.shape
+    out = torch.empty(
+        (n, c, ceil_div(h, 2), ceil_div(w, 2)), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
+    candidates = configs.forward(c)
+    config = choose(candidates)
+    arguments = {
+        "x_ptr": x,
+        "state_ptr": state,
+        "out_ptr": out,
+        "out_argmax_ptr": argmax if with_argmax else None,
+        **_sizes(x),
+    }
+    grid = (_tiles(x, config) * ceil_div(c, config["BLOCK_C"]),)
+    if n:
+        launch(bn_relu_maxpool_kernel, grid, arguments, config, candidates)
+    return out, argmax
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_relu_maxpool."""
+    grad_x = torch.empty_like(x)
+    return grad_x, _launch(grad, argmax, out, x, state, batch_statistics, with_sums, grad_x)
+
+
+def bn_relu_maxpool_backward_(
+    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+) -> Tensor:
+    """See fusedres.ops.bn_relu_maxpool."""
+    return _launch(grad, argmax, out, x, state, batch_statistics, with_sums, x)
+
+
+def _launch(
+    grad: Tensor,
+    argmax: Tensor,
+    out: Tensor,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    with_sums: bool,
+    grad_x: Tensor,
+) -> Tensor:
+    n, c, h, w = x.shape
+    sums = state.new_zeros((2, c)) if n == 0 else state.new_empty((2, c))
+    if n == 0:
+        return sums
+    windows = {"grad_ptr": grad, "argmax_ptr": argmax, "pooled_ptr": out}
+    coefficients = state[2:]  # without sums and batch statistics only a, the scale, is read
+    if batch_statistics or with_sums:
+        candidates = configs.reduction(c)
+        config = choose(candidates)
+        tiles = _tiles(x, config)
+        partials = state.new_empty((ceil_div(tiles, config["STEPS"]), 2, c))
+        arguments = {**windows, "x_ptr": x, "state_ptr": state, "out_ptr": partials, "tiles": tiles, **_sizes(x)}
+        grid = (partials.shape[0] * ceil_div(c, config["BLOCK_C"]),)
+        launch(bn_relu_maxpool_reduce_kernel, grid, arguments, config, candidates)
+        coefficients, _ = coefficients_launch(partials, n * h * w, state, batch_statistics, None, False, sums)
+    candidates = configs.elementwise(c)
+    config = choose(candidates)
+    arguments = {
+        **windows,
+        "x_ptr": x if batch_statistics else None,
+        "coefficients_ptr": coefficients,
+        "out_ptr": grad_x,
+        **_sizes(x),
+    }
+    grid = (_tiles(x, config) * ceil_div(c, config["BLOCK_C"]),)
+    launch(bn_relu_maxpool_apply_kernel, grid, arguments, config, candidates)
+    return sums
+
+
+def _sizes(x: Tensor) -> dict[str, Any]:
+    _, c, h, w = x.shape
+    return {"H": h, "W": w, "P": ceil_div(h, 2), "Q": ceil_div(w, 2), "C": c}
+
+
+def _tiles(x: Tensor, config: Config) -> int:
+    """Tiles of windows, of one block of channels."""
+    n, _, h, w = x.shape
+    return n * ceil_div(ceil_div(h, 2), config["BLOCK_P"]) * ceil_div(ceil_div(w, 2), config["BLOCK_Q"])
