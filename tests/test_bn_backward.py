@@ -39,7 +39,7 @@ def _product(d, x, affine):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 17, 1, 1), (2, 3, 31, 33)])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 17, 1, 1), (1, 3, 31, 13)])
 @pytest.mark.parametrize(("kind", "projection"), [("bits", True), ("output", False), (None, True)])
 def test_reduce(backend, dtype, shape, kind, projection):
     place = device(backend, dtype)
@@ -77,7 +77,7 @@ def test_each_tile_sums_its_own_rows(backend, kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("tiles", "width"), [(1, 1), (7, 65), (300, 3), (6000, 64), (515, 2047), (0, 5)])
+@pytest.mark.parametrize(("tiles", "width"), [(1, 1), (7, 65), (300, 3), (6000, 64), (515, 700), (0, 5)])
 @pytest.mark.parametrize(
     ("batch_statistics", "shortcut"), [(True, None), (False, None), (True, True), (True, False), (False, True)]
 )

@@ -6,49 +6,43 @@ import triton
 
 from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
 
-_PROGRAMS = 2048  # that a reduction is split over
+_PROGRAMS = 2048  # that a reduction is split over, at 128 channels each
 
 
 def column_block(channels: int, most: int) -> int:
-    """A power of two that divides the channels, or covers them, between 16 and `most`."""
-    dividing = channels & -channels
-    return max(16, min(most, dividing if dividing >= 32 else int(triton.next_power_of_2(channels))))
+    """The widest block up to `most` of those that cover the channels with the fewest lanes idle."""
+    return min((block for block in (256, 128, 64, 32, 16) if block <= most), key=lambda b: ceil_div(channels, b) * b)
 
 
 def row_tile(rows: int, channels: int) -> int:
-    """Rows that one partial sums: it depends on sizes alone, so partials have one shape and one value anywhere."""
+    """Rows that one partial sums: by sizes alone, so that partials have one shape and one value everywhere."""
     wanted = ceil_div(rows * ceil_div(channels, 128), _PROGRAMS)
-    for size in (64, 128, 256, 512, 1024, 2048):
-        if wanted <= size:
-            return size
-    return 4096
+    return next((size for size in (64, 128, 256, 512, 1024, 2048) if wanted <= size), 4096)
 
 
 def reduction(rows: int, channels: int, itemsize: int) -> list[Config]:
-    """Candidates of a kernel that sums row tiles of an (M, C) activation."""
-    tile = row_tile(rows, channels)
+    """Candidates of a kernel that sums row tiles of an (M, C) activation: 16 or 32 bytes a thread and operand."""
+    size = row_tile(rows, channels)
     if INTERPRETED:
-        return [_steps(tile, tile // 2, column_block(channels, 256), 4)]
-    found = []
-    for warps, wide in ((4, 64), (4, 128), (8, 128), (8, 64), (4, 32)):
-        block = column_block(channels, wide)
-        config = _steps(tile, _rows(16 * 32 * warps * 2 // max(itemsize, 2), block, tile), block, warps)
-        if config not in found:
-            found.append(config)
-    return found
+        tiles = [Config({"BLOCK_M": size // 2, "BLOCK_C": _interpreted(channels)})]
+    else:
+        tiles = _tiles(channels, itemsize, ((4, 32, 64), (8, 32, 128), (8, 32, 64), (4, 32, 32), (4, 16, 64)), size)
+    return [Config({**tile.blocks, "STEPS": size // tile["BLOCK_M"]}, tile.num_warps) for tile in tiles]
 
 
-def _rows(elements: int, block: int, most: int) -> int:
-    return min(most, max(8, elements // block))
-
-
-def _steps(tile: int, block_m: int, block_c: int, warps: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_C": block_c, "STEPS": tile // block_m}, warps)
+def elementwise(channels: int, itemsize: int, branches: int) -> list[Config]:
+    """Candidates of a kernel that maps an (M, C) activation: 64, 32 or 16 bytes a thread and operand."""
+    if INTERPRETED:
+        return [Config({"BLOCK_M": 256, "BLOCK_C": _interpreted(channels)})]
+    shapes = ((4, 32, 64), (8, 32, 128), (8, 32, 64), (4, 16, 64), (4, 32, 32))
+    if branches == 1:
+        shapes = ((4, 64, 64), (4, 32, 64), (8, 64, 128), (8, 32, 128), (8, 64, 64))
+    return _tiles(channels, itemsize, shapes, 1 << 20)
 
 
 def merge(tiles: int, channels: int) -> list[Config]:
     """Candidates of a kernel that sums partials (T, rows, C) over T."""
-    blocks = ((512, 8, 8), (1024, 4, 8), (256, 16, 8), (256, 8, 4), (128, 32, 8))
+    blocks: tuple[tuple[int, int, int], ...] = ((512, 8, 8), (1024, 4, 8), (256, 16, 8), (256, 8, 4), (128, 32, 8))
     if INTERPRETED:
         blocks = ((256, 256, 4),)
     elif channels >= 1024:
@@ -60,15 +54,17 @@ def merge(tiles: int, channels: int) -> list[Config]:
     return configs
 
 
-def elementwise(channels: int, itemsize: int) -> list[Config]:
-    """Candidates of a kernel over an (M, C) activation: 64, 32 or 128 bytes of a tensor in a thread."""
-    if INTERPRETED:
-        return [Config({"BLOCK_M": 256, "BLOCK_C": column_block(channels, 256)})]
-    found = []
-    for warps, size, wide in ((4, 64, 128), (4, 32, 128), (8, 64, 256), (4, 64, 64), (8, 32, 128)):
+def _interpreted(channels: int) -> int:
+    return max(16, min(256, int(triton.next_power_of_2(channels))))
+
+
+def _tiles(channels: int, itemsize: int, shapes: tuple[tuple[int, int, int], ...], most_rows: int) -> list[Config]:
+    """Distinct tiles of (warps, bytes a thread, most channels)."""
+    found: list[Config] = []
+    for warps, size, wide in shapes:
+        # fewer channels than threads: wider vectors of per-channel values change hands through shared memory
         block = column_block(channels, wide)
-        rows = _rows(32 * warps * size // max(itemsize, 2), block, 4096)
-        config = Config({"BLOCK_M": rows, "BLOCK_C": block}, warps)
+        config = Config({"BLOCK_M": min(most_rows, 32 * warps * size // (itemsize * block)), "BLOCK_C": block}, warps)
         if config not in found:
             found.append(config)
     return found

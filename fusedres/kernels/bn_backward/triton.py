@@ -46,7 +46,7 @@ def reduce_launch(
         "C": channels,
         "GATE": kind,
     }
-    grid = (tiles, ceil_div(channels, config["BLOCK_C"]))
+    grid = (tiles * ceil_div(channels, config["BLOCK_C"]),)
     launch(bn_backward_reduce_kernel, grid, arguments, config, candidates)
     return partials
 
@@ -127,7 +127,7 @@ def apply_launch(
     """Writes the gradients of the branches to `out` and `shortcut_out`, which may be x, shortcut_x or grad."""
     channels = grad.shape[1]
     rows = grad.numel() // channels
-    candidates = configs.elementwise(channels, grad.element_size())
+    candidates = configs.elementwise(channels, grad.element_size(), 1 if shortcut_out is None else 2)
     config = choose(candidates)
     arguments = {
         "grad_ptr": grad,
@@ -143,7 +143,7 @@ def apply_launch(
         "C": channels,
         "GATE": kind,
     }
-    grid = (ceil_div(rows, config["BLOCK_M"]), ceil_div(channels, config["BLOCK_C"]))
+    grid = (ceil_div(rows, config["BLOCK_M"]) * ceil_div(channels, config["BLOCK_C"]),)
     launch(bn_backward_apply_kernel, grid, arguments, config, candidates)
 
 

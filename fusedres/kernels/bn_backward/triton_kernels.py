@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedres.kernels.gate import load_gated
+from fusedres.kernels.tiles import tile
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def bn_backward_reduce_kernel(
     STEPS: tl.constexpr,
 ):
     dtype = state_ptr.dtype.element_ty
-    tile, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C
+    first, column = tile(tl.program_id(0), C, BLOCK_M * STEPS, BLOCK_C)
     rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
     channel = columns < C
     mean = tl.load(state_ptr + columns, mask=channel, other=0)
@@ -55,7 +56,7 @@ def bn_backward_reduce_kernel(
         shortcut_mean = tl.load(shortcut_state_ptr + columns, mask=channel, other=0)
         shortcut_product = tl.zeros([BLOCK_M, BLOCK_C], dtype)
     for step in range(STEPS):
-        row = (tile * STEPS + step) * BLOCK_M
+        row = first + step * BLOCK_M
         inside = (row + rows < M)[:, None] & channel[None, :]
         offsets = row * C + rows[:, None] * C + columns[None, :]
         d = load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE, BLOCK_M, BLOCK_C).to(dtype)
@@ -69,12 +70,13 @@ def bn_backward_reduce_kernel(
             shortcut_product += d * (shortcut_x - shortcut_mean[None, :])
     # x̂ is (x − μ)·r, and r is the channel's: once is enough
     invstd = tl.load(state_ptr + C + columns, mask=channel, other=0)
+    index = first // (BLOCK_M * STEPS)
     if shortcut_x_ptr is not None:
-        out_ptr += tile * 3 * C
+        out_ptr += index * 3 * C
         shortcut_invstd = tl.load(shortcut_state_ptr + C + columns, mask=channel, other=0)
         tl.store(out_ptr + 2 * C + columns, tl.sum(shortcut_product, 0) * shortcut_invstd, mask=channel)
     else:
-        out_ptr += tile * 2 * C
+        out_ptr += index * 2 * C
     tl.store(out_ptr + columns, tl.sum(sum_d, 0), mask=channel)
     tl.store(out_ptr + C + columns, tl.sum(product, 0) * invstd, mask=channel)
 
@@ -170,7 +172,7 @@ def bn_backward_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     dtype = coefficients_ptr.dtype.element_ty
-    row, column = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1) * BLOCK_C
+    row, column = tile(tl.program_id(0), C, BLOCK_M, BLOCK_C)
     rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
     channel = columns < C
     inside = (row + rows < M)[:, None] & channel[None, :]

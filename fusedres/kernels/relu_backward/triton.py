@@ -18,6 +18,7 @@ from fusedres.kernels.bn_backward import configs
 from fusedres.kernels.gate import gate_kind, load_gated
 from fusedres.kernels.launch import ceil_div, choose, launch
 from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.tiles import tile
 
 
 @triton.jit
@@ -33,16 +34,16 @@ def relu_backward_kernel(
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    tile, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C
+    first, column = tile(tl.program_id(0), C, BLOCK_M * STEPS, BLOCK_C)
     rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_M, BLOCK_C], out_partials_ptr.dtype.element_ty)
     for step in range(STEPS):
-        row = (tile * STEPS + step) * BLOCK_M
+        row = first + step * BLOCK_M
         inside = (row + rows < M)[:, None] & (columns < C)[None, :]
         d = load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE, BLOCK_M, BLOCK_C)
         tl.store(out_ptr + row * C + rows[:, None] * C + columns[None, :], d, mask=inside)
         total += d.to(total.dtype)
-    tl.store(out_partials_ptr + tile * C + columns, tl.sum(total, 0), mask=columns < C)
+    tl.store(out_partials_ptr + first // (BLOCK_M * STEPS) * C + columns, tl.sum(total, 0), mask=columns < C)
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         "C": channels,
         "GATE": gate_kind(gate),
     }
-    launch(relu_backward_kernel, (tiles, ceil_div(channels, config["BLOCK_C"])), arguments, config, candidates)
+    launch(relu_backward_kernel, (tiles * ceil_div(channels, config["BLOCK_C"]),), arguments, config, candidates)
     candidates = configs.merge(tiles, channels)
     config = choose(candidates)
     sums = partials.new_empty(channels)
