@@ -43,7 +43,6 @@ def conv_fprop_descriptor_kernel(
     tile = tl.program_id(0) // COLUMN_TILES
     first_k = tl.program_id(0) % COLUMN_TILES * BLOCK_K
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = first_k + tl.arange(0, BLOCK_K)
     BLOCKS: tl.constexpr = C // BLOCK_C
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for step in range(R * S * BLOCKS):
@@ -60,4 +59,4 @@ def conv_fprop_descriptor_kernel(
             keep = tl.load(table_ptr + tap * pixels + m % pixels, mask=m < rows, other=0.0)[:, None] != 0
             z = tl.where(keep, z, 0.0)  # not a product: a neighbour's NaN is no padding
         acc = tl.dot(z.to(x.dtype), weight, acc, input_precision=PRECISION)
-    store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, m, k, rows, K, BLOCK_M, BLOCK_K)
+    store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, first_k, rows, K, BLOCK_M, BLOCK_K)

@@ -31,30 +31,47 @@ def affine(y, state_ptr, k, inside, K: tl.constexpr):
 
 
 @triton.jit
+def column_slices(tile, WIDTH: tl.constexpr):
+    """The tile's columns, WIDTH at a time, as a tuple."""
+    if tile.shape[1] <= WIDTH:
+        slices = (tile,)
+    else:
+        pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
+        slices = column_slices(left, WIDTH) + column_slices(right, WIDTH)
+    return slices
+
+
+@triton.jit
 def store(
     acc,
     out_ptr,  # (N, P, Q, K)
     out_partials_ptr,  # (tiles, 2, K) in acc's type, or None
     out_rows_ptr,  # (tiles,) likewise
     tile,
-    m,
-    k,
+    first_k,
     rows,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Stores the tile; with partials also mean and squared deviations of its columns as they were stored."""
-    y = acc.to(out_ptr.dtype.element_ty)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (m < rows)[:, None]
-    column_inside = below(k, K, BLOCK_K)
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=row_inside & column_inside[None, :])
+    count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(acc.dtype)
+    slices = column_slices(acc, 32)  # bounds the registers
+    for s in tl.static_range(len(slices)):
+        k = first_k + s * 32 + tl.arange(0, 32)
+        column_inside = below(k, K, BLOCK_K)
+        y = slices[s].to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=row_inside & column_inside[None, :])
+        if out_partials_ptr is not None:
+            stored = y.to(acc.dtype)
+            near = tl.sum(tl.where(row_inside, stored, 0.0), 0) / count
+            deviation = tl.where(row_inside, stored - near[None, :], 0.0)
+            off = tl.sum(deviation, 0) / count  # what rounding left in the mean
+            partials = out_partials_ptr + tile.to(tl.int64) * (2 * K) + k
+            tl.store(partials, near + off, mask=column_inside)
+            tl.store(partials + K, tl.sum(deviation * deviation, 0) - count * off * off, mask=column_inside)
     if out_partials_ptr is not None:
-        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(acc.dtype)
-        stored = y.to(acc.dtype)
-        mean = tl.sum(tl.where(row_inside, stored, 0.0), 0) / count
-        deviation = tl.where(row_inside, stored - mean[None, :], 0.0)
-        partials = out_partials_ptr + tile.to(tl.int64) * (2 * K) + k
-        tl.store(partials, mean, mask=column_inside)
-        tl.store(partials + K, tl.sum(deviation * deviation, 0), mask=column_inside)
         tl.store(out_rows_ptr + tile, count)  # the same from every column tile

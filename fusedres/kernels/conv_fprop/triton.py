@@ -24,7 +24,7 @@ from fusedres.kernels.conv_fprop.accumulate import accumulate
 from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, candidates
 from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
 from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
-from fusedres.kernels.conv_fprop.tile import affine, below, output_pixel, store
+from fusedres.kernels.conv_fprop.tile import affine, below, column_slices, output_pixel, store
 from fusedres.kernels.launch import Config, ceil_div, choose, input_precision, launch
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.tiles import pixels, relu
@@ -69,13 +69,14 @@ def conv_fprop_kernel(
     COLUMN_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tile = tl.program_id(0) // COLUMN_TILES
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % COLUMN_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_k = tl.program_id(0) % COLUMN_TILES * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
     acc = accumulate(
         x_ptr, weight_ptr, state_ptr, table_ptr, m, k, rows, H, W, P, Q, x_stride_n, x_stride_h, x_stride_w, stride_h,
         stride_w, padding_h, padding_w, dilation_h, dilation_w, C, K, R, S, PADDED, FLAT, TABLE, PRECISION, ACCUMULATOR,
         BLOCK_M, BLOCK_K, BLOCK_C,
     )  # fmt: skip
-    store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, m, k, rows, K, BLOCK_M, BLOCK_K)
+    store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, first_k, rows, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -119,26 +120,29 @@ def conv_bn_add_relu_kernel(
 ):
     COLUMN_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     m = tl.program_id(0) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % COLUMN_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_k = tl.program_id(0) % COLUMN_TILES * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
     acc = accumulate(
         x_ptr, weight_ptr, None, None, m, k, rows, H, W, P, Q, x_stride_n, x_stride_h, x_stride_w, stride_h,
         stride_w, padding_h, padding_w, dilation_h, dilation_w, C, K, R, S, PADDED, FLAT, TABLE, PRECISION, ACCUMULATOR,
         BLOCK_M, BLOCK_K, BLOCK_C,
     )  # fmt: skip
-    row_inside = (m < rows)[:, None]
-    column_inside = below(k, K, BLOCK_K)[None, :]
-    z = affine(acc, state_ptr, k[None, :], column_inside, K)
-    if shortcut_ptr is not None:
-        n, p, q = output_pixel(m, P, Q)
-        offset = n * shortcut_stride_n + p.to(tl.int64) * shortcut_stride_p + q.to(tl.int64) * shortcut_stride_q
-        reached = row_inside & (k < shortcut_channels)[None, :]
-        shortcut = tl.load(shortcut_ptr + offset[:, None] + k[None, :], mask=reached, other=0.0)
-        if shortcut_state_ptr is not None:
-            z += affine(shortcut, shortcut_state_ptr, k[None, :], column_inside, K)
-        else:
-            z += shortcut.to(ACCUMULATOR)
-    out = relu(z).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], out, mask=row_inside & column_inside)
+    n, p, q = output_pixel(m, P, Q)
+    pixel = n * shortcut_stride_n + p.to(tl.int64) * shortcut_stride_p + q.to(tl.int64) * shortcut_stride_q
+    slices = column_slices(acc, 32)  # bounds the registers
+    for s in tl.static_range(len(slices)):
+        k = first_k + s * 32 + tl.arange(0, 32)
+        column_inside = below(k, K, BLOCK_K)[None, :]
+        inside = (m < rows)[:, None] & column_inside
+        z = affine(slices[s], state_ptr, k[None, :], column_inside, K)
+        if shortcut_ptr is not None:
+            reached = inside & (k < shortcut_channels)[None, :]
+            shortcut = tl.load(shortcut_ptr + pixel[:, None] + k[None, :], mask=reached, other=0.0)
+            if shortcut_state_ptr is not None:
+                z += affine(shortcut, shortcut_state_ptr, k[None, :], column_inside, K)
+            else:
+                z += shortcut.to(ACCUMULATOR)
+        tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], relu(z).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def conv_fprop(
