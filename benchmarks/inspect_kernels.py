@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -76,8 +76,10 @@ class Row:
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     resident: int  # programs a multiprocessor, by registers, shared memory and threads
+    product: bool  # a dot of 16-bit operands
     tensor_core: str | None  # HGMMA (wgmma), HMMA (mma), DMMA; None: no tensor-core instruction
     tensor_core_count: int
+    unrolled: bool  # tensor-core instructions stand in no loop
     loop_async_copies: int | None  # fewest of any main loop: cp.async or TMA
     loop_shared_stores: int | None  # most of any main loop
     wgmma_waits: tuple[int, ...]  # of every wait in main loops: how many groups of wgmma may stay in flight
@@ -178,8 +180,10 @@ def _inspect(what: Specialised) -> Row:
         resident=min(
             65_536 // (8 * -(-registers // 8) * threads), SHARED_TOTALS[arch] // (shared + 1024), 2048 // threads, 32
         ),
+        product=re.search(r"tt\.dot .*x(bf16|f16)>", compiled.asm["ttir"]) is not None,
         tensor_core="+".join(kinds) or None,
         tensor_core_count=sum(binary.count(k) for k in kinds),
+        unrolled=binary.unrolled,
         loop_async_copies=binary.async_copies,
         loop_shared_stores=binary.shared_stores,
         wgmma_waits=tuple(sorted(binary.wgmma_waits)),
@@ -191,26 +195,26 @@ def _inspect(what: Specialised) -> Row:
         pipelined=pipelined,
         problems=(),
     )
-    half = re.search(r"tt\.dot .*x(bf16|f16)>", compiled.asm["ttir"]) is not None
-    return Row(**asdict(row) | {"wgmma_waits": row.wgmma_waits, "problems": tuple(_problems(row, half, config))})
+    return replace(row, problems=tuple(_problems(row)))
 
 
-def _problems(row: Row, half_dot: bool, config: Config) -> Iterator[str]:
+def _problems(row: Row) -> Iterator[str]:
     if row.spilled:
         yield f"spills {row.spilled} bytes"
     if row.shared > SHARED_LIMITS[row.arch]:
         yield f"shared memory {row.shared:,} over {SHARED_LIMITS[row.arch]:,}"
-    if half_dot and row.arch >= 90 and "HGMMA" not in (row.tensor_core or ""):
+    if not row.product:
+        return
+    if row.arch >= 90 and "HGMMA" not in (row.tensor_core or ""):
         yield "a 16-bit dot without wgmma"
-    elif half_dot and row.tensor_core is None:
+    elif row.tensor_core is None:
         yield "a 16-bit dot without tensor cores"
-    if half_dot and config.num_stages > 1 and row.loop_async_copies == 0:
+    if row.loop_async_copies == 0 and not row.unrolled:
         yield "no asynchronous copies in the main loop"
-    if row.pipelined and half_dot:
-        if row.loop_shared_stores:
-            yield f"{row.loop_shared_stores} shared-memory stores in the main loop"
-        if row.arch >= 90 and 0 in row.wgmma_waits:
-            yield "wgmma wait 0 in the main loop"
+    if row.pipelined and row.loop_shared_stores:
+        yield f"{row.loop_shared_stores} shared-memory stores in the main loop"
+    if row.pipelined and 0 in row.wgmma_waits:
+        yield "wgmma wait 0 in the main loop"
 
 
 def declared_pipelined(launch: Launch) -> Iterable[str]:
@@ -302,18 +306,22 @@ class Binary:
         ]
 
     @cached_property
+    def unrolled(self) -> bool:
+        """Whether there are tensor-core instructions, and none in a loop."""
+        return not _with(self.loops, _TENSOR_CORE) and bool(_with([self.lines], _TENSOR_CORE))
+
+    @cached_property
     def main_loops(self) -> list[list[str]]:
         """The instructions of each main loop."""
-        products = [i for i, line in enumerate(self.lines) if line.startswith(_TENSOR_CORE)]
-        found = _with(self.loops, _TENSOR_CORE)
-        if products and not found:
+        if self.unrolled:
+            products = [i for i, line in enumerate(self.lines) if line.startswith(_TENSOR_CORE)]
             return [self.lines[products[0] : products[-1] + 1]]
-        return found or _with(self.loops, ("LDG", *_ASYNC, "STG"))
+        return _with(self.loops, _TENSOR_CORE) or _with(self.loops, ("LDG", *_ASYNC, "STG"))
 
     @property
     def async_copies(self) -> int | None:
-        """Asynchronous copies in the main loop, the fewest of several; in an unrolled one all of them."""
-        loops = self.main_loops if _with(self.loops, _TENSOR_CORE) else [self.lines] if self.main_loops else []
+        """Asynchronous copies in the main loop, the fewest of several; all of them where it is unrolled."""
+        loops = [self.lines] if self.unrolled else self.main_loops
         return min((len([line for line in loop if line.startswith(_ASYNC)]) for loop in loops), default=None)
 
     @property
@@ -452,7 +460,7 @@ def main(argv: list[str] | None = None) -> int:
         where = {key: machine(torch.device("cpu"))[key] for key in ("versions", "commit", "date")}
         written = [asdict(row) | {"verdict": row.verdict} | where for row in rows]
         Path(options.json).write_text(json.dumps(written, indent=1) + "\n")
-    return 0
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

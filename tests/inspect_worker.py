@@ -1,0 +1,136 @@
+"""Compiles kernels in a process without TRITON_INTERPRET and prints what benchmarks/inspect_kernels.py says of them.
+
+The kernels of the package, each as the named blocks launch it first, then a product written here with configs that are
+wrong on purpose. One JSON object on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedres.kernels.launch import Config, Launch, ceil_div, launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import inspect_kernels
+
+M, N, K = 65536, 256, 512
+
+
+@triton.jit
+def product_kernel(
+    a_ptr,  # (M, K)
+    b_ptr,  # (K, N)
+    bias_ptr,  # (N,) or None
+    out_ptr,  # (M, N)
+    M,
+    N,
+    K,
+    MASK_PROLOGUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + rows[:, None] * K + (k + steps)[None, :], mask=rows[:, None] < M, other=0)
+        if MASK_PROLOGUE:  # a mask computed from indices: staged through shared memory again
+            a = tl.where((rows[:, None] + k + steps[None, :]) % 7 == 0, 0.0, a)
+        b = tl.load(b_ptr + (k + steps)[:, None] * N + columns[None, :])
+        if MASK_PROLOGUE:
+            b = (b * 2).to(b.dtype)
+        total = tl.dot(a, b, total)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + columns)[None, :]
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], total, mask=rows[:, None] < M)
+
+
+def product(config: Config, mask_prologue: bool = False) -> None:
+    """Launches product_kernel on meta tensors."""
+    a, b, out = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((M, K), (K, N), (M, N)))
+    arguments = {"a_ptr": a, "b_ptr": b, "bias_ptr": None, "out_ptr": out, "M": M, "N": N, "K": K}
+    grid = (ceil_div(M, config["BLOCK_M"]), N // config["BLOCK_N"])
+    launch(product_kernel, grid, arguments | {"MASK_PROLOGUE": mask_prologue}, config)
+
+
+def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+
+
+PRODUCTS = {
+    "good": lambda: product(tile(128, 128, 64, 8, 3)),
+    "spilling": lambda: product(tile(256, 256, 64, 4, 2)),
+    "shared memory": lambda: product(tile(128, 256, 128, 8, 3)),
+    "drained": lambda: product(tile(128, 128, 64, 8, 3), mask_prologue=True),
+    "small": lambda: product(tile(16, 64, 64, 4, 3)),
+    "one stage": lambda: product(tile(128, 128, 64, 8, 1)),
+    "invalid": lambda: product(tile(100, 64, 64, 4, 3)),
+}
+
+
+@triton.jit
+def arguments_kernel(
+    aligned_ptr, shifted_ptr, missing_ptr, out_ptr, ONE, SIXTEENS, ODD, HUGE, FLAG: tl.constexpr, BLOCK: tl.constexpr
+):
+    tl.store(out_ptr + tl.arange(0, BLOCK), ONE + SIXTEENS + ODD + HUGE)
+
+
+def specialised() -> dict[str, str]:
+    """How each argument of a launch is compiled."""
+    whole = torch.empty(256, dtype=torch.bfloat16, device="meta")
+    arguments = {"aligned_ptr": whole[8:], "shifted_ptr": whole[1:], "missing_ptr": None, "out_ptr": whole.float()}
+    sizes = {"ONE": 1, "SIXTEENS": 48, "ODD": 7, "HUGE": 2**31 + 1, "FLAG": True}
+    config = Config({"BLOCK": 64})
+    (made,) = inspect_kernels.record(lambda: launch(arguments_kernel, (1,), arguments | sizes, config))
+    source = inspect_kernels.specialise(made, config, 90).source
+    found = {}
+    for index, (name, kind) in enumerate(source.signature.items()):
+        more = source.constants[index,] if kind == "constexpr" else source.attrs.get((index,)) or ""
+        found[name] = f"{kind} {more}".rstrip()
+    return found
+
+
+def first_of_each_kernel(launches: list[Launch]) -> list[Launch]:
+    found: dict[str, Launch] = {}
+    for made in launches:
+        found.setdefault(made.name, made)
+    return list(found.values())
+
+
+def main(wide: str, narrow: str) -> None:
+    """Every kernel as block `wide` launches it first, and every kernel with a product as `narrow` does."""
+    every = [made for run in inspect_kernels.cases(wide).values() for made in inspect_kernels.record(run)]
+    rows = inspect_kernels.inspect_launches(first_of_each_kernel(every), arch=90, limit=1)
+    products = {row.kernel for row in rows if row.product}
+    again = [made for run in inspect_kernels.cases(narrow).values() for made in inspect_kernels.record(run)]
+    narrowed = [made for made in first_of_each_kernel(again) if made.name in products]
+    rows += inspect_kernels.inspect_launches(narrowed, arch=90, limit=1)
+    candidates = [
+        (block, made.name, len(made.candidates))
+        for block, launches in ((wide, every), (narrow, again))
+        for made in launches
+        if made.name in products
+    ]
+    inspect_kernels.declared_pipelined = lambda _: ("product_kernel",)
+    written = {name: inspect_kernels.inspect_function(run, arch=90)[0] for name, run in PRODUCTS.items()}
+    written["sm_80"] = inspect_kernels.inspect_function(PRODUCTS["good"], arch=80)[0]
+    record = {
+        "rows": [asdict(row) for row in rows],
+        "candidates": candidates,
+        "specialised": specialised(),
+        "products": {name: asdict(row) for name, row in written.items()},
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

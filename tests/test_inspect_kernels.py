@@ -1,0 +1,149 @@
+"""What the compiler makes of the Triton kernels, compiled here without a GPU; and that a bad kernel is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "inspect_kernels.py"
+SHARED_MEMORY_LIMIT = 232_448
+BLOCKS = ("resnet50.layer2.0", "resnet50.layer1.1")  # C >= 128 with a projection; C = 64
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Where Triton compiles: the tests themselves run in its interpreter."""
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env=without | environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def inspected():
+    done = run(str(ROOT / "tests" / "inspect_worker.py"), *BLOCKS)
+    assert done.returncode == 0, done.stderr
+    assert "has no triton kernel" not in done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def products(inspected):
+    """A matrix product with configs that are wrong on purpose."""
+    return inspected["products"]
+
+
+def test_no_kernel_has_a_problem(inspected):
+    """Spills, too much shared memory, a product without wgmma or asynchronous copies, a drained declared pipeline."""
+    found = {f"{r['kernel']} [{r['problem']}] {r['config']}": r["problems"] for r in inspected["rows"] if r["problems"]}
+    assert not found
+
+
+def test_products_run_on_tensor_cores_and_load_ahead(inspected):
+    rows = [r for r in inspected["rows"] if r["product"]]
+    assert {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "gram_tiles_kernel"} <= {
+        r["kernel"] for r in rows
+    }
+    for r in rows:
+        assert "HGMMA" in r["tensor_core"] and r["shared"] <= SHARED_MEMORY_LIMIT and r["spilled"] == 0, r
+        if not r["unrolled"]:
+            assert r["loop_async_copies"] > 0, r
+
+
+def test_declared_pipelines_stay_full(inspected):
+    rows = [r for r in inspected["rows"] if r["pipelined"]]
+    assert "conv_dgrad_kernel" in {r["kernel"] for r in rows}
+    for r in rows:
+        assert r["loop_shared_stores"] == 0 and r["wgmma_waits"] and min(r["wgmma_waits"]) > 0, r
+
+
+def test_products_have_at_least_four_candidates(inspected):
+    assert inspected["candidates"]
+    assert not [few for few in inspected["candidates"] if few[-1] < 4]
+
+
+def test_a_good_product_is_read_right(products):
+    good, old = products["good"], products["sm_80"]
+    assert good["problems"] == old["problems"] == []
+    assert good["config"] == "BLOCK_M=128 BLOCK_N=128 BLOCK_K=64 w8 s3"
+    assert good["problem"] == "bf16 no-bias M=65536 N=256 K=512 MASK_PROLOGUE=False"
+    assert good["shared"] == 3 * (128 + 128) * 64 * 2
+    assert (good["tensor_core"], good["tensor_core_count"]) == ("HGMMA", 4)  # 64 deep, 16 an instruction
+    assert old["tensor_core"] == "HMMA"
+    # 256 threads copy (128 + 128)·64·2 bytes a step, 16 at a time
+    assert good["loop_async_copies"] == old["loop_async_copies"] == 8
+    assert good["loop_shared_stores"] == 0 and good["wgmma_waits"] == [1]
+    assert good["stores_16"] == good["stores"] == 8
+    assert 0 < good["registers"] <= 128 and good["resident"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("spilling", "spills "),
+        ("shared memory", "shared memory 294,912 over 232,448"),
+        ("drained", " shared-memory stores in the main loop"),
+        ("drained", "wgmma wait 0 in the main loop"),
+        ("small", "a 16-bit dot without wgmma"),
+        ("one stage", "no asynchronous copies in the main loop"),
+        ("invalid", "does not compile: CompilationError: "),
+    ],
+)
+def test_a_bad_product_is_noticed(products, name, problem):
+    assert any(problem in found for found in products[name]["problems"]), products[name]
+
+
+def test_arguments_are_specialised_as_at_a_launch(inspected):
+    """Alignment, ones, multiples of 16, sizes past 2³¹, None: the signature and the attributes of the compilation."""
+    assert inspected["specialised"] == {
+        "aligned_ptr": "*bf16 [['tt.divisibility', 16]]",
+        "shifted_ptr": "*bf16",
+        "missing_ptr": "constexpr None",
+        "out_ptr": "*fp32 [['tt.divisibility', 16]]",
+        "ONE": "constexpr 1",
+        "SIXTEENS": "i32 [['tt.divisibility', 16]]",
+        "ODD": "i32",
+        "HUGE": "i64",
+        "FLAG": "constexpr True",
+        "BLOCK": "constexpr 64",
+    }
+
+
+def test_the_command_prints_and_writes_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    done = run(
+        str(SCRIPT),
+        "--blocks",
+        "tiny.basic",
+        "--kernel",
+        "bn_relu",
+        "--ways",
+        "library",
+        "--limit",
+        "1",
+        "--json",
+        str(path),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert rows and {r["kernel"] for r in rows} == {"bn_relu_kernel"}
+    assert all(r["verdict"] == "ok" and r["versions"]["triton"] and r["date"] and "commit" in r for r in rows)
+    assert "bn_relu_kernel [sm_90] bf16" in done.stdout
+    assert f"{len(rows)} compilations of 1 kernels, 0 with a problem" in done.stdout
+
+
+def test_the_interpreter_is_refused():
+    done = run(str(SCRIPT), TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set, so there is nothing to compile; unset it" in done.stderr
