@@ -15,6 +15,8 @@ rows run side by side.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -133,7 +135,7 @@ def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) ->
     dtype = arithmetic_dtype(x.dtype)
     pivot = torch.empty(channels, dtype=dtype, device=x.device)
     rows = n * p * q
-    arguments = {"x_ptr": taken, "state_ptr": state, "M": rows, "P": p, "Q": q, "C": channels}
+    arguments: dict[str, Any] = {"x_ptr": taken, "state_ptr": state, "M": rows, "P": p, "Q": q, "C": channels}
     arguments |= grid_arguments(x, stride)
     candidates = configs.pivot(channels)
     config = choose(candidates)

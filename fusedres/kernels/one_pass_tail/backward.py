@@ -27,17 +27,28 @@ from fusedres.kernels.splits import merge
 
 
 @triton.jit
-def load_d(grad_ptr, gate_ptr, rows, k, M, K: tl.constexpr, EVEN_K: tl.constexpr, CHANNEL_AXIS: tl.constexpr):
-    """grad (M, K) where the packed bits (M, ceil(K / 8)) are open, else 0; 0 beyond M and K."""
+def load_d(grad_ptr, gate_ptr, rows, first, M, K: tl.constexpr, BLOCK_K: tl.constexpr, CHANNEL_AXIS: tl.constexpr):
+    """grad (M, K) from channel `first` on where the packed bits (M, ceil(K / 8)) are open, else 0; 0 beyond M and K.
+
+    A byte is loaded once for its 8 channels, which lie along CHANNEL_AXIS of the tile.
+    """
     width: tl.constexpr = (K + 7) // 8
-    inside = tl.expand_dims(rows < M, CHANNEL_AXIS)
-    if not EVEN_K:
-        inside = inside & tl.expand_dims(k < K, 1 - CHANNEL_AXIS)
-    rows = tl.expand_dims(rows.to(tl.int64), CHANNEL_AXIS)
-    k = tl.expand_dims(k, 1 - CHANNEL_AXIS)
-    d = tl.load(grad_ptr + rows * K + k, mask=inside, other=0)
-    bits = tl.load(gate_ptr + rows * width + k // 8, mask=inside, other=0)
-    return tl.where((bits >> (k % 8).to(tl.uint8)) & 1 == 0, 0.0, d).to(d.dtype)
+    k = tl.expand_dims(first + tl.arange(0, BLOCK_K), 1 - CHANNEL_AXIS)
+    bytes_ = tl.expand_dims(first // 8 + tl.arange(0, BLOCK_K // 8), 1 - CHANNEL_AXIS)
+    rows = tl.expand_dims(rows, CHANNEL_AXIS)
+    inside = rows < M
+    wide = rows.to(tl.int64)
+    if K % BLOCK_K == 0:
+        d = tl.load(grad_ptr + wide * K + k, mask=inside, other=0)
+        packed = tl.load(gate_ptr + wide * width + bytes_, mask=inside, other=0)
+    else:
+        d = tl.load(grad_ptr + wide * K + k, mask=inside & (k < K), other=0)
+        packed = tl.load(gate_ptr + wide * width + bytes_, mask=inside & (bytes_ < width), other=0)
+    if CHANNEL_AXIS == 1:
+        bits = packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]
+    else:
+        bits = packed[:, None, :].to(tl.int32) >> tl.arange(0, 8)[None, :, None]
+    return tl.where(tl.reshape(bits, d.shape) & 1 == 0, 0.0, d).to(d.dtype)
 
 
 @triton.jit
@@ -48,7 +59,7 @@ def reduce_rows(
     state_ptr,
     pivot_ptr,
     step,
-    k,
+    first,
     columns,
     M,
     P,
@@ -65,13 +76,13 @@ def reduce_rows(
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """dᵀz' of a tile's channels k and columns, and Σd, over STEPS blocks of rows from block `step` on."""
+    """dᵀz' of a tile's channels, from `first` on and columns, and Σd, over STEPS blocks of rows from block `step` on."""
     dtype = pivot_ptr.dtype.element_ty
     cross = tl.zeros([BLOCK_K, BLOCK_C], dtype)
     sum_d = tl.zeros([BLOCK_K], dtype)
     for i in range(STEPS):
         rows = (step + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        d = load_d(grad_ptr, gate_ptr, rows, k, M, K, K % BLOCK_K == 0, 0)
+        d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
         z = load_centred(z_ptr, state_ptr, pivot_ptr, offsets, columns, C, C % BLOCK_C == 0, 1)
         cross = tl.dot(d, z, cross, input_precision=PRECISION)
@@ -112,13 +123,14 @@ def one_pass_reduce_kernel(
     tiles_x: tl.constexpr = (X_C + BLOCK_C - 1) // BLOCK_C
     tile = tl.program_id(0) % (tiles_z + tiles_x)
     split = tl.program_id(1)
-    k = tl.program_id(0) // (tiles_z + tiles_x) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(0) // (tiles_z + tiles_x) * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
     step = split * STEPS
     out_ptr += split.to(tl.int64) * (K * (C + X_C + 1))
     arange = tl.arange(0, BLOCK_C)
     if tile == 0:
         cross, sum_d = reduce_rows(
-            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, k, arange, M, P, Q, H, W, STRIDE, C, K,
+            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, first, arange, M, P, Q, H, W, STRIDE, C, K,
             True, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C, STEPS,
         )  # fmt: skip
         tl.store(out_ptr + k[:, None] * C + arange[None, :], cross, mask=(k < K)[:, None] & (arange < C)[None, :])
@@ -126,14 +138,14 @@ def one_pass_reduce_kernel(
     elif tile < tiles_z:
         columns = tile * BLOCK_C + arange
         cross, _ = reduce_rows(
-            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, k, columns, M, P, Q, H, W, STRIDE, C, K,
+            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, first, columns, M, P, Q, H, W, STRIDE, C, K,
             False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C, STEPS,
         )  # fmt: skip
         tl.store(out_ptr + k[:, None] * C + columns[None, :], cross, mask=(k < K)[:, None] & (columns < C)[None, :])
     elif x_ptr is not None:
         columns = (tile - tiles_z) * BLOCK_C + arange
         cross, _ = reduce_rows(
-            grad_ptr, gate_ptr, x_ptr, None, x_pivot_ptr, step, k, columns, M, P, Q, X_H, X_W, X_STRIDE, X_C, K,
+            grad_ptr, gate_ptr, x_ptr, None, x_pivot_ptr, step, first, columns, M, P, Q, X_H, X_W, X_STRIDE, X_C, K,
             False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C, STEPS,
         )  # fmt: skip
         pointers = out_ptr + K * C + k[:, None] * X_C + columns[None, :]
@@ -203,7 +215,7 @@ def one_pass_dgrad_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_C], dtype)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        d = load_d(grad_ptr, gate_ptr, rows, k, M, K, K % BLOCK_K == 0, 1)
+        d = load_d(grad_ptr, gate_ptr, rows, start, M, K, BLOCK_K, 1)
         pointers = folded_ptr + k[:, None] * C + columns[None, :]
         if even and K % BLOCK_K == 0:
             weight = tl.load(pointers)

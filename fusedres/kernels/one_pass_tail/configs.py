@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -30,7 +30,7 @@ _DGRAD = {
 }
 
 
-def _shapes(table: dict[str, tuple[_Shape, ...]], channels: int, dtype: torch.dtype) -> Sequence[_Shape]:
+def _shapes(table: Mapping[str, tuple[_Shape, ...]], channels: int, dtype: torch.dtype) -> Sequence[_Shape]:
     if INTERPRETED:
         return _INTERPRETED
     if dtype is torch.float64:
