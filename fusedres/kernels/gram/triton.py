@@ -85,22 +85,25 @@ def gram_tiles_kernel(
     columns_a, columns_b = column_a + tl.arange(0, BLOCK_A), column_b + tl.arange(0, BLOCK_B)
     once = tl.where(column_a == 0, C, 0)  # channels whose z' and sum this program writes
     matrix = tl.zeros([BLOCK_A, BLOCK_B], dtype)
-    total = tl.zeros([BLOCK_B], dtype)
+    total = tl.zeros([16, BLOCK_B], dtype)  # threads own rows 16 apart: no exchange inside the loop
     for step in range(STEPS):
         rows = (split * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
-        a = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_a, C, C % BLOCK_A == 0, 0)
         b = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_b, C, C % BLOCK_B == 0, 1)
         b = tl.where((rows < M)[:, None], b, 0.0).to(b.dtype)
         if out_z_ptr is not None:
             inside = (rows < M)[:, None] & (columns_b < once)[None, :]
             tl.store(out_z_ptr + rows.to(tl.int64)[:, None] * C + columns_b[None, :], b, mask=inside)
+        if C <= BLOCK_A and BLOCK_A == BLOCK_B:
+            a = tl.trans(b)
+        else:
+            a = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_a, C, C % BLOCK_A == 0, 0)
         matrix = tl.dot(a, b, matrix, input_precision=PRECISION)
-        total += tl.sum(b.to(dtype), 0)
+        total += tl.sum(tl.reshape(b.to(dtype), [BLOCK_M // 16, 16, BLOCK_B]), 0)
     out_ptr += split.to(tl.int64) * (C + 1) * C
     inside = (columns_a < C)[:, None] & (columns_b < C)[None, :]
     tl.store(out_ptr + columns_a[:, None] * C + columns_b[None, :], matrix, mask=inside)
-    tl.store(out_ptr + C * C + columns_b, total, mask=columns_b < once)
+    tl.store(out_ptr + C * C + columns_b, tl.sum(total, 0), mask=columns_b < once)
 
 
 @triton.jit

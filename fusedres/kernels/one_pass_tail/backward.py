@@ -76,10 +76,10 @@ def reduce_rows(
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """dᵀz' of a tile's channels, from `first` on and columns, and Σd, over STEPS blocks of rows from block `step` on."""
+    """dᵀz' of BLOCK_K channels from `first` on and of columns, and Σd, over STEPS blocks of rows from `step` on."""
     dtype = pivot_ptr.dtype.element_ty
     cross = tl.zeros([BLOCK_K, BLOCK_C], dtype)
-    sum_d = tl.zeros([BLOCK_K], dtype)
+    sum_d = tl.zeros([BLOCK_K, 16], dtype)  # threads own rows 16 apart: no exchange inside the loop
     for i in range(STEPS):
         rows = (step + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
@@ -87,8 +87,8 @@ def reduce_rows(
         z = load_centred(z_ptr, state_ptr, pivot_ptr, offsets, columns, C, C % BLOCK_C == 0, 1)
         cross = tl.dot(d, z, cross, input_precision=PRECISION)
         if WITH_SUM:
-            sum_d += tl.sum(d.to(dtype), 1)
-    return cross, sum_d
+            sum_d += tl.sum(tl.reshape(d.to(dtype), [BLOCK_K, BLOCK_M // 16, 16]), 1)
+    return cross, tl.sum(sum_d, 1)
 
 
 @triton.jit
