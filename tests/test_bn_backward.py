@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_inputs import DTYPES, EPS, SHAPES, activation, assert_near, channels, device, state, vector
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
 from fusedres.kernels.reference import pack_bits
@@ -208,6 +209,28 @@ def test_a_bad_x_does_not_reach_the_gradient_of_constant_statistics(backend):
     assert sums[1, 5].isnan()
     grad_x, _ = ops.bn_backward_apply(grad, None, x, coefficients, backend)
     assert torch.equal(grad_x, affine[2].view(1, -1, 1, 1) * grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("projection", [True, False])
+def test_fake_results_have_the_shapes_of_real_ones(backend, projection):
+    place = device(backend)
+    grad, x, other, gate, _ = _inputs((3, 24, 17, 13), torch.float32, "bits", place)
+    affine = state(24, torch.float32).to(place)
+
+    def steps(grad, gate, x, other, affine):
+        branch = {"shortcut_x": other, "shortcut_state": affine} if projection else {}
+        partials = ops.bn_backward_reduce(grad, gate, x, affine, backend, **branch)
+        branch.pop("shortcut_x", None)
+        merged = ops.bn_backward_coefficients(partials, 663, affine, backend, batch_statistics=True, **branch)
+        branch = {"shortcut_x": other, "shortcut_coefficients": merged[2]} if projection else {}
+        return partials, *merged, *ops.bn_backward_apply(grad, gate, x, merged[1], backend, **branch)
+
+    real = steps(grad, gate, x, other, affine)
+    with FakeTensorMode() as mode:
+        fake = steps(*(mode.from_tensor(tensor) for tensor in (grad, gate, x, other, affine)))
+    for one, two in zip(fake, real, strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
 
 
 def test_errors():
