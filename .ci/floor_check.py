@@ -1,12 +1,14 @@
-"""Run in an environment with the lowest supported torch: import, fuse, train a step, infer, compile."""
+"""Run in an environment with the lowest supported torch and its Triton: import, fuse, train a step, infer, compile."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
 import torchvision
+import triton
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -24,6 +26,22 @@ def check(what: str, fused: list[torch.Tensor], eager: list[torch.Tensor]) -> No
     for index, (ours, theirs) in enumerate(zip(fused, eager, strict=True)):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=lambda text, i=index: f"{what}, {i}: {text}")
     print(f"{what}: {len(fused)} tensors equal eager's")
+
+
+def check_kernels(root: Path) -> None:
+    """Every Triton kernel of a block, with the config it is launched with: no problem on sm_90, fits sm_80."""
+    sys.path.insert(0, str(root / "benchmarks"))
+    import inspect_kernels
+
+    ways = ("library", "fused", "fused min")
+    runs = inspect_kernels.cases("resnet50.layer2.0", ways).values()
+    first = {made.name: made for run in runs for made in inspect_kernels.record(run)}
+    for arch in (90, 80):
+        rows = inspect_kernels.inspect_launches(first.values(), arch, limit=1)
+        found = [row for row in rows if not row.resident or (arch == 90 and row.problems)]
+        if found:
+            raise SystemExit(inspect_kernels.table(found))
+        print(f"{len(rows)} kernels compiled for sm_{arch} by Triton {triton.__version__}")
 
 
 def main() -> None:
@@ -56,6 +74,8 @@ def main() -> None:
             images = torch.randn(4, block.conv1.in_channels, size, size, dtype=torch.float64)
             name = f"{type(block).__name__} compiled, {size}x{size}"
             check(name, train_step(compiled, images, labels), train_step(model, images, labels))
+
+    check_kernels(Path(__file__).parents[1])
 
 
 if __name__ == "__main__":
