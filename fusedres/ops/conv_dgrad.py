@@ -150,7 +150,7 @@ def _fake(
         from fusedres.kernels.conv_dgrad.configs import candidates, row_tiles
         from fusedres.kernels.launch import choose
 
-        tiles = row_tiles(input_size, stride, choose(candidates(grad, weight, y is not None)))
+        tiles = row_tiles(input_size, stride, choose(candidates(grad, weight, stride, y is not None)))
     return grad_x, grad.new_empty((tiles, 2, input_size[1]), dtype=dtype)
 
 

@@ -9,22 +9,25 @@ from torch import Tensor
 
 from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, input_precision
 
-# Every candidate for stored dy copies both operands to shared memory ahead of wgmma; on load dy passes registers.
-PIPELINED = ("conv_dgrad_kernel",)
 
-
-def candidates(grad: Tensor, weight: Tensor, on_load: bool) -> tuple[Config, ...]:
+def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: bool) -> tuple[Config, ...]:
     """For grad (N, K, P, Q) and weight (K, C, R, S); on_load: dy is formed in the kernel."""
     if INTERPRETED or grad.is_cpu:
         return (_config(64, 64, 32, 4, 4, 1),)
     if grad.dtype is torch.float64:
         return _FLOAT64
-    if grad.dtype is torch.float32 and input_precision(grad.dtype) == "ieee":
-        return _FLOAT32
-    narrow = weight.shape[1] <= 64
+    k, channels = weight.shape[:2]
+    if grad.dtype is torch.float32:
+        if input_precision(grad.dtype) == "ieee":
+            return _FLOAT32
+        return _TF32_64 if channels <= 64 else _TF32
     if on_load:
-        return _ON_LOAD_NARROW if narrow else _ON_LOAD
-    return _NARROW if narrow else _WIDE
+        if channels <= 64:
+            return _ON_LOAD_64
+        return _ON_LOAD_128 if channels <= 128 or k <= 64 else _ON_LOAD
+    if channels <= 64:
+        return _STORED_64
+    return _STORED if max(stride) == 1 else _STRIDED
 
 
 def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) -> int:
@@ -38,33 +41,59 @@ def _config(block_m: int, block_n: int, block_k: int, slices: int, warps: int, s
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLICES": slices}, warps, stages)
 
 
-_WIDE = (
+_STORED = (
     _config(128, 128, 64, 4, 8, 3),
+    _config(64, 128, 64, 4, 4, 3),
     _config(128, 128, 64, 4, 8, 4),
     _config(128, 128, 32, 4, 8, 4),
-    _config(64, 128, 64, 4, 4, 3),
-    _config(64, 256, 64, 4, 4, 3),
     _config(128, 256, 64, 4, 8, 3),
+    _config(64, 256, 64, 4, 4, 3),
     _config(128, 64, 64, 2, 4, 3),
 )
-_NARROW = (
+# The phases of a stride take more registers: two programs of eight warps do not fit on a multiprocessor.
+_STRIDED = (
+    _config(64, 128, 64, 4, 4, 3),
+    _config(128, 128, 64, 4, 8, 3),
     _config(128, 64, 64, 2, 4, 3),
+    _config(128, 128, 32, 4, 8, 4),
+)
+_STORED_64 = (
+    _config(128, 64, 64, 2, 4, 3),
+    _config(64, 64, 64, 1, 4, 4),
     _config(128, 64, 64, 2, 8, 3),
     _config(256, 64, 64, 2, 8, 3),
-    _config(64, 64, 64, 1, 4, 4),
 )
+# On load the arithmetic runs once a column tile, so it is wide where the registers allow.
 _ON_LOAD = (
+    _config(64, 256, 64, 4, 4, 2),
+    _config(64, 128, 64, 4, 4, 3),
+    _config(128, 256, 64, 4, 8, 2),
+    _config(128, 128, 64, 4, 8, 2),
+    _config(128, 256, 32, 4, 8, 3),
+)
+_ON_LOAD_128 = (
+    _config(64, 128, 64, 4, 4, 3),
+    _config(64, 128, 64, 4, 4, 2),
     _config(128, 128, 64, 4, 8, 2),
     _config(128, 128, 32, 4, 8, 3),
-    _config(64, 128, 64, 4, 4, 2),
-    _config(64, 256, 32, 4, 4, 2),
-    _config(64, 64, 64, 2, 4, 3),
 )
-_ON_LOAD_NARROW = (
+_ON_LOAD_64 = (
     _config(64, 64, 64, 2, 4, 3),
+    _config(64, 64, 32, 2, 4, 4),
     _config(128, 64, 64, 2, 8, 2),
     _config(128, 64, 32, 2, 8, 3),
-    _config(64, 64, 32, 2, 4, 4),
+)
+_TF32 = (
+    _config(64, 128, 32, 4, 4, 3),
+    _config(128, 128, 32, 4, 8, 3),
+    _config(64, 128, 32, 4, 4, 2),
+    _config(64, 64, 32, 2, 4, 3),
+)
+_TF32_64 = (
+    _config(64, 64, 32, 2, 4, 3),
+    _config(128, 64, 32, 2, 8, 3),
+    _config(64, 64, 32, 2, 4, 2),
+    _config(128, 64, 32, 2, 4, 3),
 )
 _FLOAT32 = (
     _config(64, 64, 32, 2, 4, 2),

@@ -208,11 +208,13 @@ def conv_dgrad_kernel(
     shortcut_rows = (image * shortcut_h + h // SHORTCUT_STRIDE) * shortcut_w + w // SHORTCUT_STRIDE
     if SHORTCUT_STRIDE == 1:
         shortcut_rows = rows
-    slices = (acc,)
-    if SLICES > 1:
+    if SLICES == 1:
+        slices = (acc,)
+    elif SLICES == 2:
         slices = _halves(acc)
-    if SLICES > 2:
-        slices = _halves(slices[0]) + _halves(slices[1])
+    else:
+        left, right = _halves(acc)
+        slices = _halves(left) + _halves(right)
     for s in tl.static_range(SLICES):
         _store(
             slices[s], column + s * (BLOCK_N // SLICES), tile.to(INDEX), row_ok, rows, shortcut_ok, shortcut_rows,
@@ -238,7 +240,7 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.conv_dgrad."""
     n, c, h, w = input_size
-    options = candidates(grad, weight, y is not None)
+    options = candidates(grad, weight, stride, y is not None)
     config = choose(options)
     tiles = row_tiles(input_size, stride, config)
     arithmetic = torch.float64 if grad.dtype is torch.float64 else torch.float32
