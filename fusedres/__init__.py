@@ -48,12 +48,13 @@ _use_installed_copy()
 from fusedres._version import __version__
 from fusedres.backends import use_backend
 from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse
-from fusedres.modules import FusedBasicBlock, FusedBottleneck, ZeroPadShortcut
+from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ZeroPadShortcut
 
 __all__ = [
     "BlockReport",
     "FusedBasicBlock",
     "FusedBottleneck",
+    "FusedResNet",
     "Report",
     "ZeroPadShortcut",
     "__version__",

@@ -1,4 +1,4 @@
-"""Swap the residual blocks of a model for fused ones and back, and say what was done."""
+"""Swap the residual blocks and the stem of a model for fused ones and back, and say what was done."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck
+from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck, FusedResNet
 
-_FUSED: dict[type[nn.Module], type[FusedBlock]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    ResNet: FusedResNet,
+}
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
@@ -18,7 +22,7 @@ _OPTIONS = ("fused_memory", "fused_conv", "fused_frozen")
 
 
 class BlockReport(NamedTuple):
-    """One residual block: its name in the model, its kind, whether it runs fused, and why not."""
+    """One residual block or stem: its name in the model, its kind, whether it runs fused, and why not."""
 
     name: str
     kind: str
@@ -27,7 +31,7 @@ class BlockReport(NamedTuple):
 
 
 class Report(list[BlockReport]):
-    """The residual blocks of a model in order; prints as a table."""
+    """The stems and residual blocks of a model in order; prints as a table."""
 
     def __str__(self) -> str:
         if not self:
@@ -47,15 +51,16 @@ def fuse(
     memory: str = "auto",
     conv: str = "auto",
 ) -> nn.Module:
-    """Makes the residual blocks of a torchvision ResNet, ResNeXt or Wide ResNet run fused. In place.
+    """Makes the residual blocks and the stem of a torchvision ResNet, ResNeXt or Wide ResNet run fused. In place.
 
-    Only the blocks' class changes: parameters and buffers keep their identity (an optimizer made before stays valid),
-    hooks on the block, train/eval state, dtype, device, memory format and requires_grad stay. deepcopy, pickle and
-    torch.save work. Blocks with unusual parts are left to their stock forward; see `report`.
+    The stem is conv1, bn1, relu and maxpool. Only the class of the blocks and of the ResNet changes: parameters and
+    buffers keep their identity (an optimizer made before stays valid), hooks on the block, train/eval state, dtype,
+    device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Blocks and stems with unusual
+    parts are left to their stock forward; see `report`.
 
     Args:
-        model: any module; its BasicBlock and Bottleneck descendants (itself included) are switched.
-        filter: filter(name, block) → bool selects the blocks; None: all.
+        model: any module; its BasicBlock, Bottleneck and ResNet descendants (itself included) are switched.
+        filter: filter(name, module) → bool selects the blocks, and the ResNets whose stem is fused; None: all.
         memory: "auto", or "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass).
         conv: whose convolutions run: "library" (torch's), "fused" (this package's, with BatchNorm and ReLU on their
             loads and stores; the reference and triton backends have them, the cpu backend runs the library's), or
@@ -81,13 +86,14 @@ def fuse(
             if _instance_forward(block):
                 continue
             block.__class__ = _FUSED[type(block)]
-        block.fused_memory = memory
-        block.fused_conv = conv
+        if isinstance(block, FusedBlock):
+            block.fused_memory = memory
+            block.fused_conv = conv
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes `fuse`: every fused block gets torchvision's class back. In place; returns model.
+    """Undoes `fuse`: every fused block and ResNet gets torchvision's class back. In place; returns model.
 
     Raises:
         TypeError: model is not a module.
@@ -131,7 +137,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Each residual block of a model: fused or not, and exactly why not. Looked up now, as each call does.
+    """Each stem and residual block of a model: fused or not, and exactly why not. Looked up now, as each call does.
+
+    A ResNet's stem is named "<name> stem", its kind is "stem".
 
     Raises:
         TypeError: model is not a module.
@@ -140,15 +148,16 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     rows = Report()
     for name, block in model.named_modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            reason = _reason(block)
-            kind = "BasicBlock" if isinstance(block, BasicBlock) else "Bottleneck"
-            rows.append(BlockReport(name or "(model)", kind, reason is None, reason or ""))
+        for cls in _FUSED:
+            if isinstance(block, cls):
+                reason = _reason(block)
+                kind, suffix = ("stem", " stem") if cls is ResNet else (cls.__name__, "")
+                rows.append(BlockReport((name or "(model)") + suffix, kind, reason is None, reason or ""))
     return rows
 
 
 def _instance_forward(block: nn.Module) -> bool:
-    return "forward" in block.__dict__
+    return "forward" in block.__dict__ or "_forward_impl" in block.__dict__
 
 
 def _reason(block: nn.Module) -> str | None:
@@ -156,6 +165,8 @@ def _reason(block: nn.Module) -> str | None:
         return "forward is replaced on the instance"
     if isinstance(block, FusedBlock):
         return block.unfused_reason()
+    if isinstance(block, FusedResNet):
+        return block.stem_unfused_reason()
     if type(block) in _FUSED:
         return "not selected by fuse()"
     return f"{type(block).__module__}.{type(block).__qualname__} is a subclass with a forward of its own"

@@ -44,7 +44,8 @@ def test_torchvision_models_are_fused_whole(make: Callable[[], nn.Module], kind:
     assert fusedres.fuse(model) is model
     blocks = {"BasicBlock": fusedres.FusedBasicBlock, "Bottleneck": fusedres.FusedBottleneck}
     assert sum(type(child) is blocks[kind] for child in model.modules()) == count
-    assert [row.name for row in fusedres.report(model)] == [
+    assert type(model) is fusedres.FusedResNet
+    assert [row.name for row in fusedres.report(model)] == ["(model) stem"] + [
         f"layer{layer}.{index}" for layer in (1, 2, 3, 4) for index in range(len(getattr(model, f"layer{layer}")))
     ]
 
@@ -86,9 +87,10 @@ def test_fused_classes_are_torchvisions_own() -> None:
     assert issubclass(fusedres.FusedBottleneck, Bottleneck)
     assert fusedres.FusedBasicBlock.expansion == 1
     assert fusedres.FusedBottleneck.expansion == 4
-    model = ResNet(fusedres.FusedBasicBlock, [2, 2, 2, 2])
+    assert issubclass(fusedres.FusedResNet, ResNet)
+    model = fusedres.FusedResNet(fusedres.FusedBasicBlock, [2, 2, 2, 2])
     assert all(row.fused for row in fusedres.report(model))
-    assert len(fusedres.report(model)) == 8
+    assert len(fusedres.report(model)) == 9
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_filter_selects_by_name_and_block() -> None:
         return name.startswith("layer3")
 
     fusedres.fuse(model, filter=chosen)
-    assert [name for name, _ in seen] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
+    assert [name for name, _ in seen] == ["", "layer1.0", "layer2.0", "layer3.0", "layer4.0"]
     assert all(model.get_submodule(name) is block for name, block in seen)
     rows = fusedres.report(model)
     assert [row.name for row in rows if row.fused] == ["layer3.0"]
@@ -175,7 +177,8 @@ def test_the_report_prints_as_a_table() -> None:
     model.layer2[0].bn1.register_forward_hook(lambda *_: None)
     report = fusedres.report(model)
     assert isinstance(report, list)
-    row = report[1]
+    assert tuple(report[0]) == ("(model) stem", "stem", True, "")
+    row = report[2]
     assert (row.name, row.kind, row.fused) == ("layer2.0", "BasicBlock", False)
     lines = str(report).splitlines()
     assert len([line for line in lines if "BasicBlock" in line]) == 4
@@ -482,7 +485,7 @@ def test_convert_sync_batchnorm_after_fuse() -> None:
 def test_grouped_convolutions_match_resnext() -> None:
     """ResNeXt's blocks are fused, or reported with the reason; either way they compute what torchvision's do."""
     with torch.device("meta"):
-        assert len(fusedres.report(fusedres.fuse(resnext50_32x4d()))) == 16
+        assert len(fusedres.report(fusedres.fuse(resnext50_32x4d()))) == 17
     stock = randomize(Bottleneck(32, 8, groups=4, base_width=64), 1).double()
     twin = fusedres.fuse(copy.deepcopy(stock))
     x, grad = (torch.randn(3, 32, 5, 4, dtype=torch.float64) for _ in range(2))

@@ -2,5 +2,17 @@
 
 from fusedres.autograd.plan import LIBRARY, UNIT_TENSORS, BlockPlan, ConvBN, Directions
 from fusedres.autograd.residual_block import count_path, path_counts, run_block
+from fusedres.autograd.stem import StemPlan, run_stem
 
-__all__ = ["LIBRARY", "UNIT_TENSORS", "BlockPlan", "ConvBN", "Directions", "count_path", "path_counts", "run_block"]
+__all__ = [
+    "LIBRARY",
+    "UNIT_TENSORS",
+    "BlockPlan",
+    "ConvBN",
+    "Directions",
+    "StemPlan",
+    "count_path",
+    "path_counts",
+    "run_block",
+    "run_stem",
+]

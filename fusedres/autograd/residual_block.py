@@ -24,7 +24,8 @@ from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Branch, OnePass, Saved
 
-# How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused.
+# How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused of the blocks;
+# stem_forward, stem_backward, stem_composite_backward, stem_unfused of the stems (stem.py).
 path_counts: Counter[str] = Counter()
 
 _CHANNELS_LAST = torch.channels_last
@@ -36,7 +37,7 @@ def count_path(path: str) -> None:
         path_counts[path] += 1
 
 
-def _to_channels_last(x: Tensor) -> tuple[Tensor, bool]:
+def to_channels_last(x: Tensor) -> tuple[Tensor, bool]:
     """x as dense channels_last, and whether the result is to be given back as contiguous NCHW."""
     if x.is_contiguous(memory_format=_CHANNELS_LAST):
         return x, x.is_contiguous()
@@ -49,7 +50,7 @@ def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) ->
         result: Tensor = ResidualBlockFunction.apply(x, plan, *tensors)
         return result
     count_path("fused_forward")
-    x, nchw = _to_channels_last(x)
+    x, nchw = to_channels_last(x)
     constant = not any(unit.batch_statistics for unit in plan.units)
     if constant and (plan.projection is None or not plan.projection.batch_statistics):
         out = ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
@@ -71,7 +72,7 @@ class ResidualBlockFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: BlockPlan, *tensors: Tensor | None) -> Tensor:
         """Saves what backward needs through save_for_backward, nothing else."""
         count_path("fused_forward")
-        source, nchw = _to_channels_last(x)
+        source, nchw = to_channels_last(x)
         out, saved = _forward(source, plan, tensors, with_mask=True)
         params = [t for i in range(0, len(tensors), UNIT_TENSORS) for t in tensors[i : i + UNIT_PARAMS]]
         ctx.plan, ctx.nchw = plan, nchw
@@ -97,7 +98,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         last, projection, rest = _branch(*rest[:6]), _branch(*rest[6:12]), rest[12:]
         assert last is not None
         saved = Saved(rest[: depth - 1], rest[depth - 1 : 2 * depth - 2], last, projection, mask, rest[2 * depth - 2 :])
-        if torch.is_grad_enabled() or _is_batched(grad_out):
+        if torch.is_grad_enabled() or is_batched(grad_out):
             count_path("composite_backward")
             grads = _differentiable(grad_out, x, plan, params, saved, needs)
         else:
@@ -116,7 +117,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         return tuple(result)
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """A batch of gradients of vmap or of autograd.grad(is_grads_batched=True)."""
     functorch = torch._C._functorch
     if torch.compiler.is_compiling():

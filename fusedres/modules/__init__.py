@@ -3,6 +3,7 @@
 from fusedres.modules.basic_block import FusedBasicBlock
 from fusedres.modules.bottleneck import FusedBottleneck
 from fusedres.modules.fused_block import FusedBlock
+from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.shortcut import ZeroPadShortcut
 
-__all__ = ["FusedBasicBlock", "FusedBlock", "FusedBottleneck", "ZeroPadShortcut"]
+__all__ = ["FusedBasicBlock", "FusedBlock", "FusedBottleneck", "FusedResNet", "FusedStem", "ZeroPadShortcut"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.nn.modules.utils import _pair
 from torch.nn.parameter import Parameter
 
 from fusedres.modules.shortcut import ZeroPadShortcut
@@ -36,6 +37,12 @@ def unusual(block: nn.Module, convs: tuple[str, ...], norms: tuple[str, ...]) ->
     if reason is not None:
         return reason
     return _downsample(children.get("downsample"))
+
+
+def unusual_stem(model: nn.Module) -> str | None:
+    """Why the stem of this ResNet (conv1, bn1, relu, maxpool) must run unfused, or None."""
+    reason = unusual(model, ("conv1",), ("bn1",))
+    return reason or _maxpool(model.__dict__["_modules"].get("maxpool"))
 
 
 def _touched(name: str, child: nn.Module) -> str | None:
@@ -102,3 +109,21 @@ def _downsample(child: nn.Module | None) -> str | None:
     inner = child.__dict__["_modules"]
     conv, norm = inner.values()
     return _touched("downsample", child) or _conv("downsample.0", conv) or _norm("downsample.1", norm)
+
+
+# What the fused max-pool does: windows of 3x3, stride 2, padding 1.
+_POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+
+
+def _maxpool(child: nn.Module | None) -> str | None:
+    reason = _of_type("maxpool", child, nn.MaxPool2d)
+    if reason is not None:
+        return reason
+    for option, expected in _POOLING.items():
+        value = getattr(child, option)
+        if _pair(value) != expected:
+            return f"maxpool has {option} {value}, not {expected[0]}"
+    for option in ("ceil_mode", "return_indices"):
+        if getattr(child, option):
+            return f"maxpool has {option}"
+    return None

@@ -35,16 +35,11 @@ class FusedBlock(nn.Module):
         reason = unusual(self, self._conv_names, self._norm_names)
         if reason is not None:
             return reason
-        weight = self.__dict__["_modules"][self._conv_names[0]].weight
-        if weight.dtype not in _FLOATING:
-            return f"weights are {weight.dtype}"
-        if backend_for(weight.device.type) is None:
-            return f"no verified kernels for {weight.device.type}: select a backend with use_backend"
-        return None
+        return without_kernels(self.__dict__["_modules"][self._conv_names[0]].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """relu(F(x) + S(x)); see the class."""
-        if type(x) not in (Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
+        if not is_plain(x):
             return self._unfused(x)
         if unusual(self, self._conv_names, self._norm_names) is not None:
             return self._unfused(x)
@@ -86,13 +81,13 @@ class FusedBlock(nn.Module):
         """The plan of this call and its tensors, after every check: nothing is computed or updated before."""
         op = type(self).__name__
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        dtype = _convolution_dtype(op, x, autocast)
+        dtype = convolution_dtype(op, x, autocast)
         modules = self.__dict__["_modules"]
         units: list[ConvBN] = []
         tensors: list[Tensor | None] = []
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         for conv_name, norm_name in zip(self._conv_names, self._norm_names, strict=True):
-            shape = _add_unit(
+            shape = add_unit(
                 op,
                 conv_name,
                 modules[conv_name],
@@ -114,7 +109,7 @@ class FusedBlock(nn.Module):
             conv, norm = downsample
             ends: list[ConvBN] = []
             own = own_products(self.fused_conv, backend, conv)
-            reached = _add_unit(
+            reached = add_unit(
                 op, "downsample.0", conv, "downsample.1", norm, x, dtype, autocast, reached, ends, tensors, own
             )
             projection = ends[0]
@@ -142,7 +137,22 @@ class FusedBlock(nn.Module):
         return plan, tuple(tensors)
 
 
-def _convolution_dtype(op: str, x: Tensor, autocast: bool) -> torch.dtype:
+def is_plain(x: Tensor) -> bool:
+    """Neither a tensor subclass nor inside a functorch transform, which must see torch's own operators."""
+    return type(x) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
+
+
+def without_kernels(weight: Tensor) -> str | None:
+    """Why nothing runs fused on a weight's dtype and device, or None where it does."""
+    if weight.dtype not in _FLOATING:
+        return f"weights are {weight.dtype}"
+    if backend_for(weight.device.type) is None:
+        return f"no verified kernels for {weight.device.type}: select a backend with use_backend"
+    return None
+
+
+def convolution_dtype(op: str, x: Tensor, autocast: bool) -> torch.dtype:
+    """The dtype that convolutions of x run in, after a check of x."""
     if x.dim() != 4:
         raise ValueError(
             f"{op}: x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}; add a batch dimension"
@@ -156,7 +166,7 @@ def _convolution_dtype(op: str, x: Tensor, autocast: bool) -> torch.dtype:
     return x.dtype
 
 
-def _add_unit(
+def add_unit(
     op: str,
     conv_name: str,
     conv: Any,

@@ -1,0 +1,142 @@
+"""The stem of a ResNet as one autograd Function: convolution, BatchNorm, ReLU, 3x3 max-pool with stride 2, padding 1.
+
+    y = conv(x);  out = maxpool(relu(BN(y)))
+
+Saved: x, y, BatchNorm's (4, C) state, out, and one byte an element of out, where its maximum was. Neither BN(y) nor its
+ReLU is ever in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd.composite import composite_stem
+from fusedres.autograd.convolution import convolution, convolution_backward
+from fusedres.autograd.forward import Tensors, in_dtype, unit_state
+from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
+from fusedres.autograd.residual_block import count_path, is_batched, to_channels_last
+from fusedres.ops.launch import launches
+
+_CHANNELS_LAST = torch.channels_last
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+class StemPlan(NamedTuple):
+    """The constants of one call."""
+
+    unit: ConvBN
+    dtype: torch.dtype  # of the convolution: the autocast dtype, else the input's
+    backend: str
+
+
+def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> Tensor:
+    """Runs a stem on its UNIT_TENSORS, recording its backward where gradients are wanted. x must fit the plan."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+        result: Tensor = StemFunction.apply(x, plan, *tensors)
+        return result
+    count_path("stem_forward")
+    source, nchw = to_channels_last(x)
+    out = _forward(source, plan, tensors, False)[0]
+    return out.contiguous() if nchw and _is_nchw(tensors[0]) else out
+
+
+def _is_nchw(weight: Tensor | None) -> bool:
+    """Not channels_last alone: as torch's convolution, whose output is so where its input or its weight is."""
+    assert weight is not None
+    return weight.is_contiguous() or not weight.is_contiguous(memory_format=_CHANNELS_LAST)
+
+
+def _forward(source: Tensor, plan: StemPlan, tensors: Tensors, with_argmax: bool) -> tuple[Tensor, ...]:
+    """Out, argmax, y, state."""
+    launch = launches(plan.backend)
+    weight = tensors[0]
+    assert weight is not None
+    y = convolution(in_dtype(source, plan.dtype), weight, plan.unit)
+    state = unit_state(y, plan.unit, tensors, 0, launch)
+    return (*launch.bn_relu_maxpool(y, state, with_argmax), y, state)
+
+
+class StemFunction(torch.autograd.Function):
+    """out = maxpool(relu(BN(conv(x)))); see the head of this file."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: StemPlan, *tensors: Tensor | None) -> Tensor:
+        """Saves what backward needs through save_for_backward, nothing else."""
+        count_path("stem_forward")
+        source, nchw = to_channels_last(x)
+        out, argmax, y, state = _forward(source, plan, tensors, True)
+        ctx.plan, ctx.nchw = plan, nchw
+        ctx.needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + UNIT_PARAMS])
+        ctx.save_for_backward(x, *tensors[:UNIT_PARAMS], y, state, argmax, out)
+        # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
+        return out.contiguous() if nchw and _is_nchw(tensors[0]) and not out.is_contiguous() else out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
+        plan: StemPlan = ctx.plan
+        needs: tuple[bool, ...] = ctx.needs
+        x, *params, y, state, argmax, out = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grad_out):
+            count_path("stem_composite_backward")
+            grads = _differentiable(grad_out, x, plan, params, state, needs)
+        else:
+            count_path("stem_backward")
+            grads = _backward(grad_out, x, plan, params, (argmax, out, y, state), needs)
+            if grads[0] is not None and ctx.nchw:
+                grads[0] = grads[0].contiguous()
+        return (grads[0], None, *grads[1:], None, None, None)
+
+
+def _backward(
+    grad_out: Tensor,
+    x: Tensor,
+    plan: StemPlan,
+    params: list[Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of x, conv weight, BN weight, BN bias; what is not needed stays None."""
+    launch = launches(plan.backend)
+    unit, y = plan.unit, saved[2]
+    arguments = (grad_out.contiguous(memory_format=_CHANNELS_LAST), *saved, unit.batch_statistics, needs[2] or needs[3])
+    if torch.compiler.is_compiling() or _keeps_graph():
+        grad, sums = launch.bn_relu_maxpool_backward(*arguments)
+    else:  # the graph is freed behind this backward: y may be overwritten with its gradient
+        grad, sums = y, launch.bn_relu_maxpool_backward_(*arguments)
+    conv_weight, weight, bias = params
+    assert conv_weight is not None
+    entry = in_dtype(x.contiguous(memory_format=_CHANNELS_LAST), plan.dtype)
+    grads: list[Tensor | None] = [
+        *convolution_backward(grad, entry, conv_weight, unit, (needs[0], needs[1])),
+        None,
+        None,
+    ]
+    if grads[0] is not None:
+        grads[0] = in_dtype(grads[0], x.dtype)
+    if needs[2] and weight is not None:
+        grads[2] = in_dtype(sums[1], weight.dtype)
+    if needs[3] and bias is not None:
+        grads[3] = in_dtype(sums[0], bias.dtype)
+    return grads
+
+
+def _differentiable(
+    grad_out: Tensor,
+    x: Tensor,
+    plan: StemPlan,
+    params: list[Tensor | None],
+    state: Tensor,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: the stem is recomputed from x and the parameters."""
+    again = torch.is_grad_enabled()
+    constant = None if plan.unit.batch_statistics else state
+    with torch.enable_grad():
+        out = composite_stem(x, plan.unit, tuple(params), constant, plan.dtype)
+    inputs = [tensor for tensor, need in zip((x, *params), needs, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))
+    return [next(found) if need else None for need in needs]
