@@ -69,7 +69,7 @@ def row_tiles(channels: int, dtype: torch.dtype, choices: Sequence[tuple[int, in
         return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
     vector = 16 // dtype.itemsize
     # the widest of the blocks that cover the channels with the fewest lanes idle
-    block_c = min((256, 128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
+    block_c = min((128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
     return [
         Config({"BLOCK_M": max(1, 32 * warps * vector * vectors // block_c), "BLOCK_C": block_c}, warps)
         for warps, vectors in choices
