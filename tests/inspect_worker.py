@@ -68,8 +68,8 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
 
 PRODUCTS = {
     "good": lambda: product(tile(128, 128, 64, 8, 3)),
-    "spilling": lambda: product(tile(256, 256, 64, 4, 2)),
-    "shared memory": lambda: product(tile(128, 256, 128, 8, 3)),
+    "spilling": lambda: product(tile(128, 256, 32, 4, 2)),
+    "shared memory": lambda: product(tile(128, 128, 64, 8, 8)),
     "drained": lambda: product(tile(128, 128, 64, 8, 3), mask_prologue=True),
     "small": lambda: product(tile(16, 64, 64, 4, 3)),
     "one stage": lambda: product(tile(128, 128, 64, 8, 1)),

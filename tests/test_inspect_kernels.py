@@ -92,7 +92,7 @@ def test_a_good_product_is_read_right(products):
     ("name", "problem"),
     [
         ("spilling", "spills "),
-        ("shared memory", "shared memory 294,912 over 232,448"),
+        ("shared memory", "shared memory 262,144 over 232,448"),
         ("drained", " shared-memory stores in the main loop"),
         ("drained", "wgmma wait 0 in the main loop"),
         ("small", "a 16-bit dot without wgmma"),
