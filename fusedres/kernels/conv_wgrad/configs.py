@@ -11,34 +11,35 @@ from torch import Tensor
 
 from fusedres.kernels.launch import INTERPRETED, SHARED_MEMORY_LIMIT, Config, ceil_div, choose, multiprocessors
 
-# Launches whose tensor-core pipeline is meant to stay full: those with one computed operand or none.
-PIPELINED = ("conv_wgrad_kernel",)
-
 
 @cache
-def conv_wgrad(k: int, c: int, dtype: torch.dtype, x_first: bool) -> tuple[Config, ...]:
-    """Candidates, best guess first. x_first: C is the first axis of the tile."""
-    first, second = (c, k) if x_first else (k, c)
+def conv_wgrad(k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool) -> tuple[Config, ...]:
+    """Candidates, best guess first."""
+    first, second = (c, k) if h_computed else (k, c)
 
     def config(block_first: int, block_second: int, block_m: int, num_warps: int, num_stages: int) -> Config:
-        block_c, block_k = (block_first, block_second) if x_first else (block_second, block_first)
-        blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c}
-        return Config(blocks, num_warps, num_stages)
+        block_c, block_k = (block_first, block_second) if h_computed else (block_second, block_first)
+        return Config({"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c}, num_warps, num_stages)
 
+    tiles: list[tuple[int, int, int, int, int]]
     if INTERPRETED:
-        return (config(64, 64, 64, 4, 1),)
-    if dtype is torch.float64:
-        return config(64, 64, 16, 4, 2), config(32, 32, 32, 4, 2), config(64, 32, 16, 4, 2), config(32, 64, 16, 4, 2)
-    if dtype is torch.float32:
-        return config(64, 64, 32, 4, 3), config(64, 64, 16, 4, 3), config(64, 32, 32, 4, 3), config(32, 64, 32, 4, 3)
-    if first <= 64 and second <= 64:
-        tiles = ((64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 2), (64, 64, 32, 4, 4))
+        tiles = [(64, 64, 64, 4, 1)]
+    elif dtype is torch.float64:
+        tiles = [(64, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 64, 16, 4, 2)]
+    elif dtype is torch.float32:
+        tiles = [(64, 64, 32, 4, 3), (64, 64, 16, 4, 3), (64, 32, 32, 4, 3), (32, 64, 32, 4, 3)]
+    elif first <= 64 and second <= 64:
+        tiles = [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 64, 128, 4, 2)]
     elif first <= 64:
-        tiles = ((64, 256, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
+        tiles = [(64, 128, 64, 4, 3), (64, 128, 64, 4, 2), (64, 128, 32, 4, 4), (64, 64, 64, 4, 4)]
+        if second >= 256:
+            tiles.insert(0, (64, 256, 64, 4, 3))
     elif second <= 64:
-        tiles = ((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (128, 64, 128, 8, 2))
+        tiles = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 32, 8, 4), (64, 64, 64, 4, 4)]
     else:
-        tiles = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 3))
+        tiles = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3)]
+        if second >= 256 and not dy_computed:  # whose coefficients would spill beside 128 sums a thread
+            tiles.insert(0, (128, 256, 64, 8, 3))
     return tuple(config(*tile) for tile in tiles)
 
 
@@ -51,10 +52,10 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(grad: Tensor, input: Tensor, kernel: Sequence[int], x_first: bool) -> Plan:
+def plan(grad: Tensor, input: Tensor, kernel: Sequence[int], h_computed: bool, dy_computed: bool) -> Plan:
     """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
     k, c, taps = int(grad.shape[1]), int(input.shape[1]), int(kernel[0] * kernel[1])
-    candidates = conv_wgrad(k, c, grad.dtype, x_first)
+    candidates = conv_wgrad(k, c, grad.dtype, h_computed, dy_computed)
     config = choose(candidates)
     block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
     tiles = taps * ceil_div(k, block_k) * ceil_div(c, block_c)
