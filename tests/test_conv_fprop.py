@@ -28,6 +28,15 @@ CONVOLUTIONS = (
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
 
 
+@pytest.fixture(autouse=True)
+def _full_precision():
+    """float32 products in float32, which is not torch's default for convolutions on a GPU."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 def _weight(k, c, kernel, dtype, seed=3):
     values = torch.randn((k, c, *kernel), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (values / (c * kernel[0] * kernel[1]) ** 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -113,6 +122,16 @@ def test_convolution_and_statistics(backend, convolution, with_state):
 @pytest.mark.parametrize("convolution", [CONVOLUTIONS[0], CONVOLUTIONS[4], CONVOLUTIONS[9]])
 def test_dtypes(backend, dtype, convolution):
     _check(backend, convolution, dtype, True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tf32(backend):
+    """Where torch's convolutions may use TF32, products have 10 bits of mantissa at least."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    x, weight, _, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, False)
+    y, _, _ = ops.conv_fprop(x, weight, None, *geometry, False, backend)
+    want, terms = _want(x, weight, None, geometry)
+    assert ((y.double().cpu() - want).abs() <= 2.0**-9 * terms).all()
 
 
 def _configured(monkeypatch, config):

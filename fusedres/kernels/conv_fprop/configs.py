@@ -56,7 +56,7 @@ def candidates(
 
     FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory.
     """
-    k, c, r, s = weight.shape
+    k, c, r, s = (int(size) for size in weight.shape)  # a weight's sizes are no symbols
     precision = input_precision(x.dtype)
     found = _pointers(x.dtype, precision, k, c, r * s, normalised, any(padding), capability(x.device))
     if INTERPRETED:
