@@ -16,8 +16,8 @@ The main loop of a kernel is any innermost loop with tensor-core instructions; w
 the first to the last of them; where there are none, any innermost loop with global memory accesses. Counts are of
 instructions as they stand in the SASS, not as they run.
 
-A kernel folder's configs.py may declare PIPELINED, the names of kernels whose tensor-core pipeline is meant to stay
-full: no shared-memory stores in the main loop and no wait for all of wgmma there. The verdict holds them to it.
+PIPELINED names the kernels whose tensor-core pipeline is meant to stay full: no shared-memory stores in the main loop
+and no wait for all of wgmma there. The verdict holds them to it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,6 +53,10 @@ from fusedres.kernels.launch import SHARED_MEMORY_LIMIT, Config, Launch, record_
 # Shared memory that one program may use, and that a multiprocessor has, in bytes.
 SHARED_LIMITS = {80: 166_912, 90: SHARED_MEMORY_LIMIT}
 SHARED_TOTALS = {80: 167_936, 90: 233_472}
+
+PIPELINED = frozenset(
+    ("conv_fprop_kernel", "conv_bn_add_relu_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "one_pass_tail_kernel")
+)
 
 DTYPES = {
     torch.bfloat16: "bf16",
@@ -88,7 +90,7 @@ class Row:
     stores: int
     stores_16: int
     compile_s: float
-    pipelined: bool  # declared in configs.PIPELINED
+    pipelined: bool  # named in PIPELINED
     problems: tuple[str, ...]
 
     @property
@@ -151,7 +153,7 @@ def inspect_launch(launch: Launch, config: Config, arch: int = 90) -> Row:
 def _inspect(what: Specialised) -> Row:
     launch, config, arch = what.launch, what.config, what.target.arch
     named = {"kernel": launch.name, "problem": problem(launch), "config": describe(config), "arch": arch}
-    pipelined = launch.name in declared_pipelined(launch)
+    pipelined = launch.name in PIPELINED
     start = time.perf_counter()
     try:
         compiled = triton.compile(what.source, target=what.target, options=what.options)
@@ -215,14 +217,6 @@ def _problems(row: Row) -> Iterator[str]:
         yield f"{row.loop_shared_stores} shared-memory stores in the main loop"
     if row.pipelined and 0 in row.wgmma_waits:
         yield "wgmma wait 0 in the main loop"
-
-
-def declared_pipelined(launch: Launch) -> Iterable[str]:
-    """PIPELINED of the configs.py beside the kernel's file."""
-    package = launch.kernel.fn.__module__.rpartition(".")[0]
-    if not package or find_spec(f"{package}.configs") is None:
-        return ()
-    return getattr(import_module(f"{package}.configs"), "PIPELINED", ())
 
 
 def describe(config: Config) -> str:
