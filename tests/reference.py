@@ -247,6 +247,25 @@ def oracle(block: nn.Module, x: Tensor, grad: Tensor, unit: float = 2.0**-24) ->
     return result
 
 
+def stem_oracle(model: nn.Module, x: Tensor, grad: Tensor) -> Oracle:
+    """The same for a ResNet whose layers, average pool and classifier are identities: its stem, flattened."""
+    model = copy.deepcopy(model).double().to(memory_format=torch.contiguous_format)
+    before = {name: b.detach().clone() for name, b in model.named_buffers() if b.is_floating_point()}
+    records = _record(model)
+    result = Oracle(run(model, x.double().contiguous(), grad.double()), {}, {})
+    layer = _Layer("bn1", records, before)
+    terms, squared = layer.forward(torch.zeros_like(layer.z))
+    pooled = (F.max_pool2d(v, 3, 2, 1).flatten(1) for v in (terms, squared.sqrt()))
+    bounds = {"out": tuple(pooled)} | {
+        f"stats.bn1.{name}": (t, v.sqrt()) for name, (t, v) in layer.statistics().items()
+    }
+    for name, (t, v) in layer.backward(torch.zeros_like(layer.d)).items():
+        bounds["grad_x" if name == "input" else f"grad.{name}"] = (t, v.sqrt())
+    for name, (t, spread) in bounds.items():
+        result.terms[name], result.spread[name] = t, spread
+    return result
+
+
 def _column(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
