@@ -54,9 +54,7 @@ from fusedres.kernels.launch import SHARED_MEMORY_LIMIT, Config, Launch, record_
 SHARED_LIMITS = {80: 166_912, 90: SHARED_MEMORY_LIMIT}
 SHARED_TOTALS = {80: 167_936, 90: 233_472}
 
-PIPELINED = frozenset(
-    ("conv_fprop_kernel", "conv_bn_add_relu_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "one_pass_tail_kernel")
-)
+PIPELINED = frozenset(("conv_fprop_kernel", "conv_bn_add_relu_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"))
 
 DTYPES = {
     torch.bfloat16: "bf16",
