@@ -10,15 +10,14 @@ from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, multiprocesso
 def rows_split(steps: int, tiles: int, resident: int, device: torch.device) -> int:
     """Steps of a split: the fewest that keep the programs to those a device holds, `resident` a multiprocessor.
 
-    One of 1, 2, 3, 4, 6, 8, 12, 16, ..., as every number is compiled for itself.
+    Rounded up to one of sixteen numbers between two powers of two, as each is compiled for itself.
     """
     if INTERPRETED:
         return ceil_div(steps, 2)
     wanted = max(1, resident * multiprocessors(device) // tiles)
-    size = 1
-    while ceil_div(steps, size) > wanted:
-        size = size * 4 // 3 if size % 3 == 0 else (size * 3 // 2 if size > 1 else 2)
-    return size
+    size = ceil_div(steps, wanted)
+    grain = 1 << max(0, size.bit_length() - 5)
+    return ceil_div(size, grain) * grain
 
 
 def merge(splits: int) -> list[Config]:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
+from fusedres.kernels.conv_fprop.tile import column_slices
 from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.reference import ROWS_A_PARTIAL
@@ -181,6 +182,19 @@ def one_pass_finalize_kernel(
 
 
 @triton.jit
+def store_partials(out_ptr, d, normalised, tile, columns, M, C: tl.constexpr, PARTIAL: tl.constexpr):
+    """Σd and Σd·x̂ of every PARTIAL rows of a row tile, into (ceil(M / PARTIAL), 2, C)."""
+    parts: tl.constexpr = d.shape[0] // PARTIAL
+    sums = tl.sum(tl.reshape(d, [parts, PARTIAL, d.shape[1]]), 1)
+    products = tl.sum(tl.reshape(d * normalised, [parts, PARTIAL, d.shape[1]]), 1)
+    part = tile * parts + tl.arange(0, parts)
+    pointers = out_ptr + part.to(tl.int64)[:, None] * (2 * C) + columns[None, :]
+    inside = (part * PARTIAL < M)[:, None] & (columns < C)[None, :]
+    tl.store(pointers, sums, mask=inside)
+    tl.store(pointers + C, products, mask=inside)
+
+
+@triton.jit
 def one_pass_dgrad_kernel(
     grad_ptr,  # (M, K)
     gate_ptr,  # (M, ceil(K / 8)) uint8
@@ -211,7 +225,8 @@ def one_pass_dgrad_kernel(
     even: tl.constexpr = C % BLOCK_C == 0
     tile = tl.program_id(0) // tiles_c
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = tl.program_id(0) % tiles_c * BLOCK_C
+    columns = first_c + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_M, BLOCK_C], dtype)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -233,27 +248,24 @@ def one_pass_dgrad_kernel(
         else:
             quadratic = tl.load(pointers, mask=(c < C)[:, None] & (columns < C)[None, :], other=0)
         acc = tl.dot(z, quadratic, acc, input_precision=PRECISION)
-    acc = load_channels(constant_ptr, columns, C, even, 1) - acc
-    inside = (rows < M)[:, None] & (columns < C)[None, :]
-    if out_partials_ptr is not None:
-        z = load_tile(z_ptr, offsets, columns, C, even, 1).to(dtype)
-        scale = load_channels(state_ptr + 2 * C, columns, C, even, 1)
-        shift = load_channels(state_ptr + 3 * C, columns, C, even, 1)
-        acc = tl.where((scale * z + shift <= 0) | (rows >= M)[:, None], 0.0, acc)
-        normalised = z - load_channels(state_ptr, columns, C, even, 1)
-        normalised *= load_channels(state_ptr + C, columns, C, even, 1)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + columns[None, :], out, mask=inside)
-    if out_partials_ptr is not None:
-        parts: tl.constexpr = BLOCK_M // PARTIAL
-        stored = out.to(dtype)
-        sums = tl.sum(tl.reshape(stored, [parts, PARTIAL, BLOCK_C]), 1)
-        products = tl.sum(tl.reshape(stored * normalised, [parts, PARTIAL, BLOCK_C]), 1)
-        part = tile * parts + tl.arange(0, parts)
-        pointers = out_partials_ptr + part.to(tl.int64)[:, None] * (2 * C) + columns[None, :]
-        inside = (part * PARTIAL < M)[:, None] & (columns < C)[None, :]
-        tl.store(pointers, sums, mask=inside)
-        tl.store(pointers + C, products, mask=inside)
+    width: tl.constexpr = min(BLOCK_C, 32)
+    slices = column_slices(acc, width)  # bounds the registers
+    for i in tl.static_range(len(slices)):
+        columns = first_c + i * width + tl.arange(0, width)
+        dz = load_channels(constant_ptr, columns, C, even, 1) - slices[i]
+        inside = (rows < M)[:, None] & (columns < C)[None, :]
+        pointers = out_ptr + rows.to(tl.int64)[:, None] * C + columns[None, :]
+        if out_partials_ptr is None:
+            tl.store(pointers, dz.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            z = load_tile(z_ptr, offsets, columns, C, even, 1).to(dtype)
+            scale = load_channels(state_ptr + 2 * C, columns, C, even, 1)
+            shift = load_channels(state_ptr + 3 * C, columns, C, even, 1)
+            out = tl.where((scale * z + shift <= 0) | (rows >= M)[:, None], 0.0, dz).to(out_ptr.dtype.element_ty)
+            tl.store(pointers, out, mask=inside)
+            normalised = z - load_channels(state_ptr, columns, C, even, 1)
+            normalised *= load_channels(state_ptr + C, columns, C, even, 1)
+            store_partials(out_partials_ptr, out.to(dtype), normalised, tile, columns, M, C, PARTIAL)
 
 
 def one_pass_reduce(

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
+from fusedres.kernels.conv_fprop.tile import column_slices
 from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.backward import one_pass_dgrad, one_pass_reduce
@@ -50,6 +51,35 @@ def add_product(
             weight = tl.load(pointers, mask=(columns < C)[:, None] & (k < K)[None, :], other=0)
         acc = tl.dot(z, weight, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def load_shortcut(
+    shortcut_ptr, state_ptr, offsets, k, dtype, K: tl.constexpr, SHORTCUT_C: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """Channels k of a shortcut of SHORTCUT_C channels, 0 behind them, or normalised with a state (4, K)."""
+    shortcut = load_tile(shortcut_ptr, offsets, k, SHORTCUT_C, EVEN_K and SHORTCUT_C == K, 1).to(dtype)
+    if state_ptr is not None:
+        scale = load_channels(state_ptr + 2 * K, k, K, EVEN_K, 1)
+        shortcut = scale * shortcut + load_channels(state_ptr + 3 * K, k, K, EVEN_K, 1)
+    return shortcut
+
+
+@triton.jit
+def store_relu(z, out_ptr, out_mask_ptr, rows, first, k, M, K: tl.constexpr):
+    """relu(z) into out (M, K) at these rows and channels k, from `first` on, and its packed bits."""
+    closed = z <= 0  # NaN is open, as torch has it
+    out = tl.where(closed, 0.0, z).to(out_ptr.dtype.element_ty)
+    wide = rows.to(tl.int64)[:, None]
+    tl.store(out_ptr + wide * K + k[None, :], out, mask=(rows < M)[:, None] & (k < K)[None, :])
+    if out_mask_ptr is not None:
+        size: tl.constexpr = z.shape[1] // 8
+        width: tl.constexpr = (K + 7) // 8
+        bits = tl.where(closed | (k >= K)[None, :], 0, 1) << (k % 8)[None, :]
+        packed = tl.sum(tl.reshape(bits, [z.shape[0], size, 8]), 2).to(tl.uint8)
+        bytes_ = first // 8 + tl.arange(0, size)
+        inside = (rows < M)[:, None] & (bytes_ < width)[None, :]
+        tl.store(out_mask_ptr + wide * width + bytes_[None, :], packed, mask=inside)
 
 
 @triton.jit
@@ -93,35 +123,27 @@ def one_pass_tail_kernel(
     even_k: tl.constexpr = K % BLOCK_K == 0
     tile = tl.program_id(0)
     rows = tile // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_k = tile % tiles_k * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_K], dtype)
     offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
     acc = add_product(acc, z_ptr, state_ptr, pivot_ptr, folded_ptr, offsets, k, C, K, even_k, PRECISION, BLOCK_C)
     if x_ptr is not None:
         offsets = pixel_offsets(rows, M, P, Q, X_H, X_W, X_C, X_STRIDE)
         acc = add_product(acc, x_ptr, None, x_pivot_ptr, x_folded_ptr, offsets, k, X_C, K, even_k, PRECISION, BLOCK_C)
-        acc += load_channels(x_offset_ptr, k, K, even_k, 1)
-    acc += load_channels(offset_ptr, k, K, even_k, 1)
     if shortcut_ptr is not None:
         offsets = pixel_offsets(rows, M, P, Q, SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, SHORTCUT_STRIDE)
-        even: tl.constexpr = even_k and SHORTCUT_C == K
-        shortcut = load_tile(shortcut_ptr, offsets, k, SHORTCUT_C, even, 1).to(dtype)
-        if shortcut_state_ptr is not None:
-            scale = load_channels(shortcut_state_ptr + 2 * K, k, K, even_k, 1)
-            shortcut = scale * shortcut + load_channels(shortcut_state_ptr + 3 * K, k, K, even_k, 1)
-        acc += shortcut
-    closed = acc <= 0  # NaN is open, as torch has it
-    out = tl.where(closed, 0.0, acc).to(out_ptr.dtype.element_ty)
-    inside = (rows < M)[:, None] & (k < K)[None, :]
-    rows = rows.to(tl.int64)
-    tl.store(out_ptr + rows[:, None] * K + k[None, :], out, mask=inside)
-    if out_mask_ptr is not None:
-        width: tl.constexpr = (K + 7) // 8
-        bits = tl.where(closed | (k >= K)[None, :], 0, 1) << (k % 8)[None, :]
-        packed = tl.sum(tl.reshape(bits, [BLOCK_M, BLOCK_K // 8, 8]), 2).to(tl.uint8)
-        bytes_ = tile % tiles_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-        inside = (rows < M)[:, None] & (bytes_ < width)[None, :]
-        tl.store(out_mask_ptr + rows[:, None] * width + bytes_[None, :], packed, mask=inside)
+    width: tl.constexpr = min(BLOCK_K, 64)
+    slices = column_slices(acc, width)  # bounds the registers
+    for i in tl.static_range(len(slices)):
+        first = first_k + i * width
+        k = first + tl.arange(0, width)
+        part = slices[i] + load_channels(offset_ptr, k, K, even_k, 1)
+        if x_ptr is not None:
+            part += load_channels(x_offset_ptr, k, K, even_k, 1)
+        if shortcut_ptr is not None:
+            part += load_shortcut(shortcut_ptr, shortcut_state_ptr, offsets, k, dtype, K, SHORTCUT_C, even_k)
+        store_relu(part, out_ptr, out_mask_ptr, rows, first, k, M, K)
 
 
 def one_pass_tail(
