@@ -204,6 +204,7 @@ def test_chain_of_two_layers_is_autograds(backend, stride):
     assert torch.allclose(partials.sum(0), torch.stack((grad_norms[1], grad_norms[0])), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_inf_go_where_autograd_sends_them(backend):
     geometry = ((1, 5, 8, 7), 6, 3, 2, 1, 1)
@@ -222,6 +223,19 @@ def test_nan_and_inf_go_where_autograd_sends_them(backend):
     assert torch.equal(dx.isnan(), masked.isnan()) and torch.equal(dx == 0, masked == 0)
     assert dx[0, 1, 4, 4] == _run(backend, geometry, dy, weight)[0][0, 1, 4, 4]
     assert partials[:, 1].sum(0)[1].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_axes_are_not_mixed_up(backend):
+    weight = activation((6, 5, 3, 2), torch.float32, 20)
+    sizes = {"stride": (2, 3), "padding": (0, 1), "dilation": (2, 1)}
+    x = torch.zeros(2, 5, 9, 8, dtype=torch.float64, requires_grad=True)
+    out = conv2d(x, weight.double(), None, *sizes.values())
+    dy = activation(tuple(out.shape), torch.float32, 21)
+    (want,) = torch.autograd.grad(out, x, dy.double())
+    where = device(backend)
+    dx, _ = ops.conv_dgrad(dy.to(where), weight.to(where), x.shape, backend, **sizes)
+    assert torch.allclose(dx.cpu().double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_results_repeat_bit_by_bit():

@@ -17,6 +17,8 @@ def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: boo
     if grad.dtype is torch.float64:
         return _FLOAT64
     k, channels = weight.shape[:2]
+    if k % 8 != 0 or channels % 8 != 0:
+        return _UNALIGNED
     if grad.dtype is torch.float32:
         if input_precision(grad.dtype) == "ieee":
             return _FLOAT32
@@ -95,6 +97,13 @@ _TF32_64 = (
     _config(64, 64, 32, 2, 4, 2),
     _config(128, 64, 32, 2, 4, 3),
 )
+# Element by element from memory to shared memory, through registers.
+_UNALIGNED = (
+    _config(64, 64, 32, 2, 4, 2),
+    _config(64, 32, 32, 1, 4, 2),
+    _config(64, 64, 16, 2, 4, 2),
+    _config(64, 32, 16, 1, 4, 3),
+)
 _FLOAT32 = (
     _config(64, 64, 32, 2, 4, 2),
     _config(64, 64, 16, 2, 4, 3),
@@ -105,5 +114,5 @@ _FLOAT64 = (
     _config(64, 64, 16, 2, 4, 2),
     _config(64, 32, 16, 1, 4, 3),
     _config(32, 64, 16, 2, 4, 3),
-    _config(32, 32, 32, 1, 4, 2),
+    _config(32, 32, 16, 1, 4, 3),
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fusedres.kernels.conv_dgrad.configs import candidates, row_tiles
 from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.reference import gated
 
 
 @triton.constexpr_function
@@ -240,6 +241,8 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.conv_dgrad."""
     n, c, h, w = input_size
+    if gate is not None and grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot behind an 8-bit load
+        grad, gate = gated(grad, gate).contiguous(memory_format=torch.channels_last), None
     options = candidates(grad, weight, stride, y is not None)
     config = choose(options)
     tiles = row_tiles(input_size, stride, config)
