@@ -32,6 +32,8 @@ COMMANDS: dict[str, str | None] = {
     "pytest": "pytest --collect-only -q -p no:cacheprovider tests/test_readme.py",
     "python benchmarks/bench_block.py": "python benchmarks/bench_block.py --help",
     "python -m fusedres info": "python -m fusedres info",
+    "python benchmarks/traffic.py --launched": "python benchmarks/traffic.py --launched fused --batch 4",
+    "python benchmarks/inspect_kernels.py --help": "python benchmarks/inspect_kernels.py --help",
     "python examples/train.py --help": "python examples/train.py --help",
     "bash .ci/run": "bash -n .ci/run",
 }
@@ -60,6 +62,7 @@ def test_command_runs_from_the_root(command: str) -> None:
         "pip install '.[test]' && pytest",
         "pip install '.[bench]' && python benchmarks/bench_block.py",
         "python -m fusedres info",
+        "python benchmarks/traffic.py --launched",
     ],
 )
 def test_ci_takes_the_command_from_the_readme(command: str) -> None:
