@@ -98,7 +98,7 @@ def gram_tiles_kernel(
             a = tl.trans(b)
         else:
             a = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_a, C, C % BLOCK_A == 0, 0)
-        matrix = tl.dot(a, b, matrix, input_precision=PRECISION)
+        matrix = tl.dot(a, b, matrix, input_precision=PRECISION, out_dtype=dtype)
         total += tl.sum(tl.reshape(b.to(dtype), [BLOCK_M // 16, 16, BLOCK_B]), 0)
     out_ptr += split.to(tl.int64) * (C + 1) * C
     inside = (columns_a < C)[:, None] & (columns_b < C)[None, :]

@@ -86,7 +86,7 @@ def reduce_rows(
         d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
         z = load_centred(z_ptr, state_ptr, pivot_ptr, offsets, columns, C, C % BLOCK_C == 0, 1)
-        cross = tl.dot(d, z, cross, input_precision=PRECISION)
+        cross = tl.dot(d, z, cross, input_precision=PRECISION, out_dtype=dtype)
         if WITH_SUM:
             sum_d += tl.sum(tl.reshape(d.to(dtype), [BLOCK_K, BLOCK_M // 16, 16]), 1)
     return cross, tl.sum(sum_d, 1)
@@ -236,7 +236,7 @@ def one_pass_dgrad_kernel(
             weight = tl.load(pointers)
         else:
             weight = tl.load(pointers, mask=(k < K)[:, None] & (columns < C)[None, :], other=0)
-        acc = tl.dot(d, weight, acc, input_precision=PRECISION)
+        acc = tl.dot(d, weight, acc, input_precision=PRECISION, out_dtype=dtype)
     acc = -acc
     offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
     for start in range(0, C, BLOCK_K):
@@ -247,7 +247,7 @@ def one_pass_dgrad_kernel(
             quadratic = tl.load(pointers)
         else:
             quadratic = tl.load(pointers, mask=(c < C)[:, None] & (columns < C)[None, :], other=0)
-        acc = tl.dot(z, quadratic, acc, input_precision=PRECISION)
+        acc = tl.dot(z, quadratic, acc, input_precision=PRECISION, out_dtype=dtype)
     width: tl.constexpr = min(BLOCK_C, 32)
     slices = column_slices(acc, width)  # bounds the registers
     for i in tl.static_range(len(slices)):

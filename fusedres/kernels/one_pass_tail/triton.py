@@ -49,7 +49,7 @@ def add_product(
             weight = tl.load(pointers)
         else:
             weight = tl.load(pointers, mask=(columns < C)[:, None] & (k < K)[None, :], other=0)
-        acc = tl.dot(z, weight, acc, input_precision=PRECISION)
+        acc = tl.dot(z, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
