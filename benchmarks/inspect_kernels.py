@@ -38,9 +38,11 @@ from typing import Any
 
 import torch
 import triton
+from blocks import select
 from harness import Progress, machine
-from launched import WAYS, CountLaunched
+from launched import WAYS, CountLaunched, Stem, build
 from torch import Tensor
+from traffic import Block
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -405,27 +407,26 @@ _COLUMNS = (
 def cases(
     blocks: str = "all", ways: Iterable[str] = tuple(WAYS), batch: int = 256, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Callable[[], None]]:
-    """Name → a function that runs a block of ResNet-18 or 50 one way on meta tensors, training and inference."""
-    import blocks as shapes
+    """Name → a function that runs a block of ResNet-18 or 50, or the stem, on meta tensors, training and inference."""
+    chosen: dict[str, Block | Stem] = {} if blocks == "stem" else dict(select([blocks]))
+    if blocks in ("all", "stem"):
+        chosen["stem"] = Stem()
 
-    def step(block: shapes.Block, way: str) -> None:
-        module = fusedres.fuse(shapes.make_block(block), **WAYS[way][0]).to("meta", dtype)
-        size = (batch, block.in_channels, block.size, block.size)
-        x = torch.empty(size, dtype=dtype, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    def step(what: Block | Stem, way: str) -> None:
+        module, x = build(what, way, batch, dtype)
         out = module.train()(x)
         out.backward(torch.empty_like(out))
         with torch.inference_mode():
             module.eval()(x)
 
-    chosen = shapes.select([blocks])
-    return {f"{name}, {way}": lambda b=block, w=way: step(b, w) for name, block in chosen.items() for way in ways}
+    return {f"{name}, {way}": lambda w=what, y=way: step(w, y) for name, what in chosen.items() for way in ways}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compiles every candidate of every Triton kernel; needs no GPU.")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--blocks", default="all", help="which blocks run (all); a name or pattern of blocks.py")
+    parser.add_argument("--blocks", default="all", help="what runs (all): a name or pattern of blocks.py, or stem")
     parser.add_argument("--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (all)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--batch", type=int, default=256)

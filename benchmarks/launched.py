@@ -16,8 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torchvision
+from blocks import make_block
 from harness import Progress
-from traffic import MODES, Block, CountBytes, bytes_moved, resnet_blocks
+from torch import Tensor, nn
+from traffic import MODES, Block, CountBytes, bytes_moved, resnet_blocks, stem_bytes
 
 import fusedres
 from fusedres.kernels.launch import Launch, record_launches
@@ -80,30 +83,55 @@ class Part:
     rest_bytes: float  # whatever the batch
 
 
-def train_step(block: Block, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:
-    """One training step of the block on meta tensors: what each phase launched and called."""
-    from blocks import make_block
+@dataclass(frozen=True)
+class Stem:
+    """conv1, bn1, relu and maxpool of a ResNet; `size` is the height and width of the images."""
 
-    module = fusedres.fuse(make_block(block), **WAYS[way][0]).to("meta", dtype)
-    shape = (batch, block.in_channels, block.size, block.size)
-    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    size: int = 224
+
+
+class _StemOnly(nn.Module):
+    """The stem of a fused ResNet."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model._stem(x)
+
+
+def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """The module, fused, and an input, both on the meta device. Images need no gradient."""
+    stem = isinstance(what, Stem)
+    module = torchvision.models.resnet18() if stem else make_block(what)
+    module = fusedres.fuse(module, **WAYS[way][0]).to("meta", dtype)
+    x = torch.empty((batch, 3 if stem else what.in_channels, what.size, what.size), dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    return (_StemOnly(module), x) if stem else (module, x.requires_grad_())
+
+
+def train_step(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:
+    """One training step on meta tensors: what each phase launched and called."""
+    module, x = build(what, way, batch, dtype)
+    wanted = [tensor for tensor in (x, *module.parameters()) if tensor.requires_grad]
     with fusedres.use_backend("triton"):
         with CountLaunched() as forward:
             out = module(x)
         grad = torch.empty_like(out)
         with CountLaunched() as backward:
-            torch.autograd.grad(out, [x, *module.parameters()], grad)  # nothing is accumulated
+            torch.autograd.grad(out, wanted, grad, allow_unused=True)  # nothing is accumulated
     return {"forward": forward, "backward": backward}
 
 
-def parts(block: Block, way: str, batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[Part]:
-    """What a training step of the block at `batch` moves, kernel by kernel, most bytes first.
+def parts(what: Block | Stem, way: str, batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[Part]:
+    """What a training step at `batch` moves, kernel by kernel, most bytes first.
 
     Raises:
         MissingKernelError: an op on the way has no triton kernel.
     """
-    train_step(block, way, batch, dtype)  # whatever is made once and kept
-    small, large = (train_step(block, way, images, dtype) for images in (batch, 2 * batch))
+    train_step(what, way, batch, dtype)  # whatever is made once and kept
+    small, large = (train_step(what, way, images, dtype) for images in (batch, 2 * batch))
     missing = sorted(set().union(*(count.missing for count in small.values())))
     if missing:
         raise MissingKernelError(f"{way}: no triton kernel of {', '.join(missing)}")
@@ -155,21 +183,21 @@ class Total:
 def rows(
     depths: Sequence[int], ways: Sequence[str], batch: int, dtype: torch.dtype = torch.bfloat16, image: int = 224
 ) -> list[dict]:
-    """A row a distinct block and way, and one a model and way: the sum over its blocks.
+    """A row a way of each distinct block, of each model (the sum over its blocks) and of the stem.
 
     A way that misses a kernel has one row, with the reason.
     """
     models = {depth: resnet_blocks(depth, image) for depth in depths}
     distinct = {block for blocks in models.values() for block in blocks.values()}
-    bar = Progress(len(distinct) * len(ways))
+    stem = Stem(image)
+    bar = Progress((len(distinct) + 1) * len(ways))
     found: list[dict] = []
     for way in ways:
-        mode = WAYS[way][1]
         try:
             counted = {}
-            for block in distinct:
+            for what in (*distinct, stem):
                 bar.step(way)
-                counted[block] = parts(block, way, batch, dtype)
+                counted[what] = parts(what, way, batch, dtype)
         except (MissingKernelError, NotImplementedError) as error:
             found.append({"name": "all", "way": way, "missing": str(error)})
             continue
@@ -180,15 +208,26 @@ def rows(
             for block, name in named.items():
                 total = Total.of(counted[block])
                 detail = [vars(part) for part in counted[block]]
-                found.append(_row(name, way, mode, total, [block], batch, dtype) | {"parts": detail})
+                found.append(_row(name, way, total, [block], batch, dtype) | {"parts": detail})
             everything = [part for block in blocks.values() for part in counted[block]]
-            found.append(_row(f"resnet{depth}", way, mode, Total.of(everything), list(blocks.values()), batch, dtype))
+            found.append(_row(f"resnet{depth}", way, Total.of(everything), list(blocks.values()), batch, dtype))
+        detail = [vars(part) for part in counted[stem]]
+        found.append(_row("stem", way, Total.of(counted[stem]), [stem], batch, dtype) | {"parts": detail})
     bar.close()
     return found
 
 
-def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], batch: int, dtype: torch.dtype) -> dict:
-    closed = {m: sum(bytes_moved(b, m, "train", 1, dtype.itemsize, weights=False) for b in blocks) / 1e6 for m in MODES}
+def _row(name: str, way: str, total: Total, of: Sequence[Block | Stem], batch: int, dtype: torch.dtype) -> dict:
+    if name == "stem":
+        held_against = "stored_dy"  # its one fused form
+        images = of[0].size
+        closed = {mode: stem_bytes(mode != "eager", images, dtype.itemsize) / 1e6 for mode in ("eager", held_against)}
+    else:
+        held_against = WAYS[way][1]
+        closed = {
+            mode: sum(bytes_moved(block, mode, "train", 1, dtype.itemsize, weights=False) for block in of) / 1e6
+            for mode in MODES
+        }
     return {
         "name": name,
         "way": way,
@@ -197,7 +236,7 @@ def _row(name: str, way: str, mode: str, total: Total, blocks: Sequence[Block], 
         "mb_image": total.image_bytes / 1e6,
         "mb_rest": total.rest_bytes / 1e6,
         "mb_image_at_batch": (total.image_bytes + total.rest_bytes / batch) / 1e6,
-        "held_against": mode,
+        "held_against": held_against,
         "closed_form_mb_image": closed,
     }
 
@@ -222,7 +261,7 @@ def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
                 f"{row['mb_rest']:.3f}",
                 f"{row['mb_image_at_batch']:.3f}",
                 ratio,
-                *(f"{closed[m]:.3f}" for m in MODES),
+                *(f"{closed[mode]:.3f}" if mode in closed else "" for mode in MODES),
             ]
         )
     return header, cells

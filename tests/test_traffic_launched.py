@@ -56,11 +56,13 @@ def rows(run):
 
 def test_every_block_and_model_has_a_row_a_way(run, rows, launched, traffic):
     names = {name for name, _ in rows}
-    assert {"resnet18", "resnet50", "resnet18.layer1.0", "resnet50.layer1.1", "resnet50.layer4.0"} <= names
+    assert {"resnet18", "resnet50", "resnet18.layer1.0", "resnet50.layer1.1", "resnet50.layer4.0", "stem"} <= names
     assert rows.keys() == {(name, way) for name in names for way in launched.WAYS}
     for row in rows.values():
         assert "missing" not in row
-        assert row["closed_form_mb_image"].keys() == set(traffic.MODES)
+        assert row["closed_form_mb_image"].keys() == (
+            {"eager", "stored_dy"} if row["name"] == "stem" else set(traffic.MODES)
+        )
     table, record = run
     assert record["batch"] == 256 and record["versions"]["torch"] == torch.__version__ and record["date"]
     for name in names:
@@ -100,7 +102,7 @@ def test_convolutions_are_the_library_s_or_this_package_s(rows):
         return {
             p["name"]
             for row in rows.values()
-            if row["way"] == way
+            if row["way"] == way and row["name"] != "stem"
             for p in row.get("parts", [])
             if p["kernel"] is kernel
         }
@@ -126,6 +128,18 @@ def test_one_pass_blocks_move_what_their_closed_form_says(rows, model):
     """Up to partial sums of tiles and splits, which the form leaves out."""
     row = rows[model, "fused min"]
     assert 0.98 < row["mb_image"] / row["closed_form_mb_image"]["stored_dy"] < 1.06
+
+
+def test_the_stem_pools_in_one_pass(rows, launched):
+    """Convolution (x → y), statistics (y), BatchNorm to pool (y → out, argmax); sums, dy and wgrad backward."""
+    x, y, out = 3 * 224**2 * 2, 64 * 112**2 * 2, 64 * 56**2 * 2
+    places = out // 2
+    forward = (x + y) + y + (y + out + places)
+    backward = (2 * out + places + y) + (2 * out + places + y + y) + (x + y)
+    for way in launched.WAYS:
+        moved = rows["stem", way]["mb_image"] * 1e6
+        assert moved == pytest.approx(forward + backward, rel=5e-3)
+        assert moved < 0.6 * rows["stem", way]["closed_form_mb_image"]["eager"] * 1e6
 
 
 def test_a_launch_counts_what_it_reads_and_writes(launched):
