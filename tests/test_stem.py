@@ -440,3 +440,26 @@ def test_compiled_whole(mode: str) -> None:
     got = {name.replace("_orig_mod.", ""): value for name, value in got.items()}
     check(got, eager, stem_oracle(model, x, grad), torch.float32, mode)
     torch.compiler.reset()
+
+
+def test_launches_of_a_training_step() -> None:
+    """On meta tensors Triton's launches are recorded: behind the statistics one forward, and three in backward."""
+    from fusedres.kernels.launch import record_launches
+
+    model, x, _ = stem(memory_format=NHWC)
+    twin, x = twin_of(model).to("meta"), x.to("meta")
+    with fusedres.use_backend("triton"), record_launches() as launches:
+        out = twin(x)
+        out.backward(torch.empty_like(out))
+    launches = [launch for launch in launches if "maxpool" in launch.name or "backward" in launch.name]
+    assert [launch.name for launch in launches] == [
+        "bn_relu_maxpool_kernel",
+        "bn_relu_maxpool_reduce_kernel",
+        "bn_backward_coefficients_kernel",
+        "bn_relu_maxpool_apply_kernel",
+    ]
+    y, pooled = 4 * 19 * 8 * 9, 4 * 19 * 4 * 5  # elements, of 4 bytes; a place is one
+    forward, reduce, _, apply = (launch.bytes() for launch in launches)
+    assert 0 <= forward - (4 * y + 5 * pooled) < 1000
+    assert 0 <= reduce - (4 * y + 9 * pooled) < 1000
+    assert 0 <= apply - (8 * y + 9 * pooled) < 1000
