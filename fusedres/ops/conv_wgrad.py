@@ -73,7 +73,7 @@ def _fake_conv_wgrad(
     if backend == "triton":
         from fusedres.kernels.conv_wgrad.configs import plan
 
-        splits = plan(grad, input, kernel, input_state is not None, y is not None).splits
+        splits = plan(grad, gate, y, input, input_state, kernel).splits
     shape = (splits, grad.shape[1], *kernel, input.shape[1])
     return grad.new_empty(shape, dtype=_checks.arithmetic_dtype(grad))
 

@@ -13,7 +13,9 @@ from fusedres.kernels.launch import INTERPRETED, SHARED_MEMORY_LIMIT, Config, ce
 
 
 @cache
-def conv_wgrad(k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool) -> tuple[Config, ...]:
+def conv_wgrad(
+    k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool, gated: bool
+) -> tuple[Config, ...]:
     """Candidates, best guess first."""
     first, second = (c, k) if h_computed else (k, c)
 
@@ -28,6 +30,13 @@ def conv_wgrad(k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed
         tiles = [(64, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 64, 16, 4, 2)]
     elif dtype is torch.float32:
         tiles = [(64, 64, 32, 4, 3), (64, 64, 16, 4, 3), (64, 32, 32, 4, 3), (32, 64, 32, 4, 3)]
+    elif dy_computed and (h_computed or gated):  # neither is pipelined, and both take registers
+        if first <= 64:
+            tiles = [(64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3)]
+        else:
+            tiles = [(128, 64, 32, 8, 3), (128, 64, 32, 8, 2), (128, 64, 16, 8, 3), (64, 64, 32, 4, 3)]
+        if second > 64:
+            tiles.insert(0, (min(128, 64 * ceil_div(first, 64)), 128, 32, 8, 3))
     elif first <= 64 and second <= 64:
         tiles = [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 64, 128, 4, 2)]
     elif first <= 64:
@@ -52,10 +61,17 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(grad: Tensor, input: Tensor, kernel: Sequence[int], h_computed: bool, dy_computed: bool) -> Plan:
+def plan(
+    grad: Tensor,
+    gate: Tensor | None,
+    y: Tensor | None,
+    input: Tensor,
+    input_state: Tensor | None,
+    kernel: Sequence[int],
+) -> Plan:
     """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
     k, c, taps = int(grad.shape[1]), int(input.shape[1]), int(kernel[0] * kernel[1])
-    candidates = conv_wgrad(k, c, grad.dtype, h_computed, dy_computed)
+    candidates = conv_wgrad(k, c, grad.dtype, input_state is not None, y is not None, gate is not None)
     config = choose(candidates)
     block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
     tiles = taps * ceil_div(k, block_k) * ceil_div(c, block_c)

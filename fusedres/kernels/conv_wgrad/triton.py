@@ -199,7 +199,7 @@ def conv_wgrad(
     n, k, p, q = grad.shape
     c, h, w = input.shape[1:]
     taps = kernel[0] * kernel[1]
-    candidates, config, steps, splits = configs.plan(grad, input, kernel, input_state is not None, y is not None)
+    candidates, config, steps, splits = configs.plan(grad, gate, y, input, input_state, kernel)
     out = grad.new_empty((splits, k, *kernel, c), dtype=arithmetic_dtype(grad.dtype))
     P_magic, P_shift = _magic(p)
     Q_magic, Q_shift = _magic(q)
