@@ -45,12 +45,15 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     conv_weight = (torch.randn(c_out, c_in, 1, 1, generator=generator, dtype=torch.float64) / c_in**0.5).to(dtype)
     weight, bias = vector(c_out, dtype, 1), vector(c_out, dtype, 2)
     running = [torch.zeros(c_out, dtype=dtype), torch.ones(c_out, dtype=dtype), torch.tensor(0)]
-    centred, pivot, total, matrix = ops.gram(z, None, backend)
+    where = device(backend, dtype)
+    on_device = [t.to(where) for t in (conv_weight, weight, bias)]
+    running = [t.to(where) for t in running]
+    centred, pivot, total, matrix = ops.gram(z.to(where), None, backend)
     count = z.numel() // c_in
     got_state, projected = ops.one_pass_statistics(
-        conv_weight, pivot, total, matrix, count, weight, bias, *running, 0.1, 1e-5, backend
+        on_device[0], pivot, total, matrix, count, *on_device[1:], *running, 0.1, 1e-5, backend
     )
-    out = F.conv2d(centred, conv_weight) * got_state[2].view(1, -1, 1, 1) + got_state[3].view(1, -1, 1, 1)
+    out = F.conv2d(centred, on_device[0]) * got_state[2].view(1, -1, 1, 1) + got_state[3].view(1, -1, 1, 1)
 
     leaves = [t.double().requires_grad_() for t in (z, conv_weight, weight, bias)]
     want_mean, want_var = torch.zeros(c_out).double(), torch.ones(c_out).double()
@@ -59,7 +62,7 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     tolerance = exact if dtype == torch.float64 else 5e-5
 
     def close(name, a, b, scale=1.0):
-        error = ((a.double() - b).abs().max() / b.abs().max()).item()
+        error = ((a.double().cpu() - b).abs().max() / b.abs().max()).item()
         assert error < tolerance * scale, f"{name}: relative error {error:.2e}"
 
     close("out", out, want.detach())
@@ -70,7 +73,7 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     d = activation(tuple(want.shape), dtype, 5)
     want.backward(d.double())
     grad_z, grad_conv, grad_weight = ops.one_pass_backward(
-        d, d.sum((0, 2, 3)), centred, conv_weight, got_state, projected, total, backend
+        d.to(where), d.sum((0, 2, 3)).to(where), centred, on_device[0], got_state, projected, total, backend
     )
     for name, got, leaf in zip(("z", "conv", "weight"), (grad_z, grad_conv, grad_weight), leaves, strict=False):
         close(f"grad_{name}", got, leaf.grad, 10.0)

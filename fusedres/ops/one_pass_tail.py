@@ -501,8 +501,8 @@ def one_pass_dgrad(
 
     Returns:
         dz (N, C, P, Q), channels_last, z's dtype; with masked the partial sums (T, 2, C) of Σdz and Σdz·x̂, of dz as
-        stored and x̂ = (z − mean)·invstd, over ROWS_A_PARTIAL rows each or over fewer tiles with zeros behind them,
-        float64 for float64, else float32; else (0, 2, C).
+        stored and x̂ = (z − mean)·invstd, over ROWS_A_PARTIAL rows each, float64 for float64, else float32; without
+        it (0, 2, C).
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device; masked without a state.

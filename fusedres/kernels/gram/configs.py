@@ -23,9 +23,9 @@ _MIDDLE: tuple[_Shape, ...] = (
     (64, 64, 64, 4, 2, 4),
 )
 _WIDE: tuple[_Shape, ...] = (
-    (32, 128, 256, 8, 3, 1),
     (64, 128, 128, 8, 2, 1),
     (32, 128, 128, 8, 3, 1),
+    (32, 128, 256, 8, 3, 1),
     (64, 64, 128, 4, 2, 2),
 )
 _FLOAT32: tuple[_Shape, ...] = (
@@ -56,7 +56,8 @@ def tiles(rows: int, channels: int, dtype: torch.dtype, device: torch.device) ->
     found = []
     for block_m, block_a, block_b, warps, stages, resident in shapes:
         block_a, block_b = min(block_a, most), min(block_b, most)
-        count = ceil_div(channels, block_a) * ceil_div(channels, block_b)
+        columns = range(block_b, channels + block_b, block_b)
+        count = sum(a < end for a in range(0, channels, block_a) for end in columns)  # not below the diagonal
         steps = rows_split(ceil_div(rows, block_m), count, resident, device)
         blocks = {"BLOCK_M": block_m, "BLOCK_A": block_a, "BLOCK_B": block_b, "STEPS": steps}
         config = Config(blocks, warps, stages)

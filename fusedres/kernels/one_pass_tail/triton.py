@@ -1,4 +1,4 @@
-"""The one-pass tail's forward in one GEMM; backward is in backward.py.
+"""The one-pass tail's forward in one GEMM; backward is in reduce.py and dgrad.py.
 
     out = relu(z'·W̃ᵀ + b + S),  z' = relu(scale·z + shift) − t, rounded to z's dtype
 
@@ -18,7 +18,8 @@ from fusedres.kernels.centred import grid_arguments, load_centred, load_channels
 from fusedres.kernels.conv_fprop.tile import column_slices
 from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
 from fusedres.kernels.one_pass_tail import configs
-from fusedres.kernels.one_pass_tail.backward import one_pass_dgrad, one_pass_reduce
+from fusedres.kernels.one_pass_tail.dgrad import one_pass_dgrad
+from fusedres.kernels.one_pass_tail.reduce import one_pass_reduce
 from fusedres.kernels.one_pass_tail.reference import one_pass_fold, one_pass_products
 
 __all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
