@@ -259,9 +259,10 @@ class Binary:
 
     @property
     def resources(self) -> tuple[int, int]:
-        """Registers and spilled bytes of a thread."""
+        """Registers and spilled bytes of a thread; ptxas may reserve a few bytes of stack that nothing touches."""
         found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", self._text))
-        return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+        touched = any(op.startswith(("LDL", "STL")) for op in self.opcodes)
+        return int(found["REG"]), (int(found["STACK"]) + int(found["LOCAL"])) * touched
 
     @cached_property
     def instructions(self) -> list[tuple[int, str, str]]:
