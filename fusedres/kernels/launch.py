@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Kernels run in Triton's interpreter, on CPU tensors, when Python started with TRITON_INTERPRET=1.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -57,7 +59,8 @@ class Launch:
     def bytes(self) -> int:
         """Memory moved: every distinct tensor read once and every distinct tensor written once."""
         seen: dict[tuple[Any, ...], int] = {}
-        for name, value in self.arguments.items():
+        for name, argument in self.arguments.items():
+            value = argument.base if isinstance(argument, TensorDescriptor) else argument
             if isinstance(value, Tensor):
                 written = name.startswith("out")
                 storage = value.untyped_storage()._cdata
@@ -123,6 +126,7 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at one a multiprocessor; off a GPU what an H100 has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -7,6 +7,7 @@ A program owns BLOCK_M rows and BLOCK_C channels; programs of neighbouring chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -63,14 +64,15 @@ def pixels(x: Tensor, stride: int) -> tuple[Tensor, tuple[int, int, int]]:
 ROW_TILES = ((4, 4), (8, 4), (4, 8), (8, 2), (4, 2))
 
 
-def row_tiles(channels: int, dtype: torch.dtype, choices: Sequence[tuple[int, int]] = ROW_TILES) -> list[Config]:
+@cache
+def row_tiles(channels: int, dtype: torch.dtype, choices: tuple[tuple[int, int], ...] = ROW_TILES) -> Sequence[Config]:
     """Candidates of a kernel that touches each element once."""
     if INTERPRETED:
-        return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
+        return (Config({"BLOCK_M": 64, "BLOCK_C": 64}),)
     vector = 16 // dtype.itemsize
     # the widest of the blocks that cover the channels with the fewest lanes idle
     block_c = min((128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
-    return [
+    return tuple(
         Config({"BLOCK_M": max(1, 32 * warps * vector * vectors // block_c), "BLOCK_C": block_c}, warps)
         for warps, vectors in choices
-    ]
+    )

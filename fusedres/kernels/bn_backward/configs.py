@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
 import triton
 
 from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
@@ -20,27 +23,30 @@ def row_tile(rows: int, channels: int) -> int:
     return next((size for size in (64, 128, 256, 512, 1024, 2048) if wanted <= size), 4096)
 
 
-def reduction(rows: int, channels: int, itemsize: int) -> list[Config]:
+@lru_cache(1024)  # as many shapes come by
+def reduction(rows: int, channels: int, itemsize: int) -> Sequence[Config]:
     """Candidates of a kernel that sums row tiles of an (M, C) activation: 16 or 32 bytes a thread and operand."""
     size = row_tile(rows, channels)
     if INTERPRETED:
         tiles = [Config({"BLOCK_M": size // 2, "BLOCK_C": _interpreted(channels)})]
     else:
         tiles = _tiles(channels, itemsize, ((4, 32, 64), (8, 32, 128), (8, 32, 64), (4, 32, 32), (4, 16, 64)), size)
-    return [Config({**tile.blocks, "STEPS": size // tile["BLOCK_M"]}, tile.num_warps) for tile in tiles]
+    return tuple(Config({**tile.blocks, "STEPS": size // tile["BLOCK_M"]}, tile.num_warps) for tile in tiles)
 
 
-def elementwise(channels: int, itemsize: int, branches: int) -> list[Config]:
+@cache
+def elementwise(channels: int, itemsize: int, branches: int) -> Sequence[Config]:
     """Candidates of a kernel that maps an (M, C) activation: 64, 32 or 16 bytes a thread and operand."""
     if INTERPRETED:
-        return [Config({"BLOCK_M": 256, "BLOCK_C": _interpreted(channels)})]
+        return (Config({"BLOCK_M": 256, "BLOCK_C": _interpreted(channels)}),)
     shapes = ((4, 32, 64), (8, 32, 128), (8, 32, 64), (4, 16, 64), (4, 32, 32))
     if branches == 1:
         shapes = ((4, 64, 64), (4, 32, 64), (8, 64, 128), (8, 32, 128), (8, 64, 64))
-    return _tiles(channels, itemsize, shapes, 1 << 20)
+    return tuple(_tiles(channels, itemsize, shapes, 1 << 20))
 
 
-def merge(tiles: int, channels: int) -> list[Config]:
+@lru_cache(1024)
+def merge(tiles: int, channels: int) -> Sequence[Config]:
     """Candidates of a kernel that sums partials (T, rows, C) over T."""
     blocks: tuple[tuple[int, int, int], ...] = ((512, 8, 8), (1024, 4, 8), (256, 16, 8), (256, 8, 4), (128, 32, 8))
     if INTERPRETED:
@@ -51,7 +57,7 @@ def merge(tiles: int, channels: int) -> list[Config]:
     for block_t, block_c, warps in blocks:
         steps = int(triton.next_power_of_2(ceil_div(tiles, block_t))) if tiles else 0
         configs.append(Config({"BLOCK_T": block_t, "BLOCK_C": block_c, "STEPS": steps}, warps))
-    return configs
+    return tuple(configs)
 
 
 def _interpreted(channels: int) -> int:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
 import torch
 
 from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
 from fusedres.kernels.tiles import row_tiles
 
 
-def bn_partials(channels: int, dtype: torch.dtype) -> list[Config]:
+def bn_partials(channels: int, dtype: torch.dtype) -> Sequence[Config]:
     """Candidates, best guess first: 16 elements a thread (8 of float64), half or twice; each has two accumulators."""
     if INTERPRETED:
-        return [Config({"BLOCK_M": 64, "BLOCK_C": 64} if channels >= 64 else {"BLOCK_M": 512, "BLOCK_C": 16})]
+        return (Config({"BLOCK_M": 64, "BLOCK_C": 64} if channels >= 64 else {"BLOCK_M": 512, "BLOCK_C": 16}),)
     v = min(4, dtype.itemsize)
     return row_tiles(channels, dtype, ((4, v), (8, v), (4, v * 2), (8, v // 2), (4, v // 2)))
 
 
-def bn_finalize(tiles: int, channels: int, dtype: torch.dtype) -> list[Config]:
+@lru_cache(1024)  # as many shapes come by
+def bn_finalize(tiles: int, channels: int, dtype: torch.dtype) -> Sequence[Config]:
     """Candidates, best guess first: few programs, so each is wide, up to 4 vectors of 16 bytes a thread and operand."""
     if INTERPRETED:
-        return [Config({"BLOCK_T": 64, "BLOCK_C": 64})]
+        return (Config({"BLOCK_T": 64, "BLOCK_C": 64}),)
     block_c = max(block for block in (8, 16, 32) if block == 8 or block * 64 <= channels)  # 64 programs where it can
     block_t = min(32_768 // dtype.itemsize // block_c, max(64, 1 << (tiles - 1).bit_length()))
     warps = min(16, max(4, block_t * block_c * dtype.itemsize // 2048))
@@ -29,12 +33,13 @@ def bn_finalize(tiles: int, channels: int, dtype: torch.dtype) -> list[Config]:
         (max(64, block_t // 2), warps),
         (max(64, block_t // 4), 4),
     )
-    return [Config({"BLOCK_T": t, "BLOCK_C": block_c}, w) for t, w in dict.fromkeys(choices)]
+    return tuple(Config({"BLOCK_T": t, "BLOCK_C": block_c}, w) for t, w in dict.fromkeys(choices))
 
 
-def bn_frozen(channels: int) -> list[Config]:
+@cache
+def bn_frozen(channels: int) -> Sequence[Config]:
     """One candidate: a handful of vectors."""
-    return [Config({"BLOCK_C": 64 if INTERPRETED else 128})]
+    return (Config({"BLOCK_C": 64 if INTERPRETED else 128}),)
 
 
 def partial_tiles(rows: int, channels: int, config: Config, multiprocessors: int) -> tuple[int, int]:

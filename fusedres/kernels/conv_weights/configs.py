@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 from fusedres.kernels.bn_backward.configs import column_block
 from fusedres.kernels.launch import INTERPRETED, Config
 
 
-def conv_weights(channels: int) -> list[Config]:
+@cache
+def conv_weights(channels: int) -> Sequence[Config]:
     """Candidates for weights of at most this many input channels."""
     if INTERPRETED:
-        return [Config({"BLOCK_M": 64, "BLOCK_C": 64})]
+        return (Config({"BLOCK_M": 64, "BLOCK_C": 64}),)
     # 16 rows hold the 9 taps of a 3x3 filter, which lie side by side in a weight that is not channels_last
-    return [
+    return tuple(
         Config({"BLOCK_M": elements // block, "BLOCK_C": block}, warps)
         for elements, block, warps in (
             (2048, column_block(channels, 128), 4),
@@ -19,4 +23,4 @@ def conv_weights(channels: int) -> list[Config]:
             (4096, column_block(channels, 256), 8),
             (2048, column_block(channels, 64), 4),
         )
-    ]
+    )
