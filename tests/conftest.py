@@ -12,6 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# float32 means float32 on a GPU too; a test of TF32 switches it on.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+
 # Shapes are too small to split, and waiting threads would slow down whatever else runs; tests of threads set their own.
 torch.set_num_threads(1)
 
