@@ -26,7 +26,7 @@ def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: boo
     if on_load:
         if channels <= 64:
             return _ON_LOAD_64
-        return _ON_LOAD_128 if channels <= 128 or k <= 64 else _ON_LOAD
+        return _ON_LOAD if channels > 128 and k > 64 and _has_wgmma(grad.device) else _ON_LOAD_128
     if channels <= 64:
         return _STORED_64
     return _STORED if max(stride) == 1 else _STRIDED
@@ -37,6 +37,11 @@ def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) 
     n, _, h, w = input_size
     pixels = n * ceil_div(h, stride[0]) * ceil_div(w, stride[1])
     return stride[0] * stride[1] * ceil_div(pixels, config["BLOCK_M"])
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    """Whether the product takes few enough registers for 256 columns on load; off a GPU what an H100 has."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _config(block_m: int, block_n: int, block_k: int, slices: int, warps: int, stages: int) -> Config:
