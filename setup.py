@@ -1,23 +1,31 @@
-"""Builds fusedres._C, the C++ core, out of csrc/; the rest of the configuration is in pyproject.toml.
+"""Builds fusedres._C, the C++ core, and where nvcc is found fusedres._CUDA, the CUDA kernels, out of csrc/.
 
-Needs setuptools and pybind11. Torch is neither imported nor linked: the core takes raw pointers and sizes.
-MAX_JOBS bounds the parallel compilations (default: one a core).
+The rest of the configuration is in pyproject.toml. Needs setuptools and pybind11. Torch is neither imported nor linked:
+both take raw pointers and sizes. FUSEDRES_BUILD_CUDA=0 leaves the CUDA kernels out, 1 makes their absence an error;
+csrc/nvcc.py says which other variables count.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.errors import CompileError
 
-SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc"})
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+import nvcc
+
+BINDINGS_CUDA = str(Path("csrc", "bindings_cuda.cpp"))
+SOURCES = sorted(path for path in map(str, Path("csrc").rglob("*.cpp")) if path != BINDINGS_CUDA)
+CUDA_SOURCES = sorted(map(str, Path("csrc").rglob("*.cu")))
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc", ".cuh"})
 
 # Not -ffast-math: NaN, infinities and the order of sums are kept. No -march: the sources carry their own targets and
 # choose at run time, so one binary runs on every CPU of the architecture.
@@ -54,11 +62,33 @@ class BuildExt(build_ext):
             )
         if self._compiles(OPENMP_PROBE, "-fopenmp"):
             for ext in self.extensions:
-                ext.extra_compile_args.append("-fopenmp")
-                ext.extra_link_args.append("-fopenmp")
+                if not isinstance(ext, CudaExtension):
+                    ext.extra_compile_args.append("-fopenmp")
+                    ext.extra_link_args.append("-fopenmp")
         else:
             print("fusedres: the compiler has no libgomp OpenMP; the core will use one thread")
         super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        if isinstance(ext, CudaExtension):
+            ext.extra_objects = self._cuda_objects(ext)
+        super().build_extension(ext)
+
+    def _cuda_objects(self, ext: CudaExtension) -> list[str]:
+        """The kernels' objects; all are made again when a header or what they are made for has changed."""
+        folder = Path(self.build_temp, "cuda")
+        options = nvcc.gencode(ext.archs)
+        record = folder / "options"
+        if not record.exists() or record.read_text() != shlex.join(options):
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.rglob("*.o"):
+                old.unlink()
+            record.write_text(shlex.join(options))
+        newest = max(os.stat(path).st_mtime for path in (*HEADERS, __file__))
+        try:
+            return nvcc.compile_all(ext.nvcc, CUDA_SOURCES, str(folder), "csrc", options, newest)
+        except RuntimeError as error:
+            raise CompileError(str(error)) from error
 
     def _compiles(self, source: str, *flags: str) -> bool:
         """Whether `source` compiles and links to a shared library."""
@@ -79,6 +109,48 @@ def _stale(obj: str, source: str) -> bool:
     return os.stat(obj).st_mtime <= max(os.stat(path).st_mtime for path in (source, *HEADERS, __file__))
 
 
+class CudaExtension(Pybind11Extension):
+    """fusedres._CUDA; its kernels are compiled by nvcc, the CUDA runtime is linked in."""
+
+    def __init__(self, nvcc_path: str) -> None:
+        self.nvcc = nvcc_path
+        try:
+            self.archs = nvcc.archs(nvcc_path)
+        except ValueError as error:
+            raise SystemExit(f"fusedres: {error}") from error
+        super().__init__(
+            "fusedres._CUDA",
+            [BINDINGS_CUDA],
+            depends=[*HEADERS, *CUDA_SOURCES],
+            include_dirs=["csrc"],
+            define_macros=[("FUSEDRES_CUDA_ARCHS", f'"{nvcc.as_text(self.archs)}"')],
+            library_dirs=nvcc.library_dirs(nvcc_path),
+            libraries=["cudart_static", "rt", "pthread", "dl"],
+            cxx_std=17,
+            extra_compile_args=CXXFLAGS,
+        )
+
+
+def cuda_extensions() -> list[CudaExtension]:
+    """The CUDA kernels, where they are wanted and there is an nvcc."""
+    wanted = os.environ.get("FUSEDRES_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"fusedres: FUSEDRES_BUILD_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0" or not CUDA_SOURCES:
+        return []
+    path = nvcc.find()
+    if path is None:
+        where = f"in CUDA_HOME={os.environ['CUDA_HOME']}" if os.environ.get("CUDA_HOME") else "on PATH"
+        missing = f"nvcc was not found {where}: install the CUDA toolkit and set CUDA_HOME to its folder"
+        if wanted == "1":
+            raise SystemExit(f"fusedres: FUSEDRES_BUILD_CUDA=1, but {missing}")
+        print(f"fusedres: built without CUDA kernels, {missing} to have them; Triton serves the GPU")
+        return []
+    extension = CudaExtension(path)
+    print(f"fusedres: CUDA kernels by {path} for {nvcc.as_text(extension.archs)}")
+    return [extension]
+
+
 ParallelCompile("MAX_JOBS", needs_recompile=_stale).install()
 
 setup(
@@ -90,7 +162,8 @@ setup(
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=CXXFLAGS,
-        )
+        ),
+        *cuda_extensions(),
     ],
     cmdclass={"build_ext": BuildExt},
 )

@@ -9,7 +9,9 @@ from contextvars import ContextVar
 
 import torch
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+from fusedres import cuda_support
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 # Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
 # runs the unfused composition of torch's own operators.
@@ -19,6 +21,17 @@ _VERIFIED = {"cpu": "cpu"}
 # meta tensors its launches are only recorded.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")}
+
+
+def _devices(name: str, device_type: str) -> tuple[str, ...]:
+    return cuda_support.devices if name == "cuda" else _DEVICES.get(name, (device_type,))
+
+
+def _require(name: str, source: str) -> None:
+    """Raises where what a backend needs is not there."""
+    missing = cuda_support.missing() if name == "cuda" else None
+    if missing is not None:
+        raise RuntimeError(f"{source}: the cuda backend cannot run here: {missing}")
 
 
 def _checked(name: str, source: str) -> str:
@@ -37,13 +50,17 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the verified kernels of the device; the default), ``"reference"`` (readable PyTorch, any
-            device), ``"cpu"`` (C++, CPU tensors), or ``"triton"`` (NVIDIA GPUs; CPU tensors where Python was started
-            with ``TRITON_INTERPRET=1``). The environment variable ``FUSEDRES_BACKEND`` sets the default.
+            device), ``"cpu"`` (C++, CPU tensors), ``"triton"`` (NVIDIA GPUs; CPU tensors where Python was started
+            with ``TRITON_INTERPRET=1``), or ``"cuda"`` (CUDA C++, NVIDIA GPUs; Triton's kernel where an op has no
+            other, where the driver is too old, or where the GPU is none that was built for: ``python -m fusedres
+            info`` shows which op runs what). The environment variable ``FUSEDRES_BACKEND`` sets the default.
 
     Raises:
         ValueError: the name is none of these.
+        RuntimeError: ``"cuda"`` in an installation without CUDA kernels, or without a GPU.
     """
-    token = _selected.set(_checked(name, "use_backend"))
+    _require(_checked(name, "use_backend"), "use_backend")
+    token = _selected.set(name)
     try:
         yield
     finally:
@@ -65,12 +82,13 @@ def backend_for(device_type: str) -> str | None:
     name = _current()
     if name == "auto":
         return _VERIFIED.get(device_type)
-    if device_type not in _DEVICES.get(name, (device_type,)):
+    if device_type not in _devices(name, device_type):
+        _require(name, "use_backend")
+        served = ", ".join(_devices(name, device_type))
         remedy = "select 'auto' or 'reference'"
         if name == "triton":
             remedy += ", or start Python with TRITON_INTERPRET=1 to interpret the kernels on CPU tensors"
         raise RuntimeError(
-            f"use_backend: the {name} backend serves {', '.join(_DEVICES[name])} tensors, got a {device_type} tensor; "
-            f"{remedy}"
+            f"use_backend: the {name} backend serves {served} tensors, got a {device_type} tensor; {remedy}"
         )
     return name

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import cuda_on_cpu
 import pytest
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton")
+import fusedres.ops  # noqa: F401 - defines the ops
+from fusedres import cuda_support
+from fusedres.kernels import table
+from fusedres.ops._library import OPS
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (N, C, H, W): one channel, off the 16 lanes of a block on either side, one row, many rows a channel, one pixel
 SHAPES = (
@@ -21,9 +27,21 @@ SHAPES = (
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
+def backends_of(*names: str) -> tuple[str, ...]:
+    """The backends that have kernels of their own of all these ops."""
+    found = tuple(b for b in BACKENDS if all(table.find(OPS[name].folder, name, b) is not None for name in names))
+    assert "reference" in found
+    return found
+
+
 def device(backend: str, dtype: torch.dtype = torch.float32) -> str:
     """Where a backend's kernels run here; skips what no kernel can show here."""
-    if backend != "triton":
+    if backend in ("reference", "cpu"):
+        return "cpu"
+    if backend == "cuda" and (not torch.cuda.is_available() or cuda_support.unsupported()):
+        if cuda_on_cpu.COMPILER is None:
+            pytest.skip("the CUDA kernels need a GPU, or g++ to run on the host")
+        cuda_on_cpu.install()
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state
+from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, channels, device, state
 
 from fusedres import ops
 from fusedres.kernels.launch import record_launches
@@ -20,7 +20,7 @@ def _terms(x, affine):
     return x.double().abs() * channels(affine[2]).abs() + channels(affine[3]).abs()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("projection", [False, True])
@@ -45,7 +45,7 @@ def test_same_shape(backend, dtype, shape, projection):
     assert torch.equal(x, got)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("c_in", "c_out", "h", "w", "stride"),
@@ -66,7 +66,7 @@ def test_zero_padded_shortcut(backend, dtype, c_in, c_out, h, w, stride):
     assert not unpack_bits(mask, mask.shape[-1] * 8)[:, c_out:].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu"))
 def test_nan_is_active_and_passes(backend):
     where = device(backend)
     x = activation((1, 20, 2, 2), torch.float32).to(where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state
+from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, channels, device, state
 
 from fusedres import ops
 from fusedres.kernels.reference import pack_bits
@@ -33,7 +33,7 @@ def _inputs(shape, dtype, place="cpu"):
     return grad, x, other, active
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_tail(backend, dtype, shape, gate_kind, projection, batch_statistics):
         assert torch.equal(other, grad_other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gated", [True, False])
@@ -91,7 +91,7 @@ def test_inner(backend, dtype, shape, gated):
     assert_near("sum d·x̂", sums[1], product, product_terms + mean_terms, dtype, 16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 def test_nan_in_the_gate_lets_the_gradient_pass(backend):
     place = device(backend)
     grad, x, _, _ = _inputs((1, 18, 2, 2), torch.float32, place)
@@ -102,7 +102,7 @@ def test_nan_in_the_gate_lets_the_gradient_pass(backend):
     assert sums[0, 17] == grad[0, 17, 1, 0] and not sums[0, :17].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 def test_nan_in_the_gradient_and_in_the_statistics_stays_in_its_channel(backend):
     place = device(backend)
     grad, x, _, _ = _inputs((2, 20, 3, 3), torch.float32, place)
@@ -116,7 +116,7 @@ def test_nan_in_the_gradient_and_in_the_statistics_stays_in_its_channel(backend)
     assert torch.equal(sums[1].isnan(), bad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 @pytest.mark.parametrize("with_sums", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_constant_statistics_keep_a_bad_x_out_of_the_gradient(backend, with_sums, bad):
@@ -133,7 +133,7 @@ def test_constant_statistics_keep_a_bad_x_out_of_the_gradient(backend, with_sums
         assert not sums[1, 5].isfinite()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 def test_constant_statistics_on_one_branch_only(backend):
     place = device(backend)
     grad, x, other, active = _inputs((3, 24, 5, 5), torch.float32, place)

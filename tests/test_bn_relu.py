@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, channels, device, state, vector
+from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, channels, device, state, vector
 
 from fusedres import ops
 from fusedres.kernels.launch import record_launches
@@ -25,7 +25,7 @@ def _want(x, affine, pivot, stride):
     return z, terms
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_forward(backend, dtype, shape, with_state, with_pivot, stride):
     assert_near("z", got, want, terms, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_gives_the_same_bits(backend, dtype):
     where = device(backend, dtype)
@@ -53,7 +53,7 @@ def test_in_place_gives_the_same_bits(backend, dtype):
     assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     where = device(backend, dtype)
@@ -75,7 +75,7 @@ def test_every_bfloat16_and_float16_value_survives():
         assert torch.equal(got[~x.isnan()], x[~x.isnan()])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu"))
 def test_no_images(backend):
     where = device(backend)
     x = torch.empty((0, 8, 5, 5), device=where).contiguous(memory_format=torch.channels_last)

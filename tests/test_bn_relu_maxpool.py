@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_inputs import BACKENDS, DTYPES, activation, assert_near, channels, device, state
+from op_inputs import DTYPES, activation, assert_near, backends_of, channels, device, state
 
 from fusedres import ops
 
@@ -43,7 +43,7 @@ def _identity(count, dtype):
     return torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=dtype).view(4, 1).repeat(1, count)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(backend, dtype, shape):
@@ -62,7 +62,7 @@ def test_forward(backend, dtype, shape):
     assert torch.equal(alone, out) and nothing.numel() == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 @pytest.mark.parametrize("shape", [(2, 17, 6, 7), (1, 64, 5, 5), (3, 2, 1, 2)])
 @pytest.mark.parametrize("values", [(-2, 2), (-1, 3), (-3, 0), (1, 2)])
 def test_the_first_of_equal_maxima_wins(backend, shape, values):
@@ -74,7 +74,7 @@ def test_the_first_of_equal_maxima_wins(backend, shape, values):
     assert torch.equal(_index(argmax, shape[3]), index)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     x, _ = _inputs((2, 33, 9, 9), dtype, backend)
@@ -113,7 +113,7 @@ def _want(grad, argmax, out, x, affine, batch_statistics):
     return grad_x, terms, sum_d, sum_terms, product, product_terms
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch_statistics", [True, False])
@@ -137,7 +137,7 @@ def test_backward(backend, dtype, shape, batch_statistics):
     assert torch.equal(x, grad_x) and torch.equal(in_place, sums)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 def test_gradients_are_autograds(backend):
     """The whole of it against torch's own chain in float64, with statistics of x."""
     x = activation((3, 19, 7, 10), torch.float64, seed=2)
@@ -156,7 +156,7 @@ def test_gradients_are_autograds(backend):
     torch.testing.assert_close(sums.cpu(), torch.stack((bias.grad, weight.grad)), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 def test_closed_windows_send_nothing(backend):
     x, _ = _inputs((1, 18, 6, 6), torch.float32, backend)
     affine = _identity(18, torch.float32).to(x.device)
@@ -169,7 +169,7 @@ def test_closed_windows_send_nothing(backend):
     assert torch.equal(sums[0, 9:], (out[:, 9:] > 0).sum((0, 2, 3)).float())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 def test_constant_statistics_ignore_x(backend):
     """As in eager: dx = scale·d whatever x holds."""
     x, affine = _inputs((2, 8, 5, 5), torch.float32, backend)
@@ -182,7 +182,7 @@ def test_constant_statistics_ignore_x(backend):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 def test_an_empty_batch(backend):
     x, affine = activation((2, 4, 5, 6), torch.float32)[:0].to(device(backend)), state(4, torch.float32)
     affine = affine.to(x.device)

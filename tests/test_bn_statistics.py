@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import BACKENDS, DTYPES, SHAPES, activation, assert_near, device, vector
+from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, device, vector
 
 from fusedres import ops
 
@@ -18,7 +18,7 @@ def _want(x, weight, bias, eps):
     return torch.stack((mean, invstd, scale, (0 if bias is None else bias.double()) - scale * mean)), var
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("affine", [True, False])
@@ -43,7 +43,7 @@ def test_state_and_running_statistics(backend, dtype, shape, affine):
     assert_near("running_var", running_var, 0.9 * old_var + 0.1 * unbiased, old_var + unbiased + var, torch.float32, 16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 0.1), (-3e3, 1.0), (0.0, 1e-3)])
 @pytest.mark.parametrize("shape", [(4, 7, 20, 20), (2, 64, 33, 31)])
 def test_a_mean_far_from_zero_does_not_cancel(backend, mean, std, shape):
@@ -55,14 +55,14 @@ def test_a_mean_far_from_zero_does_not_cancel(backend, mean, std, shape):
     assert ((got[1].double() / want[1] - 1).abs() < 2e-5).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 def test_constant_channel(backend):
     x = torch.full((3, 5, 40, 40), 0.1).contiguous(memory_format=torch.channels_last).to(device(backend))
     got = ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, backend)
     assert ((got[1].double() - 1e-5**-0.5).abs() < 1e-4 * 1e-5**-0.5).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 @pytest.mark.parametrize("position", [0, 1, 511, 512, 1599])
 def test_an_outlier_that_is_a_chunks_first_row(backend, position):
     x = torch.zeros(1, 1, 1600, 1)
@@ -73,7 +73,7 @@ def test_an_outlier_that_is_a_chunks_first_row(backend, position):
     assert ((got[1].double() / want[1] - 1).abs() < 5e-5).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 def test_bessel_factor_beyond_half_precision(backend):
     x = activation((1, 2, 256, 257), torch.float16).to(device(backend))
     running_mean, running_var = x.new_zeros(2), x.new_ones(2)
@@ -81,7 +81,7 @@ def test_bessel_factor_beyond_half_precision(backend):
     assert torch.allclose(running_var.double(), x.double().var((0, 2, 3)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 def test_cumulative_average(backend):
     where = device(backend)
     running_mean, running_var = torch.zeros(8, device=where), torch.zeros(8, device=where)
@@ -113,7 +113,7 @@ def test_same_bits_on_any_number_of_threads(shape):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("bn_frozen"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_frozen(backend, dtype):
     where = device(backend, dtype)
@@ -157,7 +157,7 @@ def _partials(x, tiles, dtype=torch.float32):
     return statistics.to(dtype), torch.tensor([len(part) for part in parts], dtype=dtype, device=x.device)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", backends_of("bn_finalize"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("tiles", "c"), [(1, 65), (2, 1), (13, 130), (700, 3)])
 @pytest.mark.parametrize("running_dtype", [torch.float32, torch.float16])
@@ -180,7 +180,7 @@ def test_finalize(backend, dtype, tiles, c, running_dtype):
     assert_near("running_var", running_var, 0.9 * old_var + 0.1 * unbiased, old_var + 2 * unbiased, dtype, 16)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", backends_of("bn_finalize"))
 @pytest.mark.parametrize("tiles", [1, 5, 700])
 def test_finalize_does_not_cancel(backend, tiles):
     """Against the same partial statistics in float64; a third of the channels is constant."""
@@ -197,7 +197,7 @@ def test_finalize_does_not_cancel(backend, tiles):
     assert (got[1, ::3].double() * 1e-5**0.5 - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", backends_of("bn_finalize"))
 def test_finalize_averages_cumulatively(backend):
     where = device(backend)
     running_mean, running_var = torch.zeros(200, device=where), torch.zeros(200, device=where)
@@ -210,7 +210,7 @@ def test_finalize_averages_cumulatively(backend):
     assert torch.allclose(running_var, torch.stack([x.var((0, 2, 3)) for x in parts]).mean(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [b for b in backends_of("bn_statistics") if b != "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_infinity_and_nan_stay_in_their_channel(backend, dtype):
     """A mean of infinities of one sign is that infinity, wherever they lie; the variance is NaN."""

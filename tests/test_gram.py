@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_inputs import BACKENDS, DTYPES, activation, assert_near, channels, device, state, vector
+from op_inputs import DTYPES, activation, assert_near, backends_of, channels, device, state, vector
 
 from fusedres import ops
 
 SHAPES = ((2, 1, 5, 3), (3, 3, 4, 4), (1, 65, 9, 7), (2, 129, 5, 5), (5, 64, 14, 13), (2, 33, 40, 31))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("gram"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("with_state", "stride"), [(True, 1), (False, 2)])
@@ -34,7 +34,7 @@ def test_gram(backend, dtype, shape, with_state, stride):
     assert backend == "reference" or torch.equal(matrix, matrix.T)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("gram"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("c_in", "c_out", "h", "w"), [(3, 12, 6, 5), (16, 64, 7, 7), (65, 33, 9, 8)])
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (30.0, 1.0), (1e4, 0.1)])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
+
+from fusedres.kernels import table
 
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 
@@ -21,7 +22,7 @@ class Op:
 
     def __init__(self, schema: str, folder: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
         self.name = schema.partition("(")[0]
-        self._folder = folder
+        self.folder = folder
         self._check = check
         self._kernels: dict[str, Callable[..., Any]] = {}
         _LIBRARY.define(schema)
@@ -31,25 +32,25 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        return self._overload(*args[:-1], self.serving(args[-1]))
 
     def dispatched(self, backend: str) -> Callable[..., Any]:
         """The op through torch's dispatcher, of one backend."""
-        return lambda *args: self._overload(*args, backend)
+        return lambda *args: self(*args, backend)
 
     def _checked(self, *args: Any) -> Any:
         self._check(*args)
         return self.kernel(args[-1])(*args[:-1])
 
+    def serving(self, backend: str) -> str:
+        """The backend whose kernel runs where `backend` is selected."""
+        return table.serving(self.folder, self.name, backend) if backend in table.STAND_INS else backend
+
     def kernel(self, backend: str) -> Callable[..., Any]:
-        """fusedres.kernels.<folder>.<backend>.<name>, imported at first use."""
+        """The kernel that serves a backend, imported at first use."""
         kernel = self._kernels.get(backend)
         if kernel is None:
-            name = f"fusedres.kernels.{self._folder}.{backend}"
-            try:
-                kernel = getattr(import_module(name), self.name, None)
-            except ModuleNotFoundError as error:
-                raise RuntimeError(f"{self.name}: there is no {backend} backend; use 'reference'") from error
+            kernel = table.find(self.folder, self.name, self.serving(backend))
             if kernel is None:
                 raise RuntimeError(f"{self.name}: there is no {backend} backend; use 'reference'")
             self._kernels[backend] = kernel

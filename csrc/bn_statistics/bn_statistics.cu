@@ -1,0 +1,46 @@
+#include "bn_statistics/bn_statistics.cuh"
+#include "bn_statistics/config.h"
+#include "common/cuda_launch.cuh"
+
+namespace fusedres {
+namespace {
+
+template <class A, int kVector>
+void finalize(const BnFinalizeParams& p, const BnFinalizeConfig& config, void* stream) {
+  const size_t shared = reduce_rows_bytes<Moments<A, kVector>>(config.block_x, config.block_y);
+  const CudaLaunch how{"bn_finalize", stream, dim3(config.grid), dim3(config.block_x, config.block_y), shared};
+  launch(how, bn_finalize_kernel<A, kVector>, p);
+}
+
+template <class A>
+void finalize(const BnFinalizeParams& p, void* stream) {
+  const bool aligned = is_aligned(p.partials) && is_aligned(p.state);
+  const auto config = bn_finalize_config(p.tiles, p.channels, sizeof(A), aligned, cuda_device("bn_finalize"));
+  if (config.vectorised)
+    finalize<A, kVectorOf<A>>(p, config, stream);
+  else
+    finalize<A, 1>(p, config, stream);
+  if (p.cumulative && p.num_batches_tracked != nullptr)
+    launch({"bn_finalize", stream, dim3(1), dim3(1)}, count_batch_kernel, p.num_batches_tracked);
+}
+
+}  // namespace
+
+void cuda_bn_finalize(const BnFinalizeParams& p, void* stream) {
+  if (p.dtype == DType::kFloat64)
+    finalize<double>(p, stream);
+  else
+    finalize<float>(p, stream);
+}
+
+void cuda_bn_frozen(const BnFrozenParams& p, void* stream) {
+  const unsigned threads = channel_threads(cuda_device("bn_frozen"));
+  const dim3 grid(static_cast<unsigned>((p.channels + threads - 1) / threads));
+  const CudaLaunch how{"bn_frozen", stream, grid, dim3(threads)};
+  if (p.dtype == DType::kFloat64)
+    launch(how, bn_frozen_kernel<double>, p);
+  else
+    launch(how, bn_frozen_kernel<float>, p);
+}
+
+}  // namespace fusedres

@@ -1,0 +1,106 @@
+#pragma once
+
+// Batch statistics on the GPU: the merge of partial statistics into what BatchNorm derives from them per channel.
+//
+//     mean = Σ n_t·mean_t / n      var = M2 / n      invstd = (var + eps)^-½
+//     scale = weight·invstd        shift = bias − scale·mean                         (Ioffe and Szegedy 2015)
+//
+// with M2 merged without cancellation (common/cuda_moments.cuh). Sums are of mean_t − pivot, the pivot the first tile's
+// mean, so that float32 keeps the differences of means far from 0.
+//
+// bn_finalize: a block owns blockDim.x·kVector channels of every tile; thread row y merges tiles y, y + blockDim.y, …,
+// the block merges its rows as a tree: a fixed order. Reads the partial statistics once; writes the state and the
+// running statistics.
+
+#include "bn_statistics/bn_statistics_cuda.h"
+#include "common/cuda_moments.cuh"
+#include "common/cuda_reduce.cuh"
+#include "common/cuda_shared.cuh"
+
+namespace fusedres {
+
+// mean, invstd, scale and shift of kVector channels from c on.
+template <class A, int kVector, class Params>
+__device__ __forceinline__ void store_state(const Params& p, int64_t c, const Lanes<A, kVector>& mean,
+                                            const Lanes<A, kVector>& var) {
+  Lanes<A, kVector> invstd, scale, shift;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    invstd[i] = A{1} / sqrt(var[i] + static_cast<A>(p.eps));
+    scale[i] = load_channel<A>(p.weight, c + i, 1) * invstd[i];
+    shift[i] = load_channel<A>(p.bias, c + i, 0) - scale[i] * mean[i];
+  }
+  A* state = static_cast<A*>(p.state) + c;
+  store(state, mean);
+  store(state + p.channels, invstd);
+  store(state + 2 * p.channels, scale);
+  store(state + 3 * p.channels, shift);
+}
+
+template <class A>
+__device__ __forceinline__ void average_in(const ChannelVector& running, int64_t c, A value, A factor) {
+  if (running.data == nullptr) return;
+  store_channel<A>(running, c, (1 - factor) * load_channel<A>(running, c, 0) + factor * value);
+}
+
+template <class A, int kVector>
+__global__ void bn_finalize_kernel(const BnFinalizeParams p) {
+  const int64_t c = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kVector;
+  const bool inside = c < p.channels;
+  const A* partials = static_cast<const A*>(p.partials) + c;
+  const A* rows = static_cast<const A*>(p.rows);
+
+  Lanes<A, kVector> pivot;
+  auto moments = no_moments<A, kVector>();
+  if (inside) {
+    pivot = load<kVector>(partials);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) pivot[i] = finite_or_zero(pivot[i]);
+    for (int64_t tile = threadIdx.y; tile < p.tiles; tile += blockDim.y) {
+      const A* of_tile = partials + tile * 2 * p.channels;
+      Moments<A, kVector> added;
+      added.rows = rows[tile];
+      added.sum = load<kVector>(of_tile);
+      added.m2 = load<kVector>(of_tile + p.channels);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) added.sum[i] = (added.sum[i] - pivot[i]) * added.rows;
+      merge(moments, added);
+    }
+  }
+
+  reduce_rows(moments, dynamic_shared<Moments<A, kVector>>(), merge<A, kVector>);
+
+  if (!inside || threadIdx.y != 0) return;
+  Lanes<A, kVector> mean, var;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    mean[i] = moments.sum[i] / moments.rows + pivot[i];
+    var[i] = moments.m2[i] / moments.rows;
+  }
+  store_state(p, c, mean, var);
+  // Cumulative: others still read the count, so that a launch of its own increments it.
+  const A factor = p.cumulative ? A{1} / static_cast<A>(*p.num_batches_tracked + 1) : static_cast<A>(p.momentum);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    average_in<A>(p.running_mean, c + i, mean[i], factor);
+    average_in<A>(p.running_var, c + i, moments.m2[i] / (moments.rows - 1), factor);
+  }
+  if (c == 0 && p.num_batches_tracked != nullptr && !p.cumulative) ++*p.num_batches_tracked;
+}
+
+// One thread.
+__global__ void count_batch_kernel(int64_t* num_batches_tracked) {
+  ++*num_batches_tracked;
+}
+
+// A thread owns a channel.
+template <class A>
+__global__ void bn_frozen_kernel(const BnFrozenParams p) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= p.channels) return;
+  const Lanes<A, 1> mean{{load_channel<A>(p.running_mean, c, 0)}};
+  const Lanes<A, 1> var{{load_channel<A>(p.running_var, c, 0)}};
+  store_state(p, c, mean, var);
+}
+
+}  // namespace fusedres

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace fusedres {
+
+// The block's dynamic shared memory, 16-byte aligned. Kernels of a cooperative launch use no other: the host shim
+// (tests/cuda_shim) runs their blocks side by side and has one copy of a `static __shared__` array.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef FUSEDRES_CUDA_SHIM
+  return reinterpret_cast<T*>(cuda_shim::dynamic_shared());
+#else
+  extern __shared__ __align__(16) unsigned char fusedres_dynamic_shared[];
+  return reinterpret_cast<T*>(fusedres_dynamic_shared);
+#endif
+}
+
+}  // namespace fusedres

@@ -1,0 +1,79 @@
+"""Batch statistics in CUDA (csrc/bn_statistics)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.reference import arithmetic_dtype
+
+
+def bn_finalize(
+    partials: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """See fusedres.ops.bn_finalize."""
+    tiles, _, channels = partials.shape
+    state = torch.empty((4, channels), dtype=partials.dtype, device=partials.device)
+    averaged = running_mean is not None and running_var is not None
+    launch(
+        "bn_finalize",
+        partials.device,
+        partials,
+        rows,
+        code(partials),
+        tiles,
+        channels,
+        state,
+        weight,
+        code(weight),
+        bias,
+        code(bias),
+        running_mean if averaged else None,
+        code(running_mean),
+        running_var if averaged else None,
+        code(running_var),
+        num_batches_tracked,
+        averaged and momentum is None,
+        0.0 if momentum is None else momentum,
+        eps,
+    )
+    return state
+
+
+def bn_frozen(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """See fusedres.ops.bn_frozen."""
+    channels = running_mean.shape[0]
+    state = torch.empty((4, channels), dtype=arithmetic_dtype(x.dtype), device=running_mean.device)
+    launch(
+        "bn_frozen",
+        state.device,
+        code(state),
+        channels,
+        state,
+        weight,
+        code(weight),
+        bias,
+        code(bias),
+        running_mean,
+        code(running_mean),
+        running_var,
+        code(running_var),
+        eps,
+    )
+    return state

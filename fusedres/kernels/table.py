@@ -1,0 +1,41 @@
+"""The one table of which backend's kernel serves an op: fusedres.kernels.<folder>.<backend>.<op>."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from fusedres import cuda_support
+
+# Backends that stand in, in this order, where a backend has no kernel of an op or cannot run here. Every other backend
+# has its ops or raises.
+STAND_INS: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference")}
+
+
+def find(folder: str, op: str, backend: str) -> Callable[..., Any] | None:
+    """A backend's own kernel of an op, None where it has none."""
+    try:
+        return getattr(import_module(f"fusedres.kernels.{folder}.{backend}"), op, None)
+    except ModuleNotFoundError:  # also where Triton is not installed
+        return None
+
+
+@torch.compiler.assume_constant_result
+def serving(folder: str, op: str, backend: str) -> str:
+    """The backend whose kernel runs where `backend` is selected."""
+    return explain(folder, op, backend)[0]
+
+
+def explain(folder: str, op: str, backend: str) -> tuple[str, str]:
+    """The backend whose kernel runs where `backend` is selected, and why that one."""
+    if backend not in STAND_INS:
+        return backend, "selected"
+    reason = cuda_support.unsupported()
+    if reason is None:
+        if find(folder, op, backend) is not None:
+            return backend, "selected"
+        reason = f"there is no {backend} kernel"
+    return next((other, reason) for other in STAND_INS[backend] if find(folder, op, other) is not None)

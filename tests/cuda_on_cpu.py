@@ -1,0 +1,93 @@
+"""The CUDA backend on the host: csrc's .cu files and their bindings compiled with g++ against tests/cuda_shim.
+
+`install()` puts that module in the place of fusedres._CUDA, so that the backend "cuda" takes CPU tensors. It is built
+once for a state of the sources and kept in the folder of temporary files; only what changed is compiled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import pybind11
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+SHIM = ROOT / "tests" / "cuda_shim"
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{CSRC}"]
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+def sources() -> list[Path]:
+    """Every CUDA source."""
+    return sorted(CSRC.rglob("*.cu"))
+
+
+def compile_objects(files: list[Path], flags: list[str]) -> list[Path]:
+    """Objects of C++ or CUDA sources for the host; kept by the hash of everything that goes into them."""
+    assert COMPILER, "g++ was not found"
+    folder = Path(tempfile.gettempdir(), f"fusedres-cuda-shim-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    headers = [path for path in (*CSRC.rglob("*"), *SHIM.rglob("*")) if path.suffix in {".h", ".cuh"}]
+    common = hashlib.sha256("\0".join([COMPILER, *flags, str(ROOT)]).encode())
+    for path in sorted(headers):
+        common.update(path.read_bytes())
+
+    def compiled(path: Path) -> Path:
+        key = common.copy()
+        key.update(path.read_bytes())
+        target = folder / f"{path.stem}-{key.hexdigest()[:20]}.o"
+        if not target.exists():
+            made = target.with_suffix(f".{os.getpid()}")
+            command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(path), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+            made.replace(target)
+        return target
+
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes wait for the same objects
+        return list(pool.map(compiled, files))
+
+
+@cache
+def module() -> Any:
+    """The functions of fusedres._CUDA, on host pointers."""
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    archs = '-DFUSEDRES_CUDA_ARCHS="host"'
+    objects = compile_objects(sources(), ["-O1", "-fPIC", "-fvisibility=hidden"])
+    objects += compile_objects([CSRC / "bindings_cuda.cpp"], ["-O1", "-fPIC", "-fvisibility=hidden", archs, *include])
+    names = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:20]
+    library = objects[0].with_name(f"_CUDA-{names}.so")
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([COMPILER, "-shared", "-pthread", *map(str, objects), "-o", str(made)], check=True)
+        made.replace(library)
+    loader = ExtensionFileLoader("_CUDA", str(library))
+    spec = spec_from_loader("_CUDA", loader)
+    assert spec is not None
+    loaded = module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
+
+
+@cache
+def install() -> None:
+    """From here on the backend "cuda" runs on CPU tensors."""
+    from fusedres import cuda_support
+    from fusedres.ops._library import OPS
+
+    cuda_support.substitute(module(), ("cpu", "meta"))
+    for op in OPS.values():
+        op._kernels.clear()  # found before, when it could not run here

@@ -1,0 +1,17 @@
+#pragma once
+
+// See cuda_runtime.h beside this file: the grid of a cooperative launch.
+
+#include "cuda_runtime.h"
+
+namespace cooperative_groups {
+
+struct grid_group {
+  void sync() const { cuda_shim::grid->arrive_and_wait(); }
+};
+
+inline grid_group this_grid() {
+  return {};
+}
+
+}  // namespace cooperative_groups
