@@ -41,7 +41,9 @@ def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) 
 
 def _has_wgmma(device: torch.device) -> bool:
     """Whether the product takes few enough registers for 256 columns on load; off a GPU what an H100 has."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] == 9
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _config(block_m: int, block_n: int, block_k: int, slices: int, warps: int, stages: int) -> Config:
