@@ -106,6 +106,9 @@ def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple
     stem = isinstance(what, Stem)
     module = torchvision.models.resnet18() if stem else make_block(what)
     module = fusedres.fuse(module, **WAYS[way][0]).to("meta", dtype)
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.float()  # as under autocast, where it stays float32; the weights are still to be converted
     x = torch.empty((batch, 3 if stem else what.in_channels, what.size, what.size), dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
     return (_StemOnly(module), x) if stem else (module, x.requires_grad_())

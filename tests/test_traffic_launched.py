@@ -180,3 +180,17 @@ def test_what_cannot_be_counted_is_refused(traffic, arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         traffic.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "goal"), [("resnet50", 161.2), ("resnet18", 40.2)])
+def test_one_pass_blocks_reach_the_goal(rows, model, goal):
+    """MB an image in bfloat16 at 224x224: the least that these kernels could move, and 5%."""
+    assert rows[model, "fused min"]["mb_image"] <= 1.05 * goal
+
+
+@pytest.mark.parametrize(("name", "forward", "backward"), [("resnet18.layer1.0", 8, 10), ("resnet18.layer2.0", 8, 14)])
+def test_a_basic_block_takes_few_launches(rows, name, forward, backward):
+    """Weight casts, running statistics and counters included; operators of torch count as launches."""
+    row = rows[name, "fused"]
+    total = [own + other for own, other in zip(row["launches"], row["operators"], strict=True)]
+    assert total[0] <= forward and total[1] <= backward
