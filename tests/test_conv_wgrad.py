@@ -10,6 +10,7 @@ from torch.nn.functional import conv2d
 
 from fusedres import ops
 from fusedres.kernels.reference import pack_bits
+from fusedres.ops.conv_wgrad import CONV_WGRAD
 
 BACKENDS = ("reference", "triton")
 # (N, C, H, W), K, kernel, stride, padding, dilation
@@ -310,6 +311,10 @@ def test_errors():
     for error, message, change in cases:
         with pytest.raises(error, match=f"conv_wgrad: .*{message}"):
             ops.conv_wgrad(**good | pairs | change, backend="reference")
+    huge = torch.empty(2**17, 1, 128, 128, device="meta").to(memory_format=torch.channels_last)
+    ones = ((1, 1), (1, 1), (0, 0), (1, 1))
+    with pytest.raises(ValueError, match="conv_wgrad: input and grad must have fewer than 2³¹ pixels"):
+        CONV_WGRAD._check(huge, None, None, None, huge, None, *ones, "reference")
     partial, weight = torch.zeros(2, 8, 3, 3, 4), torch.zeros(8, 4, 3, 3)
     cases = [
         (ValueError, "lists of one length, 1 to 4, got 5 and 5", [partial] * 5, [weight] * 5),

@@ -45,6 +45,11 @@ def _check_conv_wgrad(
         )
     if input.numel() == 0 or grad.numel() == 0:
         raise ValueError(f"conv_wgrad: input and grad must not be empty, got {tuple(input.shape)}, {tuple(grad.shape)}")
+    if grad.numel() // grad.shape[1] >= 2**31 or input.numel() // input.shape[1] >= 2**31:
+        raise ValueError(
+            "conv_wgrad: input and grad must have fewer than 2³¹ pixels, got "
+            f"{tuple(input.shape)}, {tuple(grad.shape)}; split the batch"
+        )
     reached = [
         (size + 2 * pad - step * (taps - 1) - 1) // by + 1
         for size, pad, step, taps, by in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
@@ -122,6 +127,8 @@ def conv_wgrad(
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+
+    Not supported: groups; 2³¹ pixels or more.
     """
     partials: Tensor = CONV_WGRAD(
         grad, gate, y, coefficients, input, input_state, kernel, stride, padding, dilation, backend

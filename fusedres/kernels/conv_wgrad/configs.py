@@ -44,7 +44,8 @@ def conv_wgrad(
         if second >= 256:
             tiles.insert(0, (64, 256, 64, 4, 3))
     elif second <= 64:
-        tiles = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 32, 8, 4), (64, 64, 64, 4, 4)]
+        warps = 8 if h_computed or dy_computed else 4  # what is computed wants registers
+        tiles = [(128, 64, 64, warps, 3), (128, 64, 64, warps, 4), (128, 64, 32, warps, 4), (64, 64, 64, 4, 4)]
     else:
         tiles = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3)]
         if second >= 256 and not dy_computed:  # whose coefficients would spill beside 128 sums a thread

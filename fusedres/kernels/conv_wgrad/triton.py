@@ -113,12 +113,13 @@ def conv_wgrad_kernel(
     k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tile = tl.program_id(0)
     tap = tile // (c_tiles * k_tiles) % TAPS
-    split = (tile // (c_tiles * k_tiles * TAPS)).to(tl.int64)
+    split = tile // (c_tiles * k_tiles * TAPS)
     top, left = tap // TAPS_W * DILATION_H - PADDING_H, tap % TAPS_W * DILATION_W - PADDING_W
     start = split * steps * BLOCK_M
-    rows = tl.minimum(M - start, steps * BLOCK_M).to(tl.int32)
+    rows = tl.minimum(M - start, steps * BLOCK_M)
     image = start // (P * Q)
-    first = (start - image * (P * Q)).to(tl.int32)  # of the split's rows in its first image
+    first = start - image * (P * Q)  # of the split's rows in its first image
+    start, image = start.to(tl.int64), image.to(tl.int64)
 
     # x's tile has its rows m along axis M_AXIS, dy's along the other one
     M_AXIS: tl.constexpr = 1 if X_FIRST else 0
@@ -173,7 +174,7 @@ def conv_wgrad_kernel(
         else:
             acc = tl.dot(dy, x, acc, input_precision=PRECISION, out_dtype=wide)
 
-    out_offsets = ((split * K + k) * TAPS + tap) * C + c
+    out_offsets = ((split.to(tl.int64) * K + k) * TAPS + tap) * C + c
     tl.store(out_ptr + out_offsets, acc, mask=(k < K) & (c < C))
 
 
