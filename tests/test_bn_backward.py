@@ -8,7 +8,9 @@ from op_inputs import DTYPES, EPS, SHAPES, activation, assert_near, channels, de
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
+from fusedres.kernels.launch import record_launches
 from fusedres.kernels.reference import pack_bits
+from fusedres.ops.launch import launches
 
 BACKENDS = ("reference", "triton")
 
@@ -259,3 +261,21 @@ def test_errors():
         ops.bn_backward_coefficients(partials, 18, affine[:2], "reference", batch_statistics=True)
     with pytest.raises(RuntimeError, match="there is no cpu backend; use 'reference'"):
         ops.bn_backward_reduce(grad, gate, x, affine, "cpu")
+
+
+def test_candidates_are_worked_out_once():
+    """Which costs more than the launch itself where it is done each time."""
+    x, affine = torch.empty((2, 64, 7, 7), device="meta"), torch.empty(4, 64, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.empty((64, 64, 3, 3), device="meta")
+    run = launches("triton")
+    with record_launches() as made:
+        for _ in range(2):
+            run.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5)
+            run.bn_relu(x, affine, None, 1)
+            run.bn_add_relu_backward(x, x, x, affine, True, None, None, False, True)
+            run.shortcut_grad_(x, x, None, 1)
+            run.conv_weights([weight], torch.float32)
+    first, second = made[: len(made) // 2], made[len(made) // 2 :]
+    assert [launch.name for launch in first] == [launch.name for launch in second] and len(first) == 8
+    assert all(a.candidates is b.candidates for a, b in zip(first, second, strict=True))

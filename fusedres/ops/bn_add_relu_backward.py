@@ -80,7 +80,8 @@ def bn_add_relu_backward(
         with_sums: False where no sum is needed; they are undefined then, unless batch statistics need them.
 
     Returns:
-        grad_x; the shortcut's grad (empty without one); sums (3, C): Σd, Σd·x̂, and Σd·x̂ of the shortcut.
+        grad_x; the shortcut's grad (empty without one); sums (3, C): Σd, Σd·x̂, and Σd·x̂ of the shortcut,
+        undefined without one.
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
