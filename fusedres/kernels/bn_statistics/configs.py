@@ -11,6 +11,7 @@ from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
 from fusedres.kernels.tiles import row_tiles
 
 
+@cache
 def bn_partials(channels: int, dtype: torch.dtype) -> Sequence[Config]:
     """Candidates, best guess first: 16 elements a thread (8 of float64), half or twice; each has two accumulators."""
     if INTERPRETED:
