@@ -25,22 +25,27 @@ import pybind11
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 SHIM = ROOT / "tests" / "cuda_shim"
-FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{CSRC}"]
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
-def sources() -> list[Path]:
+def sources(csrc: Path = CSRC) -> list[Path]:
     """Every CUDA source."""
-    return sorted(CSRC.rglob("*.cu"))
+    return sorted(csrc.rglob("*.cu"))
 
 
-def compile_objects(files: list[Path], flags: list[str]) -> list[Path]:
-    """Objects of C++ or CUDA sources for the host; kept by the hash of everything that goes into them."""
-    assert COMPILER, "g++ was not found"
+def kept() -> Path:
+    """Where objects are kept from session to session."""
     folder = Path(tempfile.gettempdir(), f"fusedres-cuda-shim-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    headers = [path for path in (*CSRC.rglob("*"), *SHIM.rglob("*")) if path.suffix in {".h", ".cuh"}]
-    common = hashlib.sha256("\0".join([COMPILER, *flags, str(ROOT)]).encode())
+    return folder
+
+
+def compile_objects(files: list[Path], flags: list[str], folder: Path, csrc: Path = CSRC) -> list[Path]:
+    """Objects in `folder` of C++ or CUDA sources for the host, by the hash of everything that goes into them."""
+    assert COMPILER, "g++ was not found"
+    headers = [path for path in (*csrc.rglob("*"), *SHIM.rglob("*")) if path.suffix in {".h", ".cuh"}]
+    common = hashlib.sha256("\0".join([COMPILER, *flags, str(csrc)]).encode())
     for path in sorted(headers):
         common.update(path.read_bytes())
 
@@ -50,7 +55,8 @@ def compile_objects(files: list[Path], flags: list[str]) -> list[Path]:
         target = folder / f"{path.stem}-{key.hexdigest()[:20]}.o"
         if not target.exists():
             made = target.with_suffix(f".{os.getpid()}")
-            command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(path), "-o", str(made)]
+            include = [f"-I{SHIM}", f"-I{csrc}"]
+            command = [COMPILER, *FLAGS, *flags, *include, "-x", "c++", "-c", str(path), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
             made.replace(target)
@@ -65,9 +71,9 @@ def compile_objects(files: list[Path], flags: list[str]) -> list[Path]:
 def module() -> Any:
     """The functions of fusedres._CUDA, on host pointers."""
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    archs = '-DFUSEDRES_CUDA_ARCHS="host"'
-    objects = compile_objects(sources(), ["-O1", "-fPIC", "-fvisibility=hidden"])
-    objects += compile_objects([CSRC / "bindings_cuda.cpp"], ["-O1", "-fPIC", "-fvisibility=hidden", archs, *include])
+    objects = compile_objects(sources(), ["-O1", "-fPIC", "-fvisibility=hidden"], kept())
+    options = ["-O1", "-fPIC", "-fvisibility=hidden", '-DFUSEDRES_CUDA_ARCHS="host"', *include]
+    objects += compile_objects([CSRC / "bindings_cuda.cpp"], options, kept())
     names = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:20]
     library = objects[0].with_name(f"_CUDA-{names}.so")
     if not library.exists():

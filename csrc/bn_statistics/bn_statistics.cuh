@@ -13,6 +13,7 @@
 // running statistics.
 
 #include "bn_statistics/bn_statistics_cuda.h"
+#include "common/cuda_index.cuh"
 #include "common/cuda_moments.cuh"
 #include "common/cuda_reduce.cuh"
 #include "common/cuda_shared.cuh"
@@ -45,7 +46,7 @@ __device__ __forceinline__ void average_in(const ChannelVector& running, int64_t
 
 template <class A, int kVector>
 __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
-  const int64_t c = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kVector;
+  const int64_t c = thread_index() * kVector;
   const bool inside = c < p.channels;
   const A* partials = static_cast<const A*>(p.partials) + c;
   const A* rows = static_cast<const A*>(p.rows);
@@ -96,7 +97,7 @@ __global__ void count_batch_kernel(int64_t* num_batches_tracked) {
 // A thread owns a channel.
 template <class A>
 __global__ void bn_frozen_kernel(const BnFrozenParams p) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t c = thread_index();
   if (c >= p.channels) return;
   const Lanes<A, 1> mean{{load_channel<A>(p.running_mean, c, 0)}};
   const Lanes<A, 1> var{{load_channel<A>(p.running_var, c, 0)}};
