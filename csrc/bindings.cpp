@@ -180,14 +180,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bn_relu_maxpool_backward",
       [](Address grad, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, Address argmax,
-         Address out, Address x, Address state, bool batch_statistics, Address grad_x, Address sums, bool reduce,
-         int threads) {
+         Address x, Address state, bool batch_statistics, Address grad_x, Address sums, bool reduce, int threads) {
         const BnReluMaxpoolBackwardParams params{
             pointer<const void>(grad),
             dtype_of(dtype),
             {batch, height, width, channels},
             pointer<const uint8_t>(argmax),
-            pointer<const void>(out),
             {pointer<const void>(x), pointer<const void>(state), pointer(grad_x), batch_statistics},
             pointer(sums),
             threads};

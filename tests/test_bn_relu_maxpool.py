@@ -21,6 +21,8 @@ SHAPES = (
     (2, 64, 9, 18),
 )
 
+CLOSED = 9  # the place of a window whose ReLU is closed
+
 
 def _inputs(shape, dtype, backend, seed=0):
     where = device(backend, dtype)
@@ -56,7 +58,9 @@ def test_forward(backend, dtype, shape):
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert argmax.is_contiguous(memory_format=torch.channels_last)
     assert_near("out", out, want, terms, dtype)
-    winners = z.flatten(2).gather(2, _index(argmax, shape[3]).flatten(2)).view(want.shape)
+    assert torch.equal(argmax == CLOSED, out <= 0)
+    index = _index(argmax.masked_fill(argmax == CLOSED, 4), shape[3])  # 4: the centre, whose ReLU is 0 too
+    winners = z.flatten(2).gather(2, index.flatten(2)).view(want.shape)
     assert_near("value at argmax", winners, want, terms + 1e-30, torch.float64 if dtype == torch.float64 else dtype)
     alone, nothing = ops.bn_relu_maxpool(x, affine, backend)
     assert torch.equal(alone, out) and nothing.numel() == 0
@@ -66,12 +70,13 @@ def test_forward(backend, dtype, shape):
 @pytest.mark.parametrize("shape", [(2, 17, 6, 7), (1, 64, 5, 5), (3, 2, 1, 2)])
 @pytest.mark.parametrize("values", [(-2, 2), (-1, 3), (-3, 0), (1, 2)])
 def test_the_first_of_equal_maxima_wins(backend, shape, values):
-    """Few integers: ties everywhere, also of closed windows, whose ReLU is 0 at every place."""
+    """Few integers: ties everywhere; closed windows, whose ReLU is 0 at every place, have no winner."""
     x = torch.randint(*values, shape).float().contiguous(memory_format=torch.channels_last).to(device(backend))
     out, argmax = ops.bn_relu_maxpool(x, _identity(shape[1], torch.float32).to(x.device), backend, with_argmax=True)
     want, index = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
     assert torch.equal(out, want)
-    assert torch.equal(_index(argmax, shape[3]), index)
+    assert torch.equal(argmax == CLOSED, want <= 0)
+    assert torch.equal(_index(argmax, shape[3])[want > 0], index[want > 0])
 
 
 @pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
@@ -85,19 +90,21 @@ def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     want, index = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
     assert int(out.isnan().sum()) == int(want.isnan().sum()) > 0
     assert torch.equal(out.nan_to_num(-1.0, 1e4), want.nan_to_num(-1.0, 1e4))
-    assert torch.equal(_index(argmax, 9), index)
+    assert torch.equal(argmax == CLOSED, want <= 0)  # NaN is open
+    assert torch.equal(_index(argmax, 9)[argmax != CLOSED], index[argmax != CLOSED])
     # NaN lets the gradient pass, to the place where torch sends it
     grad = torch.ones_like(out)
-    grad_x, _ = ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, backend, batch_statistics=False)
+    grad_x, _ = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=False)
     leaf = x.clone().requires_grad_()
     F.max_pool2d(leaf.relu(), 3, 2, 1).backward(grad)
     assert torch.equal(grad_x, leaf.grad)
 
 
-def _want(grad, argmax, out, x, affine, batch_statistics):
+def _want(grad, argmax, x, affine, batch_statistics):
     """grad_x, Σd, Σd·x̂, and the terms of each, in float64, by scattering."""
-    open_grad = torch.where(out <= 0, 0.0, grad.double()).flatten(2)
-    index = _index(argmax, x.shape[3]).flatten(2)
+    closed = argmax == CLOSED
+    open_grad = torch.where(closed, 0.0, grad.double()).flatten(2)
+    index = _index(argmax.masked_fill(closed, 4), x.shape[3]).flatten(2)
     zeros = torch.zeros(x.shape, dtype=torch.float64, device=x.device).flatten(2)
     d, d_terms = (zeros.scatter_add(2, index, values).view(x.shape) for values in (open_grad, open_grad.abs()))
     mean, invstd, scale, _ = (channels(row) for row in affine)
@@ -122,7 +129,7 @@ def test_backward(backend, dtype, shape, batch_statistics):
     grad = activation(_pooled(shape), dtype, seed=5).to(x.device)
     out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
     kept = grad.clone()
-    saved = (grad, argmax, out, x, affine)
+    saved = (grad, argmax, x, affine)
     grad_x, sums = ops.bn_relu_maxpool_backward(*saved, backend, batch_statistics=batch_statistics)
     assert torch.equal(grad, kept)
     assert grad_x.shape == x.shape and grad_x.is_contiguous(memory_format=torch.channels_last)
@@ -150,7 +157,7 @@ def test_gradients_are_autograds(backend):
     x, grad, w, b = (t.detach().to(device(backend)) for t in (x, grad, weight, bias))
     affine = ops.bn_statistics(x, w, b, None, None, None, 0.1, 1e-5, "reference")
     out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
-    grad_x, sums = ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, backend, batch_statistics=True)
+    grad_x, sums = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=True)
     torch.testing.assert_close(out.cpu(), want.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_x.cpu(), leaf.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(sums.cpu(), torch.stack((bias.grad, weight.grad)), rtol=1e-10, atol=1e-12)
@@ -164,7 +171,7 @@ def test_closed_windows_send_nothing(backend):
     out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
     grad = torch.full_like(out, torch.nan)
     grad[:, 9:] = 1.0
-    grad_x, sums = ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, backend, batch_statistics=False)
+    grad_x, sums = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=False)
     assert not grad_x[:, :9].any() and not sums[:, :9].any()
     assert torch.equal(sums[0, 9:], (out[:, 9:] > 0).sum((0, 2, 3)).float())
 
@@ -176,9 +183,9 @@ def test_constant_statistics_ignore_x(backend):
     out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
     grad = torch.ones_like(out)
     options = {"batch_statistics": False, "with_sums": False}
-    want, _ = ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, backend, **options)
+    want, _ = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, **options)
     x[0, :, 0, 0] = torch.nan
-    got, _ = ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, backend, **options)
+    got, _ = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, **options)
     assert torch.equal(got, want)
 
 
@@ -188,7 +195,7 @@ def test_an_empty_batch(backend):
     affine = affine.to(x.device)
     out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
     assert out.shape == argmax.shape == (0, 4, 3, 3)
-    grad_x, sums = ops.bn_relu_maxpool_backward(out, argmax, out, x, affine, backend, batch_statistics=True)
+    grad_x, sums = ops.bn_relu_maxpool_backward(out, argmax, x, affine, backend, batch_statistics=True)
     assert grad_x.shape == x.shape and not sums.any()
 
 
@@ -200,7 +207,7 @@ def test_same_bits_on_any_number_of_threads(shape):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out, argmax = ops.bn_relu_maxpool(x, affine, "cpu", with_argmax=True)
-        results.append((out, *ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, "cpu", batch_statistics=True)))
+        results.append((out, *ops.bn_relu_maxpool_backward(grad, argmax, x, affine, "cpu", batch_statistics=True)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -208,10 +215,10 @@ def test_same_bits_on_any_number_of_threads(shape):
 def test_fakes_have_the_real_shapes():
     x, affine = _inputs((2, 5, 7, 6), torch.bfloat16, "cpu")
     real = ops.bn_relu_maxpool(x, affine, "cpu", with_argmax=True)
-    real += ops.bn_relu_maxpool_backward(real[0], real[1], real[0], x, affine, "cpu", batch_statistics=True)
+    real += ops.bn_relu_maxpool_backward(real[0], real[1], x, affine, "cpu", batch_statistics=True)
     x, affine = x.to("meta"), affine.to("meta")
     fake = ops.bn_relu_maxpool(x, affine, "triton", with_argmax=True)
-    fake += ops.bn_relu_maxpool_backward(fake[0], fake[1], fake[0], x, affine, "triton", batch_statistics=True)
+    fake += ops.bn_relu_maxpool_backward(fake[0], fake[1], x, affine, "triton", batch_statistics=True)
     for one, other in zip(real, fake, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
@@ -226,12 +233,11 @@ def test_errors():
         ops.bn_relu_maxpool(torch.empty(2, 4, 0, 6).to(memory_format=torch.channels_last), affine, "cpu")
     out, argmax = ops.bn_relu_maxpool(x, affine, "cpu", with_argmax=True)
 
-    def refused(error, message, grad=out, argmax=argmax, out=out, x=x):
+    def refused(error, message, grad=out, argmax=argmax):
         with pytest.raises(error, match=f"bn_relu_maxpool_backward: {message}"):
-            ops.bn_relu_maxpool_backward(grad, argmax, out, x, affine, "cpu", batch_statistics=True)
+            ops.bn_relu_maxpool_backward(grad, argmax, x, affine, "cpu", batch_statistics=True)
 
     refused(ValueError, r"grad must have shape \(2, 4, 3, 3\) for x", grad=x)
     refused(TypeError, "grad must be torch.float32 like x", grad=out.double())
-    refused(ValueError, "out must have shape", out=x)
     refused(TypeError, "argmax must be torch.uint8, got torch.int64", argmax=argmax.long())
     refused(ValueError, "argmax must have shape .*with_argmax=True", argmax=torch.empty(0, dtype=torch.uint8))

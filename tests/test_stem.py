@@ -171,7 +171,7 @@ def test_images_without_gradient_cost_no_dgrad_and_nothing_pointwise_runs() -> N
 
 
 def test_saved_bytes_against_eager() -> None:
-    """Eager: y, its ReLU, 64-bit indices. Fused: y, the pooled output, a byte an element of it. Of y: 2.5 and 1.3."""
+    """Eager: y, its ReLU, 64-bit indices. Fused: y, a byte an element of the pooled output. Of y: 2.5 and 1.1."""
     model, x, _ = stem(memory_format=NHWC, size=(64, 64), channels=(3, 64))
 
     def saved(each: nn.Module) -> int:
@@ -186,7 +186,7 @@ def test_saved_bytes_against_eager() -> None:
             each(x)
         return sum(sizes.values())
 
-    assert saved(twin_of(model)) < 0.6 * saved(model)
+    assert saved(twin_of(model)) < 0.5 * saved(model)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
@@ -461,5 +461,5 @@ def test_launches_of_a_training_step() -> None:
     y, pooled = 4 * 19 * 8 * 9, 4 * 19 * 4 * 5  # elements, of 4 bytes; a place is one
     forward, reduce, _, apply = (launch.bytes() for launch in launches)
     assert 0 <= forward - (4 * y + 5 * pooled) < 1000
-    assert 0 <= reduce - (4 * y + 9 * pooled) < 1000
-    assert 0 <= apply - (8 * y + 9 * pooled) < 1000
+    assert 0 <= reduce - (4 * y + 5 * pooled) < 1000
+    assert 0 <= apply - (8 * y + 5 * pooled) < 1000

@@ -16,8 +16,8 @@ namespace fusedres {
 namespace {
 
 void check(const BnReluMaxpoolBackwardParams& p, const char* op) {
-  require(p.grad != nullptr && p.argmax != nullptr && p.out != nullptr && p.branch.x != nullptr &&
-              p.branch.state != nullptr && p.sums != nullptr,
+  require(p.grad != nullptr && p.argmax != nullptr && p.branch.x != nullptr && p.branch.state != nullptr &&
+              p.sums != nullptr,
           op, "null pointer");
 }
 

@@ -7,7 +7,8 @@
 
 namespace fusedres {
 
-// Sizes of x, [batch, height, width, channels]. A window's centre is pixel (2p, 2q); its places 0 to 8 are row-major.
+// Sizes of x, [batch, height, width, channels]. A window's centre is pixel (2p, 2q); its places 0 to 8 are row-major,
+// and 9 stands for a window whose ReLU is closed: its maximum, as stored, is <= 0.
 struct PoolShape {
   int64_t batch;
   int64_t height;
@@ -37,7 +38,6 @@ struct BnReluMaxpoolBackwardParams {
   DType dtype;
   PoolShape shape;
   const uint8_t* argmax;  // [windows, channels]
-  const void* out;        // [windows, channels]
   BnBranch branch;        // x, its state, grad_x
   void* sums;             // [2, channels] arithmetic type: Σd, Σd·x̂
   int threads;

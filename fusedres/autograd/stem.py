@@ -2,7 +2,7 @@
 
     y = conv(x);  out = maxpool(relu(BN(y)))
 
-Saved: x, y, BatchNorm's (4, C) state, out, and one byte an element of out, where its maximum was. Neither BN(y) nor its
+Saved: x, y, BatchNorm's (4, C) state, and one byte an element of out, where its maximum was. Neither BN(y) nor its
 ReLU is ever in memory.
 """
 
@@ -70,7 +70,7 @@ class StemFunction(torch.autograd.Function):
         out, argmax, y, state = _forward(source, plan, tensors, True)
         ctx.plan, ctx.nchw = plan, nchw
         ctx.needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + UNIT_PARAMS])
-        ctx.save_for_backward(x, *tensors[:UNIT_PARAMS], y, state, argmax, out)
+        ctx.save_for_backward(x, *tensors[:UNIT_PARAMS], y, state, argmax)
         # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
         return out.contiguous() if nchw and _is_nchw(tensors[0]) and not out.is_contiguous() else out
 
@@ -79,13 +79,13 @@ class StemFunction(torch.autograd.Function):
         """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
         plan: StemPlan = ctx.plan
         needs: tuple[bool, ...] = ctx.needs
-        x, *params, y, state, argmax, out = ctx.saved_tensors
+        x, *params, y, state, argmax = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(grad_out):
             count_path("stem_composite_backward")
             grads = _differentiable(grad_out, x, plan, params, state, needs)
         else:
             count_path("stem_backward")
-            grads = _backward(grad_out, x, plan, params, (argmax, out, y, state), needs)
+            grads = _backward(grad_out, x, plan, params, (argmax, y, state), needs)
             if grads[0] is not None and ctx.nchw:
                 grads[0] = grads[0].contiguous()
         return (grads[0], None, *grads[1:], None, None, None)
@@ -96,12 +96,12 @@ def _backward(
     x: Tensor,
     plan: StemPlan,
     params: list[Tensor | None],
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of x, conv weight, BN weight, BN bias; what is not needed stays None."""
     launch = launches(plan.backend)
-    unit, y = plan.unit, saved[2]
+    unit, y = plan.unit, saved[1]
     arguments = (grad_out.contiguous(memory_format=_CHANNELS_LAST), *saved, unit.batch_statistics, needs[2] or needs[3])
     if torch.compiler.is_compiling() or _keeps_graph():
         grad, sums = launch.bn_relu_maxpool_backward(*arguments)

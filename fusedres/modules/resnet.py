@@ -49,7 +49,7 @@ class FusedResNet(FusedStem, ResNet):
     The convolution is the library's; BatchNorm, ReLU and the 3x3 max-pool behind it are one pass each way. The layers
     run as they are: fusedres.fuse switches their blocks, or build it from FusedBasicBlock or FusedBottleneck.
 
-    Saved for backward by the stem: its input, the raw convolution output, the pooled output, one byte an element of it.
+    Saved for backward by the stem: its input, the raw convolution output, and one byte an element of the pooled output.
     Any part that is not plain (`stem_unfused_reason()`: CIFAR's Identity for maxpool, SyncBatchNorm, a hook) makes the
     whole forward torchvision's.
 

@@ -47,8 +47,8 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, backend: str, with_argmax: bool = 
         with_argmax: also return where each maximum was.
 
     Returns:
-        out (N, C, ceil(H / 2), ceil(W / 2)), channels_last, x's dtype; argmax uint8 like out, the place in the window,
-        3·row + column; an empty tensor without with_argmax.
+        out (N, C, ceil(H / 2), ceil(W / 2)), channels_last, x's dtype; argmax uint8 like out: the place in the window,
+        3·row + column, or 9 where the ReLU is closed (out <= 0; NaN is open); an empty tensor without with_argmax.
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
@@ -60,7 +60,6 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, backend: str, with_argmax: bool = 
 def _check_backward(
     grad: Tensor,
     argmax: Tensor,
-    out: Tensor,
     x: Tensor,
     state: Tensor,
     batch_statistics: bool,
@@ -76,7 +75,6 @@ def _check_backward(
             f"{op}: grad must have shape {_pooled(x)} for x {tuple(x.shape)}, got {tuple(grad.shape)}; "
             "pass the gradient of the pooled output"
         )
-    _checks.same(op, "out", out, "grad", grad)
     if argmax.dtype is not torch.uint8:
         raise TypeError(f"{op}: argmax must be torch.uint8, got {argmax.dtype}; pass that of bn_relu_maxpool")
     if argmax.shape != grad.shape or not argmax.is_contiguous(memory_format=torch.channels_last):
@@ -88,14 +86,12 @@ def _check_backward(
         raise RuntimeError(f"{op}: argmax must be on {x.device} like x, got {argmax.device}; move one of them")
 
 
-def _fake_backward(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, *_: object
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.channels_last), state.new_empty((2, x.shape[1]))
 
 
 BN_RELU_MAXPOOL_BACKWARD = Op(
-    "bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor out, Tensor x, Tensor state, bool batch_statistics, "
+    "bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor state, bool batch_statistics, "
     "bool with_sums, str backend) -> (Tensor, Tensor)",
     "bn_relu_maxpool",
     _check_backward,
@@ -106,7 +102,6 @@ BN_RELU_MAXPOOL_BACKWARD = Op(
 def bn_relu_maxpool_backward(
     grad: Tensor,
     argmax: Tensor,
-    out: Tensor,
     x: Tensor,
     state: Tensor,
     backend: str,
@@ -116,13 +111,13 @@ def bn_relu_maxpool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of out = maxpool(relu(scale·x + shift)) with respect to x, the raw convolution output.
 
-    Each pixel takes the gradients of the windows that it won, where NOT (out <= 0); with d their sum and x̂ =
+    Each pixel takes the gradients of the windows that it won and whose ReLU is open; with d their sum and x̂ =
     (x − mean)·invstd, per channel over M pixels: the sums Σd (the bias's gradient) and Σd·x̂ (the weight's), then
     grad_x = scale·(d − Σd/M − x̂·Σd·x̂/M) with batch statistics, scale·d with constant ones.
 
     Args:
         grad: (N, C, ceil(H / 2), ceil(W / 2)), channels_last; left as it is.
-        argmax, out: of bn_relu_maxpool.
+        argmax: of bn_relu_maxpool.
         x: (N, C, H, W), channels_last. state: (4, C), its bn_statistics or bn_frozen.
         backend: "reference", "cpu" or "triton".
         batch_statistics: the statistics of state depend on x.
@@ -134,23 +129,22 @@ def bn_relu_maxpool_backward(
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    grad_x, sums = BN_RELU_MAXPOOL_BACKWARD(grad, argmax, out, x, state, batch_statistics, with_sums, backend)
+    grad_x, sums = BN_RELU_MAXPOOL_BACKWARD(grad, argmax, x, state, batch_statistics, with_sums, backend)
     return grad_x, sums
 
 
 BN_RELU_MAXPOOL_BACKWARD_ = Op(
-    "bn_relu_maxpool_backward_(Tensor grad, Tensor argmax, Tensor out, Tensor(a!) x, Tensor state, "
+    "bn_relu_maxpool_backward_(Tensor grad, Tensor argmax, Tensor(a!) x, Tensor state, "
     "bool batch_statistics, bool with_sums, str backend) -> Tensor",
     "bn_relu_maxpool",
     _check_backward,
-    lambda grad, argmax, out, x, state, *_: state.new_empty((2, x.shape[1])),
+    lambda grad, argmax, x, state, *_: state.new_empty((2, x.shape[1])),
 )
 
 
 def bn_relu_maxpool_backward_(
     grad: Tensor,
     argmax: Tensor,
-    out: Tensor,
     x: Tensor,
     state: Tensor,
     backend: str,
@@ -159,5 +153,5 @@ def bn_relu_maxpool_backward_(
     with_sums: bool = True,
 ) -> Tensor:
     """bn_relu_maxpool_backward with the gradient written over x: for a last backward. Returns the sums."""
-    sums: Tensor = BN_RELU_MAXPOOL_BACKWARD_(grad, argmax, out, x, state, batch_statistics, with_sums, backend)
+    sums: Tensor = BN_RELU_MAXPOOL_BACKWARD_(grad, argmax, x, state, batch_statistics, with_sums, backend)
     return sums

@@ -30,24 +30,23 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool."""
     grad_x = empty_like(x)
-    return grad_x, _launch(grad, argmax, out, x, state, batch_statistics, with_sums, grad_x)
+    return grad_x, _launch(grad, argmax, x, state, batch_statistics, with_sums, grad_x)
 
 
 def bn_relu_maxpool_backward_(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
 ) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
-    return _launch(grad, argmax, out, x, state, batch_statistics, with_sums, x)
+    return _launch(grad, argmax, x, state, batch_statistics, with_sums, x)
 
 
 def _launch(
     grad: Tensor,
     argmax: Tensor,
-    out: Tensor,
     x: Tensor,
     state: Tensor,
     batch_statistics: bool,
@@ -64,7 +63,6 @@ def _launch(
         w,
         c,
         argmax.data_ptr(),
-        out.data_ptr(),
         x.data_ptr(),
         state.data_ptr(),
         batch_statistics,

@@ -10,6 +10,7 @@ from fusedres.kernels.bn_add_relu_backward.reference import bn_relu_backward_
 from fusedres.kernels.reference import affine
 
 _CHANNELS_LAST = torch.channels_last
+CLOSED = 9  # the place of a window's maximum where its ReLU is closed
 
 
 def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
@@ -21,32 +22,32 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
         return out, x.new_empty(0, dtype=torch.uint8)
     top = 2 * torch.arange(out.shape[2], device=x.device).view(-1, 1) - 1
     left = 2 * torch.arange(out.shape[3], device=x.device) - 1
-    place = (index // width - top) * 3 + index % width - left
+    place = ((index // width - top) * 3 + index % width - left).masked_fill_(out <= 0, CLOSED)
     return out, place.to(torch.uint8).contiguous(memory_format=_CHANNELS_LAST)
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool; the sums are always there."""
-    d = _unpooled(grad, argmax, out, x, state)
+    d = _unpooled(grad, argmax, x, state)
     sums = bn_relu_backward_(d, x, state, False, batch_statistics, with_sums)
     return d.to(x.dtype), sums[:2]
 
 
 def bn_relu_maxpool_backward_(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
 ) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
-    grad_x, sums = bn_relu_maxpool_backward(grad, argmax, out, x, state, batch_statistics, with_sums)
+    grad_x, sums = bn_relu_maxpool_backward(grad, argmax, x, state, batch_statistics, with_sums)
     x.copy_(grad_x)
     return sums
 
 
-def _unpooled(grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor) -> Tensor:
+def _unpooled(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:
     """The gradient of scale·x + shift, in the arithmetic type: every window's, at its place."""
     n, c, rows, columns = grad.shape
-    wide = grad.to(state.dtype).masked_fill(out <= 0, 0)
+    wide = grad.to(state.dtype)
     padded = wide.new_zeros((n, c, 2 * rows + 1, 2 * columns + 1))
     for place in range(9):
         top, left = place // 3, place % 3

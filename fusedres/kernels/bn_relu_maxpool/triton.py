@@ -40,24 +40,23 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool."""
     grad_x = torch.empty_like(x)
-    return grad_x, _launch(grad, argmax, out, x, state, batch_statistics, with_sums, grad_x)
+    return grad_x, _launch(grad, argmax, x, state, batch_statistics, with_sums, grad_x)
 
 
 def bn_relu_maxpool_backward_(
-    grad: Tensor, argmax: Tensor, out: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
+    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
 ) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
-    return _launch(grad, argmax, out, x, state, batch_statistics, with_sums, x)
+    return _launch(grad, argmax, x, state, batch_statistics, with_sums, x)
 
 
 def _launch(
     grad: Tensor,
     argmax: Tensor,
-    out: Tensor,
     x: Tensor,
     state: Tensor,
     batch_statistics: bool,
@@ -68,7 +67,7 @@ def _launch(
     sums = state.new_zeros((2, c)) if n == 0 else state.new_empty((2, c))
     if n == 0:
         return sums
-    windows = {"grad_ptr": grad, "argmax_ptr": argmax, "pooled_ptr": out}
+    windows = {"grad_ptr": grad, "argmax_ptr": argmax}
     coefficients = state[2:]  # without sums and batch statistics only a, the scale, is read
     if batch_statistics or with_sums:
         candidates = configs.reduction(c)

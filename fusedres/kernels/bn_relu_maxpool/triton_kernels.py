@@ -1,7 +1,7 @@
 """BatchNorm's affine map, ReLU and 3x3 max-pool with stride 2 and padding 1, forward and backward.
 
     z = relu(scale·x + shift)      out[p, q] = max over the 9 places k of z[2p − 1 + k // 3, 2q − 1 + k % 3]
-    d[h, w] = Σ of grad over the windows that pixel (h, w) won and whose ReLU was open
+    d[h, w] = Σ of grad over the windows that pixel (h, w) won and whose ReLU was open; the others' place is CLOSED
     dx = a·(d − c1 − (x − μ)·k),   c1 = Σd / M,  k = r·(Σ d·x̂) / M       (Ioffe and Szegedy 2015)
 
 A program owns BLOCK_P x BLOCK_Q windows of one image by BLOCK_C channels. In backward these are quads: pixels
@@ -10,7 +10,7 @@ pixel is in one quad, so each gathers its gradient in one order and nothing is s
 
 bn_relu_maxpool_kernel         reads x, writes out and a byte a window. Windows overlap: x comes 2.25 times through L1,
                                once from memory as long as a row of windows stays in L2.
-bn_relu_maxpool_reduce_kernel  reads grad, argmax, out and x; writes partial sums (T, 2, C) of Σd and Σ d·x̂.
+bn_relu_maxpool_reduce_kernel  reads grad, argmax and x; writes partial sums (T, 2, C) of Σd and Σ d·x̂.
 bn_relu_maxpool_apply_kernel   reads the same (no x with constant statistics), writes dx.
 
 With batch statistics backward cannot be one pass: c1 and k, which every pixel of dx needs, are sums over all of them.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CLOSED = tl.constexpr(255)  # a place that no pixel of a window has
+CLOSED = tl.constexpr(9)  # a place that no pixel of a window has
 
 
 @triton.jit
@@ -78,18 +78,17 @@ def bn_relu_maxpool_kernel(
     offsets = ((i * Q + q) * C)[:, None] + columns[None, :]
     inside = ((p < P) & (q < Q))[:, None] & channel[None, :]
     first = (image * P + top) * Q * C
-    tl.store(out_ptr + first + offsets, best.to(out_ptr.dtype.element_ty), mask=inside)
+    out = best.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first + offsets, out, mask=inside)
     if out_argmax_ptr is not None:
+        place = tl.where(out <= 0, CLOSED, place)
         tl.store(out_argmax_ptr + first + offsets, place.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def load_window(grad_ptr, argmax_ptr, pooled_ptr, offsets, inside):
+def load_window(grad_ptr, argmax_ptr, offsets, inside):
     """The gradient of windows and the place it goes to."""
-    pooled = tl.load(pooled_ptr + offsets, mask=inside, other=0)
-    place = tl.load(argmax_ptr + offsets, mask=inside, other=0)
-    grad = tl.load(grad_ptr + offsets, mask=inside, other=0)
-    return grad, tl.where(pooled <= 0, CLOSED, place)
+    return tl.load(grad_ptr + offsets, mask=inside, other=0), tl.load(argmax_ptr + offsets, mask=inside, other=CLOSED)
 
 
 @triton.jit
@@ -99,14 +98,15 @@ def sent(window, place: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def quad_gradients(grad_ptr, argmax_ptr, pooled_ptr, p, q, offsets, channel, P, Q, C, dtype: tl.constexpr):
-    """d of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of quads (p, q); offsets are those of windows (p, q)."""
-    below, right = (p + 1 < P)[:, None] & channel[None, :], (q + 1 < Q)[:, None] & channel[None, :]
-    here = (p < P)[:, None] & (q < Q)[:, None] & channel[None, :]
-    w00 = load_window(grad_ptr, argmax_ptr, pooled_ptr, offsets, here)
-    w01 = load_window(grad_ptr, argmax_ptr, pooled_ptr, offsets + C, here & right)
-    w10 = load_window(grad_ptr, argmax_ptr, pooled_ptr, offsets + Q * C, here & below)
-    w11 = load_window(grad_ptr, argmax_ptr, pooled_ptr, offsets + Q * C + C, here & below & right)
+def quad_gradients(grad_ptr, argmax_ptr, offsets, inside, below, right, Q, C, dtype: tl.constexpr):
+    """d of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of quads; offsets and inside are those of their windows (p, q).
+
+    below, right: whether there are windows (p + 1, q), (p, q + 1).
+    """
+    w00 = load_window(grad_ptr, argmax_ptr, offsets, inside)
+    w01 = load_window(grad_ptr, argmax_ptr, offsets + C, inside & right)
+    w10 = load_window(grad_ptr, argmax_ptr, offsets + Q * C, inside & below)
+    w11 = load_window(grad_ptr, argmax_ptr, offsets + Q * C + C, inside & below & right)
     d00 = sent(w00, 4, dtype)
     d01 = sent(w00, 5, dtype) + sent(w01, 3, dtype)
     d10 = sent(w00, 7, dtype) + sent(w10, 1, dtype)
@@ -118,7 +118,6 @@ def quad_gradients(grad_ptr, argmax_ptr, pooled_ptr, p, q, offsets, channel, P, 
 def bn_relu_maxpool_reduce_kernel(
     grad_ptr,  # (N, P, Q, C)
     argmax_ptr,  # (N, P, Q, C) uint8
-    pooled_ptr,  # (N, P, Q, C) like grad: the forward's output
     x_ptr,  # (N, H, W, C) like grad
     state_ptr,  # (4, C) float32 or float64
     out_ptr,  # (T, 2, C) like state
@@ -150,11 +149,12 @@ def bn_relu_maxpool_reduce_kernel(
         p = tl.where(tile < tiles, p, P)  # behind the last tile nothing is inside
         first = (image * P + top) * Q * C
         offsets = ((i * Q + q) * C)[:, None] + columns[None, :]
+        inside = (p < P)[:, None] & (q < Q)[:, None] & channel[None, :]
+        below, right = (p + 1 < P)[:, None], (q + 1 < Q)[:, None]
         d00, d01, d10, d11 = quad_gradients(
-            grad_ptr + first, argmax_ptr + first, pooled_ptr + first, p, q, offsets, channel, P, Q, C, dtype
+            grad_ptr + first, argmax_ptr + first, offsets, inside, below, right, Q, C, dtype
         )
         pixel_ptrs = x_ptr + (image * H + 2 * top) * W * C + (((2 * i * W + 2 * q) * C)[:, None] + columns[None, :])
-        inside = (p < P)[:, None] & (q < Q)[:, None] & channel[None, :]
         below, right = (2 * p + 1 < H)[:, None], (2 * q + 1 < W)[:, None]
         x00 = tl.load(pixel_ptrs, mask=inside, other=0).to(dtype) - mean[None, :]
         x01 = tl.load(pixel_ptrs + C, mask=inside & right, other=0).to(dtype) - mean[None, :]
@@ -181,7 +181,6 @@ def apply_pixel(d, x_ptr, out_ptr, offsets, inside, a, c1, mean, k):
 def bn_relu_maxpool_apply_kernel(
     grad_ptr,  # (N, P, Q, C)
     argmax_ptr,  # (N, P, Q, C) uint8
-    pooled_ptr,  # (N, P, Q, C) like grad: the forward's output
     x_ptr,  # (N, H, W, C) like grad; None where the statistics are constants
     coefficients_ptr,  # (4, C) float32 or float64: a, c1, μ, k; a alone is read without x
     out_ptr,  # (N, H, W, C) like grad; may be x
@@ -203,8 +202,10 @@ def bn_relu_maxpool_apply_kernel(
     channel = columns < C
     first = (image * P + top) * Q * C
     offsets = ((i * Q + q) * C)[:, None] + columns[None, :]
+    inside = (p < P)[:, None] & (q < Q)[:, None] & channel[None, :]
+    below, right = (p + 1 < P)[:, None], (q + 1 < Q)[:, None]
     d00, d01, d10, d11 = quad_gradients(
-        grad_ptr + first, argmax_ptr + first, pooled_ptr + first, p, q, offsets, channel, P, Q, C, dtype
+        grad_ptr + first, argmax_ptr + first, offsets, inside, below, right, Q, C, dtype
     )
     a = tl.load(coefficients_ptr + columns, mask=channel, other=0)
     c1, mean, k = a, a, a
@@ -216,7 +217,6 @@ def bn_relu_maxpool_apply_kernel(
         mean = tl.load(coefficients_ptr + 2 * C + columns, mask=channel, other=0)
         k = tl.load(coefficients_ptr + 3 * C + columns, mask=channel, other=0)
     offsets = ((2 * i * W + 2 * q) * C)[:, None] + columns[None, :]
-    inside = (p < P)[:, None] & (q < Q)[:, None] & channel[None, :]
     below, right = inside & (2 * p + 1 < H)[:, None], inside & (2 * q + 1 < W)[:, None]
     apply_pixel(d00, x_ptr, out_ptr, offsets, inside, a, c1, mean, k)
     apply_pixel(d01, x_ptr, out_ptr, offsets + C, right, a, c1, mean, k)
