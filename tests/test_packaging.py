@@ -199,7 +199,7 @@ def requirement_names(requirements: list[str]) -> set[str]:
 def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     required = requirement_names(PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []))
     required |= {"numpy", "PIL", "typing_extensions"}  # torchvision and torch require them
-    required |= {"triton"} if extra is None else set()  # comes with torch, imported only where a kernel needs it
+    required |= {"triton"}  # comes with torch, imported only where a kernel needs it
     required |= {"tomli"} if extra == "test" else set()  # pytest requires it where the standard library lacks tomllib
     own = {"fusedres"} | {path.stem for name in (folder, "benchmarks", "tests") for path in (ROOT / name).glob("*.py")}
     files = list((ROOT / folder).rglob("*.py"))
