@@ -109,12 +109,12 @@ def compile_all(
     options: Sequence[str],
     newest_header: float = float("inf"),
 ) -> list[str]:
-    """Objects of the sources below `folder`; one that is newer than its source and the headers is kept.
+    """Objects of the sources, which lie below `include`, in `folder`; one newer than its source and headers is kept.
 
     Raises:
         RuntimeError: a source does not compile; with nvcc's messages.
     """
-    objects = [str(Path(folder, source).with_suffix(".cu.o")) for source in sources]
+    objects = [str(Path(folder, os.path.relpath(source, include)).with_suffix(".cu.o")) for source in sources]
     stale = []
     for source, target in zip(sources, objects, strict=True):
         newest = max(newest_header, os.stat(source).st_mtime)

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -41,6 +43,14 @@ def kept() -> Path:
     return folder
 
 
+@contextmanager
+def locked() -> Iterator[Path]:
+    """That folder; other test processes wait, for the same objects as a rule."""
+    with (kept() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield kept()
+
+
 def compile_objects(files: list[Path], flags: list[str], folder: Path, csrc: Path = CSRC) -> list[Path]:
     """Objects in `folder` of C++ or CUDA sources for the host, by the hash of everything that goes into them."""
     assert COMPILER, "g++ was not found"
@@ -62,8 +72,7 @@ def compile_objects(files: list[Path], flags: list[str], folder: Path, csrc: Pat
             made.replace(target)
         return target
 
-    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes wait for the same objects
+    with locked(), ThreadPoolExecutor(2) as pool:
         return list(pool.map(compiled, files))
 
 
