@@ -127,7 +127,7 @@ def _want(grad, argmax, x, affine, batch_statistics):
 def test_backward(backend, dtype, shape, batch_statistics):
     x, affine = _inputs(shape, dtype, backend)
     grad = activation(_pooled(shape), dtype, seed=5).to(x.device)
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    _, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
     kept = grad.clone()
     saved = (grad, argmax, x, affine)
     grad_x, sums = ops.bn_relu_maxpool_backward(*saved, backend, batch_statistics=batch_statistics)

@@ -6,7 +6,13 @@ from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_coefficients
 from fusedres.ops.bn_finalize import bn_finalize
 from fusedres.ops.bn_frozen import bn_frozen
 from fusedres.ops.bn_relu import bn_relu, bn_relu_
-from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool, bn_relu_maxpool_backward, bn_relu_maxpool_backward_
+from fusedres.ops.bn_relu_maxpool import (
+    bn_relu_maxpool,
+    bn_relu_maxpool_backward,
+    bn_relu_maxpool_backward_,
+    bn_relu_maxpool_reduce,
+    bn_relu_maxpool_wgrad,
+)
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.conv_dgrad import conv_dgrad
 from fusedres.ops.conv_fprop import conv_bn_add_relu, conv_fprop
@@ -42,6 +48,8 @@ __all__ = [
     "bn_relu_maxpool",
     "bn_relu_maxpool_backward",
     "bn_relu_maxpool_backward_",
+    "bn_relu_maxpool_reduce",
+    "bn_relu_maxpool_wgrad",
     "bn_statistics",
     "conv_bn_add_relu",
     "conv_dgrad",

@@ -1,4 +1,7 @@
-"""The end of a ResNet's stem: BatchNorm's affine map, ReLU and 3x3 max-pool in one pass, and its backward."""
+"""The end of a ResNet's stem: BatchNorm's affine map, ReLU and 3x3 max-pool in one pass, and its backward.
+
+That of x, stored; or, for a convolution whose input needs no gradient, its sums and then the weight's gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from fusedres.ops import _checks
 from fusedres.ops._library import Op
+from fusedres.ops.conv_wgrad import check_geometry
 
 
 def _pooled(x: Tensor) -> tuple[int, int, int, int]:
@@ -57,22 +61,13 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, backend: str, with_argmax: bool = 
     return out, argmax
 
 
-def _check_backward(
-    grad: Tensor,
-    argmax: Tensor,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    with_sums: bool,
-    backend: str,
-) -> None:
-    op = "bn_relu_maxpool_backward"
-    _checks.activation(op, "x", x, backend)
-    _checks.same_kind(op, "grad", grad, "x", x)
-    _checks.state(op, "state", state, x)
+def _check_windows(op: str, grad: Tensor, argmax: Tensor, name: str, x: Tensor, backend: str) -> None:
+    """grad and argmax are those of the windows over x, called `name`."""
+    _checks.activation(op, name, x, backend)
+    _checks.same_kind(op, "grad", grad, name, x)
     if grad.shape != _pooled(x):
         raise ValueError(
-            f"{op}: grad must have shape {_pooled(x)} for x {tuple(x.shape)}, got {tuple(grad.shape)}; "
+            f"{op}: grad must have shape {_pooled(x)} for {name} {tuple(x.shape)}, got {tuple(grad.shape)}; "
             "pass the gradient of the pooled output"
         )
     if argmax.dtype is not torch.uint8:
@@ -83,7 +78,20 @@ def _check_backward(
             f"{tuple(argmax.shape)} with strides {argmax.stride()}; call bn_relu_maxpool with with_argmax=True"
         )
     if argmax.device != x.device:
-        raise RuntimeError(f"{op}: argmax must be on {x.device} like x, got {argmax.device}; move one of them")
+        raise RuntimeError(f"{op}: argmax must be on {x.device} like {name}, got {argmax.device}; move one of them")
+
+
+def _check_backward(
+    grad: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    state: Tensor,
+    batch_statistics: bool,
+    with_sums: bool,
+    backend: str,
+) -> None:
+    _check_windows("bn_relu_maxpool_backward", grad, argmax, "x", x, backend)
+    _checks.state("bn_relu_maxpool_backward", "state", state, x)
 
 
 def _fake_backward(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -155,3 +163,135 @@ def bn_relu_maxpool_backward_(
     """bn_relu_maxpool_backward with the gradient written over x: for a last backward. Returns the sums."""
     sums: Tensor = BN_RELU_MAXPOOL_BACKWARD_(grad, argmax, x, state, batch_statistics, with_sums, backend)
     return sums
+
+
+def _check_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, backend: str) -> None:
+    _check_windows("bn_relu_maxpool_reduce", grad, argmax, "x", x, backend)
+    _checks.state("bn_relu_maxpool_reduce", "state", state, x)
+    if x.numel() == 0:
+        raise ValueError(f"bn_relu_maxpool_reduce: x must not be empty, got {tuple(x.shape)}")
+
+
+def _fake_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, backend: str) -> Tensor:
+    tiles = 1
+    if backend == "triton":
+        from fusedres.kernels.bn_relu_maxpool.configs import reduction_partials
+
+        tiles = reduction_partials(x)
+    return state.new_empty((tiles, 2, x.shape[1]))
+
+
+BN_RELU_MAXPOOL_REDUCE = Op(
+    "bn_relu_maxpool_reduce(Tensor grad, Tensor argmax, Tensor x, Tensor state, str backend) -> Tensor",
+    "bn_relu_maxpool",
+    _check_reduce,
+    _fake_reduce,
+)
+
+
+def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, backend: str) -> Tensor:
+    """The sums of bn_relu_maxpool_backward alone, Σd and Σd·x̂, over tiles of windows: for bn_backward_coefficients.
+
+    Args:
+        grad, argmax, x, state: as in bn_relu_maxpool_backward; not empty; left as they are.
+        backend: "reference" or "triton".
+
+    Returns:
+        (T, 2, C), float64 for float64, else float32: one row of sums for each of T tiles.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+    """
+    partials: Tensor = BN_RELU_MAXPOOL_REDUCE(grad, argmax, x, state, backend)
+    return partials
+
+
+def _check_wgrad(
+    grad: Tensor,
+    argmax: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    input: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+) -> None:
+    op = "bn_relu_maxpool_wgrad"
+    _check_windows(op, grad, argmax, "y", y, backend)
+    _checks.state(op, "coefficients", coefficients, y)
+    _checks.same_kind(op, "input", input, "y", y)
+    check_geometry(op, "y", y, input, kernel, stride, padding, dilation)
+
+
+def _fake_wgrad(
+    grad: Tensor,
+    argmax: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    input: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+) -> Tensor:
+    splits = 1
+    if backend == "triton":
+        from fusedres.kernels.bn_relu_maxpool.configs import wgrad_plan
+
+        splits = wgrad_plan(grad, input, kernel).splits
+    return coefficients.new_empty((splits, y.shape[1], *kernel, input.shape[1]))
+
+
+BN_RELU_MAXPOOL_WGRAD = Op(
+    "bn_relu_maxpool_wgrad(Tensor grad, Tensor argmax, Tensor y, Tensor coefficients, Tensor input, int[2] kernel, "
+    "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor",
+    "bn_relu_maxpool",
+    _check_wgrad,
+    _fake_wgrad,
+)
+
+
+def bn_relu_maxpool_wgrad(
+    grad: Tensor,
+    argmax: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    input: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    backend: str,
+) -> Tensor:
+    """Partial sums of the weight gradient of the convolution before bn_relu_maxpool, its dy never stored.
+
+    dW[k, c, r, s] = Σ dy[n, k, p, q] · input[n, c, p·stride + r·dilation − padding, q·… + s·… − …], with dy =
+    a·(d − c1 − (y − mean)·k) and d, at each pixel, the sum of grad over the windows that it won and whose ReLU is open.
+    dy is computed on load in the arithmetic type and rounded to the activations' dtype.
+
+    Args:
+        grad: (N, K, ceil(P / 2), ceil(Q / 2)), channels_last, of the pooled output; any floating-point dtype.
+        argmax: of bn_relu_maxpool.
+        y: (N, K, P, Q), channels_last, the convolution's output; grad's dtype.
+        coefficients: (4, K) rows a, c1, mean, k of bn_backward_coefficients; where k = 0, as with constant statistics,
+            y is ignored.
+        input: (N, C, H, W), channels_last, what was convolved; grad's dtype.
+        kernel, stride, padding, dilation: of the convolution, (vertical, horizontal). One group.
+        backend: "reference" or "triton".
+
+    Returns:
+        (S, K, R, S', C): one sum a split of the pixels, for conv_wgrad_finalize; float64 for float64 grad, else
+        float32. The same bits each time. S depends on the sizes and the device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+
+    Not supported: groups; 2³¹ pixels or more; an empty batch.
+    """
+    partials: Tensor = BN_RELU_MAXPOOL_WGRAD(
+        grad, argmax, y, coefficients, input, kernel, stride, padding, dilation, backend
+    )
+    return partials

@@ -11,6 +11,40 @@ from fusedres.ops._library import Op
 _MOST_WEIGHTS = 4  # one launch of conv_wgrad_finalize takes
 
 
+def check_geometry(
+    op: str,
+    name: str,
+    grad: Tensor,
+    input: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    """The sizes of a convolution's output, or its gradient, called `name`, are those of its input and geometry."""
+    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"{op}: kernel, stride and dilation must be at least 1 and padding at least 0, got "
+            f"{tuple(kernel)}, {tuple(stride)}, {tuple(dilation)} and {tuple(padding)}"
+        )
+    if input.numel() == 0 or grad.numel() == 0:
+        raise ValueError(f"{op}: input and {name} must not be empty, got {tuple(input.shape)}, {tuple(grad.shape)}")
+    if grad.numel() // grad.shape[1] >= 2**31 or input.numel() // input.shape[1] >= 2**31:
+        raise ValueError(
+            f"{op}: input and {name} must have fewer than 2³¹ pixels, got "
+            f"{tuple(input.shape)}, {tuple(grad.shape)}; split the batch"
+        )
+    reached = [
+        (size + 2 * pad - step * (taps - 1) - 1) // by + 1
+        for size, pad, step, taps, by in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+    if (grad.shape[0], *grad.shape[2:]) != (input.shape[0], *reached):
+        raise ValueError(
+            f"{op}: {name} must have shape ({input.shape[0]}, K, {reached[0]}, {reached[1]}), what the convolution "
+            f"of input {tuple(input.shape)} gives, got {tuple(grad.shape)}; do stride and padding belong to this one?"
+        )
+
+
 def _check_conv_wgrad(
     grad: Tensor,
     gate: Tensor | None,
@@ -38,27 +72,7 @@ def _check_conv_wgrad(
         _checks.dense("conv_wgrad", "gate", gate, _checks.mask_shape(grad), torch.uint8, grad)
     if input_state is not None:
         _checks.state("conv_wgrad", "input_state", input_state, input)
-    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
-        raise ValueError(
-            "conv_wgrad: kernel, stride and dilation must be at least 1 and padding at least 0, got "
-            f"{tuple(kernel)}, {tuple(stride)}, {tuple(dilation)} and {tuple(padding)}"
-        )
-    if input.numel() == 0 or grad.numel() == 0:
-        raise ValueError(f"conv_wgrad: input and grad must not be empty, got {tuple(input.shape)}, {tuple(grad.shape)}")
-    if grad.numel() // grad.shape[1] >= 2**31 or input.numel() // input.shape[1] >= 2**31:
-        raise ValueError(
-            "conv_wgrad: input and grad must have fewer than 2³¹ pixels, got "
-            f"{tuple(input.shape)}, {tuple(grad.shape)}; split the batch"
-        )
-    reached = [
-        (size + 2 * pad - step * (taps - 1) - 1) // by + 1
-        for size, pad, step, taps, by in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
-    ]
-    if (grad.shape[0], *grad.shape[2:]) != (input.shape[0], *reached):
-        raise ValueError(
-            f"conv_wgrad: grad must have shape ({input.shape[0]}, K, {reached[0]}, {reached[1]}), what the convolution "
-            f"of input {tuple(input.shape)} gives, got {tuple(grad.shape)}; do stride and padding belong to this one?"
-        )
+    check_geometry("conv_wgrad", "grad", grad, input, kernel, stride, padding, dilation)
 
 
 def _fake_conv_wgrad(

@@ -1,29 +1,101 @@
-"""Tiles of bn_relu_maxpool and its backward: BLOCK_P x BLOCK_Q windows of BLOCK_C channels."""
+"""Tiles of bn_relu_maxpool and its backward: BLOCK_P x BLOCK_Q windows of BLOCK_C channels; and of the weight gradient.
+
+Nothing here has been measured on a GPU.
+"""
 
 from __future__ import annotations
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, choose, input_precision
+from fusedres.kernels.splits import rows_split
 
 
-def forward(channels: int) -> list[Config]:
+def forward(channels: int) -> Sequence[Config]:
     """Candidates, best guess first."""
-    return _tiles(channels, ((2, 8, 4), (4, 8, 8), (2, 4, 2), (4, 4, 4)))
+    return _tiles(channels)
 
 
-def reduction(channels: int) -> list[Config]:
+@cache
+def reduction(channels: int) -> Sequence[Config]:
     """Candidates, best guess first: a program sums STEPS tiles."""
-    tiles = _tiles(channels, ((2, 8, 4), (4, 8, 8), (2, 4, 2), (4, 4, 4)))
-    return [Config({**tile.blocks, "STEPS": 2 if INTERPRETED else 8}, tile.num_warps) for tile in tiles]
+    steps = 2 if INTERPRETED else 8
+    return tuple(Config({**tile.blocks, "STEPS": steps}, tile.num_warps) for tile in _tiles(channels))
 
 
-def elementwise(channels: int) -> list[Config]:
+def reduction_partials(x: Tensor) -> int:
+    """Rows of partial sums that a reduction over x (N, C, H, W) writes; sizes are integers, also a fake tensor's."""
+    config = choose(reduction(int(x.shape[1])))
+    return ceil_div(window_tiles(x, config), config["STEPS"])
+
+
+def elementwise(channels: int) -> Sequence[Config]:
     """Candidates, best guess first."""
-    return _tiles(channels, ((2, 8, 4), (4, 8, 8), (2, 4, 2), (4, 4, 4)))
+    return _tiles(channels)
 
 
-def _tiles(channels: int, shapes: tuple[tuple[int, int, int], ...]) -> list[Config]:
+def window_tiles(x: Tensor, config: Config) -> int:
+    """Tiles of windows over x (N, C, H, W), of one block of channels."""
+    n, _, h, w = (int(size) for size in x.shape)
+    return n * ceil_div(ceil_div(h, 2), config["BLOCK_P"]) * ceil_div(ceil_div(w, 2), config["BLOCK_Q"])
+
+
+@cache
+def _tiles(channels: int) -> Sequence[Config]:
     if INTERPRETED:
-        return [Config({"BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_C": 128})]
+        return (Config({"BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_C": 128}),)
     # the widest of the blocks that cover the channels with the fewest lanes idle
     block_c = min((64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
-    return [Config({"BLOCK_P": p, "BLOCK_Q": q, "BLOCK_C": block_c}, warps) for p, q, warps in shapes]
+    return tuple(
+        Config({"BLOCK_P": p, "BLOCK_Q": q, "BLOCK_C": block_c}, warps)
+        for p, q, warps in ((2, 8, 4), (4, 8, 8), (2, 4, 2), (4, 4, 4))
+    )
+
+
+# (BLOCK_P, BLOCK_Q, BLOCK_K, most of BLOCK_N, warps, stages)
+_WGRAD: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
+    "half": ((2, 8, 64, 256, 8, 1), (4, 8, 64, 256, 8, 1), (2, 8, 64, 256, 8, 2), (4, 8, 64, 128, 4, 1)),
+    "tf32": ((2, 8, 64, 256, 8, 1), (2, 8, 64, 128, 4, 1), (2, 8, 64, 128, 8, 1), (2, 8, 32, 128, 4, 1)),
+    "ieee": ((2, 8, 64, 128, 8, 1), (2, 8, 32, 128, 4, 1), (2, 8, 32, 64, 4, 1), (2, 8, 64, 64, 4, 1)),
+    "double": ((2, 8, 32, 64, 4, 1), (2, 8, 64, 64, 8, 1), (2, 8, 32, 32, 4, 1), (2, 8, 16, 64, 4, 1)),
+}
+
+
+@cache
+def wgrad(columns: int, dtype: torch.dtype, precision: str) -> Sequence[Config]:
+    """Candidates, best guess first, of a filter of `columns` elements for each output channel."""
+    kind = "double" if dtype is torch.float64 else "half" if dtype.itemsize == 2 else precision
+    tiles = ((4, 8, 64, 256, 4, 1),) if INTERPRETED else _WGRAD[kind]
+    found = []
+    for block_p, block_q, block_k, most, warps, stages in tiles:
+        block_n = min(most, max(16, 1 << (columns - 1).bit_length()))
+        blocks = {"BLOCK_P": block_p, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_N": block_n}
+        found.append(Config(blocks, warps, stages))
+    return tuple(found)
+
+
+class WgradPlan(NamedTuple):
+    """How one launch cuts its problem."""
+
+    candidates: Sequence[Config]
+    config: Config
+    tiles: int  # of quads
+    steps: int  # tiles of a split
+    splits: int
+
+
+def wgrad_plan(grad: Tensor, input: Tensor, kernel: Sequence[int]) -> WgradPlan:
+    """The config taken and its splits of the quads; also what tells a fake tensor's shape, so sizes are integers."""
+    columns = int(kernel[0] * kernel[1] * input.shape[1])
+    candidates = wgrad(columns, grad.dtype, input_precision(grad.dtype))
+    config = choose(candidates)
+    n, k, p, q = (int(size) for size in grad.shape)
+    tiles = n * ceil_div(p, config["BLOCK_P"]) * ceil_div(q, config["BLOCK_Q"])
+    sums = ceil_div(k, config["BLOCK_K"]) * ceil_div(columns, config["BLOCK_N"])
+    steps = rows_split(tiles, sums, max(1, 8 // config.num_warps), grad.device)
+    return WgradPlan(candidates, config, tiles, steps, ceil_div(tiles, steps))

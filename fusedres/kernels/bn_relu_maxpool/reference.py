@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.kernels.bn_add_relu_backward.reference import bn_relu_backward_
+from fusedres.kernels.bn_backward.reference import bn_backward_apply, bn_backward_reduce
+from fusedres.kernels.conv_wgrad.reference import conv_wgrad
 from fusedres.kernels.reference import affine
 
 _CHANNELS_LAST = torch.channels_last
@@ -42,6 +44,28 @@ def bn_relu_maxpool_backward_(
     grad_x, sums = bn_relu_maxpool_backward(grad, argmax, x, state, batch_statistics, with_sums)
     x.copy_(grad_x)
     return sums
+
+
+def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """See fusedres.ops.bn_relu_maxpool; one tile."""
+    return bn_backward_reduce(_unpooled(grad, argmax, x, state), None, x, state, None, None)
+
+
+def bn_relu_maxpool_wgrad(
+    grad: Tensor,
+    argmax: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    input: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """See fusedres.ops.bn_relu_maxpool; one split."""
+    d = _unpooled(grad, argmax, y, coefficients)
+    dy, _ = bn_backward_apply(d, None, y, coefficients, None, None)
+    return conv_wgrad(dy, None, None, None, input, None, kernel, stride, padding, dilation)
 
 
 def _unpooled(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:

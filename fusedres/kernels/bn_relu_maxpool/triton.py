@@ -14,7 +14,16 @@ from fusedres.kernels.bn_relu_maxpool.triton_kernels import (
     bn_relu_maxpool_kernel,
     bn_relu_maxpool_reduce_kernel,
 )
-from fusedres.kernels.launch import Config, ceil_div, choose, launch
+from fusedres.kernels.bn_relu_maxpool.wgrad import bn_relu_maxpool_wgrad
+from fusedres.kernels.launch import ceil_div, choose, launch
+
+__all__ = [
+    "bn_relu_maxpool",
+    "bn_relu_maxpool_backward",
+    "bn_relu_maxpool_backward_",
+    "bn_relu_maxpool_reduce",
+    "bn_relu_maxpool_wgrad",
+]
 
 
 def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
@@ -33,7 +42,7 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
         "out_argmax_ptr": argmax if with_argmax else None,
         **_sizes(x),
     }
-    grid = (_tiles(x, config) * ceil_div(c, config["BLOCK_C"]),)
+    grid = (configs.window_tiles(x, config) * ceil_div(c, config["BLOCK_C"]),)
     if n:
         launch(bn_relu_maxpool_kernel, grid, arguments, config, candidates)
     return out, argmax
@@ -54,6 +63,26 @@ def bn_relu_maxpool_backward_(
     return _launch(grad, argmax, x, state, batch_statistics, with_sums, x)
 
 
+def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """See fusedres.ops.bn_relu_maxpool."""
+    c = x.shape[1]
+    candidates = configs.reduction(c)
+    config = choose(candidates)
+    partials = state.new_empty((configs.reduction_partials(x), 2, c))
+    arguments = {
+        "grad_ptr": grad,
+        "argmax_ptr": argmax,
+        "x_ptr": x,
+        "state_ptr": state,
+        "out_ptr": partials,
+        "tiles": configs.window_tiles(x, config),
+        **_sizes(x),
+    }
+    grid = (partials.shape[0] * ceil_div(c, config["BLOCK_C"]),)
+    launch(bn_relu_maxpool_reduce_kernel, grid, arguments, config, candidates)
+    return partials
+
+
 def _launch(
     grad: Tensor,
     argmax: Tensor,
@@ -67,27 +96,21 @@ def _launch(
     sums = state.new_zeros((2, c)) if n == 0 else state.new_empty((2, c))
     if n == 0:
         return sums
-    windows = {"grad_ptr": grad, "argmax_ptr": argmax}
     coefficients = state[2:]  # without sums and batch statistics only a, the scale, is read
     if batch_statistics or with_sums:
-        candidates = configs.reduction(c)
-        config = choose(candidates)
-        tiles = _tiles(x, config)
-        partials = state.new_empty((ceil_div(tiles, config["STEPS"]), 2, c))
-        arguments = {**windows, "x_ptr": x, "state_ptr": state, "out_ptr": partials, "tiles": tiles, **_sizes(x)}
-        grid = (partials.shape[0] * ceil_div(c, config["BLOCK_C"]),)
-        launch(bn_relu_maxpool_reduce_kernel, grid, arguments, config, candidates)
+        partials = bn_relu_maxpool_reduce(grad, argmax, x, state)
         coefficients, _ = coefficients_launch(partials, n * h * w, state, batch_statistics, None, False, sums)
     candidates = configs.elementwise(c)
     config = choose(candidates)
     arguments = {
-        **windows,
+        "grad_ptr": grad,
+        "argmax_ptr": argmax,
         "x_ptr": x if batch_statistics else None,
         "coefficients_ptr": coefficients,
         "out_ptr": grad_x,
         **_sizes(x),
     }
-    grid = (_tiles(x, config) * ceil_div(c, config["BLOCK_C"]),)
+    grid = (configs.window_tiles(x, config) * ceil_div(c, config["BLOCK_C"]),)
     launch(bn_relu_maxpool_apply_kernel, grid, arguments, config, candidates)
     return sums
 
@@ -95,9 +118,3 @@ def _launch(
 def _sizes(x: Tensor) -> dict[str, Any]:
     _, c, h, w = x.shape
     return {"H": h, "W": w, "P": ceil_div(h, 2), "Q": ceil_div(w, 2), "C": c}
-
-
-def _tiles(x: Tensor, config: Config) -> int:
-    """Tiles of windows, of one block of channels."""
-    n, _, h, w = x.shape
-    return n * ceil_div(ceil_div(h, 2), config["BLOCK_P"]) * ceil_div(ceil_div(w, 2), config["BLOCK_Q"])
