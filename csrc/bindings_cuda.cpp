@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "bn_relu/bn_relu_cuda.h"
 #include "bn_statistics/bn_statistics_cuda.h"
 #include "common/cuda_info.h"
 
@@ -83,6 +84,22 @@ PYBIND11_MODULE(_CUDA, m) {
                         {pointer(running_var), dtype_of(running_var_dtype)},
                         eps},
                        pointer(stream));
+      },
+      release);
+
+  m.def(
+      "bn_relu",
+      [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t channels,
+         Address state, Address pivot, Address out, Address stream) {
+        cuda_bn_relu({pointer<const void>(x),
+                      dtype_of(dtype),
+                      {batch, height, width, stride},
+                      channels,
+                      pointer<const void>(state),
+                      pointer<const void>(pivot),
+                      pointer(out),
+                      0},
+                     pointer(stream));
       },
       release);
 }

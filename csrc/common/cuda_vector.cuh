@@ -57,25 +57,41 @@ __device__ __forceinline__ Float16 to_storage<Float16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
+// kVector values as they are stored: what waits for its turn in registers takes fewer of them so.
+template <class T, int kVector>
+struct Packed {
+  T values[kVector];
+};
+
 // kVector values from `source`, which is 16-byte aligned unless kVector is 1. kVector values are whole 16 bytes then.
 template <int kVector, class T>
-__device__ __forceinline__ Lanes<Arithmetic<T>, kVector> load(const T* source) {
-  Lanes<Arithmetic<T>, kVector> lanes;
+__device__ __forceinline__ Packed<T, kVector> load_packed(const T* source) {
+  Packed<T, kVector> packed;
   if constexpr (kVector == 1) {
-    lanes[0] = to_arithmetic(*source);
+    packed.values[0] = *source;
   } else {
     constexpr int kEach = kVectorOf<T>;
     static_assert(kVector % kEach == 0, "a vector is whole 16-byte words");
 #pragma unroll
     for (int word = 0; word < kVector / kEach; ++word) {
       const uint4 bits = reinterpret_cast<const uint4*>(source)[word];
-      T values[kEach];
-      __builtin_memcpy(values, &bits, sizeof(bits));
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) lanes[word * kEach + i] = to_arithmetic(values[i]);
+      __builtin_memcpy(packed.values + word * kEach, &bits, sizeof(bits));
     }
   }
+  return packed;
+}
+
+template <class T, int kVector>
+__device__ __forceinline__ Lanes<Arithmetic<T>, kVector> unpack(const Packed<T, kVector>& packed) {
+  Lanes<Arithmetic<T>, kVector> lanes;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) lanes[i] = to_arithmetic(packed.values[i]);
   return lanes;
+}
+
+template <int kVector, class T>
+__device__ __forceinline__ Lanes<Arithmetic<T>, kVector> load(const T* source) {
+  return unpack(load_packed<kVector>(source));
 }
 
 // The inverse of load.

@@ -29,6 +29,11 @@ std::vector<double> normal(size_t count, double mean = 0, double deviation = 1);
 // Rounding errors of the arithmetic of a dtype, for values of size 1.
 double rounding(DType dtype);
 
+// Rounding of a value of size 1 to a dtype.
+inline double storage(DType dtype) {
+  return dtype == DType::kBFloat16 ? 4e-3 : dtype == DType::kFloat16 ? 5e-4 : rounding(dtype);
+}
+
 // A vector of exactly so many bytes on the heap, so that its end is guarded, as values of a dtype.
 class Values {
  public:

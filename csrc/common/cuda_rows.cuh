@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/cuda_rows.h"
+#include "common/cuda_vector.cuh"
+
+namespace fusedres {
+
+// The share of the calling thread.
+template <int kVector>
+__device__ __forceinline__ RowShare row_share(const RowGrid& grid, int64_t rows) {
+  return row_share(grid, blockIdx.x * blockDim.x + threadIdx.x, rows, kVector);
+}
+
+// Calls body(count, row) for rows row, row + step, …, count of them at once: kRows, so that many loads are under way
+// together, then 1 for what is left. count is a std::integral_constant.
+template <int kRows, class Body>
+__device__ __forceinline__ void for_rows(int64_t row, int64_t step, int64_t rows, const Body& body) {
+  for (; row + (kRows - 1) * step < rows; row += kRows * step) body(std::integral_constant<int, kRows>{}, row);
+  for (; row < rows; row += step) body(std::integral_constant<int, 1>{}, row);
+}
+
+// BatchNorm's map of kVector channels: z = scale·x + shift.
+template <class A, int kVector>
+struct Affine {
+  Lanes<A, kVector> scale;
+  Lanes<A, kVector> shift;
+};
+
+// Of channels c to c + kVector of a [4, channels] state.
+template <int kVector, class A>
+__device__ __forceinline__ Affine<A, kVector> load_affine(const A* state, int64_t channels, int64_t c) {
+  return {load<kVector>(state + 2 * channels + c), load<kVector>(state + 3 * channels + c)};
+}
+
+// One rounding, so that backward finds the sign that forward had.
+template <class A, int kVector>
+__device__ __forceinline__ Lanes<A, kVector> apply(const Affine<A, kVector>& map, const Lanes<A, kVector>& x) {
+  Lanes<A, kVector> z;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) z[i] = fma(map.scale[i], x[i], map.shift[i]);
+  return z;
+}
+
+// max(z, 0), NaN where z is.
+template <class A, int kVector>
+__device__ __forceinline__ Lanes<A, kVector> relu(Lanes<A, kVector> z) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) z[i] = z[i] <= 0 ? 0 : z[i];
+  return z;
+}
+
+}  // namespace fusedres

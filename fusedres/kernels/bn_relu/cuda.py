@@ -1,0 +1,27 @@
+"""BatchNorm's affine map and ReLU in CUDA (csrc/bn_relu)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.cuda_core import code, launch
+
+
+def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:
+    """See fusedres.ops.bn_relu."""
+    n, c, h, w = x.shape
+    shape = (n, c, (h + stride - 1) // stride, (w + stride - 1) // stride)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    _launch(x, state, pivot, stride, out)
+    return out
+
+
+def bn_relu_(x: Tensor, state: Tensor) -> None:
+    """See fusedres.ops.bn_relu."""
+    _launch(x, state, None, 1, x)
+
+
+def _launch(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, out: Tensor) -> None:
+    n, c, h, w = x.shape
+    launch("bn_relu", x.device, x, code(x), n, h, w, stride, c, state, pivot, out)
