@@ -9,7 +9,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 WHEEL_NEEDS = ["fusedres/__init__.py", "fusedres/_C.*.so", "fusedres/py.typed", "*.dist-info/licenses/LICENSE"]
-WHEEL_TAKES = ["fusedres/*.py", "fusedres/*.pyi", "fusedres/_C.*.so", "fusedres/py.typed", "*.dist-info/*"]
+WHEEL_TAKES = [
+    "fusedres/*.py",
+    "fusedres/*.pyi",
+    "fusedres/_C.*.so",
+    "fusedres/_CUDA.*.so",
+    "fusedres/py.typed",
+    "*.dist-info/*",
+]
 SDIST_NEEDS = [
     "LICENSE",
     "README.md",
@@ -22,6 +29,7 @@ SDIST_NEEDS = [
     "fusedres/__init__.py",
     "fusedres/py.typed",
     "csrc/bindings.cpp",
+    "csrc/nvcc.py",
     "tests/test_packaging.py",
 ]
 SDIST_REFUSES = ["*.so", "*.o", "*.py[cod]", "*__pycache__*", "build/*", "dist/*"]

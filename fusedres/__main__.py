@@ -1,10 +1,11 @@
-"""`python -m fusedres info [--json]`: what is installed, what the native core was built with, what runs where."""
+"""`python -m fusedres info [--json]`: what is installed, what was built for what, what runs where and why."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import torchvision
 
 import fusedres
-from fusedres import _C, backends
+from fusedres import _C, backends, cuda_support
+from fusedres.kernels import table
+from fusedres.ops._library import OPS, Op
 
 
 def _triton_version() -> str | None:
@@ -36,8 +39,47 @@ def _devices() -> dict[str, dict[str, Any]]:
     return devices
 
 
+def _cuda() -> dict[str, Any]:
+    """What the CUDA kernels were built for, the CUDA versions on either side, and what keeps them from running here."""
+    module = cuda_support.module()
+    driver = module.driver_version() if module else 0
+    return {
+        "built_for": module.build_info()["archs"] if module else None,
+        "runtime": cuda_support.version(module.build_info()["runtime"]) if module else None,
+        "driver": cuda_support.version(driver) if driver else None,
+        "obstacle": cuda_support.unsupported() or "none",
+    }
+
+
+def _serving(op: Op, device_type: str) -> dict[str, str]:
+    """The backend whose kernel runs for an op in this context, "none" where PyTorch's operators do, and why."""
+    name = backends.backend_for(device_type)
+    if name is None:
+        found = "none", "no GPU has measured the kernels yet, so that blocks run unfused"
+    elif name not in table.STAND_INS and table.find(op.folder, op.name, name) is None:
+        found = "none", f"there is no {name} kernel, and blocks use PyTorch's operators there"
+    else:
+        found = table.explain(op.folder, op.name, name)
+    return {"backend": found[0], "why": found[1]}
+
+
+def _ops(devices: list[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """By op: what "auto" means on each device, and what use_backend("cuda") would mean on a GPU."""
+    with backends.use_backend("auto"):
+        ops = {name: {device: _serving(op, device.partition(":")[0]) for device in devices} for name, op in OPS.items()}
+    try:
+        with backends.use_backend("cuda"):
+            for name, op in OPS.items():
+                ops[name]["cuda selected"] = _serving(op, "cuda")
+    except RuntimeError as error:
+        for columns in ops.values():
+            columns["cuda selected"] = {"backend": "none", "why": str(error)}
+    return ops
+
+
 def info() -> dict[str, Any]:
     """What a report of a problem needs, as JSON types."""
+    devices = _devices()
     return {
         "fusedres": fusedres.__version__,
         "location": str(Path(fusedres.__file__).parent),
@@ -47,12 +89,14 @@ def info() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "triton": _triton_version(),
         "core": _C.build_info(),
-        "devices": _devices(),
+        "cuda": _cuda(),
+        "devices": devices,
+        "ops": _ops(list(devices)),
     }
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """`info()` as aligned lines, one a device."""
+    """`info()` as aligned lines, one a device; ops that run the same for the same reason share a line."""
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
@@ -63,9 +107,20 @@ def as_text(values: dict[str, Any]) -> str:
             return "not installed"
         return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
-    rows = [(key, value) for key, value in values.items() if key != "devices"] + list(values["devices"].items())
+    rows = [(key, value) for key, value in values.items() if key not in ("devices", "ops")]
+    rows += list(values["devices"].items())
     width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key:<{width}}  {text(value)}" for key, value in rows)
+    lines = [f"{key:<{width}}  {text(value)}" for key, value in rows]
+    alike: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for op, columns in values["ops"].items():
+        for where, serving in columns.items():
+            alike[where, serving["backend"], serving["why"]].append(op)
+    for (where, backend, why), ops in sorted(alike.items()):
+        lines += [
+            f"ops, {where}: {backend} ({why})",
+            f"  {'all ops' if len(ops) == len(values['ops']) else ' '.join(ops)}",
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:

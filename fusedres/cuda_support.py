@@ -61,7 +61,8 @@ def unsupported() -> str | None:
         if not covers(archs, capability):
             name = ".".join(map(str, capability))
             return (
-                f"device cuda:{index} is of {name}, the kernels were built for {archs}; set TORCH_CUDA_ARCH_LIST={name}"
+                f"cuda:{index} has compute capability {name}, the kernels were built for {archs}; "
+                f"build them with TORCH_CUDA_ARCH_LIST={name}"
             )
     return None
 

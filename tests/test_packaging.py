@@ -52,6 +52,27 @@ PyMODINIT_FUNC PyInit__C() {
 }
 """
 
+# A CUDA core of one function, and its bindings.
+SMALL_KERNEL = """
+#include <cuda_runtime.h>
+__global__ void nothing_kernel() {}
+int cuda_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : -1;
+}
+"""
+SMALL_CUDA_BINDINGS = """
+#include <Python.h>
+int cuda_version();
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_CUDA", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__CUDA() {
+  PyObject* m = PyModule_Create(&module);
+  PyModule_AddIntConstant(m, "runtime", cuda_version());
+  PyModule_AddStringConstant(m, "archs", FUSEDRES_CUDA_ARCHS);
+  return m;
+}
+"""
+
 # Runs argv[1:] as a script; importing torch is an error.
 WITHOUT_TORCH = """
 import runpy, sys
@@ -81,7 +102,8 @@ def python(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> str:
 
 def copy_package(folder: Path, *, core: bool) -> Path:
     """Copies the package below `folder`, with or without its compiled core."""
-    ignore = ["__pycache__"] if core else ["__pycache__", *(f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)]
+    built = [f"{name}{suffix}" for name in ("_C", "_CUDA") for suffix in EXTENSION_SUFFIXES]
+    ignore = ["__pycache__"] if core else ["__pycache__", *built]
     shutil.copytree(INSTALLED, folder / "fusedres", ignore=shutil.ignore_patterns(*ignore))
     return folder
 
@@ -117,6 +139,7 @@ def small_project(tmp_path: Path) -> Path:
     for name in (".ci", "tests"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     (project / "csrc" / "common").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "nvcc.py", project / "csrc")
     (project / "csrc" / "bindings.cpp").write_text(SMALL_CORE)
     (project / "csrc" / "common" / "answer.h").write_text("int answer();\n")
     (project / "csrc" / "common" / "answer.cpp").write_text("int answer() { return 42; }\n")
@@ -276,6 +299,65 @@ def test_a_missing_compiler_is_one_sentence(small_project: Path, compiler: str) 
     assert line.startswith(f"error: fusedres needs a C++17 compiler and '{compiler}' does not work as one: install g++")
 
 
+@pytest.fixture
+def small_cuda_project(small_project: Path) -> Path:
+    """The same with a CUDA core of one function."""
+    (small_project / "csrc" / "bindings_cuda.cpp").write_text(SMALL_CUDA_BINDINGS)
+    (small_project / "csrc" / "common" / "nothing.cu").write_text(SMALL_KERNEL)
+    return small_project
+
+
+BUILD = ["setup.py", "build_ext", "--inplace"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+def test_cuda_is_built_without_a_gpu(small_cuda_project: Path) -> None:
+    python(*BUILD, cwd=small_cuda_project, TORCH_CUDA_ARCH_LIST="9.0a;8.0+PTX", FUSEDRES_BUILD_CUDA="1")
+    probe = "import _CUDA; print(_CUDA.archs, _CUDA.runtime)"
+    archs, runtime = python("-S", "-c", probe, PYTHONPATH=str(small_cuda_project / "fusedres")).split()
+    assert archs == "9.0a;8.0+PTX" and int(runtime) >= 12000
+    (library,) = (small_cuda_project / "fusedres").glob("_CUDA.*.so")
+    assert b"libcudart.so" not in library.read_bytes()  # the runtime is linked in
+    (made,) = small_cuda_project.glob("build/**/nothing.cu.o")
+    before = made.stat().st_mtime_ns
+    python(*BUILD, cwd=small_cuda_project, TORCH_CUDA_ARCH_LIST="9.0a;8.0+PTX")
+    assert made.stat().st_mtime_ns == before
+    python(*BUILD, cwd=small_cuda_project, TORCH_CUDA_ARCH_LIST="8.0")
+    assert made.stat().st_mtime_ns != before
+
+
+def test_without_nvcc_it_is_built_all_the_same(small_cuda_project: Path) -> None:
+    out = python(*BUILD, cwd=small_cuda_project, CUDA_HOME="/nonexistent", FUSEDRES_BUILD_CUDA="")
+    (line,) = [line for line in out.splitlines() if line.startswith("fusedres: ")]
+    assert line.startswith(
+        "fusedres: built without CUDA kernels, nvcc was not found in CUDA_HOME=/nonexistent: install"
+    )
+    assert not list((small_cuda_project / "fusedres").glob("_CUDA.*"))
+    assert list((small_cuda_project / "fusedres").glob("_C.*.so"))
+
+
+def test_cuda_can_be_left_out(small_cuda_project: Path) -> None:
+    out = python(*BUILD, cwd=small_cuda_project, FUSEDRES_BUILD_CUDA="0")
+    assert not [line for line in out.splitlines() if line.startswith("fusedres: ")]
+    assert not list((small_cuda_project / "fusedres").glob("_CUDA.*"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FUSEDRES_BUILD_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FUSEDRES_BUILD_CUDA=1, but nvcc was not found in"),
+        ({"FUSEDRES_BUILD_CUDA": "yes"}, "FUSEDRES_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_one_sentence(
+    small_cuda_project: Path, variables: dict[str, str], message: str
+) -> None:
+    done = run(sys.executable, *BUILD, cwd=small_cuda_project, **variables)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith(f"fusedres: {message}")
+
+
 def test_distributions_hold_what_they_should(small_project: Path) -> None:
     python("setup.py", "-q", "bdist_wheel", "sdist", cwd=small_project)
     archives = sorted((small_project / "dist").iterdir())
@@ -372,3 +454,5 @@ def test_only_kernels_touch_the_core() -> None:
         if "fusedres._C" in imports(path)
     }
     assert users <= {"kernels", "__main__.py"}
+    loads = {path.name for path in (ROOT / "fusedres").rglob("*.py") if '"fusedres._CUDA"' in path.read_text()}
+    assert loads == {"cuda_support.py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -29,13 +30,14 @@ def serving(folder: str, op: str, backend: str) -> str:
     return explain(folder, op, backend)[0]
 
 
+@cache
 def explain(folder: str, op: str, backend: str) -> tuple[str, str]:
     """The backend whose kernel runs where `backend` is selected, and why that one."""
     if backend not in STAND_INS:
-        return backend, "selected"
+        return backend, "it has a kernel of its own"
     reason = cuda_support.unsupported()
     if reason is None:
         if find(folder, op, backend) is not None:
-            return backend, "selected"
+            return backend, "it has a kernel of its own"
         reason = f"there is no {backend} kernel"
     return next((other, reason) for other in STAND_INS[backend] if find(folder, op, other) is not None)
