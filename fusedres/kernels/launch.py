@@ -1,7 +1,7 @@
 """The one place where Triton kernels start: device guard, compile options, and a record of what was launched.
 
 A kernel folder's triton.py holds the kernels and their launchers; its configs.py maps a problem to the candidates of
-its tile sizes. Launchers take `choose(candidates)`, allocate, and call `launch`.
+its tile sizes. Launchers take `choose(candidates, kernel, what its speed depends on)`, allocate, and call `launch`.
 
 Roles by name: a kernel's pointer argument that it writes is called out or out_…, every other one is only read. Tensors
 are passed as views of what is touched (x[:, :, ::2, ::2] where a stride leaves pixels out), strides as numbers beside
@@ -10,7 +10,7 @@ them, so the bytes that a launch moves can be summed from its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,6 +39,12 @@ class Config:
 
     def __getitem__(self, block: str) -> int:
         return self.blocks[block]
+
+    @property
+    def label(self) -> str:
+        """BLOCK_M=128 BLOCK_N=64 w8 s3: tells the candidates of one problem apart; STEPS follow from the others."""
+        blocks = (f"{name}={value}" for name, value in self.blocks.items() if name != "STEPS")
+        return " ".join([*blocks, f"w{self.num_warps}", f"s{self.num_stages}"])
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,45 @@ def record_launches() -> Iterator[list[Launch]]:
         _record.reset(token)
 
 
-def choose(candidates: Sequence[Config]) -> Config:
-    """The config to launch with: the first, by which configs.py orders until a GPU has measured them."""
+# A kernel's name, then what its speed depends on; whoever picks among its candidates: None leaves it to their order.
+Problem = tuple[Any, ...]
+Pick = Callable[[Problem, Sequence[Config]], Config | None]
+_pick: Pick | None = None
+
+
+def choose(candidates: Sequence[Config], *problem: Any) -> Config:
+    """The config to launch with: what `choosing` picks, else the first, by which configs.py orders."""
+    if _pick is not None and problem:
+        found = _pick(problem, candidates)
+        if found is not None:
+            return found
     return candidates[0]
+
+
+@contextmanager
+def choosing(pick: Pick | None) -> Iterator[None]:
+    """Configs are picked by `pick` inside, in all threads: a backward pass on a GPU has its own."""
+    global _pick
+    before, _pick = _pick, pick
+    try:
+        yield
+    finally:
+        _pick = before
+
+
+def problem_key(problem: Problem) -> str:
+    """A problem as text, the key of a table of choices."""
+    return " ".join(str(value).removeprefix("torch.") for value in problem)
+
+
+def measured(table: Mapping[str, str]) -> Pick:
+    """Picks by a table of measured choices: problem_key → label of the config."""
+
+    def pick(problem: Problem, candidates: Sequence[Config]) -> Config | None:
+        label = table.get(problem_key(problem))
+        return next((config for config in candidates if config.label == label), None)
+
+    return pick
 
 
 def launch(

@@ -244,7 +244,8 @@ def conv_dgrad(
     if gate is not None and grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot behind an 8-bit load
         grad, gate = gated(grad, gate).contiguous(memory_format=torch.channels_last), None
     options = candidates(grad, weight, stride, y is not None)
-    config = choose(options)
+    taps, load = f"{weight.shape[2]}x{weight.shape[3]}", "stored" if y is None else "on-load"
+    config = choose(options, "conv_dgrad", grad.dtype, n * h * w, c, weight.shape[0], taps, stride[0], load)
     tiles = row_tiles(input_size, stride, config)
     arithmetic = torch.float64 if grad.dtype is torch.float64 else torch.float32
     out = torch.empty((n, c, h, w), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)

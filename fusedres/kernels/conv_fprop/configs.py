@@ -72,6 +72,15 @@ def candidates(
     return found
 
 
+def chosen(
+    configs: Sequence[Config], x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], normalised: bool
+) -> Config:
+    """The one to launch conv_fprop with."""
+    rows, taps = y.shape[0] * y.shape[2] * y.shape[3], f"{weight.shape[2]}x{weight.shape[3]}"
+    load = "normalised" if normalised else "plain"
+    return choose(configs, "conv_fprop", x.dtype, rows, weight.shape[1], weight.shape[0], taps, stride[0], load)
+
+
 def by_pointers(configs: Sequence[Config]) -> list[Config]:
     """Those of the kernels that load by pointers."""
     return [config for config in configs if not isinstance(config, DescriptorConfig)]
@@ -81,7 +90,7 @@ def row_tiles(
     x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], normalised: bool
 ) -> int:
     """Into how many tiles the statistics of y are split."""
-    config = choose(candidates(x, weight, y, stride, padding, normalised))
+    config = chosen(candidates(x, weight, y, stride, padding, normalised), x, weight, y, stride, normalised)
     return ceil_div(y.shape[0] * y.shape[2] * y.shape[3], config["BLOCK_M"])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedres.kernels.conv_fprop.accumulate import accumulate
-from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, candidates
+from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, candidates, chosen
 from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
 from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
 from fusedres.kernels.conv_fprop.tile import affine, below, column_slices, output_pixel, store
@@ -158,7 +158,7 @@ def conv_fprop(
     y = empty_output(x, weight, stride, padding, dilation)
     rows, k = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
     configs = candidates(x, weight, y, stride, padding, state is not None)
-    config = choose(configs)
+    config = chosen(configs, x, weight, y, stride, state is not None)
     tiles = ceil_div(rows, config["BLOCK_M"])
     dtype = arithmetic_dtype(x.dtype)
     partials = torch.empty((tiles, 2, k) if with_statistics else (0,), dtype=dtype, device=x.device)
@@ -193,7 +193,8 @@ def conv_bn_add_relu(
     out = empty_output(x, weight, stride, padding, dilation)
     rows, k = out.shape[0] * out.shape[2] * out.shape[3], out.shape[1]
     configs = by_pointers(candidates(x, weight, out, stride, padding, False))
-    config = choose(configs)
+    taps = f"{weight.shape[2]}x{weight.shape[3]}"
+    config = choose(configs, "conv_bn_add_relu", x.dtype, rows, weight.shape[1], k, taps, stride[0])
     reached, strides = (None, (0, 0, 0)) if shortcut is None else pixels(shortcut, shortcut_stride)
     arguments = _convolution(x, weight, out, stride, padding, dilation) | {
         "state_ptr": state,

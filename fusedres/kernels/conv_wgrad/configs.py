@@ -73,7 +73,9 @@ def plan(
     """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
     k, c, taps = int(grad.shape[1]), int(input.shape[1]), int(kernel[0] * kernel[1])
     candidates = conv_wgrad(k, c, grad.dtype, input_state is not None, y is not None, gate is not None)
-    config = choose(candidates)
+    rows = int(grad.numel()) // k
+    loads = "normalised" if input_state is not None else "plain", "stored" if y is None else "on-load"
+    config = choose(candidates, "conv_wgrad", grad.dtype, rows, c, k, f"{kernel[0]}x{kernel[1]}", *loads)
     block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
     tiles = taps * ceil_div(k, block_k) * ceil_div(c, block_c)
     threads = 32 * config.num_warps
@@ -82,7 +84,6 @@ def plan(
     side_by_side = multiprocessors(grad.device) * max(1, min(by_registers, by_shared_memory))
     # A tile of sums is written and read, 8 bytes each, from memory taken as half as fast as the L2 that rows come from.
     sums = 16 * block_k * block_c / ((block_k + block_c) * block_m * grad.itemsize)
-    rows = int(grad.numel()) // k
     return Plan(candidates, config, *_split(ceil_div(rows, block_m), tiles, side_by_side, sums))
 
 

@@ -141,12 +141,12 @@ def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) ->
     arguments: dict[str, Any] = {"x_ptr": taken, "state_ptr": state, "M": rows, "P": p, "Q": q, "C": channels}
     arguments |= grid_arguments(x, stride)
     candidates = configs.pivot(channels)
-    config = choose(candidates)
+    config = choose(candidates, "gram_pivot", x.dtype, channels)
     first = arguments | {"out_ptr": pivot, "ROWS": _PIVOT_ROWS}
     launch(gram_pivot_kernel, (ceil_div(channels, config["BLOCK_C"]),), first, config, candidates)
 
     candidates = configs.tiles(rows, channels, x.dtype, x.device)
-    config = choose(candidates)
+    config = choose(candidates, "gram_tiles", x.dtype, rows, channels, "plain" if state is None else "normalised")
     count = ceil_div(rows, config["BLOCK_M"] * config["STEPS"])
     splits = torch.empty((count, channels + 1, channels), dtype=dtype, device=x.device)
     grid = (ceil_div(channels, config["BLOCK_A"]) * ceil_div(channels, config["BLOCK_B"]), count)
@@ -156,7 +156,7 @@ def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) ->
     total = torch.empty(channels, dtype=torch.float64, device=x.device)
     matrix = torch.empty((channels, channels), dtype=torch.float64, device=x.device)
     candidates = merge(count)
-    config = choose(candidates)
+    config = choose(candidates, "gram_finalize", dtype, count, channels)
     arguments = {"splits_ptr": splits, "out_total_ptr": total, "out_ptr": matrix, "S": count, "C": channels}
     launch(gram_finalize_kernel, (ceil_div(splits[0].numel(), config["BLOCK"]),), arguments, config, candidates)
     return pivot, total, matrix

@@ -127,7 +127,7 @@ def one_pass_dgrad(
     out = torch.empty_like(taken, memory_format=torch.channels_last)
     partials = pivot.new_empty((ceil_div(rows, ROWS_A_PARTIAL) if masked else 0, 2, in_channels))
     candidates = configs.dgrad(channels, in_channels, grad.dtype)
-    config = choose(candidates)
+    config = choose(candidates, "one_pass_dgrad", grad.dtype, rows, in_channels, channels)
     arguments = {
         "grad_ptr": grad,
         "gate_ptr": gate,

@@ -165,7 +165,7 @@ def one_pass_reduce(
     n, channels, p, q = grad.shape
     rows, in_channels, x_channels = n * p * q, z.shape[1], 0 if x is None else x.shape[1]
     candidates = configs.reduce(rows, channels, (in_channels, x_channels), grad.dtype, grad.device)
-    config = choose(candidates)
+    config = choose(candidates, "one_pass_reduce", grad.dtype, rows, in_channels, channels, x_channels)
     sizes = channels * in_channels, channels * x_channels
     count = ceil_div(rows, config["BLOCK_M"] * config["STEPS"])
     splits = pivot.new_empty((count, sum(sizes) + channels))
@@ -195,7 +195,7 @@ def one_pass_reduce(
     cross, sum_d = pivot.new_empty((channels, in_channels)), pivot.new_empty(channels)
     x_cross = pivot.new_empty((channels, x_channels))
     candidates = merge(count)
-    config = choose(candidates)
+    config = choose(candidates, "one_pass_finalize", pivot.dtype, count, splits.shape[1])
     arguments = {
         "splits_ptr": splits,
         "out_cross_ptr": cross,

@@ -1,4 +1,4 @@
-"""The one-pass tail's forward in one GEMM; backward is in reduce.py and dgrad.py.
+"""The one-pass tail's forward in one GEMM; backward is in reduce.py and dgrad.py, the small products in one_pass.
 
     out = relu(z'·W̃ᵀ + b + S),  z' = relu(scale·z + shift) − t, rounded to z's dtype
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
 from fusedres.kernels.conv_fprop.tile import column_slices
 from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.one_pass.products import one_pass_products
+from fusedres.kernels.one_pass.triton import one_pass_fold
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.dgrad import one_pass_dgrad
 from fusedres.kernels.one_pass_tail.reduce import one_pass_reduce
-from fusedres.kernels.one_pass_tail.reference import one_pass_fold, one_pass_products
 
 __all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
 
@@ -171,7 +172,8 @@ def one_pass_tail(
     out = torch.empty((n, channels, p, q), dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
     mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=z.device)
     candidates = configs.tail(channels, in_channels, z.dtype)
-    config = choose(candidates)
+    x_channels = 0 if x is None else x.shape[1]
+    config = choose(candidates, "one_pass_tail", z.dtype, rows, in_channels, channels, x_channels)
     arguments = {
         "z_ptr": taken,
         "state_ptr": state,
@@ -196,7 +198,7 @@ def one_pass_tail(
         **grid_arguments(shortcut, shortcut_stride, "SHORTCUT_"),
         **grid_arguments(x, x_stride, "X_"),
         "SHORTCUT_C": 0 if shortcut is None else shortcut.shape[1],
-        "X_C": 0 if x is None else x.shape[1],
+        "X_C": x_channels,
     }
     grid = (ceil_div(rows, config["BLOCK_M"]) * ceil_div(channels, config["BLOCK_K"]),)
     launch(one_pass_tail_kernel, grid, arguments, config, candidates)
