@@ -6,6 +6,7 @@ namespace fusedres {
 struct CudaDevice {
   int multiprocessors;
   int max_block_threads;
+  int l2_bytes;
 };
 
 }  // namespace fusedres

@@ -6,19 +6,36 @@
 
 namespace fusedres {
 
-// Combines the values of all threads of a block with the same threadIdx.x, as a binary tree over threadIdx.y: the order
-// depends on the block's shape alone. Called by every thread of the block; blockDim.y is a power of two. The result is
-// valid at threadIdx.y == 0; combine(into, added) adds a value to another.
-// scratch: shared memory, [blockDim.y / 2][blockDim.x] values; free again only after another __syncthreads.
+// A thread's place in its block seen as [height][width].
+struct BlockPlace {
+  unsigned x, y, width, height;
+};
+
+// A one-dimensional block, `width` threads side by side; width divides its threads.
+__device__ __forceinline__ BlockPlace place_in_block(unsigned width) {
+  return {threadIdx.x % width, threadIdx.x / width, width, blockDim.x / width};
+}
+
+// Combines the values of all threads of a block with the same place.x, as a binary tree over place.y: the order
+// depends on the block's shape alone. Called by every thread of the block; the height is a power of two. The result is
+// valid at place.y == 0; combine(into, added) adds a value to another.
+// scratch: shared memory, [height / 2][width] values; free again on return.
 template <class Value, class Combine>
-__device__ __forceinline__ void reduce_rows(Value& value, Value* scratch, const Combine& combine) {
-  Value* mine = scratch + threadIdx.x;
-  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
-    if (threadIdx.y >= half && threadIdx.y < 2 * half) mine[(threadIdx.y - half) * blockDim.x] = value;
+__device__ __forceinline__ void reduce_rows(Value& value, Value* scratch, const Combine& combine,
+                                            const BlockPlace& place) {
+  Value* mine = scratch + place.x;
+  for (unsigned half = place.height / 2; half > 0; half /= 2) {
+    if (place.y >= half && place.y < 2 * half) mine[(place.y - half) * place.width] = value;
     __syncthreads();  // written
-    if (threadIdx.y < half) combine(value, mine[threadIdx.y * blockDim.x]);
+    if (place.y < half) combine(value, mine[place.y * place.width]);
     __syncthreads();  // read
   }
+}
+
+// The same in a block of blockDim's own shape.
+template <class Value, class Combine>
+__device__ __forceinline__ void reduce_rows(Value& value, Value* scratch, const Combine& combine) {
+  reduce_rows(value, scratch, combine, BlockPlace{threadIdx.x, threadIdx.y, blockDim.x, blockDim.y});
 }
 
 // Bytes of that scratch.

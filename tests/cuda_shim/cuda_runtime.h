@@ -63,6 +63,7 @@ namespace cuda_shim {
 constexpr int kMultiprocessors = 2;
 constexpr int kMaxBlockThreads = 64;
 constexpr int kBlocksAMultiprocessor = 2;
+constexpr int kL2Bytes = 1 << 14;
 constexpr size_t kMaxSharedBytes = 232448;
 
 struct Warp {
@@ -234,7 +235,11 @@ inline float rsqrtf(float value) {
 // The runtime API, as far as csrc calls it
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxThreadsPerBlock = 1,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 
@@ -282,7 +287,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_shim::kMultiprocessors : cuda_shim::kMaxBlockThreads;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_shim::kMultiprocessors
+           : attribute == cudaDevAttrL2CacheSize       ? cuda_shim::kL2Bytes
+                                                       : cuda_shim::kMaxBlockThreads;
   return cudaSuccess;
 }
 template <class... Parameters>
