@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedres.kernels.bn_statistics.reference import normalisation, update_running
 
 # Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
-_FLOAT64_PRODUCTS = 1 << 24
+FLOAT64_PRODUCTS = 1 << 24
 
 
 def one_pass_statistics(
@@ -27,7 +27,7 @@ def one_pass_statistics(
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
     channels, in_channels = conv_weight.shape[:2]
-    dtype = torch.float64 if channels * in_channels * in_channels <= _FLOAT64_PRODUCTS else pivot.dtype
+    dtype = torch.float64 if channels * in_channels * in_channels <= FLOAT64_PRODUCTS else pivot.dtype
     matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
     centre = total.to(dtype) / count
     cov = torch.addr(gram.to(dtype) / count, centre, centre, alpha=-1)

@@ -1,0 +1,81 @@
+"""Tiles of the one-pass units' small products; nothing here has been measured on a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
+from fusedres.kernels.splits import rows_split
+
+# Rows, columns and depth of a tile, warps, stages; best guess first.
+_Shape = tuple[int, int, int, int, int]
+_INTERPRETED: tuple[_Shape, ...] = ((64, 64, 64, 4, 1),)
+_FLOAT32: tuple[_Shape, ...] = ((64, 64, 16, 4, 3), (64, 64, 32, 8, 2), (64, 128, 16, 8, 2), (32, 64, 32, 4, 2))
+_FLOAT64: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 16, 4, 3), (16, 32, 32, 2, 2), (32, 64, 16, 4, 2))
+_FLOAT32_NARROW: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 16, 4, 3), (16, 32, 32, 2, 2), (32, 64, 32, 4, 2))
+
+# Splits of quadratic's sum over K: all are merged in one unrolled loop.
+_MOST_SPLITS = 16
+
+
+def _most(size: int) -> int:
+    """No block is larger than this needs."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+@cache
+def project(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]:
+    """Candidates of one_pass_project, for K and C, by the type it multiplies in."""
+    shapes = _INTERPRETED if INTERPRETED else _FLOAT64 if dtype is torch.float64 else _FLOAT32
+    most_k, most_c = _most(channels), _most(in_channels)
+    found = (
+        Config({"BLOCK_K": min(k, most_k), "BLOCK_C": min(c, most_c), "BLOCK_D": min(d, most_c)}, warps, stages)
+        for k, c, d, warps, stages in shapes
+    )
+    return list({str(config): config for config in found}.values())
+
+
+@cache
+def vectors(channels: int) -> list[Config]:
+    """Candidates of one_pass_state: a handful of vectors."""
+    sizes = ((64, 1),) if INTERPRETED else ((32, 1), (64, 2), (128, 4), (256, 4))
+    return [Config({"BLOCK_K": min(block, _most(channels))}, warps) for block, warps in sizes]
+
+
+@cache
+def rows(in_channels: int) -> list[Config]:
+    """Candidates of what goes along rows of (K, C): 8 to 32 elements a thread."""
+    sizes = ((64, 64, 4),) if INTERPRETED else ((2048, 512, 4), (1024, 512, 4), (4096, 512, 4), (4096, 512, 8))
+    found = []
+    for elements, columns, warps in sizes:
+        columns = min(columns, _most(in_channels))
+        block_k = 64 if INTERPRETED else min(32, elements // columns)
+        found.append(Config({"BLOCK_K": block_k, "BLOCK_C": columns}, warps))
+    return list({str(config): config for config in found}.values())
+
+
+@cache
+def quadratic(channels: int, in_channels: int, dtype: torch.dtype, device: torch.device) -> list[Config]:
+    """Candidates of one_pass_quadratic, for K and C."""
+    shapes = _INTERPRETED if INTERPRETED else _FLOAT64 if dtype is torch.float64 else _FLOAT32
+    if not INTERPRETED and dtype is not torch.float64 and in_channels <= 128:
+        shapes = _FLOAT32_NARROW
+    most = _most(in_channels)
+    found = []
+    for a, b, d, warps, stages in shapes:
+        a, b = min(a, most), min(b, most)
+        tiles = sum(first < end for first in range(0, in_channels, a) for end in range(b, in_channels + b, b))
+        blocks = ceil_div(channels, d)
+        steps = max(rows_split(blocks, tiles, 2, device), ceil_div(blocks, _MOST_SPLITS))
+        found.append(Config({"BLOCK_A": a, "BLOCK_B": b, "BLOCK_D": d, "STEPS": steps}, warps, stages))
+    return list({str(config): config for config in found}.values())
+
+
+@cache
+def constant(in_channels: int) -> list[Config]:
+    """Candidates of one_pass_constant: rows and columns of Q, few programs, so each is wide."""
+    sizes = ((64, 64, 4),) if INTERPRETED else ((8, 256, 8), (4, 256, 4), (16, 128, 8), (8, 128, 4))
+    return [Config({"BLOCK_A": a, "BLOCK_B": min(b, _most(in_channels))}, warps) for a, b, warps in sizes]
