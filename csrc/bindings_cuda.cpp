@@ -5,9 +5,13 @@
 
 #include <cstdint>
 
+#include "bn_add_relu/bn_add_relu_cuda.h"
+#include "bn_add_relu_backward/bn_add_relu_backward_cuda.h"
+#include "bn_backward/bn_backward_cuda.h"
 #include "bn_relu/bn_relu_cuda.h"
 #include "bn_statistics/bn_statistics_cuda.h"
 #include "common/cuda_info.h"
+#include "relu_backward/relu_backward_cuda.h"
 
 // The architectures, as TORCH_CUDA_ARCH_LIST writes them.
 #ifndef FUSEDRES_CUDA_ARCHS
@@ -35,6 +39,33 @@ py::dict build_info() {
   info["archs"] = FUSEDRES_CUDA_ARCHS;
   info["runtime"] = cuda_runtime_version();
   return info;
+}
+
+// Every launch of BatchNorm's backward takes the same arguments, and leaves alone those that it does not need.
+template <void (*kLaunch)(const BnBackwardParams&, void*)>
+void bn_backward(int dtype, int64_t rows, int64_t channels, Address grad, int gate_kind, Address gate, int branches,
+                 Address x, Address state, bool batch_statistics, Address coefficients, Address grad_x,
+                 Address shortcut_x, Address shortcut_state, bool shortcut_batch_statistics,
+                 Address shortcut_coefficients, Address grad_shortcut, int64_t count, int64_t tile_rows, int64_t tiles,
+                 Address partials, Address sums, bool with_sums, int launches, Address stream) {
+  kLaunch(
+      {dtype_of(dtype),
+       rows,
+       channels,
+       pointer<const void>(grad),
+       {static_cast<GateKind>(gate_kind), pointer<const void>(gate)},
+       branches,
+       {{pointer<const void>(x), pointer<const void>(state), batch_statistics, pointer(coefficients), pointer(grad_x)},
+        {pointer<const void>(shortcut_x), pointer<const void>(shortcut_state), shortcut_batch_statistics,
+         pointer(shortcut_coefficients), pointer(grad_shortcut)}},
+       count,
+       tile_rows,
+       tiles,
+       pointer(partials),
+       pointer(sums),
+       with_sums,
+       static_cast<BnBackwardLaunches>(launches)},
+      pointer(stream));
 }
 
 }  // namespace
@@ -100,6 +131,49 @@ PYBIND11_MODULE(_CUDA, m) {
                       pointer(out),
                       0},
                      pointer(stream));
+      },
+      release);
+
+  m.def(
+      "bn_add_relu",
+      [](Address x, int dtype, int64_t channels, Address state, Address shortcut, int64_t batch, int64_t height,
+         int64_t width, int64_t stride, int64_t shortcut_channels, Address shortcut_state, Address out, Address mask,
+         Address stream) {
+        cuda_bn_add_relu({pointer<const void>(x),
+                          dtype_of(dtype),
+                          channels,
+                          pointer<const void>(state),
+                          pointer<const void>(shortcut),
+                          {batch, height, width, stride},
+                          shortcut_channels,
+                          pointer<const void>(shortcut_state),
+                          pointer(out),
+                          pointer<uint8_t>(mask),
+                          0},
+                         pointer(stream));
+      },
+      release);
+
+  m.def("bn_backward_reduce", &bn_backward<cuda_bn_backward_reduce>, release);
+  m.def("bn_backward_coefficients", &bn_backward<cuda_bn_backward_coefficients>, release);
+  m.def("bn_backward_apply", &bn_backward<cuda_bn_backward_apply>, release);
+  m.def("bn_add_relu_backward", &bn_backward<cuda_bn_add_relu_backward>, release);
+
+  m.def(
+      "relu_backward",
+      [](Address grad, int dtype, int64_t rows, int64_t channels, int gate_kind, Address gate, Address d,
+         int64_t tile_rows, int64_t tiles, Address partials, Address sums, Address stream) {
+        cuda_relu_backward({dtype_of(dtype),
+                            rows,
+                            channels,
+                            pointer<const void>(grad),
+                            {static_cast<GateKind>(gate_kind), pointer<const void>(gate)},
+                            pointer(d),
+                            tile_rows,
+                            tiles,
+                            pointer(partials),
+                            pointer(sums)},
+                           pointer(stream));
       },
       release);
 }

@@ -18,8 +18,9 @@ template <class T, int kVector, bool kStrided>
 __global__ void __launch_bounds__(kRowThreads, kBnReluBlocks)
     bn_relu_kernel(const BnReluParams p, const SourceRows source, const int64_t rows, const RowGrid grid) {
   using A = Arithmetic<T>;
-  const auto [first, c] = row_share<kVector>(grid, rows);
-  if (first >= rows) return;
+  const RowShare share = row_share<kVector>(grid, rows);
+  const int64_t c = share.c, step = grid.step;
+  if (share.row >= rows) return;
   const T* x = static_cast<const T*>(p.x) + c;
   T* out = static_cast<T*>(p.out) + c;
   const bool normalise = p.state != nullptr;
@@ -28,11 +29,11 @@ __global__ void __launch_bounds__(kRowThreads, kBnReluBlocks)
   if (normalise) map = load_affine<kVector>(static_cast<const A*>(p.state), p.channels, c);
   if (p.pivot != nullptr) pivot = load<kVector>(static_cast<const A*>(p.pivot) + c);
 
-  for_rows<kBnReluRows>(first, grid.step, rows, [&](auto count, int64_t row) {
+  for_rows<kBnReluRows>(share.row, step, rows, [&](auto count, int64_t row) {
     Packed<T, kVector> loaded[count];
 #pragma unroll
     for (int r = 0; r < count; ++r) {
-      const int64_t m = row + r * static_cast<int64_t>(grid.step);
+      const int64_t m = row + r * step;
       loaded[r] = load_packed<kVector>(x + element(kStrided ? source(m) : m, p.channels, 0));
     }
 #pragma unroll
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kRowThreads, kBnReluBlocks)
       if (normalise) z = relu(apply(map, z));
 #pragma unroll
       for (int i = 0; i < kVector; ++i) z[i] -= pivot[i];
-      store(out + element(row + r * static_cast<int64_t>(grid.step), p.channels, 0), z);
+      store(out + element(row + r * step, p.channels, 0), z);
     }
   });
 }
