@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -51,17 +52,25 @@ def locked() -> Iterator[Path]:
         yield kept()
 
 
+def included(path: Path, csrc: Path) -> list[Path]:
+    """A source and all of ours that it includes, by its text."""
+    found = [path]
+    for file in found:  # grows
+        for name in re.findall(r'^#include [<"]([\w./]+)[>"]', file.read_text(), re.MULTILINE):
+            at = next((folder / name for folder in (SHIM, csrc) if (folder / name).is_file()), None)
+            if at is not None and at not in found:
+                found.append(at)
+    return found
+
+
 def compile_objects(files: list[Path], flags: list[str], folder: Path, csrc: Path = CSRC) -> list[Path]:
     """Objects in `folder` of C++ or CUDA sources for the host, by the hash of everything that goes into them."""
     assert COMPILER, "g++ was not found"
-    headers = [path for path in (*csrc.rglob("*"), *SHIM.rglob("*")) if path.suffix in {".h", ".cuh"}]
-    common = hashlib.sha256("\0".join([COMPILER, *flags, str(csrc)]).encode())
-    for path in sorted(headers):
-        common.update(path.read_bytes())
 
     def compiled(path: Path) -> Path:
-        key = common.copy()
-        key.update(path.read_bytes())
+        key = hashlib.sha256("\0".join([COMPILER, *FLAGS, *flags, str(csrc)]).encode())
+        for part in included(path, csrc):
+            key.update(part.read_bytes())
         target = folder / f"{path.stem}-{key.hexdigest()[:20]}.o"
         if not target.exists():
             made = target.with_suffix(f".{os.getpid()}")
