@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kRowThreads, kBnAddReluBlocks<T>)
   if constexpr (kShortcut == Shortcut::kNormalised)
     shortcut_map = load_owned_affine<kVector, A>(p.shortcut_state, p.channels, c, count);
 
-  for_rows<kBnAddReluRows<T, kVector>>(share.row, step, rows, [&](auto at_once, int64_t row) {
+  for_rows<kBnAddReluRows<T, kVector>>(share.row, rows, step, [&](auto at_once, int64_t row) {
     Packed<T, kOwned> loaded[at_once], branch[at_once]{};
 #pragma unroll
     for (int r = 0; r < at_once; ++r) {

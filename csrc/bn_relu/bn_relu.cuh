@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kRowThreads, kBnReluBlocks)
   if (normalise) map = load_affine<kVector>(static_cast<const A*>(p.state), p.channels, c);
   if (p.pivot != nullptr) pivot = load<kVector>(static_cast<const A*>(p.pivot) + c);
 
-  for_rows<kBnReluRows>(share.row, step, rows, [&](auto count, int64_t row) {
+  for_rows<kBnReluRows>(share.row, rows, step, [&](auto count, int64_t row) {
     Packed<T, kVector> loaded[count];
 #pragma unroll
     for (int r = 0; r < count; ++r) {

@@ -20,4 +20,19 @@ __device__ __forceinline__ int64_t element(int64_t row, int64_t channels, int64_
   return row * channels + c;
 }
 
+template <int kRows>
+struct RowCount {
+  static constexpr int value = kRows;
+  constexpr operator int() const { return kRows; }
+};
+
+// Calls body(RowCount, row) for rows first, first + step, … below last, kBatch of them at a time (row, row + step, …)
+// so that their loads are on their way together, then one at a time.
+template <int kBatch, class Body>
+__device__ __forceinline__ void for_rows(int64_t first, int64_t last, int64_t step, const Body& body) {
+  int64_t row = first;
+  for (; row + (kBatch - 1) * step < last; row += kBatch * step) body(RowCount<kBatch>{}, row);
+  for (; row < last; row += step) body(RowCount<1>{}, row);
+}
+
 }  // namespace fusedres

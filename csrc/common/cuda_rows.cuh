@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "common/cuda_index.cuh"
 #include "common/cuda_rows.h"
 #include "common/cuda_vector.cuh"
 
@@ -11,14 +12,6 @@ namespace fusedres {
 template <int kVector>
 __device__ __forceinline__ RowShare row_share(const RowGrid& grid, int64_t rows) {
   return row_share(grid, blockIdx.x * blockDim.x + threadIdx.x, rows, kVector);
-}
-
-// Calls body(count, row) for rows row, row + step, …, count of them at once: kRows, so that many loads are under way
-// together, then 1 for what is left. count is a std::integral_constant.
-template <int kRows, class Body>
-__device__ __forceinline__ void for_rows(int64_t row, int64_t step, int64_t rows, const Body& body) {
-  for (; row + (kRows - 1) * step < rows; row += kRows * step) body(std::integral_constant<int, kRows>{}, row);
-  for (; row < rows; row += step) body(std::integral_constant<int, 1>{}, row);
 }
 
 // BatchNorm's map of kVector channels: z = scale·x + shift.

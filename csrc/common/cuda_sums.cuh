@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_index.cuh"
 #include "common/cuda_reduce.cuh"
 #include "common/cuda_vector.cuh"
 
@@ -56,20 +57,6 @@ __device__ __forceinline__ Sums<A, kVector, kSums> merge_partials(const A* parti
   }
   reduce_rows(sums, scratch, add<A, kVector, kSums>, place);
   return sums;
-}
-
-template <int kRows>
-struct RowCount {
-  static constexpr int value = kRows;
-};
-
-// Calls body(RowCount, row) for rows first, first + step, … below last, kBatch of them at a time (row, row + step, …)
-// so that their loads are on their way together, then one at a time.
-template <int kBatch, class Body>
-__device__ __forceinline__ void for_rows(int64_t first, int64_t last, int64_t step, const Body& body) {
-  int64_t row = first;
-  for (; row + (kBatch - 1) * step < last; row += kBatch * step) body(RowCount<kBatch>{}, row);
-  for (; row < last; row += step) body(RowCount<1>{}, row);
 }
 
 }  // namespace fusedres
