@@ -74,7 +74,7 @@ def bn_add_relu_backward(
         grad: (N, C, H, W), channels_last, the gradient of out; left as it is.
         gate: packed bits of bn_add_relu, the ReLU's output, or None where grad is masked already.
         x: like grad, the raw convolution output. state: (4, C), its bn_statistics or bn_frozen.
-        backend: "reference", "cpu" or "triton".
+        backend: "reference", "cpu", "triton" or "cuda".
         batch_statistics: the statistics of state depend on x.
         shortcut_x, shortcut_state, shortcut_batch_statistics: the same for a projection's branch, or None.
         with_sums: False where no sum is needed; they are undefined then, unless batch statistics need them.

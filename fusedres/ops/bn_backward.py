@@ -49,6 +49,9 @@ def _check_reduce(
 
 def _tiles(x: Tensor, backend: str) -> int:
     """Partials that a backend's bn_backward_reduce returns."""
+    if backend == "cuda":
+        tiles: int = import_module("fusedres.kernels.bn_backward.cuda").row_tiles(x)[1]
+        return tiles
     if backend != "triton":
         return 1
     rows = x.numel() // x.shape[1]
@@ -85,7 +88,7 @@ def bn_backward_reduce(
         grad: (N, C, H, W), channels_last, the gradient behind the ReLU; left as it is.
         gate: packed bits of bn_add_relu, the ReLU's output (closed where it is <= 0, so NaN is open), or None.
         x: like grad, the raw convolution output. state: (4, C), its bn_statistics or bn_frozen.
-        backend: "reference" or "triton".
+        backend: "reference", "triton" or "cuda".
         shortcut_x, shortcut_state: the same for the projection of a shortcut, or None.
 
     Returns:
@@ -156,7 +159,7 @@ def bn_backward_coefficients(
     Args:
         partials: (T, 2, C), or (T, 3, C) with a shortcut; float32 or float64; summed in fixed order.
         count: N·H·W. state: (4, C), bn_statistics or bn_frozen of the branch, of partials' dtype.
-        backend: "reference" or "triton".
+        backend: "reference", "triton" or "cuda".
         batch_statistics: the statistics of state depend on x.
         shortcut_state, shortcut_batch_statistics: the same for a shortcut's branch, or None.
 
@@ -222,7 +225,7 @@ def bn_backward_apply(
         grad, gate, x, shortcut_x: as in bn_backward_reduce; left as they are.
         coefficients, shortcut_coefficients: (4, C) of bn_backward_coefficients. Where k = 0, as with constant
             statistics, the gradient does not depend on x, NaN or not.
-        backend: "reference" or "triton".
+        backend: "reference", "triton" or "cuda".
 
     Returns:
         x's gradient and the shortcut's (empty without one), like x.

@@ -33,7 +33,7 @@ def relu_backward(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Ten
     Args:
         grad: (N, C, H, W), channels_last; left as it is.
         gate: the ReLU's output out, like grad, or its packed bits (see bn_add_relu).
-        backend: "reference", "cpu" or "triton".
+        backend: "reference", "cpu", "triton" or "cuda".
 
     Returns:
         d like grad, and Σd (C,), float64 for float64, else float32.

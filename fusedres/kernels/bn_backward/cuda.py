@@ -1,0 +1,135 @@
+"""The steps of BatchNorm's backward in CUDA (csrc/bn_backward)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.native import GATE_NONE, gate_code
+
+_BLOCKS = 2048  # that a sum over rows is split over, at 512 bytes of a row each
+
+
+def row_tile(rows: int, channels: int, itemsize: int) -> int:
+    """Rows that one partial sums: by sizes alone, so that partials have one shape and one value everywhere."""
+    across = -(-channels * itemsize // 512)
+    wanted = -(-rows * across // _BLOCKS)
+    return max(32, 1 << (wanted - 1).bit_length())
+
+
+def row_tiles(x: Tensor) -> tuple[int, int]:
+    """Rows of a tile, and tiles of an activation."""
+    rows = x.numel() // x.shape[1]
+    size = row_tile(rows, x.shape[1], x.element_size())
+    return size, -(-rows // size)
+
+
+class Branch(NamedTuple):
+    """A raw convolution output under the ReLU, as the launches take it."""
+
+    x: Tensor | None = None
+    state: Tensor | None = None
+    batch_statistics: bool = False
+    coefficients: Tensor | None = None
+    grad_x: Tensor | None = None
+
+
+def launch_step(
+    function: str,
+    like: Tensor,
+    rows: int,
+    branches: tuple[Branch, ...],
+    grad: Tensor | None,
+    kind: int,
+    gate: Tensor | None,
+    *,
+    count: int = 1,
+    tile_rows: int = 1,
+    partials: Tensor | None = None,
+    sums: Tensor | None = None,
+    with_sums: bool = True,
+    launches: int = 0,
+) -> None:
+    """Calls a launch with what it needs of BnBackwardParams; dtype, device and C (the second size) are `like`'s."""
+    shortcut = branches[1] if len(branches) > 1 else Branch()
+    launch(
+        function,
+        like.device,
+        code(like),
+        rows,
+        like.shape[1],
+        grad,
+        kind,
+        gate,
+        len(branches),
+        *branches[0],
+        *shortcut,
+        count,
+        tile_rows,
+        0 if partials is None else partials.shape[0],
+        partials,
+        sums,
+        with_sums,
+        launches,
+    )
+
+
+def bn_backward_reduce(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    state: Tensor,
+    shortcut_x: Tensor | None,
+    shortcut_state: Tensor | None,
+) -> Tensor:
+    """See fusedres.ops.bn_backward."""
+    branches: tuple[Branch, ...] = (Branch(x, state),)
+    if shortcut_x is not None:
+        branches += (Branch(shortcut_x, shortcut_state),)
+    tile_rows, tiles = row_tiles(x)
+    partials = state.new_empty((tiles, 1 + len(branches), x.shape[1]))
+    rows = x.numel() // x.shape[1]
+    kind = gate_code(gate)
+    launch_step("bn_backward_reduce", x, rows, branches, grad, kind, gate, tile_rows=tile_rows, partials=partials)
+    return partials
+
+
+def bn_backward_coefficients(
+    partials: Tensor,
+    count: int,
+    state: Tensor,
+    batch_statistics: bool,
+    shortcut_state: Tensor | None,
+    shortcut_batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.bn_backward."""
+    sums = partials.new_empty(partials.shape[1:])
+    coefficients, shortcut = torch.empty_like(state), state.new_empty(0)
+    branches: tuple[Branch, ...] = (Branch(None, state, batch_statistics, coefficients),)
+    if shortcut_state is not None:
+        shortcut = torch.empty_like(shortcut_state)
+        branches += (Branch(None, shortcut_state, shortcut_batch_statistics, shortcut),)
+    function = "bn_backward_coefficients"
+    launch_step(function, state, count, branches, None, GATE_NONE, None, count=count, partials=partials, sums=sums)
+    return sums, coefficients, shortcut
+
+
+def bn_backward_apply(
+    grad: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    coefficients: Tensor,
+    shortcut_x: Tensor | None,
+    shortcut_coefficients: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_backward."""
+    grad_x, grad_shortcut = torch.empty_like(x), x.new_empty(0)
+    branches: tuple[Branch, ...] = (Branch(x, coefficients=coefficients, grad_x=grad_x),)
+    if shortcut_x is not None:
+        grad_shortcut = torch.empty_like(shortcut_x)
+        branches += (Branch(shortcut_x, coefficients=shortcut_coefficients, grad_x=grad_shortcut),)
+    launch_step("bn_backward_apply", x, x.numel() // x.shape[1], branches, grad, gate_code(gate), gate)
+    return grad_x, grad_shortcut

@@ -1,0 +1,36 @@
+"""The gradient that passes a ReLU in CUDA (csrc/relu_backward)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.bn_backward.cuda import row_tiles
+from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.native import gate_code
+from fusedres.kernels.reference import arithmetic_dtype
+
+
+def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.relu_backward."""
+    channels = grad.shape[1]
+    tile_rows, tiles = row_tiles(grad)
+    d = torch.empty_like(grad)
+    partials = torch.empty((tiles, channels), dtype=arithmetic_dtype(grad.dtype), device=grad.device)
+    sums = partials.new_empty(channels)
+    launch(
+        "relu_backward",
+        grad.device,
+        grad,
+        code(grad),
+        grad.numel() // channels,
+        channels,
+        gate_code(gate),
+        gate,
+        d,
+        tile_rows,
+        tiles,
+        partials,
+        sums,
+    )
+    return d, sums
