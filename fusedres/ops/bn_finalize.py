@@ -73,7 +73,7 @@ def bn_finalize(
         num_batches_tracked: () int64 or None; incremented in place.
         momentum: averaging factor; None: 1 / num_batches_tracked, computed on the device.
         eps: added to the variance.
-        backend: "reference" or "triton".
+        backend: "reference", "triton" or "cuda".
 
     Returns:
         (4, C) like partials: mean, invstd, scale, shift.

@@ -53,7 +53,7 @@ def bn_frozen(
         weight, bias: (C,) or None (1 and 0).
         running_mean, running_var: (C,), left as they are.
         eps: added to the variance.
-        backend: "reference", "cpu" or "triton".
+        backend: "reference", "cpu", "triton" or "cuda".
 
     Returns:
         (4, C), float64 for float64 x, else float32; a copy, so later updates of the running statistics do not reach it.
