@@ -11,7 +11,9 @@
 #include "bn_relu/bn_relu_cuda.h"
 #include "bn_statistics/bn_statistics_cuda.h"
 #include "common/cuda_info.h"
+#include "gram/gram_cuda.h"
 #include "relu_backward/relu_backward_cuda.h"
+#include "shortcut_grad/shortcut_grad_cuda.h"
 
 // The architectures, as TORCH_CUDA_ARCH_LIST writes them.
 #ifndef FUSEDRES_CUDA_ARCHS
@@ -174,6 +176,44 @@ PYBIND11_MODULE(_CUDA, m) {
                             pointer(partials),
                             pointer(sums)},
                            pointer(stream));
+      },
+      release);
+
+  m.def(
+      "shortcut_grad_",
+      [](Address grad_x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t x_channels,
+         Address grad, int64_t channels, int gate_kind, Address gate, Address stream) {
+        cuda_shortcut_grad({pointer(grad_x),
+                            dtype_of(dtype),
+                            {batch, height, width, stride},
+                            x_channels,
+                            pointer<const void>(grad),
+                            channels,
+                            {static_cast<GateKind>(gate_kind), pointer<const void>(gate)},
+                            0},
+                           pointer(stream));
+      },
+      release);
+
+  m.def(
+      "gram",
+      [](Address x, int dtype, bool tf32, int64_t batch, int64_t height, int64_t width, int64_t stride,
+         int64_t channels, Address state, Address out, Address pivot, int64_t split_rows, int64_t splits,
+         Address partials, Address total, Address matrix, Address stream) {
+        cuda_gram({pointer<const void>(x),
+                   dtype_of(dtype),
+                   tf32,
+                   {batch, height, width, stride},
+                   channels,
+                   pointer<const void>(state),
+                   pointer(out),
+                   pointer(pivot),
+                   split_rows,
+                   splits,
+                   pointer(partials),
+                   pointer<double>(total),
+                   pointer<double>(matrix)},
+                  pointer(stream));
       },
       release);
 }

@@ -16,7 +16,7 @@ def _gate(active, kind, dtype):
     return active.to(dtype).contiguous(memory_format=torch.channels_last) if kind == "output" else None
 
 
-@pytest.mark.parametrize("backend", backends_of("shortcut_grad_"))
+@pytest.mark.parametrize("backend", backends_of("relu_backward"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["bits", "output"])
@@ -29,7 +29,7 @@ def test_relu_backward(backend, dtype, shape, kind):
     assert_near("sum", total, want.sum((0, 2, 3)), want.abs().sum((0, 2, 3)), dtype, 16)
 
 
-@pytest.mark.parametrize("backend", backends_of("shortcut_grad_"))
+@pytest.mark.parametrize("backend", backends_of("relu_backward"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["bits", "output", None])
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class SourceRows {
         narrow_(map.out_rows() <= UINT32_MAX) {}
 
   constexpr int64_t operator()(int64_t row) const {
+    if (map_.stride == 1) return row;
     if (!narrow_) return map_.source_row(row);
     const uint32_t line = static_cast<uint32_t>(row) / out_width_, q = static_cast<uint32_t>(row) % out_width_;
     const uint32_t n = line / out_height_, p = line % out_height_;
