@@ -88,6 +88,7 @@ def fuse(
             block.__class__ = _FUSED[type(block)]
         if isinstance(block, FusedBlock):
             block.fused_memory = memory
+        if isinstance(block, FusedBlock | FusedResNet):
             block.fused_conv = conv
     return model
 

@@ -2,6 +2,9 @@
 
     y = conv(x);  out = maxpool(relu(BN(y)))
 
+With a convolution of this package's own BatchNorm's statistics are taken where it stores y, and where the images need
+no gradient dy is formed where the weight's gradient loads it; else, and with the library's, dy is written once.
+
 Saved: x, y, BatchNorm's (4, C) state, and one byte an element of out, where its maximum was. Neither BN(y) nor its
 ReLU is ever in memory.
 """
@@ -51,12 +54,33 @@ def _is_nchw(weight: Tensor | None) -> bool:
 
 def _forward(source: Tensor, plan: StemPlan, tensors: Tensors, with_argmax: bool) -> tuple[Tensor, ...]:
     """Out, argmax, y, state."""
-    launch = launches(plan.backend)
+    launch, unit = launches(plan.backend), plan.unit
+    y, state = _own_conv_bn(source, plan, tensors) if unit.own.fprop else _library_conv_bn(source, plan, tensors)
+    return (*launch.bn_relu_maxpool(y, state, with_argmax), y, state)
+
+
+def _library_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """The raw convolution and its BatchNorm's state."""
     weight = tensors[0]
     assert weight is not None
     y = convolution(in_dtype(source, plan.dtype), weight, plan.unit)
-    state = unit_state(y, plan.unit, tensors, 0, launch)
-    return (*launch.bn_relu_maxpool(y, state, with_argmax), y, state)
+    return y, unit_state(y, plan.unit, tensors, 0, launches(plan.backend))
+
+
+def _own_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """The same, with the statistics of the batch taken as y is stored."""
+    launch, unit = launches(plan.backend), plan.unit
+    weight, scale, shift, *running = tensors
+    assert weight is not None
+    if weight.dtype is not plan.dtype or not weight.is_contiguous(memory_format=_CHANNELS_LAST):
+        weight = launch.conv_weights([weight], plan.dtype)[0]
+    geometry = (unit.stride, unit.padding, unit.dilation)
+    entry = in_dtype(source, plan.dtype)
+    y, partials, rows = launch.conv_fprop(entry, weight, None, *geometry, unit.batch_statistics)
+    if not unit.batch_statistics:
+        return y, unit_state(y, unit, tensors, 0, launch)
+    updated = running if unit.update else (None, None, None)
+    return y, launch.bn_finalize(partials, rows, scale, shift, *updated, unit.momentum, unit.eps)
 
 
 class StemFunction(torch.autograd.Function):
@@ -100,28 +124,66 @@ def _backward(
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of x, conv weight, BN weight, BN bias; what is not needed stays None."""
-    launch = launches(plan.backend)
-    unit, y = plan.unit, saved[1]
-    arguments = (grad_out.contiguous(memory_format=_CHANNELS_LAST), *saved, unit.batch_statistics, needs[2] or needs[3])
-    if torch.compiler.is_compiling() or _keeps_graph():
-        grad, sums = launch.bn_relu_maxpool_backward(*arguments)
-    else:  # the graph is freed behind this backward: y may be overwritten with its gradient
-        grad, sums = y, launch.bn_relu_maxpool_backward_(*arguments)
     conv_weight, weight, bias = params
     assert conv_weight is not None
+    grad_out = grad_out.contiguous(memory_format=_CHANNELS_LAST)
     entry = in_dtype(x.contiguous(memory_format=_CHANNELS_LAST), plan.dtype)
-    grads: list[Tensor | None] = [
-        *convolution_backward(grad, entry, conv_weight, unit, (needs[0], needs[1])),
-        None,
-        None,
-    ]
-    if grads[0] is not None:
-        grads[0] = in_dtype(grads[0], x.dtype)
+    of_convolution = _formed_on_load if plan.unit.own.wgrad and not needs[0] else _stored
+    grad_x, grad_weight, sums = of_convolution(grad_out, entry, conv_weight, plan, saved, needs)
+    grads: list[Tensor | None] = [grad_x, grad_weight, None, None]
+    if grad_x is not None:
+        grads[0] = in_dtype(grad_x, x.dtype)
     if needs[2] and weight is not None:
         grads[2] = in_dtype(sums[1], weight.dtype)
     if needs[3] and bias is not None:
         grads[3] = in_dtype(sums[0], bias.dtype)
     return grads
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor]  # of x, of the convolution's weight; Σd and Σd·x̂
+
+
+def _stored(
+    grad_out: Tensor,
+    entry: Tensor,
+    weight: Tensor,
+    plan: StemPlan,
+    saved: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...],
+) -> _Gradients:
+    """With dy written out, and the library's products."""
+    launch, unit = launches(plan.backend), plan.unit
+    arguments = (grad_out, *saved, unit.batch_statistics, needs[2] or needs[3])
+    if torch.compiler.is_compiling() or _keeps_graph():
+        dy, sums = launch.bn_relu_maxpool_backward(*arguments)
+    else:  # the graph is freed behind this backward: y may be overwritten with its gradient
+        dy, sums = saved[1], launch.bn_relu_maxpool_backward_(*arguments)
+    return (*convolution_backward(dy, entry, weight, unit, (needs[0], needs[1])), sums)
+
+
+def _formed_on_load(
+    grad_out: Tensor,
+    entry: Tensor,
+    weight: Tensor,
+    plan: StemPlan,
+    saved: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...],
+) -> _Gradients:
+    """The weight's gradient alone; dy is never in memory."""
+    launch, unit = launches(plan.backend), plan.unit
+    argmax, y, state = saved
+    if unit.batch_statistics or needs[2] or needs[3]:
+        partials = launch.bn_relu_maxpool_reduce(grad_out, argmax, y, state)
+    else:
+        partials = state.new_zeros((1, 2, y.shape[1]))
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    sums, coefficients, _ = launch.bn_backward_coefficients(partials, count, state, unit.batch_statistics, None, False)
+    grad_weight = None
+    if needs[1]:
+        geometry = (list(weight.shape[2:]), unit.stride, unit.padding, unit.dilation)
+        partials = launch.bn_relu_maxpool_wgrad(grad_out, argmax, y, coefficients, entry, *geometry)
+        (grad_weight,) = launch.conv_wgrad_finalize([partials], [weight])
+    return None, grad_weight, sums
 
 
 def _differentiable(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from fusedres.autograd import LIBRARY, ConvBN, StemPlan, count_path, run_stem
+from fusedres.autograd import ConvBN, StemPlan, count_path, run_stem
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import unusual_stem
+from fusedres.modules.choice import own_products
 from fusedres.modules.fused_block import add_unit, convolution_dtype, is_plain, without_kernels
 
 
@@ -19,6 +20,8 @@ class FusedStem(nn.Module):
 
     Everything is read from the children at each call.
     """
+
+    fused_conv: str = "auto"
 
     def stem_unfused_reason(self) -> str | None:
         """Why the stem runs unfused on its parameters' device, or None where it is fused."""
@@ -39,15 +42,18 @@ class FusedStem(nn.Module):
         tensors: list[Tensor | None] = []
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         conv, norm = modules["conv1"], modules["bn1"]
-        add_unit(op, "conv1", conv, "bn1", norm, x, dtype, autocast, shape, units, tensors, LIBRARY)
+        own = own_products(self.fused_conv, backend, conv)
+        add_unit(op, "conv1", conv, "bn1", norm, x, dtype, autocast, shape, units, tensors, own)
         return run_stem(x, StemPlan(units[0], dtype, backend), tuple(tensors))
 
 
 class FusedResNet(FusedStem, ResNet):
     """torchvision's ResNet with its stem fused: same constructor, children, state_dict and numbers.
 
-    The convolution is the library's; BatchNorm, ReLU and the 3x3 max-pool behind it are one pass each way. The layers
-    run as they are: fusedres.fuse switches their blocks, or build it from FusedBasicBlock or FusedBottleneck.
+    BatchNorm, ReLU and the 3x3 max-pool behind the convolution are one pass each way; fused_conv says, as fuse()'s
+    conv, whose convolution runs: with this package's own the statistics come with it, and no gradient of its output is
+    stored unless the images need one. The layers run as they are: fusedres.fuse switches their blocks, or build it from
+    FusedBasicBlock or FusedBottleneck.
 
     Saved for backward by the stem: its input, the raw convolution output, and one byte an element of the pooled output.
     Any part that is not plain (`stem_unfused_reason()`: CIFAR's Identity for maxpool, SyncBatchNorm, a hook) makes the

@@ -5,13 +5,13 @@
 
 A program owns one split of the quads (triton_kernels.py), BLOCK_K output channels and BLOCK_N of the R·S'·C columns; a
 step takes BLOCK_P x BLOCK_Q quads and does one product for each of a quad's four pixels, so each window's gradient and
-place are loaded once for the four windows' worth of pixels that they reach. Splits write partial sums, which
+place are loaded once for all of the quad. Splits write partial sums, which
 conv_wgrad_finalize adds in their order, so the bits repeat.
 
 A column is one element of the filter: with few input channels (3 in an image) a tile of channels alone would be mostly
 padding. Elements of x are loaded one by one, R·S'/stride² times each through L1; outside of the image they are 0, which
-also masks dy of pixels that do not exist. Reads grad, argmax, y and x once from memory where all columns and output
-channels are one tile, as in a ResNet's stem (64 by 147); writes S·K·R·S'·C sums.
+also masks dy of pixels that do not exist. Reads grad, argmax and y once a tile of columns, mostly from L2, where the
+programs of one split run side by side; writes S·K·R·S'·C sums.
 """
 
 from __future__ import annotations
