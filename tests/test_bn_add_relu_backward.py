@@ -149,6 +149,57 @@ def test_constant_statistics_on_one_branch_only(backend):
         assert_near("grad_shortcut", grad_other, want, terms, torch.float32, 16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 8, 5, 5), (3, 24, 9, 7), (2, 17, 6, 6), (1, 64, 1, 1)])
+@pytest.mark.parametrize(
+    ("kind", "projection", "batch_statistics"),
+    [("bits", True, (True, True)), ("output", False, (True,)), (None, True, (False, True)), ("affine", False, (True,))],
+)
+def test_cuda_in_one_launch_is_bitwise_cuda_in_three(monkeypatch, dtype, shape, kind, projection, batch_statistics):
+    """The two ways to run it on a GPU, in every gate; more tiles than the host's device runs blocks at once."""
+    place = device("cuda", dtype)
+    cuda = pytest.importorskip("fusedres.kernels.bn_add_relu_backward.cuda")
+    tensors = [tensor.to(place) for tensor in _inputs(shape, dtype)]
+    affine, other_affine = state(shape[1], dtype).to(place), state(shape[1], dtype, seed=9).to(place)
+    output = tensors[3].to(dtype).contiguous(memory_format=torch.channels_last)
+    gate = {"bits": pack_bits(tensors[3]), "output": output}.get(kind or "")
+    results = []
+    for launches in (cuda.SEPARATE, cuda.FUSED, cuda.FUSED):
+        monkeypatch.setattr(cuda, "launches", launches)
+        grad, x, other = (tensor.clone() for tensor in tensors[:3])
+        if kind == "affine":
+            sums = ops.bn_relu_backward_(grad, x, affine, "cuda", gated=True, batch_statistics=True)
+            assert torch.equal(x, tensors[1])
+        else:
+            options = {"shortcut_x": other, "shortcut_state": other_affine} if projection else {}
+            if projection:
+                options["shortcut_batch_statistics"] = batch_statistics[1]
+            sums = ops.bn_add_relu_backward_(
+                grad, gate, x, affine, "cuda", batch_statistics=batch_statistics[0], **options
+            )
+            assert torch.equal(grad, tensors[0])
+            assert not torch.equal(x, tensors[1]) and torch.equal(other, tensors[2]) != projection
+        results.append((grad, x, other, sums[: 2 + projection]))
+    for result in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("launches", ["SEPARATE", "FUSED"])
+def test_cuda_in_either_way_is_the_oracle(monkeypatch, launches):
+    place = device("cuda")
+    cuda = pytest.importorskip("fusedres.kernels.bn_add_relu_backward.cuda")
+    monkeypatch.setattr(cuda, "launches", getattr(cuda, launches))
+    grad, x, other, active = (tensor.to(place) for tensor in _inputs((3, 40, 11, 9), torch.float32))
+    affine, other_affine = state(40, torch.float32).to(place), state(40, torch.float32, seed=9).to(place)
+    options = {"shortcut_x": other, "shortcut_state": other_affine, "shortcut_batch_statistics": True}
+    got = ops.bn_add_relu_backward(grad, pack_bits(active), x, affine, "cuda", batch_statistics=True, **options)
+    d = grad.double() * active
+    for result, raw, branch in ((got[0], x, affine), (got[1], other, other_affine)):
+        want, terms, _, _ = _branch(d, raw, branch, True)
+        assert_near("gradient", result, want, terms, torch.float32, 16)
+    assert_near("sum d", got[2][0], d.sum((0, 2, 3)), d.abs().sum((0, 2, 3)), torch.float32, 16)
+
+
 def test_same_bits_on_any_number_of_threads():
     grad, x, other, active = _inputs((8, 65, 28, 28), torch.float32)
     affine, bits = state(65, torch.float32), pack_bits(active)

@@ -39,9 +39,8 @@ inline BnBackwardConfig bn_backward_config(const BnBackwardParams& p, int vector
   const int64_t wanted = std::max<int64_t>(1, 8ll * device.multiprocessors / config.channel_blocks);
   const int64_t height = config.threads / config.width;
   config.apply_blocks = static_cast<unsigned>(std::min(wanted, (p.rows + height - 1) / height));
-  // 64 bytes of a row: what a block does alone is walk over the tiles.
-  config.merge_width = 4;
-  config.merge_blocks = blocks(4ll * merge_vector);
+  config.merge_width = merge_block_width(p.tiles, config.threads);
+  config.merge_blocks = blocks(static_cast<int64_t>(config.merge_width) * merge_vector);
   return config;
 }
 

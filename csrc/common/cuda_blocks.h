@@ -20,4 +20,12 @@ inline unsigned block_width(int64_t vectors, unsigned most) {
   return best;
 }
 
+// Threads side by side of a block that merges partials of so many tiles: 64 bytes of a row, for what a block does alone
+// is walk over the tiles; more where the tiles are fewer than its rows of threads.
+inline unsigned merge_block_width(int64_t tiles, unsigned threads) {
+  unsigned width = 4;
+  while (width < 32 && threads / (2 * width) >= tiles) width *= 2;
+  return width;
+}
+
 }  // namespace fusedres

@@ -32,8 +32,8 @@ inline ReluBackwardConfig relu_backward_config(const ReluBackwardParams& p, int 
   config.threads = static_cast<unsigned>(std::min(kReluBackwardThreads, device.max_block_threads));
   config.width = block_width((p.channels + vector - 1) / vector, 32);
   config.channel_blocks = blocks(static_cast<int64_t>(config.width) * vector);
-  config.merge_width = 4;
-  config.merge_blocks = blocks(4ll * merge_vector);
+  config.merge_width = merge_block_width(p.tiles, config.threads);
+  config.merge_blocks = blocks(static_cast<int64_t>(config.merge_width) * merge_vector);
   return config;
 }
 
