@@ -10,7 +10,8 @@ takes that operand from registers, while a second one that is computed would be 
 pipeline. So the tile is C by K where h is computed, and K by C where only dy is; both computed works too.
 
 Padding: where a tap falls outside of the image the second operand is loaded as 0 by its mask, whatever it is, and the
-first is any finite number there (relu(shift), say). This is the zero AFTER affine and ReLU, at no cost in the loop.
+first is any finite number there (relu(shift), say; in float16 that may be inf, so it is zeroed too). This is the zero
+AFTER affine and ReLU, at no cost in the loop.
 
 Reads grad, y and the gate once a tap and tile of C, x once a tap and tile of K, mostly from L2, where the programs of
 one split run side by side; writes S·K·R·S'·C sums.
@@ -23,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_wgrad import configs
-from fusedres.kernels.conv_wgrad.finalize import conv_wgrad_finalize, loop_bound
-from fusedres.kernels.launch import ceil_div, input_precision, launch
+from fusedres.kernels.conv_wgrad.finalize import conv_wgrad_finalize
+from fusedres.kernels.launch import ceil_div, input_precision, launch, loop_bound
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.tiles import relu
 
@@ -146,6 +147,8 @@ def conv_wgrad_kernel(
         x = tl.load(x_ptr + (x_row.to(tl.int64) * C + c), mask=x_inside, other=0.0)
         if X_FIRST:
             x = normalised(x, c, state_ptr, C).to(dtype)
+            if dtype == tl.float16:  # where relu(shift) may be inf, and inf·0 is NaN
+                x = tl.where(x_inside, x, 0.0)
 
         dy_row = step * BLOCK_M + dy_lane
         dy_inside = dy_row < rows
@@ -167,7 +170,7 @@ def conv_wgrad_kernel(
                 )
                 dy = tl.where((bits >> (k % 8).to(tl.uint8)) & 1 != 0, dy, 0.0)
             dy = bn_backward(dy, y, k, coefficients_ptr, K).to(dtype)
-            if X_FIRST:
+            if X_FIRST or dtype == tl.float16:
                 dy = tl.where(dy_inside, dy, 0.0)
         if X_FIRST:
             acc = tl.dot(x, dy, acc, input_precision=PRECISION, out_dtype=wide)
