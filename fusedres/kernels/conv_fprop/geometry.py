@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+_Axes = tuple[tuple[int, ...], ...]  # (size, kernel, stride, padding, dilation) of height and width
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -33,6 +35,11 @@ def empty_output(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+# They are never freed, as a captured graph or another stream may still read them; so they are not many.
+_tables: dict[tuple[_Axes, torch.device], Tensor] = {}
+_MOST_TABLES = 256
+
+
 def tap_table(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
@@ -40,20 +47,26 @@ def tap_table(
     axes = tuple(
         (x.shape[2 + axis], weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)
     )
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _build(axes, x.device)  # in the graph's own memory, filled at each replay
-    return _cached(axes, x.device)
+    table = _tables.get((axes, x.device))
+    if table is not None:
+        return table
+    if len(_tables) >= _MOST_TABLES or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _build(axes, x.device)  # for this call; in a graph that is captured, filled at each replay
+    # What this thread allocates may belong to the pool of a graph that torch.compile warms up for; another's does not.
+    with ThreadPoolExecutor(1) as apart:
+        return _tables.setdefault((axes, x.device), apart.submit(_build_for_all_streams, axes, x.device).result())
 
 
-@cache
-def _cached(axes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    table = _build(axes, device)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # once: other streams will read it too
+def _build_for_all_streams(axes: _Axes, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return _build(axes, device)
+    with torch.cuda.device(device):
+        table = _build(axes, device)
+        torch.cuda.current_stream().synchronize()
     return table
 
 
-def _build(axes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def _build(axes: _Axes, device: torch.device) -> Tensor:
     rows, columns = (_inside(axis, device) for axis in axes)
     return (rows[:, None, :, None] & columns[None, :, None, :]).float().flatten(2).flatten(0, 1).contiguous()
 
