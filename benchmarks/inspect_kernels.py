@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -50,11 +51,12 @@ from triton.runtime.jit import create_function_from_signature
 
 import fusedres
 from fusedres.kernels import launch as launching
-from fusedres.kernels.launch import SHARED_MEMORY_LIMIT, Config, Launch, record_launches
+from fusedres.kernels.launch import H100, Config, Gpu, Launch, record_launches
 
-# Shared memory that one program may use, and that a multiprocessor has, in bytes.
-SHARED_LIMITS = {80: 166_912, 90: SHARED_MEMORY_LIMIT}
-SHARED_TOTALS = {80: 167_936, 90: 233_472}
+# Whose candidates are taken, by arch: A100, RTX 4090, H100. A multiprocessor has 1,024 bytes of shared memory more than
+# one program may use.
+GPUS = {80: Gpu(80, 108, 166_912), 89: Gpu(89, 128, 101_376), 90: H100}
+THREADS = {80: 2048, 89: 1536, 90: 2048}  # of a multiprocessor
 
 PIPELINED = frozenset(("conv_fprop_kernel", "conv_bn_add_relu_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"))
 
@@ -180,7 +182,10 @@ def _inspect(what: Specialised) -> Row:
         spilled=spilled,
         shared=shared,
         resident=min(
-            65_536 // (8 * -(-registers // 8) * threads), SHARED_TOTALS[arch] // (shared + 1024), 2048 // threads, 32
+            65_536 // (8 * -(-registers // 8) * threads),
+            (GPUS[arch].shared_memory + 1024) // (shared + 1024),
+            THREADS[arch] // threads,
+            32,
         ),
         product=re.search(r"tt\.dot .*x(bf16|f16)>", compiled.asm["ttir"]) is not None,
         tensor_core="+".join(kinds) or None,
@@ -203,8 +208,9 @@ def _inspect(what: Specialised) -> Row:
 def _problems(row: Row) -> Iterator[str]:
     if row.spilled:
         yield f"spills {row.spilled} bytes"
-    if row.shared > SHARED_LIMITS[row.arch]:
-        yield f"shared memory {row.shared:,} over {SHARED_LIMITS[row.arch]:,}"
+    limit = GPUS[row.arch].shared_memory
+    if row.shared > limit:
+        yield f"shared memory {row.shared:,} over {limit:,}"
     if not row.product:
         return
     if row.arch >= 90 and "HGMMA" not in (row.tensor_core or ""):
@@ -347,12 +353,22 @@ def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
-def record(function: Callable[[], Any]) -> list[Launch]:
+@contextmanager
+def assumed(arch: int) -> Iterator[None]:
+    """Launchers take the candidates of this arch's GPU inside, off a GPU."""
+    before, launching.assumed = launching.assumed, GPUS[arch]
+    try:
+        yield
+    finally:
+        launching.assumed = before
+
+
+def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
     """The launches that `function` makes under the triton backend; its tensors are on the meta device.
 
     Ops run their launchers, called as ops, as part of a block, or directly.
     """
-    with fusedres.use_backend("triton"), CountLaunched() as count, record_launches() as direct:
+    with assumed(arch), fusedres.use_backend("triton"), CountLaunched() as count, record_launches() as direct:
         function()
     for name in sorted(count.missing):
         print(f"note: {name} has no triton kernel yet", file=sys.stderr)
@@ -376,7 +392,7 @@ def inspect_launches(launches: Iterable[Launch], arch: int = 90, limit: int | No
 
 def inspect_function(function: Callable[[], Any], arch: int = 90, limit: int | None = None) -> list[Row]:
     """inspect_launches of what `function` launches; it runs ops or blocks on meta tensors."""
-    return inspect_launches(record(function), arch, limit)
+    return inspect_launches(record(function, arch), arch, limit)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -425,7 +441,7 @@ def cases(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compiles every candidate of every Triton kernel; needs no GPU.")
-    parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
+    parser.add_argument("--arch", type=int, choices=tuple(GPUS), default=90)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--blocks", default="all", help="what runs (all): a name or pattern of blocks.py, or stem")
     parser.add_argument("--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (all)")
@@ -439,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = next(d for d, name in DTYPES.items() if name == options.dtype)
     launches = []
     for run in cases(options.blocks, options.ways, options.batch, dtype).values():
-        launches += [launch for launch in record(run) if options.kernel in launch.name]
+        launches += [launch for launch in record(run, options.arch) if options.kernel in launch.name]
     todo = compilations(launches, options.arch, options.limit)
     bar = Progress(len(todo))
     rows = []

@@ -10,23 +10,38 @@ them, so the bytes that a launch moves can be summed from its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Kernels run in Triton's interpreter, on CPU tensors, when Python started with TRITON_INTERPRET=1.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Shared memory that one program may use on sm_90, in bytes.
-SHARED_MEMORY_LIMIT = 232_448
+
+class Gpu(NamedTuple):
+    """What candidates depend on of a device."""
+
+    capability: int  # 80, 90, ...
+    multiprocessors: int
+    shared_memory: int  # that one program may use, in bytes
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether products take whole operands from shared memory, which leaves registers for larger tiles."""
+        return self.capability // 10 == 9
+
+
+H100 = Gpu(90, 132, 232_448)
+assumed = H100  # where there is no GPU to ask
 
 
 @dataclass(frozen=True)
@@ -168,10 +183,41 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def gpu(device: torch.device) -> Gpu:
+    """What the device is; what is assumed where there is no GPU."""
+    return _gpu(device) if device.type == "cuda" else assumed
+
+
 @cache
+def _gpu(device: torch.device) -> Gpu:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return assumed
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at one a multiprocessor; off a GPU what an H100 has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """How many programs run side by side at one a multiprocessor."""
+    return gpu(device).multiprocessors
+
+
+def shared_memory(device: torch.device) -> int:
+    """How much of it one program may use, in bytes."""
+    return gpu(device).shared_memory
+
+
+def fitting(configs: Iterable[Config], shared_bytes: Callable[[Config], int], gpu: Gpu) -> tuple[Config, ...]:
+    """The distinct configs whose tiles fit the shared memory of one program, in which they take shared_bytes."""
+    found: list[Config] = []
+    for config in configs:
+        if shared_bytes(config) <= gpu.shared_memory and config not in found:
+            found.append(config)
+    return tuple(found)
+
+
+def loop_bound(count: int) -> Any:
+    """A loop's bound as an argument: the interpreter of Triton 3.6 loops over constants only."""
+    return tl.constexpr(count) if INTERPRETED else count
 
 
 def ceil_div(a: int, b: int) -> int:

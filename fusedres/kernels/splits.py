@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 
 from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, multiprocessors
 
 
 def rows_split(steps: int, tiles: int, resident: int, device: torch.device) -> int:
-    """Steps of a split: the fewest that keep the programs to those a device holds, `resident` a multiprocessor.
-
-    Rounded up to one of sixteen numbers between two powers of two, as each is compiled for itself.
-    """
+    """Steps of a split: the fewest that keep the programs to those a device holds, `resident` a multiprocessor."""
     if INTERPRETED:
         return ceil_div(steps, 2)
-    wanted = max(1, resident * multiprocessors(device) // tiles)
-    size = ceil_div(steps, wanted)
-    grain = 1 << max(0, size.bit_length() - 5)
-    return ceil_div(size, grain) * grain
+    return ceil_div(steps, max(1, resident * multiprocessors(device) // tiles))
 
 
-def merge(splits: int) -> list[Config]:
+def resident(elements: int, itemsize: int, num_warps: int) -> int:
+    """Programs that a multiprocessor is meant to hold, by the registers that the elements of a tile of sums take."""
+    registers = elements * itemsize // (4 * 32 * num_warps)
+    return max(1, (16 if registers <= 32 else 8) // num_warps)
+
+
+def merge(splits: int) -> Sequence[Config]:
     """Candidates of a kernel that sums splits (S, elements) over S in fixed order."""
+    return _merge(splits > 16)
+
+
+@cache
+def _merge(many: bool) -> Sequence[Config]:
     if INTERPRETED:
-        return [Config({"BLOCK_S": 2, "BLOCK": 4096, "STEPS": ceil_div(splits, 2)})]
-    shapes = ((64, 64), (32, 128), (16, 256), (128, 32)) if splits > 16 else ((4, 256), (8, 128), (4, 512), (16, 128))
-    return [Config({"BLOCK_S": s, "BLOCK": block, "STEPS": ceil_div(splits, s)}) for s, block in shapes]
+        return (Config({"BLOCK_S": 2, "BLOCK": 4096}),)
+    shapes = ((64, 64), (32, 128), (16, 256), (128, 32)) if many else ((4, 256), (8, 128), (4, 512), (16, 128))
+    return tuple(Config({"BLOCK_S": s, "BLOCK": block}) for s, block in shapes)

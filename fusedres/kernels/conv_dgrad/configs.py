@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, input_precision
+from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, fitting, gpu, input_precision
 
 
-def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: bool) -> tuple[Config, ...]:
+def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: bool) -> Sequence[Config]:
     """For grad (N, K, P, Q) and weight (K, C, R, S); on_load: dy is formed in the kernel."""
     if INTERPRETED or grad.is_cpu:
-        return (_config(64, 64, 32, 4, 4, 1),)
-    if grad.dtype is torch.float64:
+        return _INTERPRETED
+    k, c = (int(size) for size in weight.shape[:2])  # a weight's sizes are no symbols
+    return _candidates(grad.dtype, input_precision(grad.dtype), k, c, max(stride) > 1, on_load, gpu(grad.device))
+
+
+@cache
+def _candidates(
+    dtype: torch.dtype, precision: str, k: int, c: int, strided: bool, on_load: bool, gpu: Gpu
+) -> Sequence[Config]:
+    def shared_bytes(config: Config) -> int:
+        m, n, depth = (config[block] for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        bits = m * depth // 8  # of the gate, beside grad and y
+        return config.num_stages * (((2 * m if on_load else m) + n) * depth * dtype.itemsize + bits * on_load)
+
+    return fitting(_tiles(dtype, precision, k, c, strided, on_load, gpu), shared_bytes, gpu)
+
+
+def _tiles(
+    dtype: torch.dtype, precision: str, k: int, c: int, strided: bool, on_load: bool, gpu: Gpu
+) -> Sequence[Config]:
+    if dtype is torch.float64:
         return _FLOAT64
-    k, channels = weight.shape[:2]
-    if k % 8 != 0 or channels % 8 != 0:
+    if k % 8 != 0 or c % 8 != 0:
         return _UNALIGNED
-    if grad.dtype is torch.float32:
-        if input_precision(grad.dtype) == "ieee":
+    if dtype is torch.float32:
+        if precision == "ieee":
             return _FLOAT32
-        return _TF32_64 if channels <= 64 else _TF32
+        return _TF32_64 if c <= 64 else _TF32
     if on_load:
-        if channels <= 64:
+        if c <= 64:
             return _ON_LOAD_64
-        return _ON_LOAD if channels > 128 and k > 64 and _has_wgmma(grad.device) else _ON_LOAD_128
-    if channels <= 64:
+        return _ON_LOAD if c > 128 and k > 64 and gpu.has_wgmma else _ON_LOAD_128
+    if c <= 64:
         return _STORED_64
-    return _STORED if max(stride) == 1 else _STRIDED
+    return _STRIDED if strided else _STORED
 
 
 def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) -> int:
@@ -39,17 +58,11 @@ def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) 
     return stride[0] * stride[1] * ceil_div(pixels, config["BLOCK_M"])
 
 
-def _has_wgmma(device: torch.device) -> bool:
-    """Whether the product takes few enough registers for 256 columns on load; off a GPU what an H100 has."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return True
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _config(block_m: int, block_n: int, block_k: int, slices: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLICES": slices}, warps, stages)
 
 
+_INTERPRETED = (_config(64, 64, 32, 4, 4, 1),)
 _STORED = (
     _config(128, 128, 64, 4, 8, 3),
     _config(64, 128, 64, 4, 4, 3),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, choose, input_precision, multiprocessors
+from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, choose, fitting, gpu, input_precision
 
 # (BLOCK_M, BLOCK_K, BLOCK_C, warps, stages) by kind of arithmetic: narrow for up to 64 columns, wide for more.
 # With BatchNorm on load the tile of x is in registers, and its channels are fewer.
@@ -43,6 +43,8 @@ _DESCRIPTORS: dict[str, _Tiles] = {
     "tf32": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
 }
 
+_MOST_ROWS = 256  # of any tile
+
 
 @dataclass(frozen=True)
 class DescriptorConfig(Config):
@@ -50,26 +52,26 @@ class DescriptorConfig(Config):
 
 
 def candidates(
-    x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], normalised: bool
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    normalised: bool,
+    aligned: bool = True,
 ) -> Sequence[Config]:
     """Configs of y = conv(x, weight): those that fill the multiprocessors first, those by descriptors last.
 
-    FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory.
+    FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory. aligned: x and weight start
+    at multiples of 16 bytes, as descriptors ask for.
     """
     k, c, r, s = (int(size) for size in weight.shape)  # a weight's sizes are no symbols
+    device = gpu(x.device)
+    rows, enough = y.shape[0] * y.shape[2] * y.shape[3], device.multiprocessors * _MOST_ROWS
+    rows = enough if rows >= enough else int(rows)  # more change nothing, and may stay a symbol
+    shifted = aligned and tuple(stride) == (1, 1) and y.shape[2:] == x.shape[2:]
     precision = input_precision(x.dtype)
-    found = _pointers(x.dtype, precision, k, c, r * s, normalised, any(padding), capability(x.device))
-    if INTERPRETED:
-        return found
-    rows, programs = y.shape[0] * y.shape[2] * y.shape[3], multiprocessors(x.device)
-
-    def busy(config: Config) -> int:
-        return min(ceil_div(rows, config["BLOCK_M"]) * ceil_div(k, config["BLOCK_K"]), programs)
-
-    found = sorted(found, key=busy, reverse=True)
-    if tuple(stride) == (1, 1) and y.shape[2:] == x.shape[2:]:
-        found += _descriptors(x.dtype, precision, c, capability(x.device))
-    return found
+    return _candidates(x.dtype, precision, rows, k, c, r * s, normalised, any(padding), shifted, device)
 
 
 def chosen(
@@ -81,9 +83,9 @@ def chosen(
     return choose(configs, "conv_fprop", x.dtype, rows, weight.shape[1], weight.shape[0], taps, stride[0], load)
 
 
-def by_pointers(configs: Sequence[Config]) -> list[Config]:
+def by_pointers(configs: Sequence[Config]) -> Sequence[Config]:
     """Those of the kernels that load by pointers."""
-    return [config for config in configs if not isinstance(config, DescriptorConfig)]
+    return tuple(config for config in configs if not isinstance(config, DescriptorConfig))
 
 
 def row_tiles(
@@ -94,19 +96,36 @@ def row_tiles(
     return ceil_div(y.shape[0] * y.shape[2] * y.shape[3], config["BLOCK_M"])
 
 
-def capability(device: torch.device) -> int:
-    """80, 90, ... of a GPU; 90 where there is none to ask."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+@lru_cache(1024)  # as many shapes come by
+def _candidates(
+    dtype: torch.dtype,
+    precision: str,
+    rows: int,
+    k: int,
+    c: int,
+    taps: int,
+    normalised: bool,
+    padded: bool,
+    shifted: bool,
+    gpu: Gpu,
+) -> Sequence[Config]:
+    def busy(config: Config) -> int:
+        return min(ceil_div(rows, config["BLOCK_M"]) * ceil_div(k, config["BLOCK_K"]), gpu.multiprocessors)
+
+    def shared_bytes(config: Config) -> int:
+        m, k, c = (config[block] for block in ("BLOCK_M", "BLOCK_K", "BLOCK_C"))
+        return config.num_stages * ((m + k) * c * dtype.itemsize + 4 * m * (normalised and padded))
+
+    found = sorted(_pointers(dtype, precision, k, c, taps, normalised, padded, gpu), key=busy, reverse=True)
+    if shifted and not INTERPRETED:
+        found += _descriptors(dtype, precision, c, gpu)
+    return fitting(found, shared_bytes, gpu)
 
 
-@cache
 def _pointers(
-    dtype: torch.dtype, precision: str, k: int, c: int, taps: int, normalised: bool, padded: bool, arch: int
+    dtype: torch.dtype, precision: str, k: int, c: int, taps: int, normalised: bool, padded: bool, gpu: Gpu
 ) -> list[Config]:
-    hopper = 90 <= arch < 120  # 120 has the shared memory of 80 and no wgmma
+    hopper = 90 <= gpu.capability < 120  # 120 has less shared memory than 80 and no wgmma
     flat = c < 32 and taps > 1
     kind = _arithmetic(dtype, precision)
     if INTERPRETED:
@@ -127,12 +146,11 @@ def _pointers(
         blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c, "FLAT": flat}
         blocks["TABLE"] = normalised and padded and hopper and not flat
         found.append(Config(blocks, warps, stages))
-    return list({repr(config): config for config in found}.values())
+    return found
 
 
-@cache
-def _descriptors(dtype: torch.dtype, precision: str, c: int, arch: int) -> list[Config]:
-    tiles = _DESCRIPTORS.get(_arithmetic(dtype, precision), ()) if 90 <= arch < 120 else ()
+def _descriptors(dtype: torch.dtype, precision: str, c: int, gpu: Gpu) -> list[Config]:
+    tiles = _DESCRIPTORS.get(_arithmetic(dtype, precision), ()) if 90 <= gpu.capability < 120 else ()
     return [
         DescriptorConfig({"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c}, warps, stages)
         for block_m, block_k, block_c, warps, stages in tiles

@@ -157,7 +157,8 @@ def conv_fprop(
     """See fusedres.ops.conv_fprop."""
     y = empty_output(x, weight, stride, padding, dilation)
     rows, k = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
-    configs = candidates(x, weight, y, stride, padding, state is not None)
+    aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    configs = candidates(x, weight, y, stride, padding, state is not None, aligned)
     config = chosen(configs, x, weight, y, stride, state is not None)
     tiles = ceil_div(rows, config["BLOCK_M"])
     dtype = arithmetic_dtype(x.dtype)

@@ -9,12 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, SHARED_MEMORY_LIMIT, Config, ceil_div, choose, multiprocessors
+from fusedres.kernels.launch import (
+    INTERPRETED,
+    Config,
+    Gpu,
+    ceil_div,
+    choose,
+    fitting,
+    gpu,
+    multiprocessors,
+    shared_memory,
+)
 
 
 @cache
 def conv_wgrad(
-    k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool, gated: bool
+    k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool, gated: bool, gpu: Gpu
 ) -> tuple[Config, ...]:
     """Candidates, best guess first."""
     first, second = (c, k) if h_computed else (k, c)
@@ -50,7 +60,12 @@ def conv_wgrad(
         tiles = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3)]
         if second >= 256 and not dy_computed:  # whose coefficients would spill beside 128 sums a thread
             tiles.insert(0, (128, 256, 64, 8, 3))
-    return tuple(config(*tile) for tile in tiles)
+
+    def shared_bytes(config: Config) -> int:
+        columns = config["BLOCK_C"] + config["BLOCK_K"] * (2 if dy_computed else 1)  # y beside grad
+        return config.num_stages * columns * config["BLOCK_M"] * dtype.itemsize
+
+    return fitting((config(*tile) for tile in tiles), shared_bytes, gpu)
 
 
 class Plan(NamedTuple):
@@ -72,7 +87,9 @@ def plan(
 ) -> Plan:
     """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
     k, c, taps = int(grad.shape[1]), int(input.shape[1]), int(kernel[0] * kernel[1])
-    candidates = conv_wgrad(k, c, grad.dtype, input_state is not None, y is not None, gate is not None)
+    candidates = conv_wgrad(
+        k, c, grad.dtype, input_state is not None, y is not None, gate is not None, gpu(grad.device)
+    )
     rows = int(grad.numel()) // k
     loads = "normalised" if input_state is not None else "plain", "stored" if y is None else "on-load"
     config = choose(candidates, "conv_wgrad", grad.dtype, rows, c, k, f"{kernel[0]}x{kernel[1]}", *loads)
@@ -80,7 +97,7 @@ def plan(
     tiles = taps * ceil_div(k, block_k) * ceil_div(c, block_c)
     threads = 32 * config.num_warps
     by_registers = 65_536 // (threads * (block_k * block_c // threads + 64))
-    by_shared_memory = SHARED_MEMORY_LIMIT // (config.num_stages * (block_k + block_c) * block_m * grad.itemsize)
+    by_shared_memory = shared_memory(grad.device) // (config.num_stages * (block_k + block_c) * block_m * grad.itemsize)
     side_by_side = multiprocessors(grad.device) * max(1, min(by_registers, by_shared_memory))
     # A tile of sums is written and read, 8 bytes each, from memory taken as half as fast as the L2 that rows come from.
     sums = 16 * block_k * block_c / ((block_k + block_c) * block_m * grad.itemsize)
@@ -101,8 +118,13 @@ def _split(total: int, tiles: int, side_by_side: int, sums: float) -> tuple[int,
 
 def conv_wgrad_finalize(splits: int) -> tuple[Config, ...]:
     """Candidates, best guess first."""
+    return _finalize(splits > 8)
+
+
+@cache
+def _finalize(many: bool) -> tuple[Config, ...]:
     if INTERPRETED:
         return (Config({"BLOCK": 4096, "SPLITS": 4}),)
-    few = Config({"BLOCK": 512, "SPLITS": 4}), Config({"BLOCK": 256, "SPLITS": 4})
-    many = Config({"BLOCK": 128, "SPLITS": 16}), Config({"BLOCK": 128, "SPLITS": 32})
-    return few + many if splits <= 8 else many + few
+    small = Config({"BLOCK": 512, "SPLITS": 4}), Config({"BLOCK": 256, "SPLITS": 4})
+    large = Config({"BLOCK": 128, "SPLITS": 16}), Config({"BLOCK": 128, "SPLITS": 32})
+    return large + small if many else small + large

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_wgrad import configs
-from fusedres.kernels.launch import INTERPRETED, ceil_div, choose, launch
+from fusedres.kernels.launch import ceil_div, choose, launch, loop_bound
 
 # The arguments of each of conv_wgrad_finalize_kernel's weights.
 _OF_A_WEIGHT = (
@@ -75,11 +75,6 @@ def conv_wgrad_finalize_kernel(
         if block >= 0:
             sum_splits(partial_3_ptr, out_3_ptr, splits_3, size_3, C_3, taps_3, taps_w_3, k_3, c_3, h_3, w_3, block,
                        BLOCK, SPLITS)  # fmt: skip
-
-
-def loop_bound(count: int) -> Any:
-    """A loop's bound as an argument: the interpreter of Triton 3.6 loops over constants only."""
-    return tl.constexpr(count) if INTERPRETED else count
 
 
 def conv_wgrad_finalize(partials: list[Tensor], weights: list[Tensor]) -> list[Tensor]:

@@ -2,71 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
-from fusedres.kernels.splits import rows_split
+from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
+from fusedres.kernels.splits import resident, rows_split
 
-# BLOCK_M, BLOCK_A, BLOCK_B, warps, stages, and the programs a multiprocessor is meant to hold; best guess first.
-_Shape = tuple[int, int, int, int, int, int]
-_NARROW: tuple[_Shape, ...] = (
-    (64, 64, 64, 4, 2, 4),
-    (128, 64, 64, 4, 2, 2),
-    (32, 64, 64, 4, 3, 4),
-    (64, 64, 64, 4, 3, 4),
-)
-_MIDDLE: tuple[_Shape, ...] = (
-    (64, 128, 128, 8, 2, 1),
-    (32, 128, 128, 8, 3, 1),
-    (64, 64, 128, 4, 2, 2),
-    (64, 64, 64, 4, 2, 4),
-)
-_WIDE: tuple[_Shape, ...] = (
-    (64, 128, 128, 8, 2, 1),
-    (32, 128, 128, 8, 3, 1),
-    (32, 128, 256, 8, 3, 1),
-    (64, 64, 128, 4, 2, 2),
-)
-_FLOAT32: tuple[_Shape, ...] = (
-    (32, 64, 64, 4, 2, 4),
-    (16, 64, 64, 4, 3, 4),
-    (32, 64, 128, 8, 2, 2),
-    (16, 128, 128, 8, 2, 1),
-)
-_FLOAT64: tuple[_Shape, ...] = (
-    (16, 32, 32, 4, 2, 4),
-    (16, 64, 64, 4, 2, 2),
-    (32, 32, 32, 4, 2, 4),
-    (16, 64, 32, 4, 2, 2),
-)
+# BLOCK_M, BLOCK_A, BLOCK_B, warps, stages; best guess first.
+_Shape = tuple[int, int, int, int, int]
+_NARROW: tuple[_Shape, ...] = ((64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (32, 64, 64, 4, 3), (64, 64, 64, 4, 3))
+_MIDDLE: tuple[_Shape, ...] = ((64, 128, 128, 8, 2), (32, 128, 128, 8, 3), (64, 64, 128, 4, 2), (64, 64, 64, 4, 2))
+_WIDE: tuple[_Shape, ...] = ((64, 128, 128, 8, 2), (32, 128, 128, 8, 3), (32, 128, 256, 8, 3), (64, 64, 128, 4, 2))
+_FLOAT32: tuple[_Shape, ...] = ((32, 64, 64, 4, 2), (16, 64, 64, 4, 3), (32, 64, 128, 8, 2), (16, 128, 128, 8, 2))
+_FLOAT64: tuple[_Shape, ...] = ((16, 32, 32, 4, 2), (16, 64, 64, 4, 2), (32, 32, 32, 4, 2), (16, 64, 32, 4, 2))
 
 
-def tiles(rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> list[Config]:
+@cache
+def tiles(channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
     """Candidates of gram_tiles."""
     if INTERPRETED:
-        shapes: tuple[_Shape, ...] = ((64, 64, 64, 4, 1, 1),)
+        shapes: tuple[_Shape, ...] = ((64, 64, 64, 4, 1),)
     elif dtype is torch.float64:
         shapes = _FLOAT64
     elif dtype is torch.float32:
         shapes = _FLOAT32
-    else:
-        shapes = _NARROW if channels <= 64 else _MIDDLE if channels <= 128 else _WIDE
+    else:  # 256 columns spill without wgmma
+        shapes = _NARROW if channels <= 64 else _WIDE if channels > 128 and gpu.has_wgmma else _MIDDLE
     most = max(16, int(triton.next_power_of_2(channels)))
-    found = []
-    for block_m, block_a, block_b, warps, stages, resident in shapes:
-        block_a, block_b = min(block_a, most), min(block_b, most)
-        columns = range(block_b, channels + block_b, block_b)
-        count = sum(a < end for a in range(0, channels, block_a) for end in columns)  # not below the diagonal
-        steps = rows_split(ceil_div(rows, block_m), count, resident, device)
-        blocks = {"BLOCK_M": block_m, "BLOCK_A": block_a, "BLOCK_B": block_b, "STEPS": steps}
-        config = Config(blocks, warps, stages)
-        if config not in found:
-            found.append(config)
-    return found
+    found = (
+        Config({"BLOCK_M": m, "BLOCK_A": min(a, most), "BLOCK_B": min(b, most)}, warps, stages)
+        for m, a, b, warps, stages in shapes
+    )
+
+    def shared_bytes(config: Config) -> int:  # sums change their layout behind the loop
+        m, a, b = config["BLOCK_M"], config["BLOCK_A"], config["BLOCK_B"]
+        return max(config.num_stages * (a + b) * m * dtype.itemsize, a * b * max(4, dtype.itemsize))
+
+    return fitting(found, shared_bytes, gpu)
 
 
-def pivot(channels: int) -> list[Config]:
+def steps(rows: int, channels: int, config: Config, dtype: torch.dtype, device: torch.device) -> int:
+    """Tiles of BLOCK_M rows in a split; dtype is that of the sums."""
+    a, b = config["BLOCK_A"], config["BLOCK_B"]
+    at_once = resident(a * b, dtype.itemsize, config.num_warps)
+    return rows_split(ceil_div(rows, config["BLOCK_M"]), _upper_tiles(channels, a, b), at_once, device)
+
+
+@cache
+def _upper_tiles(channels: int, a: int, b: int) -> int:
+    """Tiles that are not whole below the diagonal."""
+    ends = range(b, channels + b, b)
+    return sum(first < end for first in range(0, channels, a) for end in ends)
+
+
+@cache
+def pivot(channels: int) -> Sequence[Config]:
     """Candidates of gram_pivot."""
     most = max(16, int(triton.next_power_of_2(channels)))
-    return [Config({"BLOCK_C": min(most, block)}, warps) for block, warps in ((64, 1), (128, 4))]
+    return tuple(Config({"BLOCK_C": min(most, block)}, warps) for block, warps in ((64, 1), (128, 4)))

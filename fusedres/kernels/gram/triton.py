@@ -3,7 +3,7 @@
     t = the average of the first rows of z        s = Σ z'        G = z'ᵀz'
 
 gram_pivot     a program: BLOCK_C channels of the first rows. Writes t (C,).
-gram_tiles     a program: a BLOCK_A×BLOCK_B tile of G over BLOCK_M·STEPS rows; a tile whole below the diagonal is left
+gram_tiles     a program: a BLOCK_A×BLOCK_B tile of G over BLOCK_M·steps rows; a tile whole below the diagonal is left
                out. Reads the columns of both sides of its tile; writes one split of G (C, C), of s (C,) by the tiles of
                the first row, which also write z' where it is asked for.
 gram_finalize  a program: BLOCK elements of s, and of G on and above its diagonal, over all splits in fixed order, in
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_activated, load_centred, pixel_offsets
 from fusedres.kernels.gram import configs
-from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch, loop_bound
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.splits import merge
 
@@ -67,13 +67,13 @@ def gram_tiles_kernel(
     Q,
     H,
     W,
+    steps,  # of a split
     STRIDE: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     dtype = pivot_ptr.dtype.element_ty
     tiles_b: tl.constexpr = (C + BLOCK_B - 1) // BLOCK_B
@@ -86,8 +86,8 @@ def gram_tiles_kernel(
     once = tl.where(column_a == 0, C, 0)  # channels whose z' and sum this program writes
     matrix = tl.zeros([BLOCK_A, BLOCK_B], dtype)
     total = tl.zeros([16, BLOCK_B], dtype)  # threads own rows 16 apart: no exchange inside the loop
-    for step in range(STEPS):
-        rows = (split * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for step in range(steps):
+        rows = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
         b = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_b, C, C % BLOCK_B == 0, 1)
         b = tl.where((rows < M)[:, None], b, 0.0).to(b.dtype)
@@ -115,21 +115,28 @@ def gram_finalize_kernel(
     C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     elements = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, column = elements // C, elements % C
     upper = row <= column
     wanted = upper | (row == C)
     sums = tl.zeros([BLOCK_S, BLOCK], tl.float64)
-    for step in range(STEPS):
-        split = step * BLOCK_S + tl.arange(0, BLOCK_S)
+    for first in range(0, S, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
         pointers = splits_ptr + split.to(tl.int64)[:, None] * ((C + 1) * C) + elements[None, :]
         sums += tl.load(pointers, mask=(split < S)[:, None] & wanted[None, :], other=0).to(tl.float64)
     value = tl.sum(sums, 0)
     tl.store(out_ptr + row * C + column, value, mask=upper)
     tl.store(out_ptr + column * C + row, value, mask=upper)
     tl.store(out_total_ptr + column, value, mask=row == C)
+
+
+def _first(x: Tensor, rows: int) -> Tensor:
+    """The pixels, lines or images that hold the first rows of x."""
+    p, q = x.shape[2:]
+    if q >= rows:
+        return x[:1, :, :1, :rows]
+    return x[:1, :, : ceil_div(rows, q)] if p * q >= rows else x[: ceil_div(rows, p * q)]
 
 
 def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,22 +149,25 @@ def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) ->
     arguments |= grid_arguments(x, stride)
     candidates = configs.pivot(channels)
     config = choose(candidates, "gram_pivot", x.dtype, channels)
-    first = arguments | {"out_ptr": pivot, "ROWS": _PIVOT_ROWS}
+    first = arguments | {"x_ptr": _first(taken, _PIVOT_ROWS), "out_ptr": pivot, "ROWS": _PIVOT_ROWS}
     launch(gram_pivot_kernel, (ceil_div(channels, config["BLOCK_C"]),), first, config, candidates)
 
-    candidates = configs.tiles(rows, channels, x.dtype, x.device)
+    candidates = configs.tiles(channels, x.dtype, gpu(x.device))
     config = choose(candidates, "gram_tiles", x.dtype, rows, channels, "plain" if state is None else "normalised")
-    count = ceil_div(rows, config["BLOCK_M"] * config["STEPS"])
+    steps = configs.steps(rows, channels, config, dtype, x.device)
+    count = ceil_div(rows, config["BLOCK_M"] * steps)
     splits = torch.empty((count, channels + 1, channels), dtype=dtype, device=x.device)
     grid = (ceil_div(channels, config["BLOCK_A"]) * ceil_div(channels, config["BLOCK_B"]), count)
-    arguments |= {"pivot_ptr": pivot, "out_ptr": splits, "out_z_ptr": out, "PRECISION": input_precision(x.dtype)}
+    arguments |= {"pivot_ptr": pivot, "out_ptr": splits, "out_z_ptr": out, "steps": loop_bound(steps)}
+    arguments["PRECISION"] = input_precision(x.dtype)
     launch(gram_tiles_kernel, grid, arguments, config, candidates)
 
     total = torch.empty(channels, dtype=torch.float64, device=x.device)
     matrix = torch.empty((channels, channels), dtype=torch.float64, device=x.device)
     candidates = merge(count)
     config = choose(candidates, "gram_finalize", dtype, count, channels)
-    arguments = {"splits_ptr": splits, "out_total_ptr": total, "out_ptr": matrix, "S": count, "C": channels}
+    arguments = {"splits_ptr": splits, "out_total_ptr": total, "out_ptr": matrix, "C": channels}
+    arguments["S"] = loop_bound(count)
     launch(gram_finalize_kernel, (ceil_div(splits[0].numel(), config["BLOCK"]),), arguments, config, candidates)
     return pivot, total, matrix
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 import triton
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
-from fusedres.kernels.splits import rows_split
+from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
+from fusedres.kernels.splits import resident, rows_split
 
 # Rows, columns and depth of a tile, warps, stages; best guess first. For reduce the rows are K, the depth is M.
 _Shape = tuple[int, int, int, int, int]
@@ -45,48 +46,55 @@ def _most(channels: int) -> int:
     return max(16, int(triton.next_power_of_2(channels)))
 
 
-def _distinct(configs: Sequence[Config]) -> list[Config]:
-    return [config for i, config in enumerate(configs) if config not in configs[:i]]
-
-
-def tail(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]:
+@cache
+def tail(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
     """Candidates of one_pass_tail, for K and C."""
-    return _distinct(
-        [
-            Config(
-                {"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(in_channels))}, warps, stages
-            )
-            for m, k, c, warps, stages in _shapes(_TAIL, in_channels, dtype)
-        ]
+    found = (
+        Config({"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(in_channels))}, warps, stages)
+        for m, k, c, warps, stages in _shapes(_TAIL, in_channels, dtype)
+    )
+    return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_K", "BLOCK_C"), gpu)
+
+
+@cache
+def reduce(channels: int, columns: tuple[int, int], dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
+    """Candidates of one_pass_reduce, for K and the columns of z and x."""
+    found = (
+        Config(
+            {"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(max(columns)))}, warps, stages
+        )
+        for k, c, m, warps, stages in _shapes(_REDUCE, columns[0], dtype)
+        if c <= 128 or gpu.has_wgmma  # 256 columns spill without
     )
 
+    def shared_bytes(config: Config) -> int:  # sums change their layout behind the loop
+        sums = config["BLOCK_K"] * config["BLOCK_C"] * max(4, dtype.itemsize)
+        return max(_operands(config, dtype, "BLOCK_K", "BLOCK_C", "BLOCK_M"), sums)
 
-def reduce(
-    rows: int, channels: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> list[Config]:
-    """Candidates of one_pass_reduce, for M, K and the columns of z and x."""
-    configs = []
-    for k, c, m, warps, stages in _shapes(_REDUCE, columns[0], dtype):
-        k, c = min(k, _most(channels)), min(c, _most(max(columns)))
-        tiles = ceil_div(channels, k) * sum(ceil_div(count, c) for count in columns)
-        steps = rows_split(ceil_div(rows, m), tiles, 4 if warps == 4 else 1, device)
-        configs.append(Config({"BLOCK_M": m, "BLOCK_K": k, "BLOCK_C": c, "STEPS": steps}, warps, stages))
-    return _distinct(configs)
+    return fitting(found, shared_bytes, gpu)
 
 
-def dgrad(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]:
+def steps(
+    rows: int, channels: int, columns: tuple[int, int], config: Config, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Tiles of BLOCK_M rows in a split of one_pass_reduce; dtype is that of the sums."""
+    k, c = config["BLOCK_K"], config["BLOCK_C"]
+    tiles = ceil_div(channels, k) * sum(ceil_div(count, c) for count in columns)
+    at_once = resident(k * c, dtype.itemsize, config.num_warps)
+    return rows_split(ceil_div(rows, config["BLOCK_M"]), tiles, at_once, device)
+
+
+@cache
+def dgrad(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
     """Candidates of one_pass_dgrad, for K and C."""
-    return _distinct(
-        [
-            Config(
-                {
-                    "BLOCK_M": m,
-                    "BLOCK_C": min(c, _most(in_channels)),
-                    "BLOCK_K": min(k, _most(max(channels, in_channels))),
-                },
-                warps,
-                stages,
-            )
-            for m, c, k, warps, stages in _shapes(_DGRAD, in_channels, dtype)
-        ]
+    deepest = _most(max(channels, in_channels))
+    found = (
+        Config({"BLOCK_M": m, "BLOCK_C": min(c, _most(in_channels)), "BLOCK_K": min(k, deepest)}, warps, stages)
+        for m, c, k, warps, stages in _shapes(_DGRAD, in_channels, dtype)
     )
+    return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_C", "BLOCK_K"), gpu)
+
+
+def _operands(config: Config, dtype: torch.dtype, rows: str, columns: str, depth: str) -> int:
+    """Bytes of both operands of a product in all stages."""
+    return config.num_stages * (config[rows] + config[columns]) * config[depth] * dtype.itemsize

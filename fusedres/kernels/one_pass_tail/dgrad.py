@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
 from fusedres.kernels.conv_fprop.tile import column_slices
-from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
 from fusedres.kernels.one_pass_tail.reference import ROWS_A_PARTIAL
@@ -126,7 +126,7 @@ def one_pass_dgrad(
     taken = z[:, :, ::stride, ::stride]
     out = torch.empty_like(taken, memory_format=torch.channels_last)
     partials = pivot.new_empty((ceil_div(rows, ROWS_A_PARTIAL) if masked else 0, 2, in_channels))
-    candidates = configs.dgrad(channels, in_channels, grad.dtype)
+    candidates = configs.dgrad(channels, in_channels, grad.dtype, gpu(grad.device))
     config = choose(candidates, "one_pass_dgrad", grad.dtype, rows, in_channels, channels)
     arguments = {
         "grad_ptr": grad,

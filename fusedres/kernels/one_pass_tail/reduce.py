@@ -2,7 +2,7 @@
 
     d = grad where the bits of gate are open, else 0      G = dᵀz'      Gₓ = dᵀx'      Σd,  z' as in triton.py
 
-one_pass_reduce    a program: a BLOCK_K×BLOCK_C tile of G or Gₓ over BLOCK_M·STEPS rows, and Σd in the tiles of the
+one_pass_reduce    a program: a BLOCK_K×BLOCK_C tile of G or Gₓ over BLOCK_M·steps rows, and Σd in the tiles of the
                    first columns. Reads grad, gate and z or x; writes its split. All tiles of the same rows run side by
                    side.
 one_pass_finalize  a program: BLOCK elements of the results over all splits, in fixed order.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, pixel_offsets
-from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch, loop_bound
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
 from fusedres.kernels.splits import merge
@@ -29,6 +29,7 @@ def reduce_rows(
     state_ptr,
     pivot_ptr,
     step,
+    steps,
     first,
     columns,
     M,
@@ -44,13 +45,12 @@ def reduce_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
-    """dᵀz' of BLOCK_K channels from `first` on and of columns, and Σd, over STEPS blocks of rows from `step` on."""
+    """dᵀz' of BLOCK_K channels from `first` on and of columns, and Σd, over `steps` blocks of rows from `step` on."""
     dtype = pivot_ptr.dtype.element_ty
     cross = tl.zeros([BLOCK_K, BLOCK_C], dtype)
     sum_d = tl.zeros([BLOCK_K, 16], dtype)  # threads own rows 16 apart: no exchange inside the loop
-    for i in range(STEPS):
+    for i in range(steps):
         rows = (step + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
@@ -78,6 +78,7 @@ def one_pass_reduce_kernel(
     W,
     X_H,
     X_W,
+    steps,  # of a split
     STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     C: tl.constexpr,
@@ -87,7 +88,6 @@ def one_pass_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     tiles_z: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles_x: tl.constexpr = (X_C + BLOCK_C - 1) // BLOCK_C
@@ -95,28 +95,28 @@ def one_pass_reduce_kernel(
     split = tl.program_id(1)
     first = tl.program_id(0) // (tiles_z + tiles_x) * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
-    step = split * STEPS
+    step = split * steps
     out_ptr += split.to(tl.int64) * (K * (C + X_C + 1))
     arange = tl.arange(0, BLOCK_C)
     if tile == 0:
         cross, sum_d = reduce_rows(
-            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, first, arange, M, P, Q, H, W, STRIDE, C, K,
-            True, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C, STEPS,
+            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, steps, first, arange, M, P, Q, H, W, STRIDE, C,
+            K, True, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         tl.store(out_ptr + k[:, None] * C + arange[None, :], cross, mask=(k < K)[:, None] & (arange < C)[None, :])
         tl.store(out_ptr + K * (C + X_C) + k, sum_d, mask=k < K)
     elif tile < tiles_z:
         columns = tile * BLOCK_C + arange
         cross, _ = reduce_rows(
-            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, first, columns, M, P, Q, H, W, STRIDE, C, K,
-            False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C, STEPS,
+            grad_ptr, gate_ptr, z_ptr, state_ptr, pivot_ptr, step, steps, first, columns, M, P, Q, H, W, STRIDE, C,
+            K, False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         tl.store(out_ptr + k[:, None] * C + columns[None, :], cross, mask=(k < K)[:, None] & (columns < C)[None, :])
     elif x_ptr is not None:
         columns = (tile - tiles_z) * BLOCK_C + arange
         cross, _ = reduce_rows(
-            grad_ptr, gate_ptr, x_ptr, None, x_pivot_ptr, step, first, columns, M, P, Q, X_H, X_W, X_STRIDE, X_C, K,
-            False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C, STEPS,
+            grad_ptr, gate_ptr, x_ptr, None, x_pivot_ptr, step, steps, first, columns, M, P, Q, X_H, X_W, X_STRIDE, X_C,
+            K, False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         pointers = out_ptr + K * C + k[:, None] * X_C + columns[None, :]
         tl.store(pointers, cross, mask=(k < K)[:, None] & (columns < X_C)[None, :])
@@ -134,13 +134,12 @@ def one_pass_finalize_kernel(
     K: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     both: tl.constexpr = CROSS + X_CROSS
     elements = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK_S, BLOCK], splits_ptr.dtype.element_ty)
-    for step in range(STEPS):
-        split = step * BLOCK_S + tl.arange(0, BLOCK_S)
+    for first in range(0, S, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
         inside = (split < S)[:, None] & (elements < both + K)[None, :]
         sums += tl.load(splits_ptr + split.to(tl.int64)[:, None] * (both + K) + elements[None, :], mask=inside, other=0)
     value = tl.sum(sums, 0)
@@ -164,10 +163,12 @@ def one_pass_reduce(
     """See fusedres.ops.one_pass_tail."""
     n, channels, p, q = grad.shape
     rows, in_channels, x_channels = n * p * q, z.shape[1], 0 if x is None else x.shape[1]
-    candidates = configs.reduce(rows, channels, (in_channels, x_channels), grad.dtype, grad.device)
+    columns = in_channels, x_channels
+    candidates = configs.reduce(channels, columns, grad.dtype, gpu(grad.device))
     config = choose(candidates, "one_pass_reduce", grad.dtype, rows, in_channels, channels, x_channels)
     sizes = channels * in_channels, channels * x_channels
-    count = ceil_div(rows, config["BLOCK_M"] * config["STEPS"])
+    steps = configs.steps(rows, channels, columns, config, pivot.dtype, grad.device)
+    count = ceil_div(rows, config["BLOCK_M"] * steps)
     splits = pivot.new_empty((count, sum(sizes) + channels))
     arguments = {
         "grad_ptr": grad,
@@ -181,6 +182,7 @@ def one_pass_reduce(
         "M": rows,
         "P": p,
         "Q": q,
+        "steps": loop_bound(steps),
         "C": in_channels,
         "K": channels,
         "X_C": x_channels,
@@ -201,7 +203,7 @@ def one_pass_reduce(
         "out_cross_ptr": cross,
         "out_x_cross_ptr": x_cross if x_channels else None,
         "out_sum_ptr": sum_d,
-        "S": count,
+        "S": loop_bound(count),
         "CROSS": sizes[0],
         "X_CROSS": sizes[1],
         "K": channels,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
 from fusedres.kernels.conv_fprop.tile import column_slices
-from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch
 from fusedres.kernels.one_pass.products import one_pass_products
 from fusedres.kernels.one_pass.triton import one_pass_fold
 from fusedres.kernels.one_pass_tail import configs
@@ -171,7 +171,7 @@ def one_pass_tail(
     channels, rows = folded.shape[0], n * p * q
     out = torch.empty((n, channels, p, q), dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
     mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=z.device)
-    candidates = configs.tail(channels, in_channels, z.dtype)
+    candidates = configs.tail(channels, in_channels, z.dtype, gpu(z.device))
     x_channels = 0 if x is None else x.shape[1]
     config = choose(candidates, "one_pass_tail", z.dtype, rows, in_channels, channels, x_channels)
     arguments = {
