@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from op_inputs import activation, channels, device, state
 from torch.nn import functional as F
 
 from fusedres import ops
-from fusedres.kernels.launch import INTERPRETED, Config
+from fusedres.kernels.conv_fprop import geometry
+from fusedres.kernels.launch import INTERPRETED, Config, record_launches
 
 BACKENDS = ("reference", "triton")
 # N, C, H, W, K, (R, S), stride, padding, dilation
@@ -137,7 +141,7 @@ def test_tf32(backend):
 def _configured(monkeypatch, config):
     """Makes every launch take this config."""
     for module in ("triton", "configs"):
-        monkeypatch.setattr(f"fusedres.kernels.conv_fprop.{module}.choose", lambda candidates: config)
+        monkeypatch.setattr(f"fusedres.kernels.conv_fprop.{module}.choose", lambda *_: config)
 
 
 def _pointers(flat, table):
@@ -167,6 +171,70 @@ def test_loads_by_descriptors(monkeypatch, convolution, with_state):
 
     _configured(monkeypatch, DescriptorConfig({"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 32}, 4, 2))
     _check("triton", convolution, torch.float32, with_state)
+
+
+def test_no_descriptors_where_a_base_is_not_aligned(monkeypatch):
+    """TensorDescriptor refuses a view that does not start at a multiple of 16 bytes."""
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors are for Hopper and later")
+    monkeypatch.setattr("fusedres.kernels.conv_fprop.configs.INTERPRETED", False)
+    monkeypatch.setattr("fusedres.kernels.conv_fprop.configs.choose", lambda candidates, *_: candidates[-1])
+    where = device("triton")
+    x = activation((2, 64, 5, 5), torch.float16).to(where)
+    weight = _weight(64, 64, (3, 3), torch.float16).to(where)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=where)[1:].view(2, 5, 5, 64).permute(0, 3, 1, 2)
+    shifted.copy_(x)
+    names, results = [], []
+    for pair in ((x, weight), (shifted, weight)):
+        with record_launches() as made:
+            results.append(ops.conv_fprop(*pair, None, (1, 1), (1, 1), (1, 1), False, "triton")[0])
+        names += [launch.name for launch in made]
+    assert names == ["conv_fprop_descriptor_kernel", "conv_fprop_kernel"]
+    assert torch.allclose(*results, rtol=1e-3, atol=1e-3)
+
+
+class _Tables:
+    """Tap tables from an empty dictionary, and the threads that built them."""
+
+    def __init__(self, monkeypatch):
+        self.threads, self.kept, build = [], {}, geometry._build
+
+        def counted(axes, where):
+            self.threads.append(threading.get_ident())
+            return build(axes, where)
+
+        monkeypatch.setattr(geometry, "_build", counted)
+        monkeypatch.setattr(geometry, "_tables", self.kept)
+
+    def of(self, size, is_cuda=False):
+        x = SimpleNamespace(shape=(1, 64, size, size), device=torch.device("cpu"), is_cuda=is_cuda)
+        return geometry.tap_table(x, SimpleNamespace(shape=(64, 64, 3, 3)), (1, 1), (1, 1), (1, 1))
+
+
+def test_tap_tables_are_built_once_in_a_thread_of_their_own(monkeypatch):
+    """What the caller's thread allocates may lie in the pool of a graph that torch.compile warms up for."""
+    tables = _Tables(monkeypatch)
+    table = tables.of(5)
+    assert table.sum() == 25 + 4 * 20 + 4 * 16 and tables.of(5) is table and tables.of(6) is not table
+    assert len(tables.threads) == 2 and threading.get_ident() not in tables.threads
+
+
+def test_tap_tables_are_bounded(monkeypatch):
+    tables = _Tables(monkeypatch)
+    monkeypatch.setattr(geometry, "_MOST_TABLES", 2)
+    first, _, third = (tables.of(size) for size in (5, 6, 7))
+    assert tables.of(5) is first and len(tables.kept) == 2
+    assert tables.of(7) is not third and torch.equal(tables.of(7), third)
+
+
+def test_tap_tables_while_a_graph_is_captured(monkeypatch):
+    """One that is there is taken, as it lives for ever; one that is not is the graph's own."""
+    tables = _Tables(monkeypatch)
+    kept = tables.of(5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tables.of(5, is_cuda=True) is kept and len(tables.threads) == 1
+    tables.of(6, is_cuda=True)
+    assert len(tables.kept) == 1 and tables.threads[-1] == threading.get_ident()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -191,6 +191,24 @@ def test_nan_and_inf_stay_in_their_channels_and_taps(backend, h):
     assert got[..., [0, 2, 4]].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [3, 1])
+@pytest.mark.parametrize("computed", ["h", "dy"])
+def test_float16_does_not_overflow_where_nothing_is_loaded(backend, kernel, computed):
+    """A channel far from zero: what 0 on padding and behind the last row would become is inf, no real value is."""
+    case = Case(((1, 8, 5, 5), 16, kernel, 1, kernel // 2, 1), torch.float16, **{computed: True})
+    if computed == "h":
+        case.input[:, 0] = -300
+        case.input_state[2:, 0] = torch.tensor([316.0, 94868.0])
+    else:
+        case.y[:, 0] = 200
+        case.coefficients[:, 0] = torch.tensor([1.0, 0.0, 200.0, 400.0])
+    partials = case.run(backend)
+    assert partials.isfinite().all()
+    case.check(partials)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_the_gradient_stays_in_its_channel(backend):
     case = Case(((1, 5, 6, 6), 4, 3, 1, 1, 1), torch.float32, h=True)
