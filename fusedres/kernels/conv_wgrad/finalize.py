@@ -18,6 +18,8 @@ from torch import Tensor
 from fusedres.kernels.conv_wgrad import configs
 from fusedres.kernels.launch import ceil_div, choose, launch, loop_bound
 
+__all__ = ["conv_wgrad_finalize", "loop_bound"]
+
 # The arguments of each of conv_wgrad_finalize_kernel's weights.
 _OF_A_WEIGHT = (
     "partial_{}_ptr", "out_{}_ptr", "splits_{}", "size_{}", "C_{}", "taps_{}", "taps_w_{}",
