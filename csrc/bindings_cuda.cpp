@@ -79,12 +79,26 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("build_info", &build_info);
   m.def("driver_version", &cuda_driver_version);
 
+  m.def("bn_partial_tiles", [](Address x, int dtype, int64_t rows, int64_t channels, Address) {
+    return cuda_bn_partial_tiles(pointer<const void>(x), dtype_of(dtype), rows, channels);
+  });
+
+  m.def(
+      "bn_partials",
+      [](Address x, int dtype, int64_t rows, int64_t channels, int64_t tiles, Address partials, Address row_counts,
+         Address stream) {
+        cuda_bn_partials(
+            {pointer<const void>(x), dtype_of(dtype), rows, channels, tiles, pointer(partials), pointer(row_counts)},
+            pointer(stream));
+      },
+      release);
+
   m.def(
       "bn_finalize",
       [](Address partials, Address rows, int dtype, int64_t tiles, int64_t channels, Address state, Address weight,
          int weight_dtype, Address bias, int bias_dtype, Address running_mean, int running_mean_dtype,
          Address running_var, int running_var_dtype, Address num_batches_tracked, bool cumulative, double momentum,
-         double eps, Address stream) {
+         double eps, Address pivot, int pivot_dtype, Address stream) {
         cuda_bn_finalize({pointer<const void>(partials),
                           pointer<const void>(rows),
                           dtype_of(dtype),
@@ -98,7 +112,8 @@ PYBIND11_MODULE(_CUDA, m) {
                           pointer<int64_t>(num_batches_tracked),
                           cumulative,
                           momentum,
-                          eps},
+                          eps,
+                          {pointer(pivot), dtype_of(pivot_dtype)}},
                          pointer(stream));
       },
       release);

@@ -1,18 +1,23 @@
 #pragma once
 
-// Batch statistics on the GPU: the merge of partial statistics into what BatchNorm derives from them per channel.
+// Batch statistics on the GPU: partial statistics of row tiles, and their merge into what BatchNorm derives from them.
 //
-//     mean = Σ n_t·mean_t / n      var = M2 / n      invstd = (var + eps)^-½
+//     mean = Σx / n                M2 = Σ(x − mean)²           var = M2 / n      invstd = (var + eps)^-½
 //     scale = weight·invstd        shift = bias − scale·mean                         (Ioffe and Szegedy 2015)
 //
-// with M2 merged without cancellation (common/cuda_moments.cuh). Sums are of mean_t − pivot, the pivot the first tile's
-// mean, so that float32 keeps the differences of means far from 0.
+// with M2 merged without cancellation (common/cuda_moments.cuh). Sums are of x − pivot, the pivot a value of the
+// channel (x's first row, or the first tile's mean), so that float32 keeps the differences of values far from 0.
+//
+// bn_partials: a block owns width·kVector channels of a tile; thread row y takes every tiles·height-th row from
+// tile·height + y on, kBnPartialsRows at a time: their mean, then the deviations from it, in registers. The block
+// merges its rows as a tree. Reads x once, writes the partial statistics.
 //
 // bn_finalize: a block owns blockDim.x·kVector channels of every tile; thread row y merges tiles y, y + blockDim.y, …,
 // the block merges its rows as a tree: a fixed order. Reads the partial statistics once; writes the state and the
 // running statistics.
 
 #include "bn_statistics/bn_statistics_cuda.h"
+#include "bn_statistics/config.h"
 #include "common/cuda_index.cuh"
 #include "common/cuda_moments.cuh"
 #include "common/cuda_reduce.cuh"
@@ -44,6 +49,67 @@ __device__ __forceinline__ void average_in(const ChannelVector& running, int64_t
   store_channel<A>(running, c, (1 - factor) * load_channel<A>(running, c, 0) + factor * value);
 }
 
+// Moments of x − pivot of kRows rows.
+template <int kRows, class T, int kVector, class A>
+__device__ __forceinline__ Moments<A, kVector> moments_of(const Packed<T, kVector> (&loaded)[kRows],
+                                                          const Lanes<A, kVector>& pivot) {
+  Moments<A, kVector> moments = no_moments<A, kVector>();
+  moments.rows = kRows;
+  Lanes<A, kVector> x[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = unpack(loaded[r]);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) moments.sum[i] += x[r][i] -= pivot[i];
+  }
+  constexpr A kShare = A{1} / kRows;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const A gap = x[r][i] - moments.sum[i] * kShare;
+      moments.m2[i] += gap * gap;
+    }
+  }
+  return moments;
+}
+
+template <class T, int kVector>
+__global__ void __launch_bounds__(kBnPartialsThreads, kBnPartialsBlocks)
+    bn_partials_kernel(const BnPartialsParams p, const unsigned width, const unsigned channel_blocks) {
+  using A = Arithmetic<T>;
+  const BlockPlace place = place_in_block(width);
+  const int64_t tile = blockIdx.x / channel_blocks;
+  const int64_t c = (static_cast<int64_t>(blockIdx.x % channel_blocks) * width + place.x) * kVector;
+  const bool inside = c < p.channels;
+  const T* x = static_cast<const T*>(p.x) + c;
+
+  auto moments = no_moments<A, kVector>();
+  if (inside) {
+    auto pivot = load<kVector>(x);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) pivot[i] = finite_or_zero(pivot[i]);
+    const int64_t step = p.tiles * place.height;
+    for_rows<kBnPartialsRows>(tile * place.height + place.y, p.rows, step, [&](auto count, int64_t row) {
+      Packed<T, kVector> loaded[count];
+#pragma unroll
+      for (int r = 0; r < count; ++r) loaded[r] = load_packed<kVector>(x + element(row + r * step, p.channels, 0));
+      merge(moments, moments_of(loaded, pivot));
+    });
+  }
+
+  reduce_rows(moments, dynamic_shared<Moments<A, kVector>>(), merge<A, kVector>, place);
+
+  if (!inside || place.y != 0) return;
+  Lanes<A, kVector> mean;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) mean[i] = moments.sum[i] / moments.rows;
+  A* partials = static_cast<A*>(p.partials) + tile * 2 * p.channels + c;
+  store(partials, mean);
+  store(partials + p.channels, moments.m2);
+  if (c == 0) static_cast<A*>(p.row_counts)[tile] = moments.rows;
+}
+
 template <class A, int kVector>
 __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
   const int64_t c = thread_index() * kVector;
@@ -51,12 +117,16 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
   const A* partials = static_cast<const A*>(p.partials) + c;
   const A* rows = static_cast<const A*>(p.rows);
 
-  Lanes<A, kVector> pivot;
+  const bool shifted = p.pivot.data != nullptr;
+  Lanes<A, kVector> pivot, taken;  // added to the mean in the end, and what of it each tile's mean still has
   auto moments = no_moments<A, kVector>();
   if (inside) {
-    pivot = load<kVector>(partials);
+    const auto first = load<kVector>(partials);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) pivot[i] = finite_or_zero(pivot[i]);
+    for (int i = 0; i < kVector; ++i) {
+      pivot[i] = finite_or_zero(load_channel<A>(p.pivot, c + i, first[i]));
+      taken[i] = shifted ? 0 : pivot[i];
+    }
     for (int64_t tile = threadIdx.y; tile < p.tiles; tile += blockDim.y) {
       const A* of_tile = partials + tile * 2 * p.channels;
       Moments<A, kVector> added;
@@ -64,7 +134,7 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
       added.sum = load<kVector>(of_tile);
       added.m2 = load<kVector>(of_tile + p.channels);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) added.sum[i] = (added.sum[i] - pivot[i]) * added.rows;
+      for (int i = 0; i < kVector; ++i) added.sum[i] = (added.sum[i] - taken[i]) * added.rows;
       merge(moments, added);
     }
   }

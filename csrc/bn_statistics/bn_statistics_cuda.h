@@ -24,6 +24,17 @@ struct BnFinalizeParams {
   bool cumulative;               // averaging factor 1 / num_batches_tracked instead of momentum
   double momentum;
   double eps;
+  ChannelVector pivot = {};  // the partials' means are of x − pivot, 0 where it is not finite; null: of x
+};
+
+struct BnPartialsParams {
+  const void* x;  // [rows, channels], its first row the pivot
+  DType dtype;
+  int64_t rows;
+  int64_t channels;
+  int64_t tiles;     // of cuda_bn_partial_tiles
+  void* partials;    // [tiles, 2, channels] arithmetic type: mean of x − pivot, and M2, of each tile
+  void* row_counts;  // [tiles] like the partials
 };
 
 struct BnFrozenParams {
@@ -36,6 +47,11 @@ struct BnFrozenParams {
   ChannelVector running_var;
   double eps;
 };
+
+// How many tiles the current device takes for x.
+int64_t cuda_bn_partial_tiles(const void* x, DType dtype, int64_t rows, int64_t channels);
+
+void cuda_bn_partials(const BnPartialsParams& params, void* stream);
 
 void cuda_bn_finalize(const BnFinalizeParams& params, void* stream);
 

@@ -3,11 +3,41 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/cuda_blocks.h"
 #include "common/cuda_device.h"
 
 // Blocks and grids of the statistics' kernels. Guesses: no GPU has measured them yet.
 
 namespace fusedres {
+
+constexpr int kBnPartialsThreads = 256;  // of a block
+constexpr int kBnPartialsBlocks = 3;     // of a multiprocessor
+constexpr int kBnPartialsRows = 4;       // of a thread, under way at once and averaged in registers
+
+// A block is threads / width rows of `width` vectors of channels; tile t is rows t·height to (t + 1)·height and every
+// tiles·height-th after them.
+struct BnPartialsConfig {
+  bool vectorised;  // 16 bytes a load, else one value
+  unsigned threads;
+  unsigned width;
+  unsigned channel_blocks;  // that cover a row
+  int64_t tiles;            // as many as run at once
+};
+
+template <class T>
+BnPartialsConfig bn_partials_config(int64_t rows, int64_t channels, bool aligned, const CudaDevice& device) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  BnPartialsConfig config{};
+  config.vectorised = aligned && channels % kVector == 0;
+  config.threads = static_cast<unsigned>(std::min(kBnPartialsThreads, device.max_block_threads));
+  const int64_t vectors = config.vectorised ? channels / kVector : channels;
+  config.width = block_width(vectors, 32);
+  config.channel_blocks = static_cast<unsigned>((vectors + config.width - 1) / config.width);
+  const int64_t height = config.threads / config.width;
+  const int64_t most = std::max<int64_t>(1, device.multiprocessors * kBnPartialsBlocks / config.channel_blocks);
+  config.tiles = std::min((rows + height - 1) / height, most);
+  return config;
+}
 
 struct BnFinalizeConfig {
   bool vectorised;   // 16 bytes a load, else one value

@@ -21,14 +21,17 @@ def code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else DTYPE_CODE[tensor.dtype]
 
 
-def launch(function: str, device: torch.device, *arguments: Tensor | float | bool | None) -> None:
+def launch(function: str, device: torch.device, *arguments: Tensor | float | bool | None) -> Any:
     """Calls a function of fusedres._CUDA on a device and its current stream; None is a null pointer.
+
+    Returns:
+        What the function returns; None on the meta device, where it is not called.
 
     Raises:
         RuntimeError: CUDA's own error, with the op's name; or there are no CUDA kernels, or not for this device.
     """
     if device.type == "meta":
-        return
+        return None
     module = cuda_support.module()
     if module is None or device.type not in cuda_support.devices:
         reason = cuda_support.missing() or f"it serves {' and '.join(cuda_support.devices)} tensors, got {device.type}"
@@ -39,11 +42,9 @@ def launch(function: str, device: torch.device, *arguments: Tensor | float | boo
     ]
     call = getattr(module, function)
     if device.type == "cpu":
-        call(*values, 0)
-        return
+        return call(*values, 0)
     stream = torch.cuda.current_stream(device).cuda_stream
     if device.index == torch.cuda.current_device():
-        call(*values, stream)
-    else:
-        with torch.cuda.device(device):
-            call(*values, stream)
+        return call(*values, stream)
+    with torch.cuda.device(device):
+        return call(*values, stream)

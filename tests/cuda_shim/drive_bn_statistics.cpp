@@ -60,6 +60,33 @@ void bn_frozen() {
   }
 }
 
+void bn_partials() {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
+    for (const auto& [rows, channels] :
+         std::vector<std::pair<int64_t, int64_t>>{{2, 1}, {700, 16}, {133, 37}, {9, 520}}) {
+      const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+      Values x(dtype, normal(rows * channels, 30));
+      const int64_t tiles = cuda_bn_partial_tiles(x.data(), dtype, rows, channels);
+      Values partials(wide, 2 * tiles * channels), row_counts(wide, tiles);
+      cuda_bn_partials({x.data(), dtype, rows, channels, tiles, partials.data(), row_counts.data()}, nullptr);
+      double counted = 0;
+      for (int64_t t = 0; t < tiles; ++t) counted += row_counts[t];
+      expect_near("rows", counted, static_cast<double>(rows), 0);
+      for (int64_t c = 0; c < channels; ++c) {
+        double mean = 0, m2 = 0, got_mean = 0, got_m2 = 0;
+        for (int64_t row = 0; row < rows; ++row) mean += x[row * channels + c] / static_cast<double>(rows);
+        for (int64_t row = 0; row < rows; ++row) m2 += std::pow(x[row * channels + c] - mean, 2);
+        for (int64_t t = 0; t < tiles; ++t) got_mean += row_counts[t] * partials[2 * t * channels + c] / rows;
+        for (int64_t t = 0; t < tiles; ++t)
+          got_m2 += partials[(2 * t + 1) * channels + c] +
+                    row_counts[t] * std::pow(partials[2 * t * channels + c] - got_mean, 2);
+        expect_near("mean", got_mean + x[c], mean, 100 * rounding(dtype));
+        expect_near("m2", got_m2, m2, 100 * rounding(dtype) * (1 + m2));
+      }
+    }
+}
+
+const Check parts{"bn_partials", bn_partials};
 const Check finalize{"bn_finalize", bn_finalize};
 const Check frozen{"bn_frozen", bn_frozen};
 
