@@ -9,7 +9,7 @@ from op_inputs import DTYPES, activation, assert_near, backends_of, channels, de
 
 from fusedres import ops
 
-SHAPES = ((2, 1, 5, 3), (3, 3, 4, 4), (1, 65, 9, 7), (2, 129, 5, 5), (5, 64, 14, 13), (2, 33, 40, 31))
+SHAPES = ((2, 1, 5, 3), (3, 3, 4, 4), (1, 65, 9, 7), (2, 129, 5, 5), (5, 64, 14, 13), (2, 33, 40, 31), (1, 136, 9, 7))
 
 
 @pytest.mark.parametrize("backend", backends_of("gram"))
@@ -32,6 +32,56 @@ def test_gram(backend, dtype, shape, with_state, stride):
     assert_near("sum", total, rows.sum(0), rows.abs().sum(0), dtype, 128)
     assert_near("gram", matrix, rows.T @ rows, rows.abs().T @ rows.abs(), dtype, 512)
     assert backend == "reference" or torch.equal(matrix, matrix.T)
+
+
+@pytest.mark.parametrize("backend", backends_of("gram", "gram_statistics"))
+def test_statistics_are_those_of_gram(backend):
+    x, affine = activation((2, 24, 9, 7), torch.float32), state(24, torch.float32)
+    where = device(backend)
+    _, *want = ops.gram(x.to(where), affine.to(where), backend, 2)
+    got = ops.gram_statistics(x.to(where), affine.to(where), backend, 2)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", backends_of("gram"))
+def test_nan_stays_in_its_channel(backend):
+    x = activation((2, 40, 6, 5), torch.float32)
+    x[1, 7, 3, 2] = float("nan")
+    where = device(backend)
+    out, _, total, matrix = (t.cpu() for t in ops.gram(x.to(where), state(40, torch.float32).to(where), backend))
+    assert out.isnan().sum() == 1 and total.isnan().nonzero().tolist() == [[7]]
+    wrong = matrix.isnan()
+    assert wrong[7].all() and wrong[:, 7].all() and wrong.sum() == 79
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, (3, 64, 14, 13)), (torch.float16, (2, 136, 14, 13))])
+def test_cuda_one_split_of_many_steps(dtype, shape, monkeypatch):
+    from fusedres.kernels.gram import cuda
+
+    where = device("cuda")
+    monkeypatch.setattr(cuda, "_split", lambda rows, channels: (-(-rows // 64) * 64, 1))
+    out, _, total, matrix = (t.cpu() for t in ops.gram(activation(shape, dtype).to(where), None, "cuda"))
+    rows = out.double().permute(0, 2, 3, 1).reshape(-1, shape[1])
+    assert_near("sum", total, rows.sum(0), rows.abs().sum(0), dtype, 128)
+    assert_near("gram", matrix, rows.T @ rows, rows.abs().T @ rows.abs(), dtype, 512)
+
+
+def test_cuda_takes_tf32_where_torch_does():
+    where = device("cuda")
+    x = activation((2, 68, 9, 7), torch.float32).to(where)
+
+    def error(precision):
+        torch.backends.cudnn.conv.fp32_precision = precision
+        out, _, _, matrix = (t.cpu() for t in ops.gram(x, None, "cuda"))
+        rows = out.double().permute(0, 2, 3, 1).reshape(-1, 68)
+        return ((matrix - rows.T @ rows).abs() / (rows.abs().T @ rows.abs())).max().item()
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        assert error("ieee") < 1e-6
+        assert 1e-5 < error("tf32") < 2.0**-10
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("backend", backends_of("gram"))

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/row_map.h"
+
+// The CUDA launches of this folder as C++ sees them: no CUDA header, streams as void*.
+
+namespace fusedres {
+
+struct GramCudaParams {
+  const void* x;  // [batch, height, width, channels]
+  DType dtype;
+  bool tf32;  // float32 on the tensor cores
+  RowMap map;
+  int64_t channels;
+  const void* state;  // [4, channels] of A, the arithmetic type: mean, invstd, scale, shift; null: z is x
+  void* out;          // [map.out_rows(), channels] like x: z − t; null: not wanted
+  void* pivot;        // [channels] of A: t
+  int64_t split_rows;
+  int64_t splits;  // of split_rows rows, that cover all
+  void* partials;  // [splits, channels + 1, channels] of A: G, and s behind it; written on and above the diagonal
+  double* total;   // [channels]: s
+  double* matrix;  // [channels, channels]: G
+};
+
+void cuda_gram(const GramCudaParams& params, void* stream);
+
+}  // namespace fusedres

@@ -1,0 +1,65 @@
+"""Gram matrix in CUDA (csrc/gram)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.reference import arithmetic_dtype
+
+_STEP = 64  # rows: a multiple of what the kernels take at once
+
+
+def _split(rows: int, channels: int) -> tuple[int, int]:
+    """Rows of a split, and how many: by the sizes alone, so that every device gives the same bits.
+
+    A guess for about 132 multiprocessors, with four blocks each of narrow tiles, two of wide ones; not measured.
+    """
+    across = -(-channels // 128)
+    wanted = max(1, (512 if channels <= 64 else 256) // (across * (across + 1) // 2))
+    size = -(-rows // (wanted * _STEP)) * _STEP
+    return size, -(-rows // size)
+
+
+def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, channels, h, w = x.shape
+    rows = n * -(-h // stride) * -(-w // stride)
+    size, splits = _split(rows, channels)
+    pivot = torch.empty(channels, dtype=arithmetic_dtype(x.dtype), device=x.device)
+    partials = torch.empty((splits, channels + 1, channels), dtype=pivot.dtype, device=x.device)
+    total = torch.empty(channels, dtype=torch.float64, device=x.device)
+    matrix = torch.empty((channels, channels), dtype=torch.float64, device=x.device)
+    tf32 = x.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    launch(
+        "gram",
+        x.device,
+        x,
+        code(x),
+        tf32,
+        n,
+        h,
+        w,
+        stride,
+        channels,
+        state,
+        out,
+        pivot,
+        size,
+        splits,
+        partials,
+        total,
+        matrix,
+    )
+    return pivot, total, matrix
+
+
+def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    out = torch.empty_like(x[:, :, ::stride, ::stride], memory_format=torch.channels_last)
+    return out, *_launch(x, state, stride, out)
+
+
+def gram_statistics(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See fusedres.ops.gram."""
+    return _launch(x, state, stride, None)
