@@ -184,6 +184,15 @@ def test_constant_statistics_ignore_y(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_outside_of_a_tile_do_not_overflow(backend):
+    """In float16, where y = 0 gives an infinite dy and the y that is there does not."""
+    case = Case(GEOMETRIES[1], torch.float16)
+    case.y.fill_(1000)
+    case.coefficients[:] = torch.tensor([1.0, 0.0, 1000.0, 1000.0]).view(4, 1)
+    case.check(case.run(backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_channel_of_nan_stays_its_own(backend):
     case = Case(GEOMETRIES[1], torch.float32)
     want = case.run(backend)

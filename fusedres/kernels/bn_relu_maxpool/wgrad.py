@@ -9,21 +9,20 @@ place are loaded once for all of the quad. Splits write partial sums, which
 conv_wgrad_finalize adds in their order, so the bits repeat.
 
 A column is one element of the filter: with few input channels (3 in an image) a tile of channels alone would be mostly
-padding. Elements of x are loaded one by one, R·S'/stride² times each through L1; outside of the image they are 0, which
-also masks dy of pixels that do not exist. Reads grad, argmax and y once a tile of columns, mostly from L2, where the
+padding. Elements of x are loaded one by one, R·S'/stride² times each through L1. Reads grad, argmax and y once a tile of columns, mostly from L2, where the
 programs of one split run side by side; writes S·K·R·S'·C sums.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_relu_maxpool import configs
 from fusedres.kernels.bn_relu_maxpool.triton_kernels import quad_gradients, window_tile
-from fusedres.kernels.conv_wgrad.finalize import loop_bound
-from fusedres.kernels.launch import ceil_div, input_precision, launch
+from fusedres.kernels.launch import ceil_div, input_precision, launch, loop_bound
 from fusedres.kernels.reference import arithmetic_dtype
 
 FAR = tl.constexpr(1 << 29)  # a row outside of every image
@@ -47,6 +46,7 @@ def add_pixel(
     y = tl.load(y_ptr + y_offsets, mask=y_inside, other=0).to(d.dtype)
     pull = tl.where(slope == 0, 0.0, (y - mean) * slope)  # constant statistics: whatever y is
     dy = (a * (d - c1 - pull)).to(y_ptr.dtype.element_ty)
+    dy = tl.where(y_inside, dy, 0.0)  # in float16 it may be inf, and 0 times that is NaN
     in_image = inside & (h.to(tl.uint32) < H) & (w.to(tl.uint32) < W)
     x = tl.load(x_ptr + x_offsets, mask=in_image, other=0)
     return tl.dot(dy, x, acc, input_precision=PRECISION, out_dtype=d.dtype)
@@ -55,7 +55,7 @@ def add_pixel(
 @triton.jit
 def bn_relu_maxpool_wgrad_kernel(
     grad_ptr,  # (N, P, Q, K)
-    argmax_ptr,  # (N, P, Q, K) uint8
+    argmax_ptr,  # (N, P, Q, K) uint8; int32 for float64
     y_ptr,  # (N, Y_H, Y_W, K) like grad
     coefficients_ptr,  # (4, K) a, c1, μ, k; float32, float64 for float64
     x_ptr,  # (N, H, W, C) like grad
@@ -156,6 +156,8 @@ def bn_relu_maxpool_wgrad(
     c, h, w = input.shape[1:]
     k, p, q = grad.shape[1:]
     candidates, config, tiles, steps, splits = configs.wgrad_plan(grad, input, kernel)
+    if grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot behind an 8-bit load
+        argmax = argmax.int()
     out = grad.new_empty((splits, k, *kernel, c), dtype=arithmetic_dtype(grad.dtype))
     arguments = {
         "grad_ptr": grad,
