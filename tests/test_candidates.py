@@ -85,11 +85,16 @@ def test_candidates_fit_the_shared_memory(monkeypatch, gpu):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_what_spills_without_wgmma_is_left_out():
+def test_what_spills_without_wgmma_is_left_out(monkeypatch):
     bf16 = torch.bfloat16
     for gpu, most in ((GPUS["sm_80"], 128), (GPUS["sm_90"], 256)):
         assert max(config["BLOCK_B"] for config in gram.tiles(512, bf16, gpu)) == most
         assert one_pass_tail.reduce(1024, (256, 0), bf16, gpu)[0]["BLOCK_C"] == most
+    monkeypatch.setattr(launching, "assumed", GPUS["sm_80"])
+    for stride in ((1, 1), (2, 2)):
+        found = conv_dgrad.candidates(_tensor(bf16, 8, 512, 14, 14), _weight(512, 512, 1), stride, False)
+        tiles = [(config["BLOCK_N"], config["BLOCK_M"], config["BLOCK_K"]) for config in found]
+        assert len(found) >= 4 and max(tiles)[0] == 128 and (128, 128, 32) not in tiles
 
 
 def test_a_gpu_is_asked_once(monkeypatch):

@@ -48,6 +48,8 @@ def _tiles(
         return _ON_LOAD if c > 128 and k > 64 and gpu.has_wgmma else _ON_LOAD_128
     if c <= 64:
         return _STORED_64
+    if not gpu.has_wgmma:
+        return _STORED_AMPERE
     return _STRIDED if strided else _STORED
 
 
@@ -78,6 +80,13 @@ _STRIDED = (
     _config(128, 128, 64, 4, 8, 3),
     _config(128, 64, 64, 2, 4, 3),
     _config(128, 128, 32, 4, 8, 4),
+)
+# Without wgmma 128x128x32 and 256 columns spill.
+_STORED_AMPERE = (
+    _config(128, 128, 64, 4, 8, 3),
+    _config(64, 128, 64, 4, 4, 3),
+    _config(64, 128, 32, 4, 4, 4),
+    _config(128, 64, 64, 2, 4, 3),
 )
 _STORED_64 = (
     _config(128, 64, 64, 2, 4, 3),
