@@ -208,3 +208,22 @@ def test_a_basic_block_takes_few_launches(rows, name, forward, backward):
     row = rows[name, "fused"]
     total = [own + other for own, other in zip(row["launches"], row["operators"], strict=True)]
     assert total[0] <= forward and total[1] <= backward
+
+
+@pytest.mark.parametrize(
+    ("name", "launches", "operators"),
+    [
+        ("resnet50.layer1.1", (12, 14), (0, 0)),
+        ("resnet50.layer2.0", (18, 18), (0, 1)),
+        ("resnet18.layer2.0", (12, 16), (0, 0)),
+    ],
+)
+def test_a_one_pass_block_takes_few_launches(rows, name, launches, operators):
+    """The small products of a unit take six; where two units share a bias's gradient it is copied."""
+    row = rows[name, "fused min"]
+    assert row["launches"][0] <= launches[0] and row["launches"][1] <= launches[1]
+    assert row["operators"][0] <= operators[0] and row["operators"][1] <= operators[1]
+    units = sum(part["calls"] for part in row["parts"] if part["name"] == "gram_tiles_kernel")
+    small = {"project", "state", "fold", "parameters", "quadratic", "constant"}
+    calls = {part["name"]: part["calls"] for part in row["parts"]}
+    assert units and all(calls[f"one_pass_{name}_kernel"] == units for name in small)

@@ -95,11 +95,14 @@ class ConvBackward:
         assert weight is not None
         return weight
 
-    def _set_norm_grads(self, index: int, sum_d: Tensor, sum_product: Tensor) -> None:
+    def _set_norm_grads(self, index: int, sum_d: Tensor, sum_product: Tensor, copy: bool = False) -> None:
+        """Puts both gradients in their place; copy: sum_d goes to another unit too, and none share memory."""
         slot = UNIT_PARAMS * index
         for offset, value in ((2, sum_product), (3, sum_d)):
             parameter = self.params[slot + offset - 1]
             if self.needs[slot + offset] and parameter is not None:
+                if copy and offset == 3:
+                    value = value.to(parameter.dtype, copy=True)
                 self.grads[slot + offset] = in_dtype(value, parameter.dtype)
 
     # --- the tail ----------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ class ConvBackward:
             plan.projection.batch_statistics,
         )
         self._set_norm_grads(index, sums[0], sums[1])
-        self._set_norm_grads(index + 1, sums[0].clone(), sums[2])  # no two gradients share memory
+        self._set_norm_grads(index + 1, sums[0], sums[2], copy=True)
         dy, dy_projection = self.launch.bn_backward_apply(
             self.grad_out, self.saved.mask, last.y, coefficients, projection.y, of_projection
         )
@@ -222,7 +225,8 @@ class ConvBackward:
         )
         if self.needs[1 + UNIT_PARAMS * index]:
             self.grads[1 + UNIT_PARAMS * index] = grad_conv
-        self._set_norm_grads(index, sum_d.clone(), grad_norm)
+        both = all(self.plan.one_pass)  # one sum is the gradient of the last unit's and the projection's bias
+        self._set_norm_grads(index, sum_d, grad_norm, copy=both and index == len(self.plan.units))
         masked = h.state is not None
         dz, partials = self.launch.one_pass_dgrad(
             self.grad_out, self.saved.mask, h.y, h.state, one.pivot, one.folded, quadratic, constant, stride, masked

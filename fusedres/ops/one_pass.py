@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusedres.ops import _checks
 from fusedres.ops._library import Op
+from fusedres.ops.bn_statistics import check_channel_arguments
 
 
 def _check_statistics(
@@ -43,13 +44,8 @@ def _check_statistics(
     _checks.dense(op, "pivot", pivot, (in_channels,), pivot.dtype, conv_weight)
     _checks.dense(op, "total", total, (in_channels,), torch.float64, conv_weight)
     _checks.dense(op, "gram", gram, (in_channels, in_channels), torch.float64, conv_weight)
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        _checks.channel_vector(op, name, vector, channels, conv_weight)
+    running = (running_mean, running_var, num_batches_tracked)
+    check_channel_arguments(op, weight, bias, *running, momentum, channels, conv_weight)
     if count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got {count} rows")
 

@@ -29,10 +29,10 @@ def one_pass_statistics(
     channels, in_channels = conv_weight.shape[:2]
     dtype = torch.float64 if channels * in_channels * in_channels <= FLOAT64_PRODUCTS else pivot.dtype
     matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
-    centre = total.to(dtype) / count
-    cov = torch.addr(gram.to(dtype) / count, centre, centre, alpha=-1)
+    centre = total / count
+    cov = torch.addr(gram / count, centre, centre, alpha=-1).to(dtype)  # in float64: what cancels here cancels squared
     projected = matrix @ cov
-    mean = matrix @ centre
+    mean = matrix @ centre.to(dtype)
     var = (projected * matrix).sum(1).clamp_(min=0)
     update_running(
         mean + matrix @ pivot.to(dtype), var, count, running_mean, running_var, num_batches_tracked, momentum

@@ -18,7 +18,7 @@ def one_pass_fold(
     """See fusedres.ops.one_pass_tail."""
     mean, _, scale, shift = state
     matrix = conv_weight.detach().reshape(conv_weight.shape[:2]).to(state.dtype)
-    folded = (scale.unsqueeze(1) * matrix).to(dtype)
+    folded = (scale.unsqueeze(1) * matrix).to(dtype).contiguous()
     centre = (total / count).to(state.dtype)
     return folded, torch.addcmul(shift, scale, mean) - (folded * centre).sum(1)  # in the centre's dtype: no TF32
 
