@@ -30,8 +30,7 @@ inline CudaDevice cuda_device(const char* op) {
              cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
   check_cuda(op, "cudaDeviceGetAttribute",
              cudaDeviceGetAttribute(&device.max_block_threads, cudaDevAttrMaxThreadsPerBlock, index));
-  check_cuda(op, "cudaDeviceGetAttribute",
-             cudaDeviceGetAttribute(&device.l2_bytes, cudaDevAttrL2CacheSize, index));
+  check_cuda(op, "cudaDeviceGetAttribute", cudaDeviceGetAttribute(&device.l2_bytes, cudaDevAttrL2CacheSize, index));
   return device;
 }
 

@@ -109,7 +109,8 @@ __device__ __forceinline__ void store(T* target, const Lanes<Arithmetic<T>, kVec
       for (int i = 0; i < kEach; ++i) values[i] = to_storage<T>(lanes[word * kEach + i]);
       uint4 bits;
       __builtin_memcpy(&bits, values, sizeof(bits));
-      reinterpret_cast<uint4*>(target)[word] = bits;
+      // not an assignment: of that nvcc makes four stores in some kernels
+      __stwb(reinterpret_cast<uint4*>(target) + word, bits);
     }
   }
 }

@@ -216,6 +216,10 @@ T __ldg(const T* source) {
   return *source;
 }
 
+inline void __stwb(uint4* target, uint4 value) {
+  *target = value;
+}
+
 using std::fma;
 using std::isfinite;
 using std::isnan;
