@@ -116,6 +116,23 @@ def test_more_than_32_bits_of_elements(stride):
         assert torch.equal(got[n : n + 1], ops.bn_relu(x[n : n + 1], affine, "triton", stride=stride))
 
 
+@pytest.mark.parametrize("stride", [2**11, 2**12])
+def test_cuda_reads_beyond_32_bits_of_elements(stride):
+    """Few pixels of three images of 2^30 values, most of whose memory is never touched."""
+    where = device("cuda")
+    try:
+        x = torch.empty((3, 16, 2**14, 2**12), dtype=torch.float16, device=where, memory_format=torch.channels_last)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+        pytest.skip(f"no room for 6 GiB: {error}")
+    pixels = activation((3, 16, 2**14 // stride, 2**12 // stride), torch.float16).to(where)
+    x[:, :, ::stride, ::stride] = pixels
+    assert torch.equal(ops.bn_relu(x, None, "cuda", stride=stride), pixels)
+    identity = torch.zeros(4, 16, device=where)
+    assert torch.equal(ops.bn_add_relu(pixels, identity, x, "cuda", stride=stride)[0], pixels.relu())
+    ops.shortcut_grad_(x, pixels, "cuda", stride=stride)
+    assert torch.equal(x[:, :, ::stride, ::stride], 2 * pixels)
+
+
 @pytest.mark.parametrize("n", [1, 70_000, 140_000])
 def test_grids_stay_below_their_limits(n):
     """65,535 programs along the second and third axis, so all are on the first."""

@@ -94,11 +94,12 @@ def test_cumulative_average(backend):
     assert torch.allclose(running_var, torch.stack([x.var((0, 2, 3)) for x in parts]).mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("shape", [(4, 64, 14, 14), (3, 65, 17, 5)])
-def test_same_bits_every_time(shape):
-    x = activation(shape, torch.float32).to(device("triton"))
+def test_same_bits_every_time(backend, shape):
+    x = activation(shape, torch.float32).to(device(backend))
     once, *more = (
-        ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, "triton") for _ in range(100 if x.is_cuda else 3)
+        ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, backend) for _ in range(100 if x.is_cuda else 3)
     )
     assert all(torch.equal(once, again) for again in more)
 
