@@ -31,6 +31,12 @@ SMALL = tuple(
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_pass_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory="min" blocks as small as these would not be one-pass."""
+    monkeypatch.setattr(choice, "_MIN_ROWS_A_CHANNEL", 1)
+
+
 def compare(
     block_case: Case,
     dtype: torch.dtype,
@@ -230,3 +236,11 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch: pytest.
         pytest.raises(RuntimeError, match=r"triton backend serves cuda.*TRITON_INTERPRET"),
     ):
         block(torch.randn(2, 8, 5, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("block_case", SMALL, ids=label)
+def test_cuda(block_case: Case, mode: str, dtype: torch.dtype) -> None:
+    """Memory-bound passes in CUDA, convolutions of the library; what has no CUDA kernel runs Triton's."""
+    compare(block_case, dtype, mode, "auto", "cuda", conv="library")
