@@ -60,7 +60,7 @@ def _tiles(channels: int) -> Sequence[Config]:
 # (BLOCK_P, BLOCK_Q, BLOCK_K, most of BLOCK_N, warps, stages). What a quad reads takes registers: twice as many columns,
 # or quads, spill in half precision.
 _WGRAD: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
-    "half": ((2, 8, 64, 64, 8, 2), (2, 8, 64, 64, 8, 3), (2, 8, 64, 32, 8, 2), (2, 8, 64, 32, 8, 3)),
+    "half": ((2, 8, 64, 64, 8, 2), (2, 8, 64, 64, 8, 3), (2, 8, 64, 32, 8, 2), (1, 16, 64, 64, 8, 2)),
     "tf32": ((2, 8, 64, 64, 8, 2), (2, 8, 64, 32, 8, 2), (2, 8, 32, 32, 4, 2), (2, 8, 64, 64, 8, 1)),
     "ieee": ((2, 8, 64, 64, 8, 1), (2, 8, 32, 64, 8, 1), (2, 8, 32, 32, 4, 1), (2, 8, 64, 32, 8, 1)),
     "double": ((2, 8, 32, 32, 8, 1), (2, 8, 32, 32, 4, 1), (2, 8, 32, 16, 4, 1), (2, 8, 32, 16, 8, 1)),

@@ -9,8 +9,8 @@ place are loaded once for all of the quad. Splits write partial sums, which
 conv_wgrad_finalize adds in their order, so the bits repeat.
 
 A column is one element of the filter: with few input channels (3 in an image) a tile of channels alone would be mostly
-padding. Elements of x are loaded one by one, R·S'/stride² times each through L1. Reads grad, argmax and y once a tile of columns, mostly from L2, where the
-programs of one split run side by side; writes S·K·R·S'·C sums.
+padding. Elements of x are loaded one by one, R·S'/stride² times each through L1. Reads grad, argmax and y once a tile
+of columns, mostly from L2, where the programs of one split run side by side; writes S·K·R·S'·C sums.
 """
 
 from __future__ import annotations
