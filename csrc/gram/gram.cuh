@@ -121,11 +121,10 @@ class GramLoader {
 #pragma unroll
           for (int i = 0; i < kVector; ++i) z[i] -= pivot_[i];
         }
-        Raw rounded;
-        store(reinterpret_cast<T*>(&rounded), z);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[r][i] = to_storage<T>(z[i]);
         if (kPanels == 1 && p_.out != nullptr && inside_ && row < last)
-          *reinterpret_cast<Raw*>(static_cast<T*>(p_.out) + element(row, p_.channels, c_)) = rounded;
-        __builtin_memcpy(values[r], &rounded, sizeof(Raw));
+          store(static_cast<T*>(p_.out) + element(row, p_.channels, c_), z);
         if (kPanels == 1) {
 #pragma unroll
           for (int i = 0; i < kVector; ++i) sum_[i] += to_arithmetic(values[r][i]);
@@ -163,7 +162,11 @@ class GramLoader {
   }
 
   __device__ Lanes<A, kVector> activated(const Raw& raw) const {
-    const auto x = load<kVector>(reinterpret_cast<const T*>(&raw));
+    T values[kVector];
+    __builtin_memcpy(values, &raw, sizeof(raw));
+    Lanes<A, kVector> x;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = to_arithmetic(values[i]);
     return p_.state == nullptr ? x : relu(apply(affine_, x));
   }
 
