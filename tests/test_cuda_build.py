@@ -218,6 +218,16 @@ def test_scalar_kernels_would_be_seen(kernels: list[Compiled]) -> None:
     assert not any(re.search(r"\b(LDG|STG)\.\S*128", kernel.code) for kernel in scalar)
 
 
+def test_gram_multiplies_on_the_tensor_cores(kernels: list[Compiled]) -> None:
+    """All of bfloat16 and float16, and float32 as tf32; nothing else."""
+    tiles = [kernel for kernel in kernels if kernel.name == "gram_tiles_kernel"]
+    on_tensor_cores = {kernel[:2]: "HMMA" in kernel.code for kernel in tiles}
+    assert on_tensor_cores == {
+        kernel[:2]: bool(re.search(r"Float16|true>|\(bool\)1>", kernel.kernel)) for kernel in tiles
+    }
+    assert set(on_tensor_cores.values()) == {True, False}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
