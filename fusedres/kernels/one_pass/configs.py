@@ -15,7 +15,7 @@ _Shape = tuple[int, int, int, int, int]
 _INTERPRETED: tuple[_Shape, ...] = ((64, 64, 64, 4, 1),)
 _FLOAT32: tuple[_Shape, ...] = ((64, 64, 16, 4, 3), (64, 64, 32, 8, 2), (64, 128, 16, 8, 2), (32, 64, 32, 4, 2))
 _FLOAT64: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 16, 4, 3), (16, 32, 32, 2, 2), (32, 64, 16, 4, 2))
-_FLOAT32_NARROW: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 16, 4, 3), (16, 32, 32, 2, 2), (32, 64, 32, 4, 2))
+_FLOAT32_NARROW: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 64, 4, 2), (16, 32, 32, 2, 2), (32, 64, 32, 4, 2))
 
 # Splits of quadratic's sum over K: all are merged in one unrolled loop.
 _MOST_SPLITS = 16
