@@ -90,6 +90,8 @@ def test_what_spills_without_wgmma_is_left_out(monkeypatch):
     for gpu, most in ((GPUS["sm_80"], 128), (GPUS["sm_90"], 256)):
         assert max(config["BLOCK_B"] for config in gram.tiles(512, bf16, gpu)) == most
         assert one_pass_tail.reduce(1024, (256, 0), bf16, gpu)[0]["BLOCK_C"] == most
+    for config in one_pass_tail.tail(256, 64, bf16, GPUS["sm_80"]):
+        assert config["BLOCK_K"] < 128 or config.num_warps == 8
     monkeypatch.setattr(launching, "assumed", GPUS["sm_80"])
     for stride in ((1, 1), (2, 2)):
         found = conv_dgrad.candidates(_tensor(bf16, 8, 512, 14, 14), _weight(512, 512, 1), stride, False)

@@ -21,6 +21,8 @@ _TAIL = {
     "narrow": ((64, 64, 64, 4, 1), (64, 128, 64, 4, 1), (128, 128, 64, 8, 1), (64, 256, 64, 4, 1)),
     "wide": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 256, 32, 4, 3)),
 }
+# Without wgmma 128 columns and more spill in four warps.
+_TAIL_AMPERE = _TAIL | {"narrow": ((64, 64, 64, 4, 1), (64, 128, 64, 8, 1), (128, 128, 64, 8, 1), (128, 64, 64, 8, 1))}
 _REDUCE = {
     "narrow": ((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 4, 3), (128, 64, 64, 8, 3)),
     "wide": (
@@ -57,7 +59,7 @@ def tail(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Seque
     """Candidates of one_pass_tail, for K and C."""
     found = (
         Config({"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(in_channels))}, warps, stages)
-        for m, k, c, warps, stages in _shapes(_TAIL, in_channels, dtype)
+        for m, k, c, warps, stages in _shapes(_TAIL if gpu.has_wgmma else _TAIL_AMPERE, in_channels, dtype)
     )
     return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_K", "BLOCK_C"), gpu)
 
