@@ -10,8 +10,8 @@ takes that operand from registers, while a second one that is computed would be 
 pipeline. So the tile is C by K where h is computed, and K by C where only dy is; both computed works too.
 
 Padding: where a tap falls outside of the image the second operand is loaded as 0 by its mask, whatever it is, and the
-first is any finite number there (relu(shift), say; in float16 that may be inf, so it is zeroed too). This is the zero
-AFTER affine and ReLU, at no cost in the loop.
+first is any finite number there (relu(shift), say; in float16 it is kept from becoming inf). This is the zero AFTER
+affine and ReLU, at no cost in the loop.
 
 Reads grad, y and the gate once a tap and tile of C, x once a tap and tile of K, mostly from L2, where the programs of
 one split run side by side; writes S·K·R·S'·C sums.
@@ -146,9 +146,10 @@ def conv_wgrad_kernel(
             x_inside = x_inside & (c < C)
         x = tl.load(x_ptr + (x_row.to(tl.int64) * C + c), mask=x_inside, other=0.0)
         if X_FIRST:
-            x = normalised(x, c, state_ptr, C).to(dtype)
-            if dtype == tl.float16:  # where relu(shift) may be inf, and inf·0 is NaN
-                x = tl.where(x_inside, x, 0.0)
+            x = normalised(x, c, state_ptr, C)
+            if dtype == tl.float16:  # relu(shift) would be inf, and inf·0 is NaN; a mask would drain the pipeline
+                x = tl.where(x > 65504.0, 65504.0, x)
+            x = x.to(dtype)
 
         dy_row = step * BLOCK_M + dy_lane
         dy_inside = dy_row < rows
