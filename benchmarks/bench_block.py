@@ -107,11 +107,11 @@ class Bench:
         stock = blocks.make_block(block).to(device).train(self.train)
         if settings.dtype == torch.float64:
             stock = stock.double()
-        source = torch.Generator().manual_seed(1)
+        source = torch.Generator(device).manual_seed(1)
         size = (case.batch, block.in_channels, block.size, block.size)
         out = (case.batch, block.out_channels, block.out_size, block.out_size)
-        x = torch.randn(size, generator=source).to(device, settings.dtype).relu()
-        grad = torch.randn(out, generator=source).to(device, settings.dtype)
+        x = torch.randn(size, generator=source, device=device).to(settings.dtype).relu()
+        grad = torch.randn(out, generator=source, device=device).to(settings.dtype)
         self.stock = stock.to(memory_format=torch.channels_last)
         self.x = x.to(memory_format=torch.channels_last)
         self.grad = grad.to(memory_format=torch.channels_last)
@@ -142,9 +142,9 @@ class Bench:
             source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.train)
             grad = self.grad.contiguous() if name == "eager_nchw" else self.grad
             modules[name] = (module, source)
-            variants.append(self._variant(name, module, source, grad))
+            variants.append(self.variant(name, module, source, grad))
         alone = blocks.ConvolutionsOnly(self.stock, self.case.block, self.case.batch, self.x)
-        variants.insert(2, Variant(BOUND, self._around(alone.train if self.train else alone.infer), alone.cleanup))
+        variants.insert(2, Variant(BOUND, self.around(alone.train if self.train else alone.infer), alone.cleanup))
         return variants, modules
 
     def measure(self, pairs: int, at_least: int, budget: float | None, tick: Callable[[int], None]) -> None:
@@ -176,7 +176,7 @@ class Bench:
         case.peak[variant.name] = harness.peak_bytes(variant.run, self.settings.device)
         cleanup()
 
-    def _around(self, run: Callable[[], Any]) -> Callable[[], Any]:
+    def around(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` with autocast where the dtype asks for it; plain otherwise, as a context would be timed too."""
         if self.settings.dtype not in (torch.float16, torch.bfloat16):
             return run
@@ -187,8 +187,9 @@ class Bench:
 
         return wrapped
 
-    def _variant(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> Variant:
-        forward = self._around(partial(module, x))
+    def variant(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> Variant:
+        """A step of `module`: forward, and in training backward from `grad`."""
+        forward = self.around(partial(module, x))
         if not self.train:
             return Variant(name, forward)
 

@@ -160,12 +160,14 @@ class Variant:
 class Timer:
     """Seconds of one call: CUDA events after an L2 flush on a GPU, wall time on a CPU.
 
-    A short call on a CPU is repeated until about `least` seconds are filled; the sample is the mean of the calls.
+    A short call on a CPU is repeated until about `least` seconds are filled; the sample is the mean of the calls. A GPU
+    waits `lead` seconds before the first event, so that what is launched within them costs no time of its own.
     """
 
-    def __init__(self, device: torch.device, least: float = 1e-3) -> None:
+    def __init__(self, device: torch.device, least: float = 1e-3, lead: float = 0.0) -> None:
         self.device = device
         self.least = least
+        self._wait = int(lead * 1.9e9)  # cycles, about
         self._flush: Tensor | None = None
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
@@ -182,6 +184,8 @@ class Timer:
         else:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._flush.zero_()
+            if self._wait:
+                torch.cuda._sleep(self._wait)
             begin.record()
             result = variant.run()
             end.record()

@@ -1,0 +1,1 @@
+"""The steps of gpu_suite.py: each a module with `cases(settings)`, whose rows go to a journal."""

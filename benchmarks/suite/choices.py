@@ -1,0 +1,72 @@
+"""What was measured fastest: configs by problem, backends by op, ways by block, as rows tell."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from fusedres.kernels import launch
+from suite.journal import Journal, Row
+from suite.settings import Case, Settings
+
+EAGER = ("eager", "eager_nchw", "conv_only", "compile")
+
+
+def table(settings: Settings) -> launch.Pick | None:
+    """Configs that the step ops measured fastest here, for the steps behind it."""
+    found = configs(row for row in Journal(settings.out, "ops").rows() if row.get("device") == settings.where["device"])
+    return launch.measured({problem: best["config"] for problem, best in found.items()}) if found else None
+
+
+def configs(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Problem → the fastest of its candidates, and how much faster than the first it is."""
+    by_problem: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.get("variant") == "candidate" and "error" not in row:
+            by_problem[row["problem"]].append(row)
+    found = {}
+    for problem, measured in by_problem.items():
+        best = min(measured, key=lambda row: row["median_s"])
+        first = next((row["median_s"] for row in measured if row["first"]), None)
+        gain = first / best["median_s"] if first else None
+        found[problem] = {"config": best["config"], "op": best["op"], "first_over_best": gain, "of": len(measured)}
+    return found
+
+
+def backends(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Signature of an op → the fastest backend, and the seconds of each; the library's bare product stands apart."""
+    by_call: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if "op" in row and row.get("variant") != "candidate" and "error" not in row:
+            by_call[row["name"]][row["backend"]] = row["median_s"]
+    found = {}
+    for call, seconds in by_call.items():
+        ours = {name: s for name, s in seconds.items() if name != "library"}
+        if ours:
+            found[call] = {"backend": min(ours, key=lambda name: ours[name]), "seconds": seconds}
+    return found
+
+
+def blocks(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Block, phase and batch → the fastest way that agreed with eager; eager where none beats it."""
+    by_case: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if "median_s" in row:
+            by_case[f"{row['name']} {row['phase']} batch {row['shape'][0]}"].setdefault(row["variant"], row["median_s"])
+    found = {}
+    for case, seconds in by_case.items():
+        taken = {way: s for way, s in seconds.items() if way == "eager" or way not in EAGER}
+        best = min(taken, key=lambda way: taken[way])
+        found[case] = {"way": best, "eager_over_best": seconds["eager"] / taken[best], "seconds": seconds}
+    return found
+
+
+def cases(settings: Settings) -> list[Case]:
+    """One: the proposal, in one row."""
+    return [Case("dispatch", lambda: _propose(settings))]
+
+
+def _propose(settings: Settings) -> None:
+    ops, block_rows = Journal(settings.out, "ops").rows(), Journal(settings.out, "blocks").rows()
+    settings.row("dispatch", configs=configs(ops), ops=backends(ops), blocks=blocks(block_rows))

@@ -1,0 +1,66 @@
+"""What the machine is and how fast it can be: a large copy and a large matrix product, each after an L2 flush."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import harness
+import torch
+from harness import Variant
+
+from fusedres import cuda_support
+from suite.settings import Case, Settings
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Facts, then ceilings."""
+    return [Case("machine", lambda: _machine(settings)), Case("ceilings", lambda: _ceilings(settings))]
+
+
+def _machine(settings: Settings) -> None:
+    about: dict[str, Any] = {
+        "host": platform.platform(),
+        "cores": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cuda_kernels": cuda_support.unsupported() or "run here",
+        "tools": {name: shutil.which(name) for name in ("compute-sanitizer", "ncu", "nvcc")},
+    }
+    if settings.on_gpu:
+        found = torch.cuda.get_device_properties(settings.device)
+        about |= {
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "l2_bytes": found.L2_cache_size,
+            "memory_bytes": found.total_memory,
+        }
+        query = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        about["nvidia_smi"] = done.stdout.strip()
+    settings.row("machine", **about)
+
+
+def _ceilings(settings: Settings) -> None:
+    settings.row("ceilings", **measure_ceilings(settings))
+
+
+def measure_ceilings(settings: Settings) -> dict[str, float]:
+    """Bytes a second of a copy, read and written; operations a second of a product of random matrices."""
+    size = 8192 if settings.on_gpu else 256
+    made = (torch.randn(size, size, device=settings.device).to(settings.dtype) for _ in range(2))
+    a, b = made
+    timer = harness.Timer(settings.device)
+    rounds = 20 if settings.on_gpu else 3
+    samples = harness.interleave([Variant("matmul", lambda: a @ b)], timer, rounds=rounds, warmup=3)["matmul"]
+    seconds = harness.summarize(samples).median
+    return {
+        "copy_bytes_per_s": harness.copy_bandwidth(settings.device, rounds if settings.on_gpu else 2),
+        "matmul_flops_per_s": 2 * size**3 / seconds,
+    }

@@ -1,0 +1,67 @@
+"""A pytest plugin that writes each test's outcome to a journal as it comes.
+
+Tests that the journal has are left out, so that a run goes on after a crash. An error that leaves the process's GPU
+unusable ends the process, before it makes every later test fail: pytest-xdist then starts another.
+
+Environment: FUSEDRES_SUITE_OUT, _STEP (of the journal), _LIMIT (tests a file, 0: all).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from suite.journal import Journal
+from suite.settings import first_lines
+
+# After these no call of the process reaches the GPU again.
+_LOST = (
+    "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert",
+    "illegal instruction",
+)  # fmt: skip
+
+_journal = Journal(Path(os.environ["FUSEDRES_SUITE_OUT"]), os.environ["FUSEDRES_SUITE_STEP"])
+_limit = int(os.environ.get("FUSEDRES_SUITE_LIMIT", "0"))
+
+
+@pytest.hookimpl(trylast=True)  # behind -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    by_file: dict[Path, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        by_file[item.path].append(item)
+    if _limit:  # spread over the file
+        for path, found in by_file.items():
+            by_file[path] = found[:: -(-len(found) // _limit)]
+    seen = {row["test"] for row in _journal.rows() if "test" in row}
+    kept = {item.nodeid for found in by_file.values() for item in found if item.nodeid not in seen}
+    items[:] = [item for item in items if item.nodeid in kept]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0":
+        _journal.append(case="collected", tests=len(session.items))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    text = str(report.longrepr or "")
+    lost = report.failed and any(sign in text for sign in _LOST)
+    if (lost or not in_worker) and (report.when == "call" or not report.passed):
+        _journal.append(**_row(report, text))
+    if lost:
+        os._exit(70)
+
+
+def _row(report: pytest.TestReport, text: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": "test", "test": report.nodeid, "outcome": report.outcome, "s": report.duration}
+    if report.failed:
+        said = [line.removeprefix("E").strip() for line in text.splitlines() if line.startswith("E ")]
+        row["error"] = first_lines("\n".join(said) or text)
+    elif report.skipped:
+        row["why"] = text[-160:]
+    return row

@@ -1,0 +1,93 @@
+"""What every step is told, and what a case is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+
+from suite.journal import Journal, Row
+
+
+@dataclass
+class Settings:
+    """One step's surroundings."""
+
+    step: str
+    out: Path
+    device: torch.device
+    tiny: bool
+    until: float  # time.time() at which the step is ended
+    journal: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.out, self.step)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Triton's interpreter computes bfloat16 wrongly."""
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.time()
+
+    @cached_property
+    def where(self) -> dict[str, Any]:
+        """Device, driver, versions, commit, date."""
+        return harness.machine(self.device)
+
+    @cached_property
+    def ceilings(self) -> dict[str, float]:
+        """copy_bytes_per_s and matmul_flops_per_s, of the step facts, else measured now."""
+        from suite import facts
+
+        for row in Journal(self.out, "facts").rows():
+            if row.get("case") == "ceilings" and row.get("device") == self.where["device"]:
+                return {name: row[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s")}
+        return facts.measure_ceilings(self)
+
+    def row(self, case: str, **fields: Any) -> None:
+        """Appends a row that is no timing."""
+        self.journal.append(case=case, **self.where, **fields)
+
+
+@dataclass
+class Case:
+    """A piece of a step: `run` writes its rows; beyond `limit` seconds it counts as hung."""
+
+    name: str
+    run: Callable[[], None]
+    limit: float = 60
+
+
+def floor_seconds(ceilings: dict[str, float], moved: float, flops: float) -> float:
+    """The least time by both ceilings."""
+    return max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"])
+
+
+def off_by(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖ours − reference‖ / ‖reference‖, NaN where either has one."""
+    wide = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    ours, reference = ours.to(wide), reference.to(wide)
+    scale = reference.norm()
+    return float((ours - reference).norm() / scale) if scale > 0 else float(ours.norm())
+
+
+def first_lines(text: str, count: int = 6, width: int = 300) -> str:
+    """The first lines that say something."""
+    return "\n".join([line[:width] for line in text.strip().splitlines() if line.strip()][:count])
+
+
+__all__ = ["Case", "Row", "Settings", "first_lines", "floor_seconds", "off_by"]

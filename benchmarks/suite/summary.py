@@ -1,0 +1,155 @@
+"""The table that comes last: under a hundred lines, what is wrong first."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import median
+
+from suite import choices
+from suite.journal import Journal, Row
+
+MOST = 95  # lines
+
+
+def print_summary(out: Path, steps: list[str]) -> int:
+    """Prints it; 1 where a test, a check or a process failed."""
+    rows = {step: Journal(out, step).rows() for step in steps}
+    lines: list[str] = []
+    for title, part in (
+        ("machine", _machine(rows["facts"])),
+        ("tests", _tests(rows["tests"])),
+        ("sanitizer", _sanitizer(rows["sanitizer"])),
+        ("errors", _errors({step: rows[step] for step in steps if step not in ("tests", "sanitizer")})),
+        ("ops", _ops(rows["ops"])),
+        ("blocks, ms", _blocks(rows["blocks"])),
+        ("models, images/s", _models(rows["models"])),
+    ):
+        lines += [f"--- {title}", *part]
+    for line in lines[:MOST]:
+        print(line[:200])
+    if len(lines) > MOST:
+        print(f"... {len(lines) - MOST} lines more; all rows are in {out}")
+    wrong = any(row.get("error") or row.get("errors") for found in rows.values() for row in found)
+    return int(wrong)
+
+
+def _columns(cells: list[list[str]]) -> list[str]:
+    """Aligned, the first column to the left."""
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))] if cells else []
+    return [
+        "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]
+
+
+def _first_line(text: object) -> str:
+    return next((line for line in str(text).splitlines() if line.strip()), "")
+
+
+def _machine(rows: list[Row]) -> list[str]:
+    found = {row["case"]: row for row in rows}
+    lines = []
+    if "machine" in found:
+        row = found["machine"]
+        versions = ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
+        lines.append(f"{row['device']}, driver {row['driver']}, {versions}, commit {row['commit']}")
+    if "copy_bytes_per_s" in found.get("ceilings", {}):
+        row = found["ceilings"]
+        lines.append(
+            f"copy {row['copy_bytes_per_s'] / 1e12:.3g} TB/s, matmul {row['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        )
+    return lines
+
+
+def _tests(rows: list[Row], shown: int = 12) -> list[str]:
+    by_test: dict[str, Row] = {}
+    for row in rows:
+        if "test" in row and "error" not in by_test.get(row["test"], {}):
+            by_test[row["test"]] = row
+    counts = Counter(row["outcome"] for row in by_test.values())
+    collected = max((row["tests"] for row in rows if row["case"] == "collected"), default=0)
+    lines = [f"{dict(counts)} of {collected}"]
+    failed = [row for row in by_test.values() if row["outcome"] == "failed"]
+    for row in failed[:shown]:
+        lines.append(f"  {row['test'].removeprefix('tests/')}: {_first_line(row.get('error'))}")
+    if len(failed) > shown:
+        lines.append(f"  ... {len(failed) - shown} more")
+    return lines + [f"  {row['error']}" for row in rows if row["case"] not in ("test", "collected") and "error" in row]
+
+
+def _sanitizer(rows: list[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if "skipped" in row:
+            lines.append(f"{row['case']}: skipped, {row['skipped']}")
+        elif "summary" in row:
+            ended = "timed out" if row["timed_out"] else f"exit code {row['exit_code']}"
+            said = "; ".join(line.strip("= ") for line in row["summary"])
+            lines.append(f"{row['case']}: {row['errors']} errors, tests {row['tests']}, {ended}; {said}")
+        else:
+            lines.append(f"{row['case']}: {_first_line(row.get('error'))}")
+    return lines
+
+
+def _errors(rows: dict[str, list[Row]], shown: int = 14) -> list[str]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for step, of_step in rows.items():
+        for row in of_step:
+            if row.get("error"):
+                what = f"{step} {row.get('op') or row['case']} {row.get('variant') or row.get('backend') or ''}"
+                found[what].append(row)
+    lines = [
+        f"{len(group)} x {what}: {_first_line(group[0].get('name'))[:60]}: {_first_line(group[0]['error'])}"
+        for what, group in found.items()
+    ]
+    return lines[:shown] + ([f"... {len(lines) - shown} kinds more"] if len(lines) > shown else [])
+
+
+def _ops(rows: list[Row]) -> list[str]:
+    timed = [row for row in rows if "median_s" in row]
+    by_op: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in timed:
+        if row.get("variant") != "candidate":
+            by_op[row["op"], row["backend"]].append(row)
+    cells = [["op", "backend", "calls", "% of bound", "least", "% of copy", "% of matmul"]]
+    for (op, backend), group in sorted(by_op.items()):
+        bound = [row["percent_of_bound"] for row in group]
+        cells.append([
+            op, backend, str(len(group)), f"{median(bound):.0f}", f"{min(bound):.0f}",
+            f"{median(row['percent_of_copy'] for row in group):.0f}",
+            f"{median(row['percent_of_matmul'] for row in group):.0f}",
+        ])  # fmt: skip
+    lines = _columns(cells)[: 40 if len(cells) > 1 else 0]
+    gains = [best["first_over_best"] for best in choices.configs(timed).values() if best["first_over_best"]]
+    if gains:
+        better = sum(gain > 1.02 for gain in gains)
+        lines.append(
+            f"candidates: {len(gains)} problems, in {better} another one is over 2% faster than the first; "
+            f"first over best: median {median(gains):.2f}, most {max(gains):.2f}"
+        )
+    return lines
+
+
+def _blocks(rows: list[Row]) -> list[str]:
+    cells = [["block", "eager", "fastest fused", "ms", "eager / it"]]
+    for case, best in choices.blocks(rows).items():
+        seconds = best["seconds"]
+        ours = {way: s for way, s in seconds.items() if way not in choices.EAGER}
+        if ours and (" batch 64" not in case):
+            way = min(ours, key=lambda name: ours[name])
+            cells.append([
+                case, f"{seconds['eager'] * 1e3:.3g}", way, f"{ours[way] * 1e3:.3g}",
+                f"{seconds['eager'] / ours[way]:.2f}",
+            ])  # fmt: skip
+    return _columns(cells) if len(cells) > 1 else []
+
+
+def _models(rows: list[Row]) -> list[str]:
+    lines: dict[tuple[str, str, int], dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        if "images_per_s" in row:
+            memory = f" ({row['peak_bytes'] / 2**30:.1f} GiB)" if row["peak_bytes"] else ""
+            said = f"{row['variant']} {row['images_per_s']:,.0f}{memory}"
+            lines[row["name"], row["phase"], row["shape"][0]].setdefault(row["variant"], said)
+    return [f"{name} {phase} {batch}: " + ", ".join(found.values()) for (name, phase, batch), found in lines.items()]

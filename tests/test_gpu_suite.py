@@ -1,0 +1,210 @@
+"""gpu_suite.py: the whole path on toy shapes; crashes, timeouts and resuming; what is chosen from rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedres.kernels import launch
+from fusedres.kernels.gram.triton import gram
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def suite(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--tiny", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+
+
+def test_every_step_runs_and_is_not_run_again(tmp_path):
+    from suite.journal import Journal
+
+    done = suite("--out", str(tmp_path), "--minutes", "8")
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
+    assert len(done.stdout.splitlines()) < 100
+    names = ("facts", "tests", "sanitizer", "ops", "blocks", "models", "dispatch")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{name}.jsonl" for name in names] + ["log.txt"])
+    rows = {name: Journal(tmp_path, name).rows() for name in names}
+    assert all(Journal(tmp_path, name).finished() for name in names)
+
+    outcomes = {row["outcome"] for row in rows["tests"] if "test" in row}
+    assert "passed" in outcomes and "failed" not in outcomes
+    assert [row["skipped"] for row in rows["sanitizer"]] == ["no GPU", "no GPU"]
+    ops = {row["op"] for row in rows["ops"]}
+    assert {"conv_fprop", "conv_dgrad", "conv_wgrad", "gram_statistics", "one_pass_tail", "bn_relu_maxpool"} <= ops
+    assert all(row["median_s"] > 0 and row["commit"] is not None for row in rows["ops"])
+    candidates = [row for row in rows["ops"] if row.get("variant") == "candidate"]
+    assert len({row["config"] for row in candidates if row["problem"].startswith("gram_pivot")}) == 2
+    assert {"eager", "eager_nchw", "conv_only", "library", "fused min", "compile"} <= {
+        row["variant"] for row in rows["blocks"]
+    }
+    graphed = [row for row in rows["models"] if "skipped" in row]
+    assert {row["variant"] for row in graphed} == {"graphed eager", "graphed library", "graphed library min"}
+    assert all(row["images_per_s"] > 0 for row in rows["models"] if "skipped" not in row)
+    assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
+
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    again = suite("--out", str(tmp_path))
+    assert again.returncode == 0 and "--- blocks" in again.stdout and "finished" not in again.stdout
+    assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+
+
+def test_arguments_are_refused(tmp_path):
+    refused = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--out", str(tmp_path), "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "add --tiny" in refused.stderr
+
+
+WORKER = """
+    import os, sys, time
+    sys.path.insert(0, {benchmarks!r})
+    from pathlib import Path
+    from suite.journal import Journal
+
+    arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    journal = Journal(Path(arguments["--out"]), arguments["--worker"])
+    ended = journal.ended()
+    for case, limit in (("good", 60), ("crashes once", 60), ("hangs", 0.5), ("last", 60)):
+        if case in ended:
+            continue
+        journal.append(case=case, event="start", limit=limit)
+        journal.append(case=case, event="trying", what=case)
+        if case == "crashes once" and case not in journal.poison():
+            os._exit(11)
+        if case == "hangs":
+            time.sleep(600)
+        journal.append(case=case, value=1)
+        journal.append(case=case, event="done")
+    journal.append(event="end", why="finished")
+"""
+
+
+def test_a_crash_and_a_hang_are_rows_and_not_the_end(tmp_path, monkeypatch):
+    import gpu_suite
+    from suite.journal import Journal
+
+    scripts, out = tmp_path / "scripts", tmp_path / "out"
+    scripts.mkdir()
+    out.mkdir()
+    (scripts / "gpu_suite.py").write_text(textwrap.dedent(WORKER).format(benchmarks=str(BENCHMARKS)))
+    monkeypatch.setattr(gpu_suite, "HERE", scripts)
+    monkeypatch.setattr(gpu_suite, "CRASHES", 2)
+    options = Namespace(out=out, device="cpu", tiny=False)
+    assert gpu_suite.supervise("ops", options, 60, out / "log.txt") == "finished"
+    journal = Journal(out, "ops")
+    assert [row["case"] for row in journal.rows() if "value" in row] == ["good", "crashes once", "last"]
+    errors = [row["error"] for row in journal.rows() if "error" in row]
+    assert errors[0] == "the process ended with exit code 11" and all("hung" in error for error in errors[1:])
+    assert journal.ended() == {"good", "crashes once", "hangs", "last"} and journal.finished()
+
+
+def test_time_ends_a_step_and_its_rows_stay(tmp_path, monkeypatch):
+    import gpu_suite
+    from suite.journal import Journal
+
+    (tmp_path / "gpu_suite.py").write_text(
+        textwrap.dedent(WORKER).format(benchmarks=str(BENCHMARKS)).replace("0.5", "60").replace("os._exit(11)", "pass")
+    )
+    monkeypatch.setattr(gpu_suite, "HERE", tmp_path)
+    options = Namespace(out=tmp_path, device="cpu", tiny=False)
+    assert gpu_suite.supervise("ops", options, 6, tmp_path / "log.txt") == "time was up"
+    journal = Journal(tmp_path, "ops")
+    assert [row["case"] for row in journal.rows()] == ["good", "crashes once"] and not journal.finished()
+
+
+def test_a_line_cut_by_a_kill_costs_only_itself(tmp_path):
+    from suite.journal import Journal
+
+    journal = Journal(tmp_path, "ops")
+    journal.append(case="a", value=float("nan"))
+    with journal.path.open("a") as file:
+        file.write('{"case": "b", "val')
+    journal.append(case="c", value=2)
+    assert [(row["case"], row["value"]) for row in journal.rows()] == [("a", None), ("c", 2)]
+
+
+def test_failures_of_the_last_run_are_kept_for_the_next(tmp_path):
+    import gpu_suite
+    from suite.checks import _before
+    from suite.journal import Journal
+    from suite.settings import Settings
+
+    journal = Journal(tmp_path, "tests")
+    journal.append(case="test", test="tests/a.py::one", outcome="failed", error="wrong")
+    journal.append(case="test", test="tests/a.py::two", outcome="passed")
+    gpu_suite.begin(tmp_path, "tests")
+    settings = Settings("tests", tmp_path, torch.device("cpu"), True, 0.0)
+    assert _before(settings) == ["tests/a.py::one"] and not journal.rows()
+
+
+def test_a_wrong_op_is_told():
+    from suite.ops import disagreement
+
+    right = [torch.randn(100), torch.zeros(4, dtype=torch.uint8)]
+    assert disagreement([right[0] * (1 + 1e-6), right[1]], right, 1e-4) is None
+    assert "off by" in disagreement([right[0] * 1.01, right[1]], right, 1e-4)
+    assert "off by" in disagreement([right[0] * float("nan"), right[1]], right, 1e-4)
+    assert "differ" in disagreement([right[0], right[1] + 1], right, 1e-4)
+
+
+def test_choices_take_the_fastest_that_is_right():
+    from suite import choices
+
+    def candidate(config: str, seconds: float, **more: object) -> dict:
+        about = {"variant": "candidate", "problem": "gram_tiles float32 8", "op": "gram", "first": config == "a"}
+        return about | {"config": config, "median_s": seconds} | more
+
+    rows = [candidate("a", 3.0), candidate("b", 2.0), candidate("c", 1.0, error="wrong")]
+    found = choices.configs(rows)["gram_tiles float32 8"]
+    assert (found["config"], found["first_over_best"], found["of"]) == ("b", 1.5, 2)
+
+    def block(variant: str, seconds: float) -> dict:
+        return {"name": "x", "phase": "train", "shape": [8], "variant": variant, "median_s": seconds}
+
+    found = choices.blocks([block("eager", 2.0), block("conv_only", 0.5), block("fused", 1.0), block("compile", 0.9)])
+    assert found["x train batch 8"]["way"] == "fused" and found["x train batch 8"]["eager_over_best"] == 2
+    assert choices.blocks([block("eager", 2.0), block("fused", 2.1)])["x train batch 8"]["way"] == "eager"
+
+
+def test_a_measured_choice_reaches_the_launch_and_nothing_else_does():
+    x = torch.randn(2, 80, 3, 3, device="meta").contiguous(memory_format=torch.channels_last)
+
+    def pivot_config(pick: launch.Pick | None) -> launch.Config:
+        with launch.choosing(pick), launch.record_launches() as launches:
+            gram(x, None, 1)
+        return next(found for found in launches if found.name == "gram_pivot_kernel")
+
+    first = pivot_config(None)
+    second = first.candidates[1]
+    assert first.config == first.candidates[0] != second
+    key = "gram_pivot float32 80"
+    assert pivot_config(launch.measured({key: second.label})).config == second
+    assert pivot_config(launch.measured({key: "BLOCK_C=7 w1 s1"})).config == first.config
+    assert pivot_config(launch.measured({"gram_pivot float32 81": second.label})).config == first.config
+
+
+def test_every_candidate_of_a_problem_has_its_own_label():
+    from launched import train_step
+    from traffic import Block
+
+    steps = train_step(Block("bottleneck", 256, 64, 56), "fused min", 8, torch.bfloat16)
+    launches = [found for count in steps.values() for found in count.kernels]
+    assert len(launches) > 10
+    for found in launches:
+        labels = [config.label for config in found.candidates]
+        assert len(set(labels)) == len(labels), (found.name, labels)
