@@ -8,7 +8,7 @@ Steps: facts (device, copy bandwidth, matrix product), tests (failures of the la
 (compute-sanitizer on a few), ops (every op and every candidate config), blocks, models, dispatch (what was fastest).
 Each runs in its own process with its share of the minutes and writes DIR/STEP.jsonl a row at a time; a crash or a
 timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. Kernels are
-compiled on idle cores meanwhile. All output is in DIR/log.txt; a table comes last. Nothing is installed.
+compiled on idle cores meanwhile (Hopper). All output is in DIR/log.txt; a table comes last. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ class Child:
 def compiling(device: str, tiny: bool, log: Path) -> Iterator[Callable[[], None]]:
     """Kernels being compiled beside what runs; gives what stops it."""
     child: Child | None = None
-    if device.startswith("cuda") and not tiny:
-        major, _ = torch.cuda.get_device_capability(device)
+    if device.startswith("cuda") and not tiny and torch.cuda.get_device_capability(device) == (9, 0):
+        # for another GPU meta tensors give other candidates than its own
         processes = max(1, (os.cpu_count() or 2) // 2 - 1)
-        code = f"from suite.warm import main; main({90 if major == 9 else 80}, (256, 64), {processes})"
+        code = f"from suite.warm import main; main((256, 64), {processes})"
         command = ["nice", "-n", "10", sys.executable, "-c", code]
         child = Child(command, log, os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 

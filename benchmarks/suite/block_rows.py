@@ -35,7 +35,7 @@ def cases(settings: Settings) -> list[Case]:
         for phase in traffic.PHASES:
             found += [_case(settings, name, block, phase, batch, False, 40) for name, block in chosen.items()]
     compiled = list(chosen.items())[:1] if settings.tiny else sorted(chosen.items(), key=_by_interest)
-    for phase in traffic.PHASES:
+    for phase in traffic.PHASES[: 1 if settings.tiny else 2]:
         found += [_case(settings, name, block, phase, batches[0], True, 60) for name, block in compiled]
     return found
 
@@ -66,7 +66,7 @@ def _measure(settings: Settings, name: str, case: BlockCase, compiled: bool) -> 
     train = case.phase == "train"
     modules: dict[str, tuple[nn.Module, Tensor, Tensor]] = {BASE: (bench.stock, bench.x, bench.grad)}
     if compiled:
-        backend = "inductor" if settings.on_gpu else "aot_eager"
+        backend = "inductor" if settings.on_gpu else "eager"
         modules["compile"] = (torch.compile(copy.deepcopy(bench.stock), backend=backend), bench.x, bench.grad)
     else:
         nchw = copy.deepcopy(bench.stock).to(memory_format=torch.contiguous_format)
@@ -115,7 +115,7 @@ def _measure(settings: Settings, name: str, case: BlockCase, compiled: bool) -> 
                     with around.autocast(), fusedres.use_backend(backend_of.get(way, "auto")):
                         case.saved[way] = harness.saved_bytes(partial(module, x), leave_out)
         timer = harness.Timer(settings.device)
-        rounds = 15 if settings.on_gpu else 2
+        rounds = 15 if settings.on_gpu else 1
         case.samples = harness.interleave(variants, timer, rounds=rounds, at_least=3, budget=15, warmup=1)
     for row in _rows(settings, case, backend_of, bool(picked)):
         settings.journal.append(case=name, **row)

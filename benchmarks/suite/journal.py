@@ -1,7 +1,7 @@
 """Rows on disk, one JSON object a line, appended whole: whoever is killed loses nothing that was written.
 
 Every line has a `step`. A case begins with {"case", "event": "start", "limit"} and ends with an event of ENDS; in
-between come its rows, which have no event, and {"event": "trying", "what"}, so that after a {"event": "crash"} it goes on
+between come its rows, which have no event, and {"event": "trying", "what"}: after a {"event": "crash"} a case goes on
 behind what it died of. {"event": "end", "why"} closes a step.
 """
 

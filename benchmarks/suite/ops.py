@@ -52,11 +52,15 @@ _FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     "conv_bn_add_relu_kernel": _conv,
     "conv_dgrad_kernel": lambda a: 2 * a["N"] * a["P"] * a["Q"] * a["C"] * a["K"] * a["R"] * a["S"],
     "conv_wgrad_kernel": lambda a: 2 * a["M"] * a["C"] * a["K"] * a["TAPS"],
+    "bn_relu_maxpool_wgrad_kernel": lambda a: 2 * a["y_ptr"].numel() * a["C"] * a["TAPS_H"] * a["TAPS_W"],
     "gram_tiles_kernel": lambda a: a["M"] * a["C"] * (a["C"] + 1),
     "one_pass_tail_kernel": lambda a: 2 * a["M"] * a["K"] * (a["C"] + a["X_C"]),
     "one_pass_reduce_kernel": lambda a: 2 * a["M"] * a["K"] * (a["C"] + a["X_C"]),
     "one_pass_dgrad_kernel": lambda a: 2 * a["M"] * a["C"] * (a["C"] + a["K"]),
 }
+
+
+GEMMS = frozenset(_FLOPS)
 
 
 def flops(launches: Sequence[Launch]) -> int:
@@ -114,7 +118,17 @@ class Call:
         args = self.fresh()
         result = self.op.kernel(backend)(*args)
         found = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        return _merged(self.op.name, found) + self.written(args)
+        return _merged(self.op.name, self._defined(found)) + self.written(args)
+
+    def _defined(self, results: list[Tensor]) -> list[Tensor]:
+        """Without the sums that an op may leave undefined: the last of its results, where it takes with_sums."""
+        named = dict(zip((argument.name for argument in self.schema.arguments), self.args, strict=True))
+        if "with_sums" not in named:
+            return results
+        *others, sums = results
+        if not (named["with_sums"] or named["batch_statistics"] or named.get("shortcut_batch_statistics")):
+            return others
+        return [*others, sums if named.get("shortcut_x") is not None else sums[:2]]
 
     def variant(self, name: str, backend: str) -> Variant:
         """Timed on its own copy of what is written, which is set back after each call."""
@@ -136,11 +150,9 @@ def _merged(op: str, tensors: list[Tensor]) -> list[Tensor]:
         mean = (weights * partials[:, 0]).sum(0) / total
         squares = (partials[:, 1] + weights * (partials[:, 0] - mean).square()).sum(0)
         return [y, mean, squares]
-    if op == "conv_wgrad":
-        return [tensors[0].sum(0)]
     if op in ("conv_dgrad", "one_pass_dgrad"):
         return [tensors[0], tensors[1].sum(0)]
-    if op == "bn_backward_reduce":
+    if op in ("bn_backward_reduce", "bn_relu_maxpool_reduce", "conv_wgrad", "bn_relu_maxpool_wgrad"):
         return [tensors[0].sum(0)]
     return tensors
 
@@ -211,7 +223,7 @@ class Measure:
     def __init__(self, settings: Settings, case: str) -> None:
         self.settings, self.case = settings, case
         self.timer = harness.Timer(settings.device, lead=_LEAD)
-        self.rounds = 20 if settings.on_gpu else 2
+        self.rounds = 20 if settings.on_gpu else 1
         self.poison = settings.journal.poison()
 
     def __call__(self, call: Call) -> None:
@@ -274,7 +286,9 @@ class Measure:
         library = _library(call)
         if library:
             variants["library"] = Variant("library", library)
-        samples = harness.interleave(list(variants.values()), self.timer, rounds=self.rounds, warmup=2)
+        samples = harness.interleave(
+            list(variants.values()), self.timer, rounds=self.rounds, warmup=2 if self.rounds > 1 else 1
+        )
         first = call.args[0]
         for name, times in samples.items():
             self._row(
@@ -313,7 +327,7 @@ class Measure:
                 timed.append(_always(call.variant(config.label, backend), forced))
             if not timed:
                 continue
-            samples = harness.interleave(timed, self.timer, rounds=max(2, self.rounds // 2), warmup=1)
+            samples = harness.interleave(timed, self.timer, rounds=max(1, self.rounds // 2), warmup=1)
             for label, times in samples.items():
                 self._row(
                     call, harness.summarize(times), moved, operations, backend=backend, config=label,
@@ -387,8 +401,9 @@ def cases(settings: Settings) -> list[Case]:
                         case, lambda c=case, n=name, b=block, w=way, s=batch: _visit(settings, seen, c, n, b, w, s), 120
                     )
                 )
-        case = f"stem, batch {batch}"
-        found.append(Case(case, lambda c=case, s=batch: _visit_stem(settings, seen, c, s), 60))
+        for way in ("fused", "library"):
+            case = f"stem, {way}, batch {batch}"
+            found.append(Case(case, lambda c=case, w=way, s=batch: _visit_stem(settings, seen, c, w, s), 60))
     return found
 
 
@@ -402,13 +417,13 @@ def _visit(
         _walk(settings, visit, module, bench.x, bench.grad if phase == "train" else None)
 
 
-def _visit_stem(settings: Settings, seen: set[str], case: str, batch: int) -> None:
+def _visit_stem(settings: Settings, seen: set[str], case: str, way: str, batch: int) -> None:
     visit = Visit(seen, Measure(settings, case))
     size = 32 if settings.tiny else 224
     model = torchvision.models.resnet18().to(settings.device, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=settings.device, dtype=settings.dtype)
     x = x.to(memory_format=torch.channels_last)
-    module = _StemOnly(fusedres.fuse(model))
+    module = _StemOnly(fusedres.fuse(model, **WAYS[way][0]))
     out = torch.empty(batch, 64, size // 4, size // 4, device=settings.device, dtype=settings.dtype)
     grad = torch.randn_like(out).to(memory_format=torch.channels_last)
     _walk(settings, visit, module, x, grad)

@@ -11,14 +11,17 @@ import os
 import triton
 from inspect_kernels import Specialised, cases, compilations, record
 
+from suite.ops import GEMMS
 
-def main(arch: int, batches: tuple[int, ...], processes: int) -> None:
-    """Forks `processes`, each of which compiles its share."""
+
+def main(batches: tuple[int, ...], processes: int, arch: int = 90) -> None:
+    """Forks `processes`, each of which compiles its share, what is wanted first first."""
     todo = []
     for batch in batches:
         for blocks, limit in (("resnet50.*", None), ("stem", None), ("resnet18.*", 1)):
             for run in cases(blocks, batch=batch).values():
-                todo += compilations(record(run), arch, limit)
+                for launch in record(run):
+                    todo += compilations([launch], arch, limit if launch.name in GEMMS else 1)
     todo = list({what.key: what for what in todo}.values())
     children = []
     for index in range(processes):

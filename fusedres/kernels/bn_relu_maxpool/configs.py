@@ -94,8 +94,8 @@ def wgrad_plan(grad: Tensor, input: Tensor, kernel: Sequence[int]) -> WgradPlan:
     """The config taken and its splits of the quads; also what tells a fake tensor's shape, so sizes are integers."""
     columns = int(kernel[0] * kernel[1] * input.shape[1])
     candidates = wgrad(columns, grad.dtype, input_precision(grad.dtype))
-    config = choose(candidates)
     n, k, p, q = (int(size) for size in grad.shape)
+    config = choose(candidates, "bn_relu_maxpool_wgrad", grad.dtype, n * p * q, columns, k)
     tiles = n * ceil_div(p, config["BLOCK_P"]) * ceil_div(q, config["BLOCK_Q"])
     sums = ceil_div(k, config["BLOCK_K"]) * ceil_div(columns, config["BLOCK_N"])
     steps = rows_split(tiles, sums, max(1, 8 // config.num_warps), grad.device)
