@@ -224,7 +224,9 @@ def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     required |= {"numpy", "PIL", "typing_extensions"}  # torchvision and torch require them
     required |= {"triton"}  # comes with torch, imported only where a kernel needs it
     required |= {"tomli"} if extra == "test" else set()  # pytest requires it where the standard library lacks tomllib
-    own = {"fusedres"} | {path.stem for name in (folder, "benchmarks", "tests") for path in (ROOT / name).glob("*.py")}
+    folders = [ROOT / name for name in (folder, "benchmarks", "tests")]
+    own = {"fusedres"} | {path.stem for where in folders for path in where.glob("*.py")}
+    own |= {path.parent.name for where in folders for path in where.glob("*/__init__.py")}
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     foreign = {

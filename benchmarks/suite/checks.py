@@ -41,9 +41,10 @@ def sanitizer_cases(settings: Settings) -> list[Case]:
 def _pytest(settings: Settings, limit: int, *more: str) -> tuple[list[str], dict[str, str]]:
     """Command and environment."""
     files = [f"tests/{name}" for name in (TINY if settings.tiny else FILES) if (ROOT / "tests" / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-p", "suite.pytest_rows", "-q", "--tb=short", "-k", WANTED]
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_rows", "-q", "--tb=short", "-k", WANTED]
+    paths = str(ROOT / "benchmarks"), str(ROOT / "tests")
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join(filter(None, (*paths, os.environ.get("PYTHONPATH")))),
         "FUSEDRES_SUITE_OUT": str(settings.out.resolve()),
         "FUSEDRES_SUITE_STEP": settings.step,
         "FUSEDRES_SUITE_LIMIT": str(limit),
