@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from suite.journal import Journal
 from suite.settings import first_lines
 
