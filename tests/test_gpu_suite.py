@@ -25,7 +25,8 @@ def _scripts(monkeypatch):
 
 def suite(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--tiny", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # without what pytest-xdist tells its workers: the suite runs a pytest of its own
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
 
 
