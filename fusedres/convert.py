@@ -63,7 +63,7 @@ def fuse(
         filter: filter(name, module) → bool selects the blocks, and the ResNets whose stem is fused; None: all.
         memory: "auto", or "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass).
         conv: whose convolutions run: "library" (torch's), "fused" (this package's, with BatchNorm and ReLU on their
-            loads and stores; the reference and triton backends have them, the cpu backend runs the library's), or
+            loads and stores; not on the cpu backend, which runs the library's), or
             "auto" (what was measured faster; the library's until a GPU has measured).
 
     Returns:

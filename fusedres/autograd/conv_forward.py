@@ -31,7 +31,7 @@ class Raw(NamedTuple):
 
 def own_weights(plan: BlockPlan, tensors: Tensors, launch: Launches) -> list[Tensor | None]:
     """Every unit's weight in the plan's dtype and channels_last, converted in one launch; None where it is already."""
-    found: list[Tensor | None] = []
+    found: list[Tensor | None] = [None] * len(plan.all_units)
     convert: list[int] = []
     for index, unit in enumerate(plan.all_units):
         weight = tensors[index * UNIT_TENSORS]
@@ -39,7 +39,6 @@ def own_weights(plan: BlockPlan, tensors: Tensors, launch: Launches) -> list[Ten
         fits = weight.dtype is plan.dtype and weight.is_contiguous(memory_format=_CHANNELS_LAST)
         if any(unit.own) and not one_pass(plan, index) and not fits:
             convert.append(index)
-        found.append(None)
     if convert:
         originals = [tensors[index * UNIT_TENSORS] for index in convert]
         for index, weight in zip(convert, launch.conv_weights(originals, plan.dtype), strict=True):

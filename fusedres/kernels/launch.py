@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -90,21 +90,16 @@ class Launch:
         return sum(seen.values())
 
 
-@dataclass
-class _Record:
-    launches: list[Launch] = field(default_factory=list)
-
-
-_record: ContextVar[_Record | None] = ContextVar("fusedres_record", default=None)
+_record: ContextVar[list[Launch] | None] = ContextVar("fusedres_record", default=None)
 
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
     """Collects every launch made inside; on meta tensors nothing but the record is made."""
-    record = _Record()
-    token = _record.set(record)
+    launches: list[Launch] = []
+    token = _record.set(launches)
     try:
-        yield record.launches
+        yield launches
     finally:
         _record.reset(token)
 
@@ -156,7 +151,7 @@ def launch(
     """Runs kernel[grid](**arguments) with the config's blocks on the tensors' device and its current stream."""
     record = _record.get()
     if record is not None:
-        record.launches.append(Launch(kernel, arguments, config, candidates or (config,), grid))
+        record.append(Launch(kernel, arguments, config, candidates or (config,), grid))
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
