@@ -4,8 +4,8 @@ In closed form: `kernels(block, mode, phase)` lists the kernels of one way of ru
 that it reads and writes. A kernel reads every operand once and writes every result once; per-channel vectors are left
 out, weights are kept apart (they do not grow with the batch). `python benchmarks/traffic.py` prints totals per image.
 
-As run: `CountBytes` is a dispatch mode that adds up the tensor arguments and results of every operator that executes,
-forward and backward, so the count follows the implementation instead of a table.
+As run: `CountBytes` of counting.py adds up what every operator that executes takes and gives, so that count follows the
+implementation instead of a table.
 
 The ways, training (y: raw convolution output; z: normalised and activated; d: output gradient behind the last ReLU):
     eager      an operator, a kernel. BatchNorm forward reads y twice (statistics, then apply); its backward reads d and
@@ -30,121 +30,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from counting import CountBytes
+from networks import Block, Convolution, resnet_blocks
 
+__all__ = [
+    "MODES", "PHASES", "Block", "Convolution", "CountBytes", "Kernel", "bytes_moved", "flops", "kernels",
+    "resnet_blocks", "stem_bytes", "table",
+]  # fmt: skip
 MODES = ("eager", "pointwise", "library", "epilogue", "one_pass", "stored_dy")
 PHASES = ("train", "infer")
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    """A residual block by its shapes: `size` is the height and width of its input, `planes` torchvision's argument."""
-
-    kind: str  # "basic" or "bottleneck"
-    in_channels: int
-    planes: int
-    size: int
-    stride: int = 1
-    shortcut: str = "identity"  # "identity", "projection" or "zero_pad"
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("basic", "bottleneck"):
-            raise ValueError(f"Block: kind must be 'basic' or 'bottleneck', got {self.kind!r}")
-        if self.shortcut not in ("identity", "projection", "zero_pad"):
-            raise ValueError(f"Block: shortcut must be 'identity', 'projection' or 'zero_pad', got {self.shortcut!r}")
-        if self.shortcut == "identity" and (self.stride != 1 or self.in_channels != self.out_channels):
-            raise ValueError(f"Block: an identity shortcut needs equal shapes, got {self}")
-
-    @property
-    def out_channels(self) -> int:
-        return self.planes * (4 if self.kind == "bottleneck" else 1)
-
-    @property
-    def out_size(self) -> int:
-        return (self.size + self.stride - 1) // self.stride
-
-    @property
-    def convolutions(self) -> list[Convolution]:
-        """The residual branch's convolutions in the order they run, the projection last."""
-        s, t = self.size, self.out_size
-        if self.kind == "basic":
-            convs = [
-                Convolution("conv1", self.in_channels, self.planes, 3, self.stride, s, t),
-                Convolution("conv2", self.planes, self.planes, 3, 1, t, t),
-            ]
-        else:
-            convs = [
-                Convolution("conv1", self.in_channels, self.planes, 1, 1, s, s),
-                Convolution("conv2", self.planes, self.planes, 3, self.stride, s, t),
-                Convolution("conv3", self.planes, self.out_channels, 1, 1, t, t),
-            ]
-        if self.shortcut == "projection":
-            convs.append(Convolution("projection", self.in_channels, self.out_channels, 1, self.stride, s, t))
-        return convs
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """One convolution by its shapes; `source` and `target` count the elements of its input and output, an image."""
-
-    name: str
-    in_channels: int
-    out_channels: int
-    kernel: int
-    stride: int
-    in_size: int
-    out_size: int
-
-    @property
-    def source(self) -> int:
-        return self.in_channels * self.in_size**2
-
-    @property
-    def touched(self) -> int:
-        """Elements of the input that are used: a strided 1x1 reads one pixel in stride²."""
-        return self.in_channels * self.out_size**2 if self.kernel == 1 else self.source
-
-    @property
-    def target(self) -> int:
-        return self.out_channels * self.out_size**2
-
-    @property
-    def weight(self) -> int:
-        return self.in_channels * self.out_channels * self.kernel**2
-
-    @property
-    def flops(self) -> int:
-        """Forward, an image; dgrad and wgrad cost the same again each."""
-        return 2 * self.weight * self.out_size**2
-
-
-def resnet_blocks(depth: int, image: int = 224) -> dict[str, Block]:
-    """Every residual block of torchvision's ResNet-18, 34 or 50 by its name in the model."""
-    layouts = {18: ("basic", (2, 2, 2, 2)), 34: ("basic", (3, 4, 6, 3)), 50: ("bottleneck", (3, 4, 6, 3))}
-    if depth not in layouts:
-        raise ValueError(f"resnet_blocks: depth must be one of {sorted(layouts)}, got {depth}")
-    kind, counts = layouts[depth]
-    blocks, channels, size = {}, 64, image // 4
-    for stage, count in enumerate(counts):
-        for index in range(count):
-            stride = 2 if stage and not index else 1
-            planes = 64 << stage
-            out = planes * (4 if kind == "bottleneck" else 1)
-            shortcut = "projection" if stride != 1 or channels != out else "identity"
-            block = Block(kind, channels, planes, size, stride, shortcut)
-            blocks[f"layer{stage + 1}.{index}"] = block
-            channels, size = out, block.out_size
-    return blocks
 
 
 # --- closed form ------------------------------------------------------------------------------------------------------
@@ -418,142 +316,6 @@ def stem_bytes(fused: bool, image: int = 224, itemsize: int = 2) -> float:
     index = 8 * places
     forward = (x + y) + 3 * y + 2 * y + (y + out + index)
     return forward + (out + index + y) + 3 * y + 5 * y + (y + x)
-
-
-# --- as run -----------------------------------------------------------------------------------------------------------
-
-# Arguments that an operator's kernels read once more. BatchNorm in training needs the statistics before it can apply
-# them, and its backward the sums; a convolution's backward is dgrad and wgrad, each of which reads the gradient.
-_EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
-    "aten::native_batch_norm": lambda a: [a[0]] if a[5] else [],
-    "aten::_native_batch_norm_legit": lambda a: [a[0]] if a[5] else [],
-    "aten::_batch_norm_with_update": lambda a: [a[0]],
-    "aten::cudnn_batch_norm": lambda a: [a[0]] if a[5] else [],
-    "aten::miopen_batch_norm": lambda a: [a[0]] if a[5] else [],
-    "aten::native_batch_norm_backward": lambda a: [a[0], a[1]] if a[7] else [],
-    "aten::batch_norm_backward": lambda a: [a[0], a[1]] if a[7] else [],
-    "aten::cudnn_batch_norm_backward": lambda a: [a[0], a[1]],
-    "aten::miopen_batch_norm_backward": lambda a: [a[0], a[1]],
-    "aten::convolution_backward": lambda a: [a[0]] if a[-1][0] and a[-1][1] else [],
-    # grad, gate, x, ..., shortcut_x: sums first, unless statistics are frozen and nobody wants the sums
-    "fusedres::bn_add_relu_backward": lambda a: [a[0], a[1], a[2], a[5]] if a[4] or a[7] or a[8] else [],
-    "fusedres::bn_relu_backward_": lambda a: [a[0], a[1]] if a[4] or a[5] else [],
-    # d and z enter two products each, and dz (like z) is read and written once more to add the second one
-    "fusedres::one_pass_backward": lambda a: [a[0], a[2], a[2], a[2]],
-}
-
-
-@dataclass
-class Launch:
-    """One operator that ran: its name, bytes read and bytes written."""
-
-    name: str
-    read: int
-    written: int
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes that a pass over `tensor` touches; dimensions of stride 0 are one element."""
-    if tensor.layout is not torch.strided:
-        return tensor.numel() * tensor.element_size()
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride or not size else 1
-    return count * tensor.element_size()
-
-
-class CountBytes(TorchDispatchMode):
-    """Counts the bytes of the tensor arguments and results of every operator run inside, gradients included.
-
-    An operator reads each distinct argument once and writes each result once; what it changes in place is written, and
-    read too unless the operator only fills it. Views and uninitialised allocations move nothing. Operators that
-    must pass over an argument twice (see `_EXTRA_READS`) count it twice. An argument counts whole even where a stride
-    skips part of it. What is below an operator, such as a library's workspace, is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: list[Launch] = []
-
-    @property
-    def read(self) -> int:
-        return sum(launch.read for launch in self.launches)
-
-    @property
-    def written(self) -> int:
-        return sum(launch.written for launch in self.launches)
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        # Shapes are taken before the call: an operator may resize what it is given.
-        inputs = _distinct(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        changed = _distinct(_written_arguments(func, args, kwargs))
-        sizes = {key: tensor_bytes(t) for key, t in inputs.items()}
-        extra = _EXTRA_READS.get(func._schema.name)
-        again = sum(tensor_bytes(t) for t in (extra(args) if extra else []) if t is not None)
-        result = func(*args, **kwargs)
-        if _moves_nothing(func):
-            return result
-        results = _distinct(t for t in tree_leaves(result) if isinstance(t, Tensor))
-        storages = {_memory(t) for t in inputs.values()}
-        fresh = {k: t for k, t in results.items() if _memory(t) not in storages}
-        if inputs and results and not fresh and not changed:
-            return result  # a view, or an argument handed back
-        only_filled = changed.keys() if _only_fills(func) else ()
-        read = again
-        if not _makes_constants(func):
-            read += sum(size for key, size in sizes.items() if key not in only_filled)
-        written = sum(tensor_bytes(t) for t in fresh.values()) + sum(sizes[key] for key in changed)
-        self.launches.append(Launch(func._schema.name, read, written))
-        return result
-
-    def by_operator(self) -> dict[str, tuple[int, int]]:
-        """Name → (calls, bytes), most bytes first."""
-        table: dict[str, tuple[int, int]] = {}
-        for launch in self.launches:
-            calls, moved = table.get(launch.name, (0, 0))
-            table[launch.name] = (calls + 1, moved + launch.read + launch.written)
-        return dict(sorted(table.items(), key=lambda item: -item[1][1]))
-
-
-def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:
-    found = {}
-    for t in tensors:
-        place = (t.storage_offset(), tuple(t.shape), tuple(t.stride())) if t.layout is torch.strided else ()
-        found.setdefault((_memory(t), *place), t)
-    return found
-
-
-def _memory(tensor: Tensor) -> int:
-    """What two views of the same memory share; a library's opaque tensor, e.g. of packed weights, is its own."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
-def _written_arguments(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        yield from (t for t in tree_leaves(value) if isinstance(t, Tensor))
-
-
-def _moves_nothing(func) -> bool:
-    name = func._schema.name.removeprefix("aten::")
-    return name.startswith(("empty", "new_empty", "sym_")) or name in ("detach", "_local_scalar_dense", "is_same_size")
-
-
-def _makes_constants(func) -> bool:
-    name = func._schema.name
-    return name.endswith("_like") or name.startswith("aten::new_")
-
-
-def _only_fills(func) -> bool:
-    name = func._schema.name
-    return name in ("aten::copy_", "aten::fill_", "aten::zero_") or func._overloadname.endswith("out")
 
 
 # --- table ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""Bytes counted as operators run, from their arguments and results, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Arguments that an operator's kernels read once more. BatchNorm in training needs the statistics before it can apply
+# them, and its backward the sums; a convolution's backward is dgrad and wgrad, each of which reads the gradient.
+_EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
+    "aten::native_batch_norm": lambda a: [a[0]] if a[5] else [],
+    "aten::_native_batch_norm_legit": lambda a: [a[0]] if a[5] else [],
+    "aten::_batch_norm_with_update": lambda a: [a[0]],
+    "aten::cudnn_batch_norm": lambda a: [a[0]] if a[5] else [],
+    "aten::miopen_batch_norm": lambda a: [a[0]] if a[5] else [],
+    "aten::native_batch_norm_backward": lambda a: [a[0], a[1]] if a[7] else [],
+    "aten::batch_norm_backward": lambda a: [a[0], a[1]] if a[7] else [],
+    "aten::cudnn_batch_norm_backward": lambda a: [a[0], a[1]],
+    "aten::miopen_batch_norm_backward": lambda a: [a[0], a[1]],
+    "aten::convolution_backward": lambda a: [a[0]] if a[-1][0] and a[-1][1] else [],
+    # grad, gate, x, ..., shortcut_x: sums first, unless statistics are frozen and nobody wants the sums
+    "fusedres::bn_add_relu_backward": lambda a: [a[0], a[1], a[2], a[5]] if a[4] or a[7] or a[8] else [],
+    "fusedres::bn_relu_backward_": lambda a: [a[0], a[1]] if a[4] or a[5] else [],
+    # d and z enter two products each, and dz (like z) is read and written once more to add the second one
+    "fusedres::one_pass_backward": lambda a: [a[0], a[2], a[2], a[2]],
+}
+
+
+@dataclass
+class Launch:
+    """One operator that ran: its name, bytes read and bytes written."""
+
+    name: str
+    read: int
+    written: int
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes that a pass over `tensor` touches; dimensions of stride 0 are one element."""
+    if tensor.layout is not torch.strided:
+        return tensor.numel() * tensor.element_size()
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count * tensor.element_size()
+
+
+class CountBytes(TorchDispatchMode):
+    """Counts the bytes of the tensor arguments and results of every operator run inside, gradients included.
+
+    An operator reads each distinct argument once and writes each result once; what it changes in place is written, and
+    read too unless the operator only fills it. Views and uninitialised allocations move nothing. Operators that
+    must pass over an argument twice (see `_EXTRA_READS`) count it twice. An argument counts whole even where a stride
+    skips part of it. What is below an operator, such as a library's workspace, is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    @property
+    def read(self) -> int:
+        return sum(launch.read for launch in self.launches)
+
+    @property
+    def written(self) -> int:
+        return sum(launch.written for launch in self.launches)
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # Shapes are taken before the call: an operator may resize what it is given.
+        inputs = _distinct(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        changed = _distinct(_written_arguments(func, args, kwargs))
+        sizes = {key: tensor_bytes(t) for key, t in inputs.items()}
+        extra = _EXTRA_READS.get(func._schema.name)
+        again = sum(tensor_bytes(t) for t in (extra(args) if extra else []) if t is not None)
+        result = func(*args, **kwargs)
+        if _moves_nothing(func):
+            return result
+        results = _distinct(t for t in tree_leaves(result) if isinstance(t, Tensor))
+        storages = {_memory(t) for t in inputs.values()}
+        fresh = {k: t for k, t in results.items() if _memory(t) not in storages}
+        if inputs and results and not fresh and not changed:
+            return result  # a view, or an argument handed back
+        only_filled = changed.keys() if _only_fills(func) else ()
+        read = again
+        if not _makes_constants(func):
+            read += sum(size for key, size in sizes.items() if key not in only_filled)
+        written = sum(tensor_bytes(t) for t in fresh.values()) + sum(sizes[key] for key in changed)
+        self.launches.append(Launch(func._schema.name, read, written))
+        return result
+
+    def by_operator(self) -> dict[str, tuple[int, int]]:
+        """Name → (calls, bytes), most bytes first."""
+        table: dict[str, tuple[int, int]] = {}
+        for launch in self.launches:
+            calls, moved = table.get(launch.name, (0, 0))
+            table[launch.name] = (calls + 1, moved + launch.read + launch.written)
+        return dict(sorted(table.items(), key=lambda item: -item[1][1]))
+
+
+def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:
+    found = {}
+    for t in tensors:
+        place = (t.storage_offset(), tuple(t.shape), tuple(t.stride())) if t.layout is torch.strided else ()
+        found.setdefault((_memory(t), *place), t)
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    """What two views of the same memory share; a library's opaque tensor, e.g. of packed weights, is its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _written_arguments(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        yield from (t for t in tree_leaves(value) if isinstance(t, Tensor))
+
+
+def _moves_nothing(func) -> bool:
+    name = func._schema.name.removeprefix("aten::")
+    return name.startswith(("empty", "new_empty", "sym_")) or name in ("detach", "_local_scalar_dense", "is_same_size")
+
+
+def _makes_constants(func) -> bool:
+    name = func._schema.name
+    return name.endswith("_like") or name.startswith("aten::new_")
+
+
+def _only_fills(func) -> bool:
+    name = func._schema.name
+    return name in ("aten::copy_", "aten::fill_", "aten::zero_") or func._overloadname.endswith("out")

@@ -1,0 +1,150 @@
+"""A row: one measurement with everything that says what was measured, where and with what."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from stats import Summary
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What every row holds, whatever it measures; None where something does not apply or cannot be known.
+ROW_KEYS = (
+    "op",  # the operator, or basic_block, bottleneck
+    "name",  # the shape's name, e.g. resnet50.layer1.1
+    "variant",  # eager_nchw, eager, conv_only, fused, compile, or the operator's variant
+    "backend",
+    "conv",
+    "memory",
+    "frozen",  # weights folded once, for inference
+    "shape",  # of the input, N C H W
+    "geometry",  # planes, stride, shortcut of a block
+    "dtype",
+    "memory_format",
+    "phase",  # train, infer; forward, backward for operators
+    "device",
+    "driver",
+    "threads",
+    "versions",
+    "commit",
+    "date",
+    "rounds",
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "ratio",  # eager channels_last (for operators a copy) over this, within rounds: median, low, high of the interval
+    "removed_percent",  # of (eager - conv_only), likewise
+    "peak_bytes",
+    "saved_bytes",
+    "counted_bytes",
+    "bytes_per_s",
+    "copy_bytes_per_s",
+    "floor_bytes",
+    "percent_of_floor",
+    "percent_of_conv_only",
+)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The fields of a row that say where and with what it was measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "driver": _driver() if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("torchvision", "triton", "fusedres")},
+        },
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def busy_note(device: torch.device) -> str | None:
+    """A warning for CPU timings taken while other processes want the cores; None where nothing is to be said."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < 0.5 * cores:
+        return None
+    return (
+        f"note: the machine is busy (load {load:.1f} on {cores} cores); threads that wait for a core scatter the times"
+    )
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked when files under version control differ from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def row(where: dict[str, Any], summary: Summary, **fields: Any) -> dict[str, Any]:
+    """A row with every key of ROW_KEYS; unknown fields are refused."""
+    unknown = fields.keys() - set(ROW_KEYS)
+    if unknown:
+        raise ValueError(f"row: unknown fields {sorted(unknown)}")
+    fields |= {"rounds": summary.rounds, "median_s": summary.median, "p20_s": summary.p20, "p80_s": summary.p80}
+    moved, bandwidth, floor = (fields.get(k) for k in ("counted_bytes", "copy_bytes_per_s", "floor_bytes"))
+    if moved:
+        fields["bytes_per_s"] = moved / summary.median
+    if bandwidth and floor:
+        fields["percent_of_floor"] = 100 * floor / bandwidth / summary.median
+    return {key: (where | fields).get(key) for key in ROW_KEYS}
+
+
+def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as one JSON list, a row a line."""
+    for r in rows:
+        missing = set(ROW_KEYS) ^ r.keys()
+        if missing:
+            raise ValueError(f"write_rows: fields missing or unknown: {sorted(missing)}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(_finite(r), ensure_ascii=False) for r in rows)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({torch.get_num_threads()} threads)"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)"
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None

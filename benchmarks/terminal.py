@@ -1,0 +1,38 @@
+"""What is shown while a benchmark runs, and after."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+class Progress:
+    """A progress bar on stderr: tqdm's where it can be imported, and none unless stderr is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(
+                total=total, leave=False, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
+            )
+
+    def step(self, text: str, amount: int = 1) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(amount)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the first two to the left, the others to the right."""
+    widths = [max(len(r[k]) for r in [header, *rows]) for k in range(len(header))]
+    for r in [header, *rows]:
+        cells = (c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True)))
+        print("  ".join(cells).rstrip())
