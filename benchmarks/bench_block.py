@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import blocks
+import counting
 import harness
 import torch
 import traffic
@@ -34,6 +35,7 @@ import fusedres
 from fusedres import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+OPS = {"basic": "basic_block", "bottleneck": "bottleneck", "stem": "stem"}
 BASE, BOUND, FUSED = "eager", "conv_only", "fused"
 HEADER = [
     "block", "phase", "batch", "NCHW ms", "eager ms", "conv ms", "fused ms", "ratio (95%)", "removed %",
@@ -83,7 +85,7 @@ class Case:
     """One block at one batch size in one phase, with everything that was found about it."""
 
     name: str
-    block: traffic.Block
+    block: traffic.Block | traffic.Stem
     batch: int
     phase: str
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -107,25 +109,23 @@ class Bench:
         stock = blocks.make_block(block).to(device).train(self.train)
         if settings.dtype == torch.float64:
             stock = stock.double()
-        source = torch.Generator(device).manual_seed(1)
-        size = (case.batch, block.in_channels, block.size, block.size)
         out = (case.batch, block.out_channels, block.out_size, block.out_size)
-        x = torch.randn(size, generator=source, device=device).to(settings.dtype).relu()
-        grad = torch.randn(out, generator=source, device=device).to(settings.dtype)
+        grad = torch.randn(out, generator=torch.Generator(device).manual_seed(2), device=device).to(settings.dtype)
         self.stock = stock.to(memory_format=torch.channels_last)
-        self.x = x.to(memory_format=torch.channels_last)
+        self.x = blocks.make_input(block, case.batch, device, settings.dtype)
         self.grad = grad.to(memory_format=torch.channels_last)
+        self.input_grad = self.train and not isinstance(block, traffic.Stem)
 
     def check(self) -> list[Verdict]:
         """Judges the fused block against eager and the float64 oracle."""
         settings, eager = self.settings, copy.deepcopy(self.stock)
         if self.train:
-            harness.clear_masks(eager, self.x)
+            harness.clear_masks(eager.model if isinstance(eager, blocks.StemOnly) else eager, self.x)
         fused, oracle = settings.fused(copy.deepcopy(eager)), copy.deepcopy(eager).double()
         self.case.backend, self.case.unfused = settings.ran(fused)
         grad = self.grad if self.train else None
         with settings.selected():
-            return harness.check_block(fused, eager, oracle, self.x, grad, settings.autocast)
+            return harness.check_block(fused, eager, oracle, self.x, grad, settings.autocast, self.input_grad)
 
     def variants(self) -> tuple[list[Variant], dict[str, tuple[nn.Module, Tensor]]]:
         """The variants to be timed, and the modules with their inputs."""
@@ -139,7 +139,7 @@ class Bench:
             modules["compile"] = (torch.compile(copy.deepcopy(self.stock)), self.x)
         variants = []
         for name, (module, x) in modules.items():
-            source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.train)
+            source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.input_grad)
             grad = self.grad.contiguous() if name == "eager_nchw" else self.grad
             modules[name] = (module, source)
             variants.append(self.variant(name, module, source, grad))
@@ -169,7 +169,7 @@ class Bench:
         variant.run()  # compiles, picks algorithms
         cleanup()
         if variant.name != "compile":  # a compiled module would trace the counting itself
-            with traffic.CountBytes() as count:
+            with counting.CountRun() as count:
                 variant.run()
             case.counted[variant.name] = count.total
             cleanup()
@@ -216,7 +216,7 @@ def rows_of(case: Case, settings: Settings, where: dict[str, Any], bandwidth: fl
         removed = harness.removed_interval(case.samples[BASE], samples, case.samples[BOUND])
         ours, whole = name == FUSED, name not in (BASE, BOUND)
         fields = {
-            "op": "basic_block" if block.kind == "basic" else "bottleneck",
+            "op": OPS[block.kind],
             "name": case.name,
             "variant": name,
             "backend": (case.backend or "unfused") if ours else None,

@@ -1,4 +1,4 @@
-"""The residual blocks that are measured: every distinct block of ResNet-18 and ResNet-50, by its name in the model."""
+"""What is measured: each distinct residual block of ResNet-18 and ResNet-50, by its name in the model, and the stem."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import copy
 from fnmatch import fnmatchcase
 
 import torch
+from networks import Block, Stem, resnet_blocks
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from traffic import Block, resnet_blocks
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 # What a plain run measures: both kinds of blocks where memory counts most, and both kinds of shortcuts.
 DEFAULT = (
@@ -17,14 +17,17 @@ DEFAULT = (
     "resnet50.layer1.0",
     "resnet50.layer1.1",
     "resnet50.layer2.1",
+    "stem",
 )
+STEM = {"stem": Stem()}
 # Small enough for any machine; to see that everything runs, not to measure.
-TINY = {
+TINY: dict[str, Block | Stem] = {
     "tiny.basic": Block("basic", 8, 8, 8),
     "tiny.basic.projection": Block("basic", 8, 16, 8, 2, "projection"),
     "tiny.basic.zero_pad": Block("basic", 8, 16, 8, 2, "zero_pad"),
     "tiny.bottleneck": Block("bottleneck", 32, 8, 8),
     "tiny.bottleneck.projection": Block("bottleneck", 16, 8, 8, 2, "projection"),
+    "tiny.stem": Stem(16),
 }
 
 
@@ -38,11 +41,12 @@ def stage_blocks() -> dict[str, Block]:
     return found
 
 
-def select(patterns: list[str]) -> dict[str, Block]:
+def select(patterns: list[str]) -> dict[str, Block | Stem]:
     """Blocks whose name matches one of the patterns (`*` and `?` allowed); `all`, `default` and `tiny` are groups."""
-    known = stage_blocks() | TINY
-    groups = {"all": list(stage_blocks()), "default": list(DEFAULT), "tiny": list(TINY)}
-    chosen: dict[str, Block] = {}
+    real: dict[str, Block | Stem] = stage_blocks() | STEM
+    known = real | TINY
+    groups = {"all": list(real), "default": list(DEFAULT), "tiny": list(TINY)}
+    chosen: dict[str, Block | Stem] = {}
     for pattern in patterns:
         names = groups.get(pattern) or [n for n in known if fnmatchcase(n, pattern)]
         if not names:
@@ -51,8 +55,27 @@ def select(patterns: list[str]) -> dict[str, Block]:
     return chosen
 
 
-def make_block(block: Block, seed: int = 0) -> nn.Module:
+class StemOnly(nn.Module):
+    """The stem of a ResNet, which `fusedres.fuse` fuses in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def conv1(self) -> nn.Module:
+        return self.model.conv1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        out = model._stem(x) if hasattr(model, "_stem") else None
+        return model.maxpool(model.relu(model.bn1(model.conv1(x)))) if out is None else out
+
+
+def make_block(block: Block | Stem, seed: int = 0) -> nn.Module:
     """torchvision's block of these shapes, with weights and running statistics that are not special values."""
+    if isinstance(block, Stem):
+        return _make_stem(seed)
     kind = BasicBlock if block.kind == "basic" else Bottleneck
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -66,27 +89,54 @@ def make_block(block: Block, seed: int = 0) -> nn.Module:
             from fusedres import ZeroPadShortcut
 
             shortcut = ZeroPadShortcut(block.in_channels, block.out_channels, block.stride)
-        module = kind(block.in_channels, block.planes, block.stride, shortcut)
-        for m in module.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(m, nn.BatchNorm2d):
-                nn.init.uniform_(m.weight, 0.5, 1.5)
-                nn.init.normal_(m.bias, 0.0, 0.2)
-                nn.init.normal_(m.running_mean, 0.0, 0.2)
-                nn.init.uniform_(m.running_var, 0.5, 1.5)
+        return _initialised(kind(block.in_channels, block.planes, block.stride, shortcut))
+
+
+def _initialised(module: nn.Module) -> nn.Module:
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0.0, 0.2)
+            nn.init.normal_(m.running_mean, 0.0, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
     return module
+
+
+def _make_stem(seed: int) -> nn.Module:
+    """Weights -1, 0, 1: at images of `make_input` the convolution is exact in every dtype, so windows' winners are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ResNet(BasicBlock, [1, 1, 1, 1])
+        for name in ("layer1", "layer2", "layer3", "layer4", "avgpool", "fc"):
+            setattr(model, name, nn.Identity())
+        _initialised(model)
+        with torch.no_grad():
+            model.conv1.weight.copy_(torch.randint(-1, 2, model.conv1.weight.shape))
+    return StemOnly(model)
+
+
+def make_input(block: Block | Stem, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What reaches the block: behind a ReLU; small integers for a stem."""
+    source = torch.Generator(device).manual_seed(1)
+    size = (batch, block.in_channels, block.size, block.size)
+    if isinstance(block, Stem):
+        x = torch.randint(-2, 3, size, generator=source, device=device).to(dtype)
+    else:
+        x = torch.randn(size, generator=source, device=device).to(dtype).relu()
+    return x.to(memory_format=torch.channels_last)
 
 
 class ConvolutionsOnly:
     """A block's convolutions alone, each at its own input: the bound of what fusion around them can reach."""
 
-    def __init__(self, module: nn.Module, block: Block, batch: int, x: torch.Tensor) -> None:
+    def __init__(self, module: nn.Module, block: Block | Stem, batch: int, x: torch.Tensor) -> None:
         projection = module.downsample[0] if block.shortcut == "projection" else None
         self.parts = []
         for c in block.convolutions:
             conv = copy.deepcopy(projection if c.name == "projection" else getattr(module, c.name))
-            source = self._fresh(batch, c.in_channels, c.in_size, x).requires_grad_()
+            source = self._fresh(batch, c.in_channels, c.in_size, x).requires_grad_(not isinstance(block, Stem))
             grad = self._fresh(batch, c.out_channels, c.out_size, x)
             self.parts.append((conv, source, grad))
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fusedres.ops._library import OPS
+
 # Arguments that an operator's kernels read once more. BatchNorm in training needs the statistics before it can apply
 # them, and its backward the sums; a convolution's backward is dgrad and wgrad, each of which reads the gradient.
 _EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
@@ -106,6 +108,25 @@ class CountBytes(TorchDispatchMode):
             calls, moved = table.get(launch.name, (0, 0))
             table[launch.name] = (calls + 1, moved + launch.read + launch.written)
         return dict(sorted(table.items(), key=lambda item: -item[1][1]))
+
+
+class CountRun(CountBytes):
+    """Counts operators, and where one of fusedres launches Triton kernels, those launches instead, by their arguments.
+
+    What such an operator calls beside its kernels counts as operators. Kernels of this package in C++ and CUDA make no
+    record of their launches: their operators count like any other.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        op = OPS.get(func._schema.name.partition("::")[2]) if func.namespace == "fusedres" else None
+        if op is None or op.serving(args[-1]) != "triton":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        from fusedres.kernels.launch import record_launches
+
+        with self, record_launches() as launches:
+            result = op._checked(*args)
+        self.launches += [Launch(launch.name, launch.bytes(), 0) for launch in launches]
+        return result
 
 
 def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:

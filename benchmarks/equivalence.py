@@ -145,6 +145,7 @@ def check_block(
     x: Tensor,
     grad: Tensor | None,
     context: Callable[[], Any],
+    input_grad: bool = True,
 ) -> list[Verdict]:
     """Runs the three modules on x, backward from `grad` if given, and judges output, gradients and running statistics.
 
@@ -152,14 +153,14 @@ def check_block(
     """
 
     def run(module: nn.Module, source: Tensor, upstream: Tensor | None, around: Callable[[], Any]) -> dict[str, Tensor]:
-        source = source.detach().requires_grad_(upstream is not None)
+        source = source.detach().requires_grad_(input_grad and upstream is not None)
         with around(), torch.set_grad_enabled(upstream is not None):
             out = module(source)
         result = {"output": out.detach()}
         if upstream is not None:
             module.zero_grad(set_to_none=True)
             out.backward(upstream)
-            result["input grad"] = source.grad
+            result |= {"input grad": source.grad} if input_grad else {}
             result |= {f"{n} grad": p.grad for n, p in module.named_parameters()}
         return result | {n: b for n, b in module.named_buffers() if b.is_floating_point()}
 

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from blocks import make_block
 from harness import Progress
 from torch import Tensor, nn
-from traffic import MODES, Block, CountBytes, bytes_moved, resnet_blocks, stem_bytes
+from traffic import MODES, Block, CountBytes, Stem, bytes_moved, resnet_blocks
 
 import fusedres
 from fusedres.kernels.launch import Launch, record_launches
@@ -83,35 +82,14 @@ class Part:
     rest_bytes: float  # whatever the batch
 
 
-@dataclass(frozen=True)
-class Stem:
-    """conv1, bn1, relu and maxpool of a ResNet; `size` is the height and width of the images."""
-
-    size: int = 224
-
-
-class _StemOnly(nn.Module):
-    """The stem of a fused ResNet."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model._stem(x)
-
-
 def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """The module, fused, and an input, both on the meta device. Images need no gradient."""
-    stem = isinstance(what, Stem)
-    module = torchvision.models.resnet18() if stem else make_block(what)
-    module = fusedres.fuse(module, **WAYS[way][0]).to("meta", dtype)
+    module = fusedres.fuse(make_block(what), **WAYS[way][0]).to("meta", dtype)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.float()  # as under autocast, where it stays float32; the weights are still to be converted
-    x = torch.empty((batch, 3 if stem else what.in_channels, what.size, what.size), dtype=dtype, device="meta")
-    x = x.to(memory_format=torch.channels_last)
-    return (_StemOnly(module), x) if stem else (module, x.requires_grad_())
+    x = torch.empty((batch, what.in_channels, what.size, what.size), dtype=dtype, device="meta")
+    return module, x.to(memory_format=torch.channels_last).requires_grad_(not isinstance(what, Stem))
 
 
 def train_step(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:
@@ -223,14 +201,13 @@ def rows(
 def _row(name: str, way: str, total: Total, of: Sequence[Block | Stem], batch: int, dtype: torch.dtype) -> dict:
     if name == "stem":
         held_against = "stored_dy"  # its one fused form
-        images = of[0].size
-        closed = {mode: stem_bytes(mode != "eager", images, dtype.itemsize) / 1e6 for mode in ("eager", held_against)}
+        modes: tuple[str, ...] = ("eager", held_against)
     else:
-        held_against = WAYS[way][1]
-        closed = {
-            mode: sum(bytes_moved(block, mode, "train", 1, dtype.itemsize, weights=False) for block in of) / 1e6
-            for mode in MODES
-        }
+        held_against, modes = WAYS[way][1], MODES
+    closed = {
+        mode: sum(bytes_moved(block, mode, "train", 1, dtype.itemsize, weights=False) for block in of) / 1e6
+        for mode in modes
+    }
     return {
         "name": name,
         "way": way,

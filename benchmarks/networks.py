@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,29 @@ class Convolution:
     def flops(self) -> int:
         """Forward, an image; dgrad and wgrad cost the same again each."""
         return 2 * self.weight * self.out_size**2
+
+
+@dataclass(frozen=True)
+class Stem:
+    """conv1, bn1, relu and maxpool of a ResNet, described like a block; `size` is the images' height and width."""
+
+    size: int = 224
+
+    kind: ClassVar[str] = "stem"
+    shortcut: ClassVar[str] = "none"
+    in_channels: ClassVar[int] = 3
+    planes: ClassVar[int] = 64
+    out_channels: ClassVar[int] = 64
+    stride: ClassVar[int] = 4
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 3) // 4
+
+    @property
+    def convolutions(self) -> list[Convolution]:
+        """The one there is; images need no gradient."""
+        return [Convolution("conv1", 3, 64, 7, 2, self.size, (self.size + 1) // 2)]
 
 
 def resnet_blocks(depth: int, image: int = 224) -> dict[str, Block]:

@@ -35,10 +35,10 @@ from pathlib import Path
 
 import torch
 from counting import CountBytes
-from networks import Block, Convolution, resnet_blocks
+from networks import Block, Convolution, Stem, resnet_blocks
 
 __all__ = [
-    "MODES", "PHASES", "Block", "Convolution", "CountBytes", "Kernel", "bytes_moved", "flops", "kernels",
+    "MODES", "PHASES", "Block", "Convolution", "CountBytes", "Kernel", "Stem", "bytes_moved", "flops", "kernels",
     "resnet_blocks", "stem_bytes", "table",
 ]  # fmt: skip
 MODES = ("eager", "pointwise", "library", "epilogue", "one_pass", "stored_dy")
@@ -92,16 +92,20 @@ def kernels(block: Block, mode: str, phase: str = "train") -> list[Kernel]:
     return run.kernels
 
 
-def bytes_moved(block: Block, mode: str, phase: str, batch: int, itemsize: int, weights: bool = True) -> int:
+def bytes_moved(block: Block | Stem, mode: str, phase: str, batch: int, itemsize: int, weights: bool = True) -> int:
     """Bytes of one step of `block` over `batch` images; `weights=False` leaves weights and their gradients out."""
+    if isinstance(block, Stem):
+        kept = itemsize * block.convolutions[0].weight * (2 if phase == "train" else 1) if weights else 0
+        return round(batch * stem_bytes(mode != "eager", block.size, itemsize, phase)) + kept
     passes = kernels(block, mode, phase)
     images = batch * sum(k.bytes(itemsize) for k in passes)
     return round(images + (itemsize * sum(k.weights for k in passes) if weights else 0))
 
 
-def flops(block: Block, phase: str, batch: int) -> int:
-    """Arithmetic of the convolutions: once forward, and twice that again backward."""
-    return batch * sum(c.flops for c in block.convolutions) * (3 if phase == "train" else 1)
+def flops(block: Block | Stem, phase: str, batch: int) -> int:
+    """Arithmetic of the convolutions: once forward, and twice that again backward; a stem's has no dgrad."""
+    products = 1 if phase == "infer" else 2 if isinstance(block, Stem) else 3
+    return batch * sum(c.flops for c in block.convolutions) * products
 
 
 def _split(block: Block) -> tuple[list[Convolution], Convolution | None]:
@@ -303,13 +307,16 @@ def _infer_fused(block: Block, run: _Recorder) -> None:
     run(f"{last.name} + bn + add + relu", {"in": last.touched} | shortcut, {"out": out}, weights=weights)
 
 
-def stem_bytes(fused: bool, image: int = 224, itemsize: int = 2) -> float:
-    """Bytes an image of a training step of conv1 + bn1 + relu + maxpool; images need no gradient.
+def stem_bytes(fused: bool, image: int = 224, itemsize: int = 2, phase: str = "train") -> float:
+    """Bytes an image of conv1 + bn1 + relu + maxpool; images need no gradient.
 
-    Eager pools with int64 indices, fused with uint8 ones. Fused, dy is recomputed by wgrad and never stored.
+    Eager pools with int64 indices, in inference too, fused with uint8 ones. Fused, dy is recomputed by wgrad and never
+    stored.
     """
     x, y, out = 3 * image**2 * itemsize, 64 * (image // 2) ** 2 * itemsize, 64 * (image // 4) ** 2 * itemsize
     places = 64 * (image // 4) ** 2
+    if phase == "infer":
+        return (x + y) + (y + out) if fused else (x + y) + 2 * y + 2 * y + (y + out + 8 * places)
     if fused:
         forward = (x + y) + (y + out + places)
         return forward + (out + places + y) + (out + places + y + x)

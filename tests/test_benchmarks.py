@@ -239,6 +239,22 @@ def test_closed_form_inference_by_hand(traffic):
     assert moved["epilogue"] == moved["one_pass"] == moved["stored_dy"] == 5 + 2 + (1 + 4 + 4)
 
 
+def test_closed_form_of_a_stem_by_hand(traffic):
+    """Images of 3 channels at 8², y 64 channels at 4², pooled 64 at 2²; one byte an index fused, eight in eager."""
+    stem = traffic.Stem(8)
+    x, y, out, places = 4 * 3 * 64, 4 * 64 * 16, 4 * 64 * 4, 64 * 4
+    train = {m: traffic.bytes_moved(stem, m, "train", 1, 4, weights=False) for m in ("eager", "stored_dy")}
+    # conv, statistics 1 + apply 2, relu 2, pool | pool, relu 3, bn 2 + 3, wgrad
+    assert train["eager"] == (x + y) + 5 * y + (y + out + 8 * places) + (out + 8 * places + y) + 8 * y + (y + x)
+    # conv with statistics, one pass behind it | sums, wgrad, each from y and what the pool kept
+    assert train["stored_dy"] == (x + y) + (y + out + places) + 2 * (out + places + y) + x
+    infer = {m: traffic.bytes_moved(stem, m, "infer", 3, 4) for m in ("eager", "library")}
+    weights = 4 * 64 * 3 * 49
+    assert infer["eager"] == 3 * ((x + y) + 4 * y + (y + out + 8 * places)) + weights
+    assert infer["library"] == 3 * ((x + y) + (y + out)) + weights
+    assert traffic.flops(stem, "train", 2) == 2 * traffic.flops(stem, "infer", 2) == 2 * 2 * 2 * 64 * 16 * 3 * 49
+
+
 def test_resnet_totals(traffic):
     """MB an image at 224² in 16 bits; every step of fusion moves less."""
     rows = {r["mode"]: r for r in traffic.table()}
@@ -329,6 +345,29 @@ def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, blocks, name
     vectors = 4 * 8 * 30 * max(block.in_channels, block.out_channels)  # per-channel vectors, which the form leaves out
     assert expected <= count.total - ones <= expected + vectors
     assert vectors < 0.1 * expected
+
+
+def test_launches_count_where_an_op_makes_some(traffic):
+    """Under triton, on meta tensors, as launched.py counts; under cpu as operators."""
+    import counting
+    import launched
+
+    block = traffic.Block("bottleneck", 32, 8, 8)
+    module, x = launched.build(block, "fused min", 8, torch.float32)
+    with fusedres.use_backend("triton"), counting.CountRun() as count:
+        out = module(x)
+    expected = launched.train_step(block, "fused min", 8, torch.float32)["forward"]
+    assert count.total == expected.total + sum(launch.bytes() for launch in expected.kernels)
+    assert {launch.name for launch in expected.kernels} <= set(count.by_operator())
+
+    fused = fusedres.fuse(launched.make_block(block))
+    x = torch.randn(out.shape)
+    totals = []
+    for mode in (counting.CountRun, traffic.CountBytes):
+        with mode() as count:
+            fused(x)
+        totals.append(count.by_operator())
+    assert totals[0] == totals[1] and any(name.startswith("fusedres::") for name in totals[0])
 
 
 # --- equivalence ------------------------------------------------------------------------------------------------------
@@ -557,7 +596,7 @@ def test_bench_block_leaves_out_what_the_budget_does_not_cover(capsys):
     assert bench_block.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("tiny.") for line in lines) == 1
-    assert "note: 4 lines left out, the 0 s of --budget were spent: tiny.basic.projection infer batch 1 ..." in lines
+    assert "note: 5 lines left out, the 0 s of --budget were spent: tiny.basic.projection infer batch 1 ..." in lines
 
 
 def test_bench_block_measures_frozen_inference(tmp_path):

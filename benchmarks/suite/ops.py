@@ -21,7 +21,7 @@ from bench_block import Bench
 from bench_block import Case as BlockCase
 from bench_block import Settings as BlockSettings
 from harness import Variant
-from launched import WAYS, _StemOnly
+from launched import WAYS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -423,7 +423,7 @@ def _visit_stem(settings: Settings, seen: set[str], case: str, way: str, batch: 
     model = torchvision.models.resnet18().to(settings.device, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=settings.device, dtype=settings.dtype)
     x = x.to(memory_format=torch.channels_last)
-    module = _StemOnly(fusedres.fuse(model, **WAYS[way][0]))
+    module = blocks.StemOnly(fusedres.fuse(model, **WAYS[way][0]))
     out = torch.empty(batch, 64, size // 4, size // 4, device=settings.device, dtype=settings.dtype)
     grad = torch.randn_like(out).to(memory_format=torch.channels_last)
     _walk(settings, visit, module, x, grad)
