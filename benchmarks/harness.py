@@ -43,6 +43,7 @@ __all__ = [
     "judge",
     "keep_pages",
     "machine",
+    "matmul_rate",
     "peak_bytes",
     "print_table",
     "ratio_interval",
@@ -173,6 +174,14 @@ def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
     variant = copy_variant(size, device)
     samples = interleave([variant], Timer(device), rounds=rounds)["copy"]
     return size / summarize(samples).median
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 15) -> float:
+    """Operations a second of a product of large random matrices; the median of `rounds`."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    samples = interleave([Variant("matmul", lambda: a @ b)], Timer(device), rounds=rounds, warmup=3)["matmul"]
+    return 2 * size**3 / summarize(samples).median
 
 
 def keep_pages() -> bool:

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What every row holds, whatever it measures; None where something does not apply or cannot be known.
 ROW_KEYS = (
-    "op",  # the operator, or basic_block, bottleneck
+    "op",  # the operator, or basic_block, bottleneck, stem, model
     "name",  # the shape's name, e.g. resnet50.layer1.1
-    "variant",  # eager_nchw, eager, conv_only, fused, compile, or the operator's variant
+    "variant",  # eager_nchw, eager, conv_only, fused, a way of fuse(), a rival; or the operator's variant
     "backend",
     "conv",
     "memory",
@@ -29,6 +29,7 @@ ROW_KEYS = (
     "shape",  # of the input, N C H W
     "geometry",  # planes, stride, shortcut of a block
     "dtype",
+    "tf32",  # whether float32 products may round their operands to it; None for other dtypes
     "memory_format",
     "phase",  # train, infer; forward, backward for operators
     "device",
@@ -51,6 +52,13 @@ ROW_KEYS = (
     "floor_bytes",
     "percent_of_floor",
     "percent_of_conv_only",
+    "flops",  # of the products, multiplications and additions counted apart; of an op all arithmetic
+    "flops_per_s",
+    "matmul_flops_per_s",  # of a large product in this dtype, measured
+    "bound_s",  # the least time: floor_bytes at copy_bytes_per_s, or flops at matmul_flops_per_s
+    "percent_of_bound",
+    "images_per_s",  # of a model
+    "data",  # synthetic: random numbers that are on the device
 )
 
 
@@ -103,6 +111,12 @@ def row(where: dict[str, Any], summary: Summary, **fields: Any) -> dict[str, Any
         fields["bytes_per_s"] = moved / summary.median
     if bandwidth and floor:
         fields["percent_of_floor"] = 100 * floor / bandwidth / summary.median
+        if fields.get("flops") is not None and fields.get("matmul_flops_per_s"):
+            fields.setdefault("bound_s", max(floor / bandwidth, fields["flops"] / fields["matmul_flops_per_s"]))
+    if fields.get("flops") is not None:
+        fields["flops_per_s"] = fields["flops"] / summary.median
+    if fields.get("bound_s"):
+        fields["percent_of_bound"] = 100 * fields["bound_s"] / summary.median
     return {key: (where | fields).get(key) for key in ROW_KEYS}
 
 

@@ -1,15 +1,24 @@
-"""Every distinct block of ResNet-18 and ResNet-50: eager, its convolutions alone, each fused way, torch.compile."""
+"""Every distinct block of ResNet-18 and ResNet-50, and the stem: eager, each fused way, and its rivals.
+
+A case times one block in one phase: eager channels_last and what its kind compares with it, interleaved. Kinds: plain
+(eager NCHW, the convolutions alone, each way of fuse(), cuDNN's fused inference), torch.compile, CUDA graphs of
+eager, compiled and fused, packages of others, and the plain one in other dtypes.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import blocks
+import counting
 import harness
 import torch
 import traffic
-from bench_block import BASE, BOUND, Bench
+from bench_block import BASE, BOUND, OPS, Bench
 from bench_block import Case as BlockCase
 from bench_block import Settings as BlockSettings
 from harness import Variant
@@ -18,171 +27,286 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres.kernels.launch import choosing
-from suite import choices
+from suite import choices, rivals
+from suite.graphs import captured
+from suite.precision import PRECISIONS, Precision
 from suite.settings import Case, Settings, first_lines, floor_seconds, off_by
 
 # ‖fused − eager‖ / ‖eager‖ of the output and of gradients: in half precision masks near 0 fall to either side.
 BOUNDS = {torch.bfloat16: (3e-2, 0.3), torch.float16: (1e-2, 0.15), torch.float32: (1e-3, 1e-2)}
+TF32_BOUNDS = (1e-2, 0.15)
+COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
+GRAPHED = "graphed "
+COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", *WAYS)
+COMPILE_KINDS = ("compile", "graphs", "max-autotune", "elsewhere")
+
+
+def ways(settings: Settings) -> dict[str, str]:
+    """Way of fuse() → backend."""
+    return dict.fromkeys(WAYS, "triton") if settings.on_gpu else {"library": "cpu", "fused min": "triton"}
+
+
+def variants(settings: Settings, kind: str, phase: str) -> list[str]:
+    """What a kind compares with eager; our own ways are beside every rival."""
+    ours = list(ways(settings))
+    if kind == "compile":
+        return ["compile", *ours]
+    if kind == "max-autotune":
+        return ["compile max-autotune", GRAPHED + "compile max-autotune", *ours[-2:], *(GRAPHED + w for w in ours[-2:])]
+    if kind == "graphs":
+        return [GRAPHED + BASE, GRAPHED + "compile", *(GRAPHED + way for way in ours)]
+    if kind == "elsewhere":
+        return [name for name in rivals.OF_BLOCKS if name != "cudnn"] + ours[-2:]
+    return ["eager_nchw", *(["cudnn"] if phase == "infer" else []), *ours, BOUND]
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Block, phase and batch, the large batch first; torch.compile, which takes long, after all others."""
+    """The large batch first; then what takes long, blocks that a model has most of first; other dtypes last."""
     torch.backends.cudnn.benchmark = settings.on_gpu
-    chosen = blocks.select(["tiny.bottleneck"] if settings.tiny else ["all"])
-    batches = (2,) if settings.tiny else (256, 64)
+    if settings.tiny:
+        chosen, batches, usual = blocks.select(["tiny.bottleneck"]), (2,), PRECISIONS["float32"]
+        others = (PRECISIONS["tf32"],)
+    else:
+        chosen, batches, usual = blocks.select(["all"]), (256, 64), PRECISIONS["bfloat16"]
+        others = tuple(p for p in PRECISIONS.values() if p is not usual)
+    by_interest = dict(sorted(chosen.items(), key=_by_interest))
     found = []
-    for batch in batches:
-        for phase in traffic.PHASES:
-            found += [_case(settings, name, block, phase, batch, False, 40) for name, block in chosen.items()]
-    compiled = list(chosen.items())[:1] if settings.tiny else sorted(chosen.items(), key=_by_interest)
-    for phase in traffic.PHASES[: 1 if settings.tiny else 2]:
-        found += [_case(settings, name, block, phase, batches[0], True, 60) for name, block in compiled]
+
+    def add(these: dict[str, Any], batch: int, phase: str, kind: str, precision: Precision, limit: float) -> None:
+        for name, block in these.items():
+            words = [name, phase, f"batch {batch}", kind, "" if precision is usual else precision.name]
+            case = BlockCase(name, block, batch, phase)
+            run = partial(_Measurement, settings, " ".join(filter(None, words)), case, kind, precision)
+            found.append(Case(run.args[1], lambda run=run: run().measure(), limit))
+
+    phases = traffic.PHASES
+    for phase in phases:
+        add(chosen, batches[0], phase, "", usual, 60)
+    for kind in COMPILE_KINDS[:2]:
+        for phase in phases[: 1 if settings.tiny else 2]:
+            add(by_interest, batches[0], phase, kind, usual, 90)
+    for batch in batches[1:]:
+        for phase in phases:
+            add(chosen, batch, phase, "", usual, 60)
+    for kind in COMPILE_KINDS[2:]:
+        for phase in phases[1 if settings.tiny else 0 :]:
+            add(dict(list(by_interest.items())[:4]), batches[0], phase, kind, usual, 120)
+    for precision in others:
+        for phase in phases[: 1 if settings.tiny else 2]:
+            add(dict(list(by_interest.items())[:6]), batches[-1], phase, "", precision, 60)
+            if precision.name == "float16" and settings.on_gpu:  # in which apex's are
+                add(dict(list(by_interest.items())[:4]), batches[-1], phase, "elsewhere", precision, 60)
     return found
 
 
-def _by_interest(item: tuple[str, traffic.Block]) -> tuple[bool, bool]:
+def _by_interest(item: tuple[str, Any]) -> tuple[bool, bool]:
     """Identity blocks of ResNet-50 first: most of its blocks are."""
     name, block = item
     return not name.startswith("resnet50"), block.shortcut != "identity"
 
 
-def _case(
-    settings: Settings, name: str, block: traffic.Block, phase: str, batch: int, compiled: bool, limit: float
-) -> Case:
-    case = f"{name} {phase} batch {batch}{' compile' if compiled else ''}"
-    return Case(case, lambda: _measure(settings, case, BlockCase(name, block, batch, phase), compiled), limit)
+def _gradients(module: nn.Module, source: Tensor) -> dict[str, Tensor]:
+    """Copies, of the input's and the parameters'."""
+    named = {f"{name.removeprefix('_orig_mod.')} grad": p.grad for name, p in module.named_parameters()}
+    return {name: grad.clone() for name, grad in ({"input grad": source.grad} | named).items() if grad is not None}
 
 
-def ways(settings: Settings) -> dict[str, tuple[str, dict[str, str]]]:
-    """Variant → backend and fuse()'s arguments."""
-    if settings.on_gpu:
-        return {way: ("triton", arguments) for way, (arguments, _) in WAYS.items()}
-    return {"library": ("cpu", WAYS["library"][0]), "fused min": ("triton", WAYS["fused min"][0])}
+class Skip(Exception):  # noqa: N818 - no error
+    """Why a variant is not there."""
 
 
-def _measure(settings: Settings, name: str, case: BlockCase, compiled: bool) -> None:
-    around = BlockSettings(settings.device, settings.dtype)
-    bench = Bench(case, around)
-    train = case.phase == "train"
-    modules: dict[str, tuple[nn.Module, Tensor, Tensor]] = {BASE: (bench.stock, bench.x, bench.grad)}
-    if compiled:
-        backend = "inductor" if settings.on_gpu else "eager"
-        modules["compile"] = (torch.compile(copy.deepcopy(bench.stock), backend=backend), bench.x, bench.grad)
-    else:
-        nchw = copy.deepcopy(bench.stock).to(memory_format=torch.contiguous_format)
-        modules["eager_nchw"] = (nchw, bench.x.contiguous(), bench.grad.contiguous())
-    picked = choices.table(settings)
-    backend_of = {}
-    reference = _results(around, bench.stock, bench.x, bench.grad if train else None)
-    for way, (backend, arguments) in ways(settings).items():
-        module = fusedres.fuse(copy.deepcopy(bench.stock), **arguments)
-        try:
-            with fusedres.use_backend(backend), choosing(picked):
-                reasons = [entry.reason for entry in fusedres.report(module) if not entry.fused]
-                found = _results(around, module, bench.x, bench.grad if train else None)
-            wrong = f"unfused: {reasons[0]}" if reasons else _disagreement(found, reference, settings.dtype)
-        except Exception as error:
-            if settings.on_gpu:
-                torch.cuda.synchronize()  # raises where the GPU is lost
-            wrong = f"{type(error).__name__}: {first_lines(str(error))}"
-        if wrong:
-            settings.row(
-                name, op=_op(case), name=case.name, variant=way, backend=backend, phase=case.phase, error=wrong
-            )
-            continue
-        modules[way] = (module, bench.x, bench.grad)
-        backend_of[way] = backend
-    del reference
-    variants, prepared = [], {}
-    for way, (module, x, grad) in modules.items():
-        source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(train)
-        prepared[way] = (module, source)
-        variants.append(_on(backend_of.get(way), bench.variant(way, module, source, grad)))
-    if not compiled:
-        alone = blocks.ConvolutionsOnly(bench.stock, case.block, case.batch, bench.x)
-        run = alone.train if train else alone.infer
-        variants.append(Variant(BOUND, bench.around(run), alone.cleanup))
-    with torch.inference_mode(not train), choosing(picked):
-        for variant in variants:
-            variant.run()  # compiles, picks algorithms
-            (variant.cleanup or (lambda: None))()
-            case.peak[variant.name] = harness.peak_bytes(variant.run, settings.device)
-            (variant.cleanup or (lambda: None))()
-        if train:
-            for way, (module, x) in prepared.items():
-                if way != "compile":
-                    leave_out = [x, *module.parameters(), *module.buffers()]
-                    with around.autocast(), fusedres.use_backend(backend_of.get(way, "auto")):
-                        case.saved[way] = harness.saved_bytes(partial(module, x), leave_out)
-        timer = harness.Timer(settings.device)
-        rounds = 15 if settings.on_gpu else 1
-        case.samples = harness.interleave(variants, timer, rounds=rounds, at_least=3, budget=15, warmup=1)
-    for row in _rows(settings, case, backend_of, bool(picked)):
-        settings.journal.append(case=name, **row)
+@dataclass
+class _Measurement:
+    """One case: its variants are made, checked against eager, counted and timed."""
 
+    settings: Settings
+    name: str
+    case: BlockCase
+    kind: str
+    precision: Precision
+    backend_of: dict[str, str] = field(default_factory=dict)
+    checked: dict[str, bool] = field(default_factory=dict)
 
-def _on(backend: str | None, variant: Variant) -> Variant:
-    """`variant` under a backend."""
-    if backend is None:
-        return variant
+    def measure(self) -> None:
+        """Writes a row a variant, those with a reason or an error too."""
+        train = self.case.phase == "train"
+        picked = choices.table(self.settings)
+        with self.precision.switched(), choosing(picked):
+            self.around = BlockSettings(self.settings.device, self.precision.dtype)
+            self.bench = Bench(self.case, self.around)
+            self.reference = self._results(copy.deepcopy(self.bench.stock), self.bench.x, self.bench.grad)
+            made: dict[str, Variant] = {BASE: self._step(BASE, self.bench.stock, self.bench.x, self.bench.grad)[0]}
+            for variant in variants(self.settings, self.kind, self.case.phase):
+                try:
+                    made[variant] = self._made(variant)
+                except Skip as why:
+                    self._told(variant, skipped=str(why))
+                except Exception as error:
+                    if self.settings.on_gpu:
+                        torch.cuda.synchronize()  # raises where the GPU is lost
+                    self._told(variant, error=f"{type(error).__name__}: {first_lines(str(error))}")
+            del self.reference
+            rounds = 15 if self.settings.on_gpu else 1
+            timer = harness.Timer(self.settings.device)
+            with torch.inference_mode(not train):
+                for variant in made.values():
+                    self._count(variant)
+                self.case.samples = harness.interleave(
+                    list(made.values()), timer, rounds=rounds, at_least=3, budget=15, warmup=1
+                )
+        for row in self._rows(picked is not None):
+            self.settings.journal.append(case=self.name, **row)
 
-    def run() -> None:
-        with fusedres.use_backend(backend):
-            variant.run()
-
-    return Variant(variant.name, run, variant.cleanup)
-
-
-def _results(around: BlockSettings, module: nn.Module, x: Tensor, grad: Tensor | None) -> dict[str, Tensor]:
-    """Output and gradients, on a copy of the module."""
-    module = copy.deepcopy(module)
-    source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(grad is not None)
-    with torch.set_grad_enabled(grad is not None), around.autocast():
-        out = module(source)
-    found = {"output": out.detach()}
-    if grad is not None:
-        out.backward(grad)
-        found |= {"input grad": source.grad} | {f"{n} grad": p.grad for n, p in module.named_parameters()}
-    return found
-
-
-def _disagreement(ours: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """In words, None where they agree."""
-    output, grads = BOUNDS[dtype]
-    for what, reference in eager.items():
-        error, bound = off_by(ours[what], reference), output if what == "output" else grads
-        if not error <= bound:
-            return f"{what} is off by {error:.3g} of its norm from eager, allowed {bound:.3g}"
-    return None
-
-
-def _op(case: BlockCase) -> str:
-    return "basic_block" if case.block.kind == "basic" else "bottleneck"
-
-
-def _rows(settings: Settings, case: BlockCase, backend_of: dict[str, str], picked: bool) -> list[dict]:
-    """One a variant."""
-    block, itemsize, ceilings = case.block, settings.dtype.itemsize, settings.ceilings
-    moved = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in traffic.MODES[1:])
-    products = 3 if case.phase == "train" else 1
-    operations = products * case.batch * sum(conv.flops for conv in block.convolutions)
-    found = []
-    for way, samples in case.samples.items():
-        summary = harness.summarize(samples)
-        arguments = WAYS[way][0] if way in WAYS else {}
-        row = harness.row(
-            settings.where, summary, op=_op(case), name=case.name, variant=way, backend=backend_of.get(way),
-            conv=arguments.get("conv"), memory=arguments.get("memory"),
-            shape=[case.batch, block.in_channels, block.size, block.size],
-            geometry={"planes": block.planes, "stride": block.stride, "shortcut": block.shortcut},
-            dtype=str(settings.dtype).removeprefix("torch."), phase=case.phase,
-            memory_format="contiguous" if way == "eager_nchw" else "channels_last",
-            ratio=harness.ratio_interval(case.samples[BASE], samples, resamples=500).as_dict(),
-            peak_bytes=case.peak.get(way), saved_bytes=case.saved.get(way),
-            copy_bytes_per_s=ceilings["copy_bytes_per_s"], floor_bytes=moved,
+    def _told(self, variant: str, **what: Any) -> None:
+        case, block = self.case, self.case.block
+        self.settings.row(
+            self.name, op=OPS[block.kind], name=case.name, variant=variant, phase=case.phase, kind=self.kind or "plain",
+            shape=[case.batch, block.in_channels, block.size, block.size], **self.precision.about, **what,
         )  # fmt: skip
-        bound = floor_seconds(ceilings, moved, operations)
-        found.append(
-            row | {"flops": operations, "percent_of_bound": 100 * bound / summary.median, "measured_configs": picked}
-        )
-    return found
+
+    def _made(self, variant: str) -> Variant:
+        """A variant ready to be timed, after its results were found to be eager's."""
+        if variant == BOUND:
+            alone = blocks.ConvolutionsOnly(self.bench.stock, self.case.block, self.case.batch, self.bench.x)
+            run = alone.train if self.bench.train else alone.infer
+            return Variant(BOUND, self.bench.around(run), alone.cleanup)
+        graphed, way = variant.startswith(GRAPHED), variant.removeprefix(GRAPHED)
+        if graphed and not self.settings.on_gpu:
+            raise Skip("no GPU")
+        module, x, grad = self._module(way), self.bench.x, self.bench.grad
+        if way == "eager_nchw":
+            x, grad = x.contiguous(), grad.contiguous()
+        backend = ways(self.settings).get(way)
+        if backend is not None:
+            self.backend_of[variant] = backend
+            with fusedres.use_backend(backend):
+                reasons = [entry.reason for entry in fusedres.report(module) if not entry.fused]
+            if reasons:
+                raise RuntimeError(f"unfused: {reasons[0]}")
+        self.checked[variant] = way not in rivals.OTHER
+        with fusedres.use_backend(backend or "auto"):
+            found = self._results(module, x, grad)
+        if self.checked[variant]:
+            self._agree(found)
+        step, source = self._step(variant, module, x, grad)
+        return self._captured(step, module, source) if graphed else step
+
+    def _module(self, way: str) -> nn.Module:
+        stock = copy.deepcopy(self.bench.stock)
+        if way == "eager_nchw":
+            return stock.to(memory_format=torch.contiguous_format)
+        if way in WAYS:
+            return fusedres.fuse(stock, **WAYS[way][0])
+        if way in COMPILED:
+            if not self.settings.on_gpu:
+                return torch.compile(stock, backend="eager")
+            return torch.compile(stock, mode=COMPILED[way])
+        if way in rivals.OF_BLOCKS:
+            made = rivals.OF_BLOCKS[way](stock, self.bench.x, self.bench.train)
+            if isinstance(made, str):
+                raise Skip(made)
+            return made
+        return stock
+
+    def _results(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        """Output, and in training the gradients; under the conditions in which it is timed."""
+        source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.bench.input_grad)
+        with torch.inference_mode(not self.bench.train), self.around.autocast():
+            out = module(source)
+        found = {"output": out.detach()}
+        if self.bench.train:
+            out.backward(grad)
+            found |= _gradients(module, source)
+            module.zero_grad(set_to_none=True)
+        return found
+
+    def _agree(self, ours: dict[str, Tensor]) -> None:
+        output, grads = TF32_BOUNDS if self.precision.tf32 else BOUNDS[self.precision.dtype]
+        for what in self.reference.keys() & ours.keys():  # a rival may name its parameters otherwise
+            error, bound = off_by(ours[what], self.reference[what]), output if what == "output" else grads
+            if not error <= bound:
+                raise ArithmeticError(f"{what} is off by {error:.3g} of its norm from eager, allowed {bound:.3g}")
+
+    def _step(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Variant, Tensor]:
+        """The variant and its input."""
+        source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.bench.input_grad)
+        variant = self.bench.variant(name, module, source, grad)
+        if self.bench.train and name in (BASE, "eager_nchw", *WAYS):
+            leave_out = [source, *module.parameters(), *module.buffers()]
+            with self._on(name), self.around.autocast():
+                self.case.saved[name] = harness.saved_bytes(partial(module, source), leave_out)
+        return Variant(name, self._under(name, variant.run), variant.cleanup), source
+
+    def _on(self, name: str) -> Any:
+        return fusedres.use_backend(self.backend_of.get(name, "auto"))
+
+    def _under(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+        if name not in self.backend_of:
+            return run
+
+        def chosen() -> Any:
+            with self._on(name):
+                return run()
+
+        return chosen
+
+    def _captured(self, step: Variant, module: nn.Module, source: Tensor) -> Variant:
+        """The replay of a step, which writes the same gradients each time; checked once more."""
+
+        def whole() -> Any:
+            if step.cleanup:
+                step.cleanup()
+            return step.run()
+
+        with torch.inference_mode(not self.bench.train):
+            replay, kept = captured(whole)
+            replay()
+        self._agree(_gradients(module, source) if self.bench.train else {"output": kept})
+        return Variant(step.name, replay)
+
+    def _count(self, variant: Variant) -> None:
+        case, cleanup = self.case, variant.cleanup or (lambda: None)
+        variant.run()  # compiles, picks algorithms
+        cleanup()
+        if variant.name.startswith(GRAPHED):  # its memory is there before it runs
+            return
+        if variant.name in (
+            BASE,
+            BOUND,
+            "eager_nchw",
+            "cudnn",
+            *WAYS,
+        ):  # others would trace the counting, or hide from it
+            with counting.CountRun() as count:
+                variant.run()
+            cleanup()
+            case.counted[variant.name] = count.total
+        case.peak[variant.name] = harness.peak_bytes(variant.run, self.settings.device)
+        cleanup()
+
+    def _rows(self, picked: bool) -> list[dict[str, Any]]:
+        """One a variant."""
+        case, block, itemsize = self.case, self.case.block, self.precision.dtype.itemsize
+        moved = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in traffic.MODES[1:])
+        operations = traffic.flops(block, case.phase, case.batch)
+        ceilings = self.settings.ceilings_of(self.precision)
+        found = []
+        for variant, samples in case.samples.items():
+            way = variant.removeprefix(GRAPHED)
+            arguments = WAYS[way][0] if way in WAYS else {}
+            row = harness.row(
+                self.settings.where, harness.summarize(samples), op=OPS[block.kind], name=case.name, variant=variant,
+                backend=self.backend_of.get(variant), conv=arguments.get("conv"), memory=arguments.get("memory"),
+                shape=[case.batch, block.in_channels, block.size, block.size],
+                geometry={"planes": block.planes, "stride": block.stride, "shortcut": block.shortcut},
+                phase=case.phase, memory_format="contiguous" if variant == "eager_nchw" else "channels_last",
+                ratio=harness.ratio_interval(case.samples[BASE], samples, resamples=500).as_dict(),
+                peak_bytes=case.peak.get(variant), saved_bytes=case.saved.get(variant),
+                counted_bytes=case.counted.get(variant), floor_bytes=moved, flops=operations, data="synthetic",
+                bound_s=floor_seconds(ceilings, moved, operations), **ceilings, **self.precision.about,
+            )  # fmt: skip
+            extra = {"kind": self.kind or "plain", "measured_configs": picked}
+            if not self.checked.get(variant, True):
+                extra["checked"] = False
+            found.append(row | extra)
+        return found

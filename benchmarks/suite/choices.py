@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from launched import WAYS
+
 from fusedres.kernels import launch
 from suite.journal import Journal, Row
 from suite.settings import Case, Settings
-
-EAGER = ("eager", "eager_nchw", "conv_only", "compile")
 
 
 def table(settings: Settings) -> launch.Pick | None:
@@ -51,12 +51,13 @@ def backends(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 def blocks(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     """Block, phase and batch → the fastest way that agreed with eager; eager where none beats it."""
     by_case: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        if "median_s" in row:
+    timed = [row for row in rows if "median_s" in row]
+    for row in timed:
+        if all(row.get(key) == timed[0].get(key) for key in ("dtype", "tf32")):  # others come later
             by_case[f"{row['name']} {row['phase']} batch {row['shape'][0]}"].setdefault(row["variant"], row["median_s"])
     found = {}
     for case, seconds in by_case.items():
-        taken = {way: s for way, s in seconds.items() if way == "eager" or way not in EAGER}
+        taken = {way: s for way, s in seconds.items() if way == "eager" or way in WAYS}
         best = min(taken, key=lambda way: taken[way])
         found[case] = {"way": best, "eager_over_best": seconds["eager"] / taken[best], "seconds": seconds}
     return found

@@ -10,9 +10,9 @@ from typing import Any
 
 import harness
 import torch
-from harness import Variant
 
 from fusedres import cuda_support
+from suite.precision import PRECISIONS
 from suite.settings import Case, Settings
 
 
@@ -51,16 +51,16 @@ def _ceilings(settings: Settings) -> None:
     settings.row("ceilings", **measure_ceilings(settings))
 
 
-def measure_ceilings(settings: Settings) -> dict[str, float]:
+def measure_ceilings(settings: Settings) -> dict[str, Any]:
     """Bytes a second of a copy, read and written; operations a second of a product of random matrices."""
-    size = 8192 if settings.on_gpu else 256
-    made = (torch.randn(size, size, device=settings.device).to(settings.dtype) for _ in range(2))
-    a, b = made
-    timer = harness.Timer(settings.device)
-    rounds = 20 if settings.on_gpu else 3
-    samples = harness.interleave([Variant("matmul", lambda: a @ b)], timer, rounds=rounds, warmup=3)["matmul"]
-    seconds = harness.summarize(samples).median
+    rounds = 20 if settings.on_gpu else 2
+    rates = {}
+    for precision in PRECISIONS.values():
+        if settings.on_gpu or precision.dtype == torch.float32:
+            with precision.switched():
+                rates[precision.name] = harness.matmul_rate(settings.device, precision.dtype, rounds)
     return {
-        "copy_bytes_per_s": harness.copy_bandwidth(settings.device, rounds if settings.on_gpu else 2),
-        "matmul_flops_per_s": 2 * size**3 / seconds,
+        "copy_bytes_per_s": harness.copy_bandwidth(settings.device, rounds),
+        "matmul_flops_per_s": rates["bfloat16" if settings.on_gpu else "float32"],
+        "matmul_by_precision": rates,
     }

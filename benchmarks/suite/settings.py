@@ -13,6 +13,9 @@ import harness
 import torch
 
 from suite.journal import Journal, Row
+from suite.precision import Precision
+
+CEILINGS = ("copy_bytes_per_s", "matmul_flops_per_s")
 
 
 @dataclass
@@ -49,14 +52,19 @@ class Settings:
         return harness.machine(self.device)
 
     @cached_property
-    def ceilings(self) -> dict[str, float]:
-        """copy_bytes_per_s and matmul_flops_per_s, of the step facts, else measured now."""
+    def ceilings(self) -> dict[str, Any]:
+        """copy_bytes_per_s, matmul_flops_per_s and that of each precision, of the step facts, else measured now."""
         from suite import facts
 
         for row in Journal(self.out, "facts").rows():
             if row.get("case") == "ceilings" and row.get("device") == self.where["device"]:
-                return {name: row[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s")}
+                return {name: row[name] for name in (*CEILINGS, "matmul_by_precision")}
         return facts.measure_ceilings(self)
+
+    def ceilings_of(self, precision: Precision) -> dict[str, float]:
+        """copy_bytes_per_s and matmul_flops_per_s of products in this precision."""
+        rates = self.ceilings["matmul_by_precision"]
+        return {name: self.ceilings[name] for name in CEILINGS} | {"matmul_flops_per_s": rates[precision.name]}
 
     def row(self, case: str, **fields: Any) -> None:
         """Appends a row that is no timing."""

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
+from launched import WAYS
+
 from suite import choices
 from suite.journal import Journal, Row
 
@@ -135,7 +137,7 @@ def _blocks(rows: list[Row]) -> list[str]:
     cells = [["block", "eager", "fastest fused", "ms", "eager / it"]]
     for case, best in choices.blocks(rows).items():
         seconds = best["seconds"]
-        ours = {way: s for way, s in seconds.items() if way not in choices.EAGER}
+        ours = {way: s for way, s in seconds.items() if way in WAYS}
         if ours and (" batch 64" not in case):
             way = min(ours, key=lambda name: ours[name])
             cells.append([
