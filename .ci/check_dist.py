@@ -15,6 +15,7 @@ WHEEL_TAKES = [
     "fusedres/_C.*.so",
     "fusedres/_CUDA.*.so",
     "fusedres/py.typed",
+    "fusedres/dispatch/measured/*.json",
     "*.dist-info/*",
 ]
 SDIST_NEEDS = [

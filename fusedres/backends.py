@@ -9,12 +9,12 @@ from contextvars import ContextVar
 
 import torch
 
-from fusedres import cuda_support
+from fusedres import cuda_support, dispatch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 # Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
-# runs the unfused composition of torch's own operators.
+# takes the backend of its table of measured choices; without one it runs the unfused composition of torch's operators.
 _VERIFIED = {"cpu": "cpu"}
 
 # Device types that a backend serves; the reference composite serves all. Triton's interpreter takes CPU tensors; on
@@ -73,15 +73,21 @@ def _current() -> str:
     return _selected.get()
 
 
-def backend_for(device_type: str) -> str | None:
+def automatic() -> bool:
+    """Whether no backend is selected in this context."""
+    return _current() == "auto"
+
+
+def backend_for(device: torch.device | str) -> str | None:
     """The backend that serves a device in this context, or None where nothing is verified for it.
 
     Raises:
         RuntimeError: the selected backend does not serve this device.
     """
+    device_type = device if isinstance(device, str) else device.type
     name = _current()
     if name == "auto":
-        return _VERIFIED.get(device_type)
+        return _VERIFIED.get(device_type) or dispatch.backend(torch.device(device))
     if device_type not in _devices(name, device_type):
         _require(name, "use_backend")
         served = ", ".join(_devices(name, device_type))

@@ -397,7 +397,7 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
     return names
 
 
-LAYERS = ["kernels", "ops", "autograd", "modules", "convert"]  # from the bottom up
+LAYERS = ["kernels", "ops", "autograd", "modules", "convert", "tune"]  # from the bottom up
 
 
 def layer(module: str) -> int | None:

@@ -1,8 +1,9 @@
 """Autograd of the fused blocks: which ops run in which order, and what is saved."""
 
-from fusedres.autograd.plan import LIBRARY, UNIT_TENSORS, BlockPlan, ConvBN, Directions
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN
 from fusedres.autograd.residual_block import count_path, path_counts, run_block
 from fusedres.autograd.stem import StemPlan, run_stem
+from fusedres.dispatch import LIBRARY, Directions
 
 __all__ = [
     "LIBRARY",

@@ -8,19 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedres.dispatch import LIBRARY, Directions
+
 UNIT_TENSORS = 6  # conv weight, BN weight, BN bias, running_mean, running_var, num_batches_tracked
 UNIT_PARAMS = 3  # the first of them
-
-
-class Directions(NamedTuple):
-    """Which of a convolution's three products are this package's own kernels; the others are the library's."""
-
-    fprop: bool
-    dgrad: bool
-    wgrad: bool
-
-
-LIBRARY = Directions(False, False, False)
 
 
 class ConvBN(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusedres import dispatch
 
 # Kernels run in Triton's interpreter, on CPU tensors, when Python started with TRITON_INTERPRET=1.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -55,7 +57,7 @@ class Config:
     def __getitem__(self, block: str) -> int:
         return self.blocks[block]
 
-    @property
+    @cached_property
     def label(self) -> str:
         """BLOCK_M=128 BLOCK_N=64 w8 s3: tells the candidates of one problem apart; STEPS follow from the others."""
         blocks = (f"{name}={value}" for name, value in self.blocks.items() if name != "STEPS")
@@ -111,17 +113,43 @@ _pick: Pick | None = None
 
 
 def choose(candidates: Sequence[Config], *problem: Any) -> Config:
-    """The config to launch with: what `choosing` picks, else the first, by which configs.py orders."""
-    if _pick is not None and problem:
-        found = _pick(problem, candidates)
+    """The config to launch with: what `choosing` picks, outside of it what the device's table of measured choices
+    says, else the first, by which configs.py orders.
+    """
+    if problem:
+        found = _pick(problem, candidates) if _pick is not None else _of_table(problem, candidates)
         if found is not None:
             return found
     return candidates[0]
 
 
+def _of_table(problem: Problem, candidates: Sequence[Config]) -> Config | None:
+    """By the table of the current device."""
+    if not (INTERPRETED or torch.cuda.is_initialized()):
+        return None
+    table = dispatch.table(_device(-1 if INTERPRETED else torch.cuda.current_device()))
+    if table is None or not table.configs:
+        return None
+    return _labelled(_label(table, problem), candidates)
+
+
+@cache
+def _device(index: int) -> torch.device:
+    return torch.device("cpu") if index < 0 else torch.device("cuda", index)
+
+
+@lru_cache(maxsize=4096)
+def _label(table: dispatch.Table, problem: Problem) -> str | None:
+    return table.configs.get(problem_key(problem))
+
+
+def _labelled(label: str | None, candidates: Sequence[Config]) -> Config | None:
+    return next((config for config in candidates if config.label == label), None)
+
+
 @contextmanager
 def choosing(pick: Pick | None) -> Iterator[None]:
-    """Configs are picked by `pick` inside, in all threads: a backward pass on a GPU has its own."""
+    """Configs are picked by `pick` inside, in all threads: a backward pass on a GPU has its own. None: as outside."""
     global _pick
     before, _pick = _pick, pick
     try:
@@ -139,8 +167,7 @@ def measured(table: Mapping[str, str]) -> Pick:
     """Picks by a table of measured choices: problem_key → label of the config."""
 
     def pick(problem: Problem, candidates: Sequence[Config]) -> Config | None:
-        label = table.get(problem_key(problem))
-        return next((config for config in candidates if config.label == label), None)
+        return _labelled(table.get(problem_key(problem)), candidates)
 
     return pick
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from fusedres import dispatch
 from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
+from fusedres.backends import automatic
+from fusedres.dispatch import Way
 
 # The products of the Gram matrix with the weight do not shrink with the batch. Below this many rows an input channel
 # they cost more than 5% of the block, and the output that they would spare is no larger than they are.
@@ -21,17 +26,60 @@ _PART_BYTES = 8 << 20
 _OWN = Directions(True, True, True)
 
 
-def own_products(conv: str, backend: str, convolution: Any) -> Directions:
+def measured_way(
+    block: Any, convolutions: tuple[str, ...], x: Tensor, backend: str, conv: str, memory: str
+) -> Way | None:
+    """What the device's table says of this call; None where it does not apply.
+
+    It does not where another backend was selected than the one that was measured, nor where it says unfused and fuse()
+    was told conv or memory: that is what then runs.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    phase = "train" if torch.is_grad_enabled() else "infer"
+    found = dispatch.way(x.device, dtype, phase, index(x.shape[0]), *shape_of(block, convolutions, x))
+    if not automatic():
+        return found if found.backend == backend else None
+    if found.backend is None and (conv != "auto" or memory != "auto"):
+        return None
+    return found
+
+
+def shape_of(block: Any, convolutions: tuple[str, ...], x: Tensor) -> tuple[str | int, ...]:
+    """A dispatch.Shape from its kind to its width: of a block with these convolutions, or of a stem with one."""
+    modules = block.__dict__["_modules"]
+    first, last = modules[convolutions[0]], modules[convolutions[-1]]
+    if len(convolutions) == 1:
+        kind, shortcut = f"stem {first.kernel_size[0]}x{first.kernel_size[1]}", "none"
+        stride, middle = first.stride[0], first
+    else:
+        downsample = modules.get("downsample")
+        projected = type(downsample) is nn.Sequential
+        kind = "basic" if len(convolutions) == 2 else "bottleneck"
+        shortcut = "identity" if downsample is None else "projection" if projected else "zero_pad"
+        stride, middle = block.stride, modules["conv2"]
+    return (
+        kind, shortcut, first.in_channels, first.out_channels, last.out_channels, middle.groups, stride,
+        middle.dilation[0], index(x.shape[2]), index(x.shape[3]),
+    )  # fmt: skip
+
+
+def own_products(conv: str, backend: str, convolution: Any, way: Way | None = None) -> Directions:
     """Which products of a convolution run in this package's own kernels.
 
-    The CPU's convolutions are always the library's, and so are grouped ones. "auto" takes the library's too: no GPU has
-    measured the own ones yet.
+    The CPU's convolutions are always the library's, and so are grouped ones. "auto" takes those of the measured way,
+    without one the library's.
     """
-    return _OWN if conv == "fused" and backend != "cpu" and convolution.groups == 1 else LIBRARY
+    if backend == "cpu" or convolution.groups != 1:
+        return LIBRARY
+    if conv == "auto" and way is not None:
+        return way.pixelwise if convolution.kernel_size == (1, 1) else way.larger
+    return _OWN if conv == "fused" else LIBRARY
 
 
 def one_pass_units(
-    memory: str,
+    wanted: bool,
     units: list[ConvBN],
     projection: ConvBN | None,
     tensors: list[Tensor | None],
@@ -39,10 +87,10 @@ def one_pass_units(
 ) -> tuple[bool, bool]:
     """Whether the last unit and the projection take their statistics before the convolution (ops.one_pass).
 
-    Only where memory="min" asks for it: on two cores, batch 8, a Bottleneck's training step took 0.95 to 1.08 of the
-    ordinary time at 56x56 and 28x28, so "auto" leaves it.
+    Wanted where memory="min" asks for it or the measured way has it: on two cores, batch 8, a Bottleneck's training
+    step took 0.95 to 1.08 of the ordinary time at 56x56 and 28x28, so that "auto" leaves it elsewhere.
     """
-    if memory != "min":
+    if not wanted:
         return False, False
     rows = shape[0] * shape[2] * shape[3]
     last = tensors[UNIT_TENSORS * (len(units) - 1)]

@@ -10,8 +10,9 @@ from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, ConvBN, Directions, count_path, run_block
 from fusedres.backends import backend_for
+from fusedres.dispatch import Way, measured
 from fusedres.modules.anatomy import unusual
-from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
+from fusedres.modules.choice import images_at_a_time, measured_way, one_pass_units, own_products
 from fusedres.modules.frozen import FrozenBlock, fold, input_kind, run_frozen
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,10 +44,17 @@ class FusedBlock(nn.Module):
             return self._unfused(x)
         if unusual(self, self._conv_names, self._norm_names) is not None:
             return self._unfused(x)
-        backend = backend_for(x.device.type)
+        device = x.device
+        backend, way = backend_for(device), None
         if backend is None or (x.dim() == 4 and x.shape[0] == 0):
             return self._unfused(x)
-        plan, tensors = self._read(x, backend)
+        if measured(device) and x.dim() == 4 and self.fused_frozen is None:
+            way = measured_way(self, self._conv_names, x, backend, self.fused_conv, self.fused_memory)
+            if way is not None:
+                backend = way.backend
+                if backend is None:
+                    return self._unfused(x)
+        plan, tensors = self._read(x, backend, way)
         if self.fused_frozen is not None and self._is_constant(x, plan, tensors):
             if self.fused_frozen is True or self.fused_frozen.kind != input_kind(x, plan):
                 self.fused_frozen = fold(x, plan, tensors)
@@ -77,7 +85,7 @@ class FusedBlock(nn.Module):
         result: Tensor = super().forward(x)
         return result
 
-    def _read(self, x: Tensor, backend: str) -> tuple[BlockPlan, tuple[Tensor | None, ...]]:
+    def _read(self, x: Tensor, backend: str, way: Way | None = None) -> tuple[BlockPlan, tuple[Tensor | None, ...]]:
         """The plan of this call and its tensors, after every check: nothing is computed or updated before."""
         op = type(self).__name__
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
@@ -99,7 +107,7 @@ class FusedBlock(nn.Module):
                 shape,
                 units,
                 tensors,
-                own_products(self.fused_conv, backend, modules[conv_name]),
+                own_products(self.fused_conv, backend, modules[conv_name], way),
             )
         downsample = modules.get("downsample")
         projection: ConvBN | None = None
@@ -108,7 +116,7 @@ class FusedBlock(nn.Module):
         if type(downsample) is nn.Sequential:
             conv, norm = downsample
             ends: list[ConvBN] = []
-            own = own_products(self.fused_conv, backend, conv)
+            own = own_products(self.fused_conv, backend, conv, way)
             reached = add_unit(
                 op, "downsample.0", conv, "downsample.1", norm, x, dtype, autocast, reached, ends, tensors, own
             )
@@ -131,7 +139,9 @@ class FusedBlock(nn.Module):
                 f"{op}: the shortcut must have shape {shape} like the residual branch, got {reached}; "
                 "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
             )
-        one_pass = one_pass_units(self.fused_memory, units, projection, tensors, shape)
+        asked = self.fused_memory == "min"
+        found = way is not None and way.one_pass and self.fused_conv == "auto"
+        one_pass = one_pass_units(asked or found, units, projection, tensors, shape)
         images = images_at_a_time(x, shape)
         plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, dtype, backend)
         return plan, tuple(tensors)
@@ -146,8 +156,12 @@ def without_kernels(weight: Tensor) -> str | None:
     """Why nothing runs fused on a weight's dtype and device, or None where it does."""
     if weight.dtype not in _FLOATING:
         return f"weights are {weight.dtype}"
-    if backend_for(weight.device.type) is None:
-        return f"no verified kernels for {weight.device.type}: select a backend with use_backend"
+    device = weight.device
+    if backend_for(device) is None:
+        return (
+            f"nothing was measured on this {device.type} device: `python -m fusedres tune` does, or select a backend "
+            "with use_backend"
+        )
     return None
 
 

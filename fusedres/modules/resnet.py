@@ -10,8 +10,9 @@ from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import ConvBN, StemPlan, count_path, run_stem
 from fusedres.backends import backend_for
+from fusedres.dispatch import measured
 from fusedres.modules.anatomy import unusual_stem
-from fusedres.modules.choice import own_products
+from fusedres.modules.choice import measured_way, own_products
 from fusedres.modules.fused_block import add_unit, convolution_dtype, is_plain, without_kernels
 
 
@@ -31,9 +32,16 @@ class FusedStem(nn.Module):
         """maxpool(relu(bn1(conv1(x)))) where it can run fused, else None."""
         if not is_plain(x) or unusual_stem(self) is not None:
             return None
-        backend = backend_for(x.device.type)
+        device = x.device
+        backend, way = backend_for(device), None
         if backend is None or (x.dim() == 4 and x.shape[0] == 0):
             return None
+        if measured(device) and x.dim() == 4:
+            way = measured_way(self, ("conv1",), x, backend, self.fused_conv, "auto")
+            if way is not None:
+                backend = way.backend
+                if backend is None:
+                    return None
         op = type(self).__name__
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         dtype = convolution_dtype(op, x, autocast)
@@ -42,7 +50,7 @@ class FusedStem(nn.Module):
         tensors: list[Tensor | None] = []
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         conv, norm = modules["conv1"], modules["bn1"]
-        own = own_products(self.fused_conv, backend, conv)
+        own = own_products(self.fused_conv, backend, conv, way)
         add_unit(op, "conv1", conv, "bn1", norm, x, dtype, autocast, shape, units, tensors, own)
         return run_stem(x, StemPlan(units[0], dtype, backend), tuple(tensors))
 

@@ -1,0 +1,126 @@
+"""Where tables of measured choices lie: in the package, by device, and in the user's cache folder, which goes before.
+
+Writers take turns under a lock and replace the file as a whole, so that readers see the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from fusedres._version import __version__
+from fusedres.dispatch.table import Table, as_json, parse
+
+PACKAGED = Path(__file__).parent / "measured"
+
+
+def family(device: torch.device) -> str | None:
+    """What shares a table: a GPU's name and capability, a CPU's model and threads; None where nothing is measured."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, sm_{properties.major}{properties.minor}"
+    if device.type == "cpu":
+        interpreted = ", Triton interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+        return f"{_cpu_name()}, {torch.get_num_threads()} threads{interpreted}"
+    return None
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def file_name(device: str) -> str:
+    """Of the table of a device family."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def cache_folder() -> Path:
+    """FUSEDRES_CACHE_DIR, else fusedres in XDG_CACHE_HOME, else in ~/.cache."""
+    chosen = os.environ.get("FUSEDRES_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fusedres")
+
+
+def versions() -> dict[str, str | None]:
+    """What the times of a table hold for."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    return {"fusedres": __version__, "torch": torch.__version__, "triton": triton}
+
+
+def load(device: torch.device) -> Table | None:
+    """The device's table: the package's, with what the user measured in front; None where there is neither."""
+    name = family(device)
+    if name is None:
+        return None
+    packaged = read(PACKAGED / file_name(name), name)
+    users = read(cache_folder() / file_name(name), name)
+    if users is not None and users.versions != versions():
+        _ignore(cache_folder() / file_name(name), f"it was measured with {_listed(users.versions)}")
+        users = None
+    if packaged is None or users is None:
+        return users or packaged
+    return replace(users, blocks=packaged.blocks | users.blocks, configs=packaged.configs | users.configs)
+
+
+def read(path: Path, device: str) -> Table | None:
+    """The table in a file; None where there is no file, or none that can be used, which is a warning."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")), device)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
+        _ignore(path, str(error))
+        return None
+
+
+def _ignore(path: Path, reason: str) -> None:
+    warnings.warn(
+        f"fusedres: {path} is ignored: {reason}; measure anew with `python -m fusedres tune`, or delete it",
+        stacklevel=2,
+    )
+
+
+def _listed(found: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def update(path: Path, table: Table) -> None:
+    """Writes a table, keeping other entries that the file has of the same device and versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        before = read(path, table.device)
+        if before is not None and before.versions == table.versions:
+            table = replace(table, blocks=before.blocks | table.blocks, configs=before.configs | table.configs)
+        unfinished = path.with_name(path.name + ".new")  # whoever holds the lock may overwrite a killed process's
+        with unfinished.open("w", encoding="utf-8") as file:
+            json.dump(as_json(table), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; a killed one leaves no lock."""
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,217 @@
+"""A device's measured choices: what "auto" runs for each shape of block, and tile sizes of each GEMM-shaped problem.
+
+As JSON, one object:
+
+    format, device, versions, date, backend    what was measured where; `backend` serves shapes without an entry
+    blocks     one object a Shape: its fields, `way`, `eager_over_way`
+    configs    launch.problem_key → label of the fastest config
+
+A way is "unfused" or {"backend", "1x1", "larger", "one_pass"}: which of fprop, dgrad, wgrad are this package's own
+products for kernels of 1x1 and for larger ones, and whether BatchNorm statistics are taken before the convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log2
+from typing import Any, NamedTuple
+
+FORMAT = 1
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PHASES = ("train", "infer")
+
+
+class Directions(NamedTuple):
+    """Which of a convolution's three products are this package's own kernels; the others are the library's."""
+
+    fprop: bool
+    dgrad: bool
+    wgrad: bool
+
+
+LIBRARY = Directions(False, False, False)
+
+
+class Way(NamedTuple):
+    """How a block or a stem runs: unfused, or on a backend with these products its own."""
+
+    backend: str | None  # None: unfused
+    pixelwise: Directions = LIBRARY  # of 1x1 kernels
+    larger: Directions = LIBRARY
+    one_pass: bool = False
+
+    def __str__(self) -> str:
+        if self.backend is None:
+            return "unfused"
+        own = [
+            f"{kernels} {'+'.join(_names(directions))}"
+            for kernels, directions in (("1x1", self.pixelwise), ("larger", self.larger))
+            if any(directions)
+        ]
+        return ", ".join([self.backend, *own, *(["one pass"] if self.one_pass else [])])
+
+
+UNFUSED = Way(None)
+
+
+class Shape(NamedTuple):
+    """What the fastest way depends on."""
+
+    kind: str  # basic, bottleneck, "stem 7x7"
+    shortcut: str  # identity, projection, zero_pad; none
+    in_channels: int
+    channels: int  # behind the first convolution
+    out_channels: int
+    groups: int
+    stride: int
+    dilation: int
+    height: int  # of the input
+    width: int
+    batch: int  # its class: a power of two
+    dtype: str  # of the convolutions: float32, tf32, bfloat16, float16, float64
+    phase: str  # train where gradients are recorded, else infer
+
+
+class Entry(NamedTuple):
+    """What was found for a shape."""
+
+    way: Way
+    eager_over_way: float | None  # times of eager and of the fastest fused way; None where no fused way was right
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Choices of one device; see the head of this file."""
+
+    device: str
+    backend: str
+    versions: dict[str, str | None]
+    date: str
+    blocks: dict[Shape, Entry]
+    configs: dict[str, str]
+
+    def way(self, shape: Shape) -> Way:
+        """The entry of this shape, else a likely one: see `_nearest`."""
+        return _nearest(self, shape)
+
+
+def batch_class(batch: int) -> int:
+    """The power of two nearest to a batch."""
+    return 1 << round(log2(batch))
+
+
+# An entry of other sizes is taken up to this distance, in factors of two over channels, pixels and batch together.
+_FAR = 3.0
+
+
+@lru_cache(maxsize=4096)
+def _nearest(table: Table, shape: Shape) -> Way:
+    """The way of the entry of these sizes with the nearest batch.
+
+    Where there is none, that of the entry nearest in sizes, of the same kind, shortcut, groups, stride, dilation, dtype
+    and phase; beyond _FAR the table's backend with the library's convolutions.
+    """
+    alike = [other for other in table.blocks if _kinds(other) == _kinds(shape)]
+    if alike:
+        nearest = min(alike, key=lambda other: (_sizes(other) != _sizes(shape), _distance(other, shape)))
+        if _sizes(nearest) == _sizes(shape) or _distance(nearest, shape) <= _FAR:
+            return table.blocks[nearest].way
+    return Way(table.backend)
+
+
+def _kinds(shape: Shape) -> tuple[str | int, ...]:
+    return shape.kind, shape.shortcut, shape.groups, shape.stride, shape.dilation, shape.dtype, shape.phase
+
+
+def _sizes(shape: Shape) -> tuple[int, ...]:
+    return shape.in_channels, shape.channels, shape.out_channels, shape.height, shape.width
+
+
+def _distance(a: Shape, b: Shape) -> float:
+    """In factors of two."""
+    return sum(abs(log2(x / y)) for x, y in zip((*_sizes(a), a.batch), (*_sizes(b), b.batch), strict=True))
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """The object that `parse` reads."""
+    blocks = [
+        shape._asdict() | {"way": _way_as_json(entry.way), "eager_over_way": entry.eager_over_way}
+        for shape, entry in sorted(table.blocks.items())
+    ]
+    about = {"format": FORMAT, "device": table.device, "versions": table.versions, "date": table.date}
+    return about | {"backend": table.backend, "blocks": blocks, "configs": dict(sorted(table.configs.items()))}
+
+
+def parse(data: Any, device: str) -> Table:
+    """The table of `device`.
+
+    Raises:
+        ValueError: it is another format's or another device's, or broken; why.
+    """
+    if not isinstance(data, dict):
+        raise ValueError("it holds no JSON object")
+    if data.get("format") != FORMAT:
+        raise ValueError(f"its format is {data.get('format')!r}, expected {FORMAT}")
+    if data.get("device") != device:
+        raise ValueError(f"it was measured on {data.get('device')!r}, this is {device!r}")
+    try:
+        blocks = dict(_block(block) for block in data["blocks"])
+        configs = {_text(problem): _text(label) for problem, label in data["configs"].items()}
+        versions = {_text(name): None if found is None else _text(found) for name, found in data["versions"].items()}
+        return Table(device, _one_of(data["backend"], BACKENDS), versions, _text(data["date"]), blocks, configs)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"it is broken: {type(error).__name__}: {error}") from error
+
+
+def _names(directions: Directions) -> list[str]:
+    return [name for name, own in directions._asdict().items() if own]
+
+
+def _way_as_json(way: Way) -> Any:
+    if way.backend is None:
+        return "unfused"
+    own = {"1x1": _names(way.pixelwise), "larger": _names(way.larger)}
+    return {"backend": way.backend, **own, "one_pass": way.one_pass}
+
+
+def _block(data: dict[str, Any]) -> tuple[Shape, Entry]:
+    texts = ("kind", "shortcut", "dtype", "phase")
+    fields = [_text(data[name]) if name in texts else _size(data[name]) for name in Shape._fields]
+    ratio = data["eager_over_way"]
+    return Shape._make(fields), Entry(_way(data["way"]), None if ratio is None else float(ratio))
+
+
+def _way(data: Any) -> Way:
+    if data == "unfused":
+        return UNFUSED
+    one_pass = data["one_pass"]
+    if not isinstance(one_pass, bool):
+        raise ValueError(f"one_pass is {one_pass!r}")
+    return Way(_one_of(data["backend"], BACKENDS), _directions(data["1x1"]), _directions(data["larger"]), one_pass)
+
+
+def _directions(names: list[str]) -> Directions:
+    found = {_one_of(name, Directions._fields) for name in names}
+    return Directions(*(name in found for name in Directions._fields))
+
+
+def _one_of(value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"expected one of {', '.join(allowed)}, got {value!r}")
+    return str(value)
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"expected a positive integer, got {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a string, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Measures on this device what is fastest, for "auto" to follow: `python -m fusedres tune`."""

@@ -1,0 +1,120 @@
+"""Timing of variants side by side.
+
+Every comparison is made inside one process, round by round: each round times every variant once, in an order that
+rotates, so that drift of the machine falls on all of them alike. Times of separate runs are never compared.
+
+On a GPU a sample is the time between two CUDA events after the L2 cache has been flushed. On a CPU it is wall time,
+page faults of freshly allocated memory included, as a user pays them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Variant:
+    """Something to be timed: `run` is timed, `cleanup` runs after it and is not."""
+
+    name: str
+    run: Callable[[], Any]
+    cleanup: Callable[[], Any] | None = None
+
+
+class Timer:
+    """Seconds of one call: CUDA events after an L2 flush on a GPU, wall time on a CPU.
+
+    A short call on a CPU is repeated until about `least` seconds are filled; the sample is the mean of the calls. A GPU
+    waits `lead` seconds before the first event, so that what is launched within them costs no time of its own.
+    """
+
+    def __init__(self, device: torch.device, least: float = 1e-3, lead: float = 0.0) -> None:
+        self.device = device
+        self.least = least
+        self._wait = int(lead * 1.9e9)  # cycles, about
+        self._flush: Tensor | None = None
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            size = max(2 * getattr(properties, "L2_cache_size", 0), 64 << 20)
+            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def once(self, variant: Variant) -> float:
+        """One timed call."""
+        if self._flush is None:
+            start = time.perf_counter()
+            result = variant.run()
+            seconds = time.perf_counter() - start
+            del result
+        else:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush.zero_()
+            if self._wait:
+                torch.cuda._sleep(self._wait)
+            begin.record()
+            result = variant.run()
+            end.record()
+            end.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+            del result
+        if variant.cleanup:
+            variant.cleanup()
+        return seconds
+
+    def sample(self, variant: Variant, calls: int = 1) -> float:
+        """The mean of `calls` timed calls."""
+        return sum(self.once(variant) for _ in range(calls)) / calls
+
+    def calls(self, variant: Variant, cost: float) -> int:
+        """How many calls of `cost` seconds make one sample."""
+        return 1 if self._flush is not None else max(1, min(100, math.ceil(self.least / max(cost, 1e-9))))
+
+
+def interleave(
+    variants: Sequence[Variant],
+    timer: Timer,
+    *,
+    rounds: int = 30,
+    at_least: int = 5,
+    budget: float | None = None,
+    warmup: int = 2,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Times every variant once a round, in rotating order; returns the samples by variant, one a round.
+
+    Args:
+        rounds: how many rounds.
+        at_least: with a `budget` in seconds, rounds stop once it is spent, but never before this many.
+        warmup: untimed calls of each variant beforehand.
+        on_round: called after each round with the number of rounds done.
+    """
+    names = [v.name for v in variants]
+    if len(set(names)) != len(names):
+        raise ValueError(f"interleave: variants must have distinct names, got {names}")
+    start = time.perf_counter()
+    calls = {}
+    for v in variants:
+        cost = min(timer.once(v) for _ in range(max(1, warmup)))
+        calls[v.name] = timer.calls(v, cost)
+    samples: dict[str, list[float]] = {v.name: [] for v in variants}
+    for done in range(rounds):
+        for v in rotation(variants, done):
+            samples[v.name].append(timer.sample(v, calls[v.name]))
+        if on_round:
+            on_round(done + 1)
+        if budget is not None and done + 1 >= at_least and time.perf_counter() - start > budget:
+            break
+    return samples
+
+
+def rotation(items: Sequence[Variant], turn: int) -> list[Variant]:
+    """`items` rotated by `turn`; every other full cycle runs backwards, so that no item always follows the same one."""
+    count = len(items)
+    turned = [items[(turn + k) % count] for k in range(count)]
+    return turned[::-1] if (turn // count) % 2 else turned
