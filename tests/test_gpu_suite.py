@@ -31,6 +31,7 @@ def suite(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_every_step_runs_and_is_not_run_again(tmp_path):
+    import harness
     from suite.journal import Journal
 
     done = suite("--out", str(tmp_path), "--minutes", "8")
@@ -49,12 +50,20 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert all(row["median_s"] > 0 and row["commit"] is not None for row in rows["ops"])
     candidates = [row for row in rows["ops"] if row.get("variant") == "candidate"]
     assert len({row["config"] for row in candidates if row["problem"].startswith("gram_pivot")}) == 2
-    assert {"eager", "eager_nchw", "conv_only", "library", "fused min", "compile"} <= {
-        row["variant"] for row in rows["blocks"]
-    }
-    graphed = [row for row in rows["models"] if "skipped" in row]
-    assert {row["variant"] for row in graphed} == {"graphed eager", "graphed library"}
-    assert all(row["images_per_s"] > 0 for row in rows["models"] if "skipped" not in row)
+    timed, skipped = ([row for row in rows["blocks"] if ("skipped" in row) is flag] for flag in (False, True))
+    variants = {"eager", "eager_nchw", "conv_only", "library", "fused min", "compile", "compile max-autotune"}
+    assert {row["variant"] for row in timed} == variants
+    assert {row["tf32"] for row in timed} == {True, False}
+    assert all(set(harness.ROW_KEYS) <= row.keys() and row["percent_of_bound"] > 0 for row in timed)
+    assert all(row["counted_bytes"] > 0 for row in timed if "compile" not in row["variant"])
+    of_others = {"cudnn", "apex bottleneck", "apex groupbn", "inplace_abn", "cudnn frontend", "tensorrt"}
+    graphed = {f"graphed {way}" for way in ("eager", "compile", "compile max-autotune", "library", "fused min")}
+    assert {row["variant"] for row in skipped} == graphed | of_others
+    timed, skipped = ([row for row in rows["models"] if ("skipped" in row) is flag] for flag in (False, True))
+    assert {row["variant"] for row in skipped} == {"graphed eager", "graphed compile", "graphed library", "tensorrt"}
+    assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
+    assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
+    assert done.stdout.count("not measured") == 11  # goals: toy shapes on a CPU say nothing about them
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
 
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres.kernels.launch import choosing
-from suite import choices, rivals
+from suite import choices, floors, rivals
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
-from suite.settings import Case, Settings, first_lines, floor_seconds, off_by
+from suite.settings import Case, Settings, first_lines, off_by
 
 # ‖fused − eager‖ / ‖eager‖ of the output and of gradients: in half precision masks near 0 fall to either side.
 BOUNDS = {torch.bfloat16: (3e-2, 0.3), torch.float16: (1e-2, 0.15), torch.float32: (1e-3, 1e-2)}
@@ -126,11 +126,13 @@ class _Measurement:
     precision: Precision
     backend_of: dict[str, str] = field(default_factory=dict)
     checked: dict[str, bool] = field(default_factory=dict)
+    pool: Any = None  # of graphs
 
     def measure(self) -> None:
         """Writes a row a variant, those with a reason or an error too."""
         train = self.case.phase == "train"
         picked = choices.table(self.settings)
+        self.pool = torch.cuda.graph_pool_handle() if self.settings.on_gpu else None
         with self.precision.switched(), choosing(picked):
             self.around = BlockSettings(self.settings.device, self.precision.dtype)
             self.bench = Bench(self.case, self.around)
@@ -259,7 +261,7 @@ class _Measurement:
             return step.run()
 
         with torch.inference_mode(not self.bench.train):
-            replay, kept = captured(whole)
+            replay, kept = captured(whole, self.pool)
             replay()
         self._agree(_gradients(module, source) if self.bench.train else {"output": kept})
         return Variant(step.name, replay)
@@ -286,10 +288,9 @@ class _Measurement:
 
     def _rows(self, picked: bool) -> list[dict[str, Any]]:
         """One a variant."""
-        case, block, itemsize = self.case, self.case.block, self.precision.dtype.itemsize
-        moved = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in traffic.MODES[1:])
-        operations = traffic.flops(block, case.phase, case.batch)
+        case, block = self.case, self.case.block
         ceilings = self.settings.ceilings_of(self.precision)
+        floor = floors.of_block(block, case.phase, case.batch, self.precision.dtype.itemsize, ceilings)
         found = []
         for variant, samples in case.samples.items():
             way = variant.removeprefix(GRAPHED)
@@ -302,8 +303,8 @@ class _Measurement:
                 phase=case.phase, memory_format="contiguous" if variant == "eager_nchw" else "channels_last",
                 ratio=harness.ratio_interval(case.samples[BASE], samples, resamples=500).as_dict(),
                 peak_bytes=case.peak.get(variant), saved_bytes=case.saved.get(variant),
-                counted_bytes=case.counted.get(variant), floor_bytes=moved, flops=operations, data="synthetic",
-                bound_s=floor_seconds(ceilings, moved, operations), **ceilings, **self.precision.about,
+                counted_bytes=case.counted.get(variant), floor_bytes=floor.bytes, flops=floor.flops,
+                bound_s=floor.seconds, data="synthetic", **ceilings, **self.precision.about,
             )  # fmt: skip
             extra = {"kind": self.kind or "plain", "measured_configs": picked}
             if not self.checked.get(variant, True):

@@ -10,8 +10,10 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import counting
 import harness
 import torch
 import torchvision
@@ -23,60 +25,102 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
 from fusedres.kernels.launch import choosing
-from suite import choices
+from suite import choices, floors, rivals
+from suite.block_rows import COMPILED, GRAPHED, Skip
+from suite.graphs import captured
+from suite.precision import PRECISIONS, Precision
 from suite.settings import Case, Settings, first_lines, off_by
 
 # ‖fused − eager‖ / ‖eager‖ of the scores: rounding through up to 50 layers.
-BOUNDS = {torch.bfloat16: 0.15, torch.float32: 1e-2}
-COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
+BOUNDS = {"bfloat16": 0.15, "float16": 0.05, "tf32": 0.05, "float32": 1e-2}
+COUNTED = ("eager", "eager_nchw", *WAYS)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model in one phase, on images of one size."""
+
+    model: str
+    phase: str
+    batch: int
+    precision: Precision
+    size: int = 224
+    classes: int = 1000
+
+    @property
+    def train(self) -> bool:
+        return self.phase == "train"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its fields of a row."""
+        shape = [self.batch, 3, self.size, self.size]
+        return {"op": "model", "name": self.model, "phase": self.phase, "shape": shape} | self.precision.about
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Model, phase and batch, what matters most first; graphs, then torch.compile, whose compilation takes long."""
+    """What the goals speak of first; graphs and torch.compile, which take long, then other dtypes."""
     torch.backends.cudnn.benchmark = settings.on_gpu
+    usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
     if settings.tiny:
-        todo = [("tiny", phase, 2) for phase in ("train", "infer")]
+        todo = [Work("tiny", phase, 2, usual, 32, 10) for phase in ("train", "infer")]
     else:
-        order = [("resnet50", "train", 256), ("resnet50", "infer", 256), ("resnet18", "train", 256)]
-        every = [(m, p, b) for b in (64, 16, 256) for m in ("resnet50", "resnet18") for p in ("train", "infer")]
-        todo = order + [each for each in every if each not in order]
+        order = [("resnet50", "train", 256), ("resnet18", "train", 256), ("resnet50", "infer", 256)]
+        every = [(m, p, b) for b in (256, 64, 16) for m in ("resnet50", "resnet18") for p in ("train", "infer")]
+        todo = [Work(*each, usual) for each in order + [each for each in every if each not in order]]
+    ours = ["library"] if settings.tiny else list(WAYS)  # the CPU has no convolutions of its own
+    best = ours[-2:]
+    graphed = [GRAPHED + way for way in best]
+    kinds = {
+        "": (["eager_nchw", *ours], 60, todo),
+        "compile": (["compile", *best], 150, todo),
+        "graphs": ([GRAPHED + "eager", GRAPHED + "compile", *graphed], 150, todo),
+        "max-autotune": (["compile max-autotune", GRAPHED + "compile max-autotune", *best, *graphed], 250, todo[:4]),
+        "tensorrt": (["tensorrt", *best], 250, [work for work in todo if work.phase == "infer"][:2]),
+    }
+    if settings.tiny:  # max-autotune goes the way of compile
+        kinds = {kind: (names, limit, todo[:2] if not kind else todo[-1:]) for kind, (names, limit, _) in kinds.items()}
+        del kinds["max-autotune"]
     found = []
-    fused = ["library"] if settings.tiny else list(WAYS)  # the CPU has no convolutions of its own
-    for kind, names, limit in (
-        ("", ["eager_nchw", *fused], 60),
-        (" compile", ["compile", *fused[-2:]], 150),
-        (" graphs", ["graphed eager", *(f"graphed {way}" for way in fused[-2:])], 60),
-        (" max-autotune", ["compile max-autotune", *fused[-2:]], 200),
-    ):
-        wanted = todo[:3] if kind == " max-autotune" else todo
-        if settings.tiny and kind:  # max-autotune goes the way of compile
-            wanted = todo[:1] if kind != " max-autotune" else []
-        for model, phase, batch in wanted:
-            case = f"{model} {phase} batch {batch}{kind}"
-            found.append(
-                Case(case, lambda c=case, m=model, p=phase, b=batch, n=names: _measure(settings, c, m, p, b, n), limit)
-            )
-    if settings.on_gpu:  # of the costly ones the most telling right behind the first
-        ahead = [f"resnet50 train batch 256{kind}" for kind in ("", " compile", " graphs")]
-        found.sort(key=lambda case: ahead.index(case.name) if case.name in ahead else len(ahead))
+    for kind, (names, limit, wanted) in kinds.items():
+        for work in wanted:
+            found.append(_case(settings, work, kind, names, limit))
+    if settings.on_gpu:
+        ahead = [f"{work.model} {work.phase} batch 256" for work in todo[:4]]
+        first = [case for name in ahead for case in (name, f"{name} compile")]
+        first.insert(2, f"{ahead[0]} graphs")
+        found.sort(key=lambda case: first.index(case.name) if case.name in first else len(first))
+        for precision in PRECISIONS.values():
+            for phase in ("train", "infer") if precision is not usual else ():
+                found.append(_case(settings, Work("resnet50", phase, 64, precision), "", ["eager_nchw", *ours], 60))
     return found
 
 
-def build(settings: Settings, name: str) -> nn.Module:
+def _case(settings: Settings, work: Work, kind: str, names: list[str], limit: float) -> Case:
+    usual = work.precision.dtype == settings.dtype
+    words = [work.model, work.phase, f"batch {work.batch}", kind, "" if usual else work.precision.name]
+    case = " ".join(filter(None, words))
+    return Case(case, lambda: measure(settings, case, work, names, 10 if settings.on_gpu else 1, kind), limit)
+
+
+def build(settings: Settings, work: Work) -> nn.Module:
     """With weights from one seed."""
     torch.manual_seed(0)
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10) if name == "tiny" else getattr(torchvision.models, name)()
-    return model.to(settings.device, memory_format=torch.channels_last)
+    if work.model == "tiny":
+        model: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=work.classes)
+    else:
+        model = getattr(torchvision.models, work.model)(num_classes=work.classes)
+    return model.to(settings.device, memory_format=torch.channels_last).train(work.train)
 
 
 class _Run:
     """One variant of one model: a step to be timed."""
 
-    def __init__(self, settings: Settings, variant: str, stock: nn.Module, images: Tensor, labels: Tensor, train: bool):
-        self.settings, self.labels, self.train = settings, labels, train
-        way = variant.removeprefix("graphed ")
+    def __init__(self, settings: Settings, work: Work, variant: str, stock: nn.Module, images: Tensor, labels: Tensor):
+        self.settings, self.work, self.labels = settings, work, labels
+        self.graphed, way = variant.startswith(GRAPHED), variant.removeprefix(GRAPHED)
         self.backend = ("triton" if settings.on_gpu else "cpu") if way in WAYS else "auto"
-        model = copy.deepcopy(stock).train(train)
+        model = copy.deepcopy(stock)
         if way == "eager_nchw":
             model, images = model.to(memory_format=torch.contiguous_format), images.contiguous()
         if way in WAYS:
@@ -84,23 +128,27 @@ class _Run:
         self.images = images
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=settings.on_gpu)
         if way in COMPILED:
-            model = (
-                torch.compile(model, mode=COMPILED[way]) if settings.on_gpu else torch.compile(model, backend="eager")
-            )
-        self.model, self.graphed = model, variant.startswith("graphed ")
+            how = {"mode": COMPILED[way]} if settings.on_gpu else {"backend": "eager"}
+            model = torch.compile(model, **how)
+        if way == "tensorrt":
+            made = rivals.tensorrt(model, images.to(work.precision.dtype), work.train)
+            if isinstance(made, str):
+                raise Skip(made)
+            model, self.images = made, images.to(work.precision.dtype)
+        self.model = model
 
     def scores(self) -> Tensor:
         """Forward."""
-        half = self.settings.dtype in (torch.bfloat16, torch.float16)
         mixed: Any = contextlib.nullcontext()
-        if half:  # what is cached belongs to no graph
-            mixed = torch.autocast(self.settings.device.type, self.settings.dtype, cache_enabled=not self.graphed)
+        dtype = self.work.precision.dtype
+        if dtype in (torch.bfloat16, torch.float16):  # what is cached belongs to no graph
+            mixed = torch.autocast(self.settings.device.type, dtype, cache_enabled=not self.graphed)
         with fusedres.use_backend(self.backend), mixed:
             return self.model(self.images)
 
     def step(self) -> Tensor:
         """One iteration."""
-        if not self.train:
+        if not self.work.train:
             with torch.inference_mode():
                 return self.scores()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,80 +157,99 @@ class _Run:
         self.optimizer.step()
         return loss
 
-    def prepared(self) -> Callable[[], Any]:
+    def saved_bytes(self) -> int:
+        """What forward keeps for backward."""
+        known = [self.images, *self.model.parameters(), *self.model.buffers()]
+        return harness.saved_bytes(self.scores, known)
+
+    def prepared(self, pool: Any) -> Callable[[], Any]:
         """The step, or the replay of its graph."""
         if not self.graphed:
             return self.step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.kept = self.step()
-        return self.graph.replay
+        replay, self.kept = captured(self.step, pool)
+        return replay
 
 
-def _measure(settings: Settings, case: str, name: str, phase: str, batch: int, names: list[str]) -> None:
-    train = phase == "train"
-    size, classes = (32, 10) if settings.tiny else (224, 1000)
-    images = torch.randn(batch, 3, size, size, device=settings.device).to(memory_format=torch.channels_last)
-    labels = torch.randint(classes, (batch,), device=settings.device)
-    stock = build(settings, name).train(train)
-    about = {"op": "model", "name": name, "phase": phase, "shape": [batch, 3, size, size]}
-    about |= {"dtype": str(settings.dtype).removeprefix("torch.")}
-    base = _Run(settings, "eager", stock, images, labels, train)
-    with torch.no_grad():
-        reference = _Run(settings, "eager", stock, images, labels, train).scores()
+def measure(settings: Settings, case: str, work: Work, names: list[str], rounds: int, kind: str = "") -> None:
+    """Times eager and the variants called `names`, and writes a row for each."""
+    images = torch.randn(work.batch, 3, work.size, work.size, device=settings.device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(work.classes, (work.batch,), device=settings.device)
+    stock = build(settings, work)
     picked = choices.table(settings)
-    steps: dict[str, Callable[[], Any]] = {"eager": base.step}
-    backends: dict[str, str] = {}
-    peak: dict[str, int | None] = {}
-    with choosing(picked):
-        for variant in names:
+    runs: dict[str, _Run] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    counts: dict[str, dict[str, int | None]] = {}
+    with choosing(picked), work.precision.switched():
+        with torch.no_grad():
+            reference = _Run(settings, work, "eager", stock, images, labels).scores()
+        pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
+        for variant in ("eager", *names):
             try:
-                if variant.startswith("graphed") and not settings.on_gpu:
-                    settings.row(case, **about, variant=variant, skipped="no GPU")
-                    continue
-                run = _Run(settings, variant, stock, images, labels, train)
-                with torch.inference_mode(not train):  # as it will be timed, or it would be compiled again
-                    error = off_by(run.scores().detach(), reference)
-                if not error <= BOUNDS[settings.dtype]:
-                    raise ArithmeticError(f"scores are off by {error:.3g} of eager's norm")
-                steps[variant], backends[variant] = run.prepared(), run.backend
+                if variant.startswith(GRAPHED) and not settings.on_gpu:
+                    raise Skip("no GPU")
+                run = _Run(settings, work, variant, stock, images, labels)
+                with torch.inference_mode(not work.train):  # as it will be timed, or it would be compiled again
+                    _agree(run.scores().detach(), reference, work)
+                steps[variant], runs[variant] = run.prepared(pool), run
                 steps[variant]()
+                if run.graphed and not work.train:
+                    _agree(run.kept, reference, work)
+            except Skip as why:
+                settings.row(case, **work.about, variant=variant, kind=kind or "plain", skipped=str(why))
             except Exception as error:
                 steps.pop(variant, None)
                 if settings.on_gpu:
                     torch.cuda.synchronize()  # raises where the GPU is lost
-                settings.row(case, **about, variant=variant, error=f"{type(error).__name__}: {first_lines(str(error))}")
+                what = f"{type(error).__name__}: {first_lines(str(error))}"
+                settings.row(case, **work.about, variant=variant, kind=kind or "plain", error=what)
         for variant, step in steps.items():
-            step()
             gc.collect()
-            if not variant.startswith("graphed"):  # whose memory is there before it runs
-                peak[variant] = harness.peak_bytes(step, settings.device)
+            counts[variant] = _counted(settings, runs[variant], variant, step)
         timer = harness.Timer(settings.device)
-        cost = min(timer.once(Variant("eager", base.step)) for _ in range(2))
+        cost = min(timer.once(Variant("eager", steps["eager"])) for _ in range(2))
         repeats = max(1, min(20, round(0.05 / cost))) if settings.on_gpu else 1
         variants = [Variant(variant, _repeated(step, repeats)) for variant, step in steps.items()]
         samples = harness.interleave(
-            variants, timer, rounds=10 if settings.on_gpu else 1, at_least=3, budget=12, warmup=1
+            variants, timer, rounds=rounds, at_least=min(3, rounds), budget=12 if settings.on_gpu else None, warmup=1
         )
+    ceilings = settings.ceilings_of(work.precision)
+    floor = floors.of_model(work.model, work.phase, work.batch, work.precision.dtype.itemsize, ceilings, work.size)
+    bound = {"floor_bytes": floor.bytes, "flops": floor.flops, "bound_s": floor.seconds} if floor else {}
     for variant, times in samples.items():
-        seconds = [sample / repeats for sample in times]
-        way = variant.removeprefix("graphed ")
+        way = variant.removeprefix(GRAPHED)
         arguments = WAYS[way][0] if way in WAYS else {}
+        summary = harness.summarize([sample / repeats for sample in times])
         row = harness.row(
-            settings.where, harness.summarize(seconds), **about, variant=variant,
-            backend=backends.get(variant) if way in WAYS else None, conv=arguments.get("conv"),
-            memory=arguments.get("memory"),
-            memory_format="contiguous" if way == "eager_nchw" else "channels_last", peak_bytes=peak.get(variant),
+            settings.where, summary, **work.about, variant=variant,
+            backend=runs[variant].backend if way in WAYS else None,
+            conv=arguments.get("conv"), memory=arguments.get("memory"), data="synthetic",
+            memory_format="contiguous" if way == "eager_nchw" else "channels_last",
             ratio=harness.ratio_interval(samples["eager"], times, resamples=500).as_dict(),
+            images_per_s=work.batch / summary.median, **counts[variant], **ceilings, **bound,
         )  # fmt: skip
-        row |= {"images_per_s": batch / row["median_s"], "measured_configs": picked is not None, "data": "synthetic"}
-        settings.journal.append(case=case, **row)
+        settings.journal.append(case=case, **row, kind=kind or "plain", measured_configs=picked is not None)
+
+
+def _agree(scores: Tensor, reference: Tensor, work: Work) -> None:
+    error = off_by(scores, reference)
+    if not error <= BOUNDS[work.precision.name]:
+        raise ArithmeticError(f"scores are off by {error:.3g} of eager's norm")
+
+
+def _counted(settings: Settings, run: _Run, variant: str, step: Callable[[], Any]) -> dict[str, int | None]:
+    """Memory and bytes of a step; of a graph none, whose memory is there before it runs."""
+    found: dict[str, int | None] = {}
+    if variant.startswith(GRAPHED):
+        return found
+    found["peak_bytes"] = harness.peak_bytes(step, settings.device)
+    if variant in COUNTED:  # others would trace the counting
+        with counting.CountRun() as count:
+            step()
+        found["counted_bytes"] = count.total
+        if run.work.train:
+            found["saved_bytes"] = run.saved_bytes()
+    return found
 
 
 def _repeated(step: Callable[[], Any], times: int) -> Callable[[], None]:

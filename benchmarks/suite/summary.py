@@ -8,7 +8,7 @@ from statistics import median
 
 from launched import WAYS
 
-from suite import choices
+from suite import choices, goals
 from suite.journal import Journal, Row
 
 MOST = 95  # lines
@@ -26,6 +26,7 @@ def print_summary(out: Path, steps: list[str]) -> int:
         ("ops", _ops(rows["ops"])),
         ("blocks, ms", _blocks(rows["blocks"])),
         ("models, images/s", _models(rows["models"])),
+        ("goals", _columns([goals.HEADER, *goals.table(rows)])),
     ):
         lines += [f"--- {title}", *part]
     for line in lines[:MOST]:

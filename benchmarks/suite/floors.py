@@ -1,0 +1,41 @@
+"""The least time of a block and of a model by the traffic model: bytes at the copy's rate, products at the matmul's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import traffic
+from networks import Block, Stem, resnet_blocks
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Bytes of the best way of running it, arithmetic of its convolutions, and the seconds that these take."""
+
+    bytes: int
+    flops: int
+    seconds: float
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(self.bytes + other.bytes, self.flops + other.flops, self.seconds + other.seconds)
+
+
+def of_block(block: Block | Stem, phase: str, batch: int, itemsize: int, ceilings: Mapping[str, float]) -> Floor:
+    """Whichever of memory and arithmetic takes longer."""
+    moved = min(traffic.bytes_moved(block, way, phase, batch, itemsize) for way in traffic.MODES[1:])
+    flops = traffic.flops(block, phase, batch)
+    return Floor(moved, flops, max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"]))
+
+
+def of_model(
+    name: str, phase: str, batch: int, itemsize: int, ceilings: Mapping[str, float], image: int = 224
+) -> Floor | None:
+    """The sum over stem and blocks, without the classifier and the optimizer; None of a model that is not known."""
+    depth = name.removeprefix("resnet")
+    if depth not in ("18", "34", "50"):
+        return None
+    total = of_block(Stem(image), phase, batch, itemsize, ceilings)
+    for block in resnet_blocks(int(depth), image).values():
+        total += of_block(block, phase, batch, itemsize, ceilings)
+    return total

@@ -1,0 +1,151 @@
+"""The project's goals as data: what is asked for, how rows say what was reached, and what the traffic model allows.
+
+They are stated for an H100 or H200, bfloat16, channels_last, batch 256, and so are the rows that count. A value is the
+best that this package measured over the best that a rival did in the same interleaved run; several runs, the least.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+Rows = Mapping[str, list[Row]]  # step → its rows
+BATCH = 256
+LEAST_BYTES = 16 << 20  # an op that moves less is a matter of its launch
+DEVICES = ("H100", "H200")
+
+
+class Found(NamedTuple):
+    """A measured value and what it is of; the most that the traffic model allows, None where it says nothing."""
+
+    value: float
+    of: str
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`measure` finds the value in rows, None where they are missing."""
+
+    name: str
+    at_least: bool
+    target: float
+    unit: str
+    measure: Callable[[Rows], Found | None]
+
+    def met(self, value: float) -> bool:
+        """Whether `value` is good enough."""
+        return value >= self.target if self.at_least else value <= self.target
+
+    def line(self, rows: Rows) -> list[str]:
+        """Name, goal, measured value, bound of the traffic model and verdict, as text."""
+        found = self.measure(rows)
+        asked = f"{'≥' if self.at_least else '≤'} {self._text(self.target)}"
+        if found is None:
+            return [self.name, asked, "not measured", "–", ""]
+        bound = "–" if found.bound is None else self._text(found.bound)
+        verdict = "met" if self.met(found.value) else "missed"
+        return [self.name, asked, f"{self._text(found.value)} ({found.of})", bound, verdict]
+
+    def _text(self, value: float) -> str:
+        return f"{value:,.0f}{self.unit}" if self.unit in ("%", " images/s") else f"{value:.2f}{self.unit}"
+
+
+def _timed(rows: Rows, model: str, phase: str, device: Iterable[str] = DEVICES) -> list[Row]:
+    return [
+        row
+        for row in rows.get("models", [])
+        if row.get("median_s")
+        and (row["name"], row["phase"], row["shape"][0], row["dtype"]) == (model, phase, BATCH, "bfloat16")
+        and any(name in row["device"] for name in device)
+    ]
+
+
+def _ours(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.get("conv")]
+
+
+def _best(rows: Iterable[Row]) -> Row:
+    return max(rows, key=lambda row: row["ratio"]["median"])
+
+
+def _over_eager(model: str, phase: str, rows: Rows) -> Found | None:
+    """Without graphs on either side."""
+    timed = [row for row in _timed(rows, model, phase) if not row["variant"].startswith("graphed ")]
+    ours, eager = _ours(timed), [row for row in timed if row["variant"] == "eager"]
+    if not ours or not eager:
+        return None
+    best = _best(ours)
+    return Found(best["ratio"]["median"], best["variant"], max(row["median_s"] / row["bound_s"] for row in eager))
+
+
+def _over_compile(model: str, phase: str, rows: Rows) -> Found | None:
+    """Each run in which there is a compiled model; graphs count where that has them."""
+    runs: dict[str, list[Row]] = defaultdict(list)
+    for row in _timed(rows, model, phase):
+        runs[row["case"]].append(row)
+    found = []
+    for run in runs.values():
+        compiled = [row for row in run if "compile" in row["variant"]]
+        graphs = any(row["variant"].startswith("graphed ") for row in compiled)
+        ours = [row for row in _ours(run) if graphs or not row["variant"].startswith("graphed ")]
+        if compiled and ours:
+            best, rival = _best(ours), _best(compiled)
+            value = best["ratio"]["median"] / rival["ratio"]["median"]
+            words = f"{best['variant']} over {rival['variant']}"
+            found.append(Found(value, words, rival["median_s"] / rival["bound_s"]))
+    return min(found, key=lambda one: one.value, default=None)
+
+
+def _memory(model: str, rows: Rows) -> Found | None:
+    timed = [row for row in _timed(rows, model, "train") if row.get("peak_bytes")]
+    eager = [row["peak_bytes"] for row in timed if row["variant"] == "eager"]
+    if not eager or not _ours(timed):
+        return None
+    least = min(_ours(timed), key=lambda row: row["peak_bytes"])
+    return Found(least["peak_bytes"] / min(eager), least["variant"], None)
+
+
+def _copy_share(rows: Rows) -> Found | None:
+    """The worst op without a product, each by its faster backend."""
+    by_call: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for row in rows.get("ops", []):
+        counted = row.get("median_s") and row.get("variant") is None and not row.get("flops")
+        on = any(name in row.get("device", "") for name in DEVICES)
+        if counted and on and row.get("backend") != "library" and row["counted_bytes"] >= LEAST_BYTES:
+            by_call[row["name"]].append((row["percent_of_copy"], f"{row['op']}, {row['backend']}"))
+    share, worst = min((max(found) for found in by_call.values()), default=(None, ""))
+    return None if share is None else Found(share, worst, 100.0)
+
+
+def _images(device: str, rows: Rows) -> Found | None:
+    ours = _ours(_timed(rows, "resnet50", "train", (device,)))
+    if not ours:
+        return None
+    best = max(ours, key=lambda row: row["images_per_s"])
+    return Found(best["images_per_s"], best["variant"], BATCH / best["bound_s"])
+
+
+GOALS = (
+    Goal("ResNet-50 training over eager", True, 2.0, "x", partial(_over_eager, "resnet50", "train")),
+    Goal("ResNet-50 training over torch.compile", True, 1.5, "x", partial(_over_compile, "resnet50", "train")),
+    Goal("ResNet-18 training over eager", True, 1.6, "x", partial(_over_eager, "resnet18", "train")),
+    Goal("ResNet-18 training over torch.compile", True, 1.25, "x", partial(_over_compile, "resnet18", "train")),
+    Goal("ResNet-50 inference over torch.compile", True, 1.1, "x", partial(_over_compile, "resnet50", "infer")),
+    Goal("ResNet-18 inference over torch.compile", True, 1.1, "x", partial(_over_compile, "resnet18", "infer")),
+    Goal("ResNet-50 peak training memory over eager's", False, 0.6, "x", partial(_memory, "resnet50")),
+    Goal("ResNet-18 peak training memory over eager's", False, 0.6, "x", partial(_memory, "resnet18")),
+    Goal("each op without a product, of a copy's rate", True, 85, "%", _copy_share),
+    Goal("ResNet-50 training, MLPerf 4.0 on an H100", True, 7160, " images/s", partial(_images, "H100")),
+    Goal("ResNet-50 training, MLPerf 4.0 on an H200", True, 7950, " images/s", partial(_images, "H200")),
+)
+HEADER = ["goal (bfloat16, channels_last, batch 256)", "asked", "measured", "bound", ""]
+
+
+def table(rows: Rows) -> list[list[str]]:
+    """A line a goal, under HEADER; the bound is the traffic model's, at the machine's measured rates."""
+    return [goal.line(rows) for goal in GOALS]
