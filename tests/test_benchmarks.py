@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_interleaving_rotates_and_times_every_variant_once_a_round(harness):
 
 def test_timer_measures_the_run_and_not_the_cleanup(harness, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def spend(seconds: float) -> None:
         now[0] += seconds
