@@ -203,8 +203,8 @@ class Bench:
         return Variant(name, step, cleanup)
 
 
-def rows_of(case: Case, settings: Settings, where: dict[str, Any], bandwidth: float) -> list[dict[str, Any]]:
-    """One row a variant."""
+def rows_of(case: Case, settings: Settings, where: dict[str, Any], ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
     block, itemsize = case.block, settings.dtype.itemsize
     ways = traffic.MODES[1:]
     floor = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
@@ -233,11 +233,12 @@ def rows_of(case: Case, settings: Settings, where: dict[str, Any], bandwidth: fl
             "peak_bytes": case.peak.get(name),
             "saved_bytes": case.saved.get(name),
             "counted_bytes": case.counted.get(name),
-            "copy_bytes_per_s": bandwidth,
             "floor_bytes": floor,
+            "flops": traffic.flops(block, case.phase, case.batch),
+            "data": "synthetic",
             "percent_of_conv_only": 100 * bound / summary.median,
         }
-        rows.append(harness.row(where, summary, **fields))
+        rows.append(harness.row(where, summary, **fields, **ceilings))
     return rows
 
 
@@ -326,9 +327,11 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
 
     where = harness.machine(settings.device)
     bandwidth = harness.copy_bandwidth(settings.device)
+    rate = harness.matmul_rate(settings.device, settings.dtype)
+    ceilings = {"copy_bytes_per_s": bandwidth, "matmul_flops_per_s": rate}
     print(
         f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}, "
-        f"{options.dtype}, copy {bandwidth / 1e9:.1f} GB/s"
+        f"{options.dtype}, copy {bandwidth / 1e9:.1f} GB/s, matmul {rate / 1e9:.0f} GFLOP/s"
     )
     if note := harness.busy_note(settings.device):
         print(note)
@@ -359,7 +362,7 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
 
         bench.measure(pairs, min(5, pairs), budget, tick)
         progress.step(str(case), 100 - shown)
-        rows += rows_of(case, settings, where, bandwidth)
+        rows += rows_of(case, settings, where, ceilings)
         lines.append(cells(case, options.compile))
     progress.close()
     left_out = cases[len(lines) :]

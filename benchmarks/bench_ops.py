@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import counting
 import harness
 import torch
-import traffic
 from harness import Variant
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -38,6 +38,20 @@ SIZES = (56, 28, 14, 7)
 # What rounding may leave between two backends, relative to the largest element. Sums run over up to 100,000 terms.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
+# Additions, multiplications and maxima an element by each op's formulas; a Gram matrix has C + 1 more.
+ARITHMETIC = {
+    "bn_statistics": 4,  # x - p, its sum, its square's sum
+    "bn_relu": 3,
+    "bn_add_relu identity": 4,
+    "bn_add_relu two branches": 6,
+    "bn_add_relu zero-pad": 4,
+    "bn_add_relu_backward identity": 8,  # the two sums; a(d - c1 - (x - mean) c2)
+    "bn_add_relu_backward two branches": 15,
+    "bn_relu_backward_": 14,  # ReLU's mask is found again, twice
+    "relu_backward": 1,
+    "shortcut_grad_": 1,
+}
+
 
 @dataclass
 class Op:
@@ -48,6 +62,7 @@ class Op:
     phase: str
     arguments: dict[str, Any]
     call: Callable[[str, dict[str, Any]], Any]
+    flops: int = 0
 
     def __str__(self) -> str:
         return f"{self.op} {self.variant}".strip()
@@ -76,7 +91,7 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
     narrow = activation(channels // 2, 2 * size)
     # In place: a gradient that the op maps onto itself again and again stays of the same size.
     ready = activation()
-    return [
+    found = [
         Op("bn_statistics", "", "forward", {"x": x} | running, lambda b, a: bn_statistics(
             a["x"], one, zero, a["running_mean"], a["running_var"], None, 0.1, 1e-5, b)),
         Op("bn_relu", "", "forward", {"x": x}, lambda b, a: bn_relu(a["x"], s, b)),
@@ -99,6 +114,9 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
         Op("shortcut_grad_", "", "backward", {"grad_x": activation(), "grad": grad}, lambda b, a: shortcut_grad_(
             a["grad_x"], a["grad"], b, gate=bits)),
     ]  # fmt: skip
+    for op in found:
+        op.flops = x.numel() * (channels + 4 if op.op == "gram" else ARITHMETIC[str(op)])
+    return found
 
 
 def disagreement(op: Op, backend: str) -> str | None:
@@ -180,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         for size in options.sizes
         for channels in (options.channels or (64 * 56 // size, 256 * 56 // size))
     ]
-    timer = harness.Timer(device)
+    timer, rate = harness.Timer(device), harness.matmul_rate(device, dtype)
     rows, lines = [], []
     progress = harness.Progress(len(shapes))
     for channels, size in shapes:
@@ -193,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress.close()
                 print(f"{op} at {size}² x {channels}: {backend} disagrees with reference: {problem}", file=sys.stderr)
                 return 1
-            with traffic.CountBytes() as count:
+            with counting.CountRun() as count:
                 op.call(backend, op.arguments)
             variants = [
                 Variant("op", lambda op=op: op.call(backend, op.arguments)),
@@ -218,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
                 counted_bytes=count.total,
                 copy_bytes_per_s=count.total / copy.median,
                 floor_bytes=count.total,
+                flops=op.flops,
+                matmul_flops_per_s=rate,
+                data="synthetic",
             )
             rows.append(row)
             lines.append([

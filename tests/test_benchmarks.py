@@ -493,6 +493,22 @@ def test_bench_ops_measures_every_op(tmp_path, capsys, harness):
         assert r["percent_of_floor"] == pytest.approx(100 * r["bytes_per_s"] / r["copy_bytes_per_s"])
 
 
+def test_bench_ops_counts_arithmetic(tmp_path, capsys):
+    """Of a Gram matrix: every pair of channels once, and the affine map and ReLU of each element."""
+    import bench_ops
+
+    path = tmp_path / "ops.json"
+    small = ["--device", "cpu", "--sizes", "4", "--channels", "16", "--batch", "2", "--pairs", "1", "--fresh-pages"]
+    assert bench_ops.main([*small, "--ops", "gram", "relu_backward", "--json", str(path)]) == 0
+    rows = {row["op"]: row for row in json.loads(path.read_text())}
+    elements = 2 * 16 * 4 * 4
+    assert rows["relu_backward"]["flops"] == elements and rows["gram"]["flops"] == elements * 20
+    for row in rows.values():
+        assert row["flops_per_s"] == pytest.approx(row["flops"] / row["median_s"])
+        bound = max(row["counted_bytes"] / row["copy_bytes_per_s"], row["flops"] / row["matmul_flops_per_s"])
+        assert row["bound_s"] == pytest.approx(bound)
+
+
 def test_bench_ops_refuses_a_wrong_op(monkeypatch, capsys):
     import bench_ops
 
@@ -623,6 +639,27 @@ def test_bench_block_compares_torch_compile(tmp_path, monkeypatch):
     rows = {r["variant"]: r for r in json.loads(path.read_text())}
     assert rows["compile"]["median_s"] > 0
     assert rows["compile"]["counted_bytes"] is None
+
+
+def test_bench_model_measures_whole_networks(tmp_path, capsys, harness):
+    import bench_model
+
+    path = tmp_path / "models.json"
+    small = ["--device", "cpu", "--models", "resnet18", "--batch", "2", "--size", "32", "--rounds", "1"]
+    assert bench_model.main([*small, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert {(r["phase"], r["variant"]) for r in rows} == {
+        (phase, way) for phase in ("train", "infer") for way in ("eager", "eager_nchw", "library", "library min")
+    }
+    out = capsys.readouterr().out
+    for r in rows:
+        assert tuple(r) == harness.ROW_KEYS and r["op"] == "model" and r["variant"] in out
+        assert r["images_per_s"] == pytest.approx(2 / r["median_s"]) and r["percent_of_bound"] > 0
+    saved = {r["variant"]: r["saved_bytes"] for r in rows if r["phase"] == "train"}
+    assert saved["library"] < 0.75 * saved["eager"]
+    with pytest.raises(SystemExit, match="2"):
+        bench_model.main(["--device", "cpu", "--size", "16"])
+    assert "--size: must be at least 32, got 16" in capsys.readouterr().err
 
 
 def test_traffic_prints_the_table(traffic, capsys):

@@ -53,7 +53,7 @@ def _ceilings(settings: Settings) -> None:
 
 def measure_ceilings(settings: Settings) -> dict[str, Any]:
     """Bytes a second of a copy, read and written; operations a second of a product of random matrices."""
-    rounds = 20 if settings.on_gpu else 2
+    rounds = 20 if settings.on_gpu else 2 if settings.tiny else 10
     rates = {}
     for precision in PRECISIONS.values():
         if settings.on_gpu or precision.dtype == torch.float32:

@@ -1,0 +1,110 @@
+"""Times whole ResNets: images a second and memory of a training step and of inference, eager against fused.
+
+    python benchmarks/bench_model.py                      the GPU if there is one, else the CPU
+    python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
+
+A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are on the
+device. Variants are interleaved in one process, and timed only after their scores were found to be eager's. Bytes
+moved are counted as operators and kernels run; bound is what the traffic model allows at the machine's copy bandwidth
+and matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from launched import WAYS
+from suite.models import Work, measure
+from suite.precision import PRECISIONS
+from suite.settings import Settings
+
+HEADER = [
+    "model", "phase", "batch", "variant", "images/s", "eager / it (95%)", "% of bound", "peak MB", "saved MB",
+    "moved MB",
+]  # fmt: skip
+
+MEMORY = ("peak_bytes", "saved_bytes", "counted_bytes")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    names = ("resnet18", "resnet34", "resnet50")
+    parser.add_argument("--models", nargs="+", choices=names, default=["resnet18", "resnet50"])
+    parser.add_argument("--phase", choices=("both", "train", "infer"), default="both", help="(both)")
+    parser.add_argument("--batch", type=int, help="images of a step (GPU 64, CPU 8)")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images (224)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=tuple(PRECISIONS), help="half precision: autocast (GPU bfloat16, CPU float32)"
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="each times every variant once (12)")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile")
+    parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
+    options = parser.parse_args(argv)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = options.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device: torch sees no CUDA device")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.batch = options.batch if options.batch is not None else (64 if on_gpu else 8)
+    for name, least in (("batch", 1), ("rounds", 1), ("size", 32)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: must be at least {least}, got {getattr(options, name)}")
+    return options
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as a line of the table."""
+    ratio = row["ratio"]
+    megabytes = ["-" if row[key] is None else f"{row[key] / 1e6:,.0f}" for key in MEMORY]
+    return [
+        row["name"], row["phase"], str(row["shape"][0]), row["variant"], f"{row['images_per_s']:.4g}",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})", f"{row['percent_of_bound']:.0f}", *megabytes,
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns 1 when a variant failed or disagrees."""
+    options = parse(argv)
+    device = torch.device(options.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    names = ["eager_nchw", *(WAYS if device.type == "cuda" else ("library", "library min"))]
+    names += ["compile"] if options.compile else []
+    phases = ("train", "infer") if options.phase == "both" else (options.phase,)
+    progress = harness.Progress(len(options.models) * len(phases))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings("models", Path(folder), device, tiny=False, until=float("inf"))
+        where = settings.where
+        print(f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}")
+        if note := harness.busy_note(device):
+            print(note)
+        for model in options.models:
+            for phase in phases:
+                work = Work(model, phase, options.batch, PRECISIONS[options.dtype], options.size)
+                progress.step(f"{model} {phase}", 0)
+                measure(settings, f"{model} {phase} batch {options.batch}", work, names, options.rounds)
+                progress.step(f"{model} {phase}")
+        found = settings.journal.rows()
+    progress.close()
+    rows = [{key: row.get(key) for key in harness.ROW_KEYS} for row in found if "median_s" in row]
+    for row in found:
+        if "error" in row:
+            print(f"{row['name']} {row['phase']} {row['variant']}: {row['error']}", file=sys.stderr)
+    harness.print_table(HEADER, [cells(row) for row in rows])
+    if options.json:
+        harness.write_rows(options.json, rows)
+    return int(any("error" in row for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
