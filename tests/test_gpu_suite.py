@@ -163,7 +163,7 @@ def test_failures_of_the_last_run_are_kept_for_the_next(tmp_path):
 
 
 def test_a_wrong_op_is_told():
-    from suite.ops import disagreement
+    from fusedres.tune.compare import disagreement
 
     right = [torch.randn(100), torch.zeros(4, dtype=torch.uint8)]
     assert disagreement([right[0] * (1 + 1e-6), right[1]], right, 1e-4) is None

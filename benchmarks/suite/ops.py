@@ -1,15 +1,13 @@
 """Every op as the blocks of ResNet-50 call it: each backend, and each candidate config of the GEMM-shaped kernels.
 
-A block runs under a dispatch mode. Where it calls an op for the first time with arguments of these shapes, the op is
-checked against the reference backend and timed there and then on these arguments; then the block goes on. So the ops
-and their arguments are those of the package itself, whatever they become.
+Each op is checked against the reference backend and timed on the arguments with which a block first calls it
+(fusedres/tune/calls.py).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import blocks
@@ -23,19 +21,16 @@ from bench_block import Settings as BlockSettings
 from harness import Variant
 from launched import WAYS
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fusedres
 from fusedres import cuda_support
 from fusedres.kernels import launch as launching
 from fusedres.kernels import table
-from fusedres.kernels.launch import Config, Launch, Problem
-from fusedres.ops._library import OPS, Op
-from suite.settings import Case, Settings, first_lines, floor_seconds, off_by
+from fusedres.kernels.launch import Launch
+from fusedres.tune.calls import BOUNDS, Call, Recorder, Visit, always, forced
+from fusedres.tune.compare import disagreement
+from suite.settings import Case, Settings, first_lines, floor_seconds
 
-# ‖out − reference‖ / ‖reference‖: rounding in half precision, and masks that fall to either side of 0.
-BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 2e-3, torch.float64: 1e-6}
 _LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
 
 
@@ -68,153 +63,7 @@ def flops(launches: Sequence[Launch]) -> int:
     return sum(_FLOPS[launch.name](launch.arguments) for launch in launches if launch.name in _FLOPS)
 
 
-# --- one call of an op ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Call:
-    """An op with the arguments of one place in a block."""
-
-    op: Op
-    schema: Any
-    args: tuple[Any, ...]  # the backend is the last
-
-    @property
-    def signature(self) -> str:
-        """Op, shapes and numbers."""
-        words = [self.op.name]
-        for argument, value in zip(self.schema.arguments, self.args[:-1], strict=False):
-            text = str(tree_map_only(Tensor, lambda t: "x".join(map(str, t.shape)) or "scalar", value))
-            words.append(f"{argument.name}={text}".replace("'", ""))
-        return " ".join(words)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the narrowest floating-point tensor."""
-        found = [t.dtype for t in tree_leaves(self.args) if isinstance(t, Tensor) and t.is_floating_point()]
-        return min(found, key=lambda d: d.itemsize)
-
-    def fresh(self) -> tuple[Any, ...]:
-        """The arguments without the backend, what is written in a copy."""
-
-        def own(argument: Any, value: Any) -> Any:
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                return value
-            return tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.preserve_format), value)
-
-        return tuple(own(a, v) for a, v in zip(self.schema.arguments, self.args[:-1], strict=False))
-
-    def written(self, args: tuple[Any, ...]) -> list[Tensor]:
-        """Those of the arguments that the op writes."""
-        changed = [
-            value
-            for argument, value in zip(self.schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        return [t for t in tree_leaves(changed) if isinstance(t, Tensor)]
-
-    def results(self, backend: str) -> list[Tensor]:
-        """What a backend returns and writes, with partial results brought to one form."""
-        args = self.fresh()
-        result = self.op.kernel(backend)(*args)
-        found = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        return _merged(self.op.name, self._defined(found)) + self.written(args)
-
-    def _defined(self, results: list[Tensor]) -> list[Tensor]:
-        """Without the sums that an op may leave undefined: the last of its results, where it takes with_sums."""
-        named = dict(zip((argument.name for argument in self.schema.arguments), self.args, strict=True))
-        if "with_sums" not in named:
-            return results
-        *others, sums = results
-        if not (named["with_sums"] or named["batch_statistics"] or named.get("shortcut_batch_statistics")):
-            return others
-        return [*others, sums if named.get("shortcut_x") is not None else sums[:2]]
-
-    def variant(self, name: str, backend: str) -> Variant:
-        """Timed on its own copy of what is written, which is set back after each call."""
-        args, kernel = self.fresh(), self.op.kernel(backend)
-        pairs = list(zip(self.written(args), self.written(self.args[:-1]), strict=True))
-
-        def restore() -> None:
-            for target, source in pairs:
-                target.copy_(source)
-
-        return Variant(name, lambda: kernel(*args), restore if pairs else None)
-
-
-def _merged(op: str, tensors: list[Tensor]) -> list[Tensor]:
-    """Partial sums added up, and tiles' means and squares merged: backends cut rows differently."""
-    if op == "conv_fprop" and tensors[1].numel():
-        y, partials, rows = tensors
-        weights, total = rows.view(-1, 1), rows.sum()
-        mean = (weights * partials[:, 0]).sum(0) / total
-        squares = (partials[:, 1] + weights * (partials[:, 0] - mean).square()).sum(0)
-        return [y, mean, squares]
-    if op in ("conv_dgrad", "one_pass_dgrad"):
-        return [tensors[0], tensors[1].sum(0)]
-    if op in ("bn_backward_reduce", "bn_relu_maxpool_reduce", "conv_wgrad", "bn_relu_maxpool_wgrad"):
-        return [tensors[0].sum(0)]
-    return tensors
-
-
-def disagreement(ours: Sequence[Tensor], reference: Sequence[Tensor], bound: float) -> str | None:
-    """In words, None where they agree."""
-    for position, (a, b) in enumerate(zip(ours, reference, strict=True)):
-        if a.shape != b.shape:
-            return f"result {position} has shape {tuple(a.shape)}, the reference {tuple(b.shape)}"
-        if not a.numel():
-            continue
-        if not b.is_floating_point():  # mask bits and positions of maxima: ties and rounding
-            share = float((a != b).float().mean())
-            if not share <= 2e-2:
-                return f"result {position}: {share:.2%} of the elements differ"
-            continue
-        error = off_by(a, b)
-        if not error <= bound:
-            return f"result {position} is off by {error:.3g} of its norm, allowed {bound:.3g}"
-    return None
-
-
-# --- visiting a block -------------------------------------------------------------------------------------------------
-
-
-class Visit(TorchDispatchMode):
-    """Hands every op's call to `measure` the first time its signature comes by."""
-
-    def __init__(self, seen: set[str], measure: Callable[[Call], None]) -> None:
-        super().__init__()
-        self._seen, self._measure = seen, measure
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fusedres":
-            call = Call(OPS[func._schema.name.partition("::")[2]], func._schema, tuple(args))
-            if call.signature not in self._seen:
-                self._seen.add(call.signature)
-                with torch.no_grad():
-                    self._measure(call)
-        return func(*args, **(kwargs or {}))
-
-
-class _Recorder:
-    """Picks nothing, and keeps which problems were asked for with which candidates."""
-
-    def __init__(self) -> None:
-        self.problems: dict[Problem, Sequence[Config]] = {}
-
-    def __call__(self, problem: Problem, candidates: Sequence[Config]) -> None:
-        self.problems.setdefault(problem, candidates)
-
-
-def _forced(problem: Problem, config: Config) -> launching.Pick:
-    return lambda asked, candidates: config if asked == problem and config in candidates else None
-
-
-def _always(variant: Variant, pick: launching.Pick) -> Variant:
-    def run() -> Any:
-        with launching.choosing(pick):
-            return variant.run()
-
-    return Variant(variant.name, run, variant.cleanup)
+# --- measuring a call -------------------------------------------------------------------------------------------------
 
 
 class Measure:
@@ -261,7 +110,7 @@ class Measure:
     def _measure(self, call: Call, backend: str) -> None:
         bound = BOUNDS[call.dtype]
         reference = call.results("reference")
-        recorder = _Recorder()
+        recorder = Recorder()
         with launching.choosing(recorder), launching.record_launches() as launches:
             ours = call.results(backend)
         wrong = disagreement(ours, reference, bound)
@@ -302,7 +151,7 @@ class Measure:
         self._candidates(call, backend, recorder, ours, moved, operations)
 
     def _candidates(
-        self, call: Call, backend: str, recorder: _Recorder, ours: list[Tensor], moved: int, operations: int
+        self, call: Call, backend: str, recorder: Recorder, ours: list[Tensor], moved: int, operations: int
     ) -> None:
         """A row a candidate of each problem that the op asked about."""
         for problem, candidates in recorder.problems.items():
@@ -312,11 +161,11 @@ class Measure:
             about: dict[str, Any] = {"variant": "candidate", "problem": key}
             timed: list[Variant] = []
             for config in candidates:
-                forced = _forced(problem, config)
+                pick = forced(problem, config)
                 if not self._try(f"{key} {config.label}"):
                     continue
                 try:
-                    with launching.choosing(forced):
+                    with launching.choosing(pick):
                         wrong = disagreement(call.results(backend), ours, BOUNDS[call.dtype])
                 except Exception as error:
                     self._failed(call, backend, error, config=config.label, **about)
@@ -324,7 +173,7 @@ class Measure:
                 if wrong:
                     self._failed(call, backend, wrong, config=config.label, **about)
                     continue
-                timed.append(_always(call.variant(config.label, backend), forced))
+                timed.append(always(call.variant(config.label, backend), pick))
             if not timed:
                 continue
             samples = harness.interleave(timed, self.timer, rounds=max(1, self.rounds // 2), warmup=1)

@@ -12,6 +12,7 @@ from typing import Any
 import harness
 import torch
 
+from fusedres.tune.compare import off_by
 from suite.journal import Journal, Row
 from suite.precision import Precision
 
@@ -83,14 +84,6 @@ class Case:
 def floor_seconds(ceilings: dict[str, float], moved: float, flops: float) -> float:
     """The least time by both ceilings."""
     return max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"])
-
-
-def off_by(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖ours − reference‖ / ‖reference‖, NaN where either has one."""
-    wide = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    ours, reference = ours.to(wide), reference.to(wide)
-    scale = reference.norm()
-    return float((ours - reference).norm() / scale) if scale > 0 else float(ours.norm())
 
 
 def first_lines(text: str, count: int = 6, width: int = 300) -> str:

@@ -1,0 +1,153 @@
+"""Ops with the arguments of their places in a block, and the tile sizes that they choose among.
+
+A block runs under a dispatch mode. Where it calls an op for the first time with arguments of these shapes, the call is
+handed out there and then, on these arguments; then the block goes on. So the ops and their arguments are those of the
+package itself, whatever they become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fusedres.kernels import launch as launching
+from fusedres.kernels.launch import Config, Problem
+from fusedres.ops._library import OPS, Op
+from fusedres.tune.timing import Variant
+
+# ‖out − reference‖ / ‖reference‖: rounding in half precision, and masks that fall to either side of 0.
+BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 2e-3, torch.float64: 1e-6}
+
+
+@dataclass
+class Call:
+    """An op with the arguments of one place in a block."""
+
+    op: Op
+    schema: Any
+    args: tuple[Any, ...]  # the backend is the last
+
+    @property
+    def signature(self) -> str:
+        """Op, shapes and numbers."""
+        words = [self.op.name]
+        for argument, value in zip(self.schema.arguments, self.args[:-1], strict=False):
+            text = str(tree_map_only(Tensor, lambda t: "x".join(map(str, t.shape)) or "scalar", value))
+            words.append(f"{argument.name}={text}".replace("'", ""))
+        return " ".join(words)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the narrowest floating-point tensor."""
+        found = [t.dtype for t in tree_leaves(self.args) if isinstance(t, Tensor) and t.is_floating_point()]
+        return min(found, key=lambda d: d.itemsize)
+
+    def fresh(self) -> tuple[Any, ...]:
+        """The arguments without the backend, what is written in a copy."""
+
+        def own(argument: Any, value: Any) -> Any:
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                return value
+            return tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.preserve_format), value)
+
+        return tuple(own(a, v) for a, v in zip(self.schema.arguments, self.args[:-1], strict=False))
+
+    def written(self, args: tuple[Any, ...]) -> list[Tensor]:
+        """Those of the arguments that the op writes."""
+        changed = [
+            value
+            for argument, value in zip(self.schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        return [t for t in tree_leaves(changed) if isinstance(t, Tensor)]
+
+    def results(self, backend: str) -> list[Tensor]:
+        """What a backend returns and writes, with partial results brought to one form."""
+        args = self.fresh()
+        result = self.op.kernel(backend)(*args)
+        found = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        return _merged(self.op.name, self._defined(found)) + self.written(args)
+
+    def _defined(self, results: list[Tensor]) -> list[Tensor]:
+        """Without the sums that an op may leave undefined: the last of its results, where it takes with_sums."""
+        named = dict(zip((argument.name for argument in self.schema.arguments), self.args, strict=True))
+        if "with_sums" not in named:
+            return results
+        *others, sums = results
+        if not (named["with_sums"] or named["batch_statistics"] or named.get("shortcut_batch_statistics")):
+            return others
+        return [*others, sums if named.get("shortcut_x") is not None else sums[:2]]
+
+    def variant(self, name: str, backend: str) -> Variant:
+        """Timed on its own copy of what is written, which is set back after each call."""
+        args, kernel = self.fresh(), self.op.kernel(backend)
+        pairs = list(zip(self.written(args), self.written(self.args[:-1]), strict=True))
+
+        def restore() -> None:
+            for target, source in pairs:
+                target.copy_(source)
+
+        return Variant(name, lambda: kernel(*args), restore if pairs else None)
+
+
+def _merged(op: str, tensors: list[Tensor]) -> list[Tensor]:
+    """Partial sums added up, and tiles' means and squares merged: backends cut rows differently."""
+    if op == "conv_fprop" and tensors[1].numel():
+        y, partials, rows = tensors
+        weights, total = rows.view(-1, 1), rows.sum()
+        mean = (weights * partials[:, 0]).sum(0) / total
+        squares = (partials[:, 1] + weights * (partials[:, 0] - mean).square()).sum(0)
+        return [y, mean, squares]
+    if op in ("conv_dgrad", "one_pass_dgrad"):
+        return [tensors[0], tensors[1].sum(0)]
+    if op in ("bn_backward_reduce", "bn_relu_maxpool_reduce", "conv_wgrad", "bn_relu_maxpool_wgrad"):
+        return [tensors[0].sum(0)]
+    return tensors
+
+
+class Visit(TorchDispatchMode):
+    """Hands every op's call to `measure` the first time its signature comes by."""
+
+    def __init__(self, seen: set[str], measure: Callable[[Call], None]) -> None:
+        super().__init__()
+        self._seen, self._measure = seen, measure
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fusedres":
+            call = Call(OPS[func._schema.name.partition("::")[2]], func._schema, tuple(args))
+            if call.signature not in self._seen:
+                self._seen.add(call.signature)
+                with torch.no_grad():
+                    self._measure(call)
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """Picks nothing, and keeps which problems were asked for with which candidates."""
+
+    def __init__(self) -> None:
+        self.problems: dict[Problem, Sequence[Config]] = {}
+
+    def __call__(self, problem: Problem, candidates: Sequence[Config]) -> None:
+        self.problems.setdefault(problem, candidates)
+
+
+def forced(problem: Problem, config: Config) -> launching.Pick:
+    """Picks this config for this problem."""
+    return lambda asked, candidates: config if asked == problem and config in candidates else None
+
+
+def always(variant: Variant, pick: launching.Pick) -> Variant:
+    """The variant, its configs picked by `pick`."""
+
+    def run() -> Any:
+        with launching.choosing(pick):
+            return variant.run()
+
+    return Variant(variant.name, run, variant.cleanup)
