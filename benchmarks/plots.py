@@ -1,9 +1,17 @@
-"""Plots of benchmark rows."""
+"""Plots of benchmark rows: one run's blocks, and of committed rows speed-up by block, rooflines and memory by model.
+
+A committed plot carries a checksum of the rows that it was drawn from, by which report.py sees that it is out of date.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Row = dict[str, Any]
 
 # Name → (label, colour); Okabe and Ito's palette, which the colour-blind can tell apart.
 STYLES = {
@@ -12,15 +20,222 @@ STYLES = {
     "fused": ("fused", "#D55E00"),
     "conv_only": ("convolutions alone", "#009E73"),
 }
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP"
+
+
+def checksum(rows: list[Row]) -> str:
+    """Of the rows' contents, in order."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def drawn_from(path: Path) -> str | None:
+    """The checksum of the rows that a plot was drawn from; None where there is no plot or none in it."""
+    if not path.exists():
+        return None
+    _, found, rest = path.read_text(encoding="utf-8").partition("rows sha256 ")
+    return rest[:64] if found else None
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fusedres"  # the same rows give the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"Description": f"rows sha256 {checksum(rows)}"} | ({"Date": None} if path.suffix == ".svg" else {})
+    figure.savefig(path, dpi=120, metadata=about)
+    _pyplot().close(figure)
+
+
+def _ours(row: Row) -> bool:
+    """Whether a row is of this package: fuse()'s arguments are known."""
+    return row.get("conv") is not None
+
+
+def _about(rows: list[Row]) -> str:
+    first = rows[0]
+    return f"{first['device']}, torch {first['versions']['torch']}, {first['date'][:10]}"
+
+
+# --- committed rows ---------------------------------------------------------------------------------------------------
+
+
+def speedup(rows: list[Row], path: Path) -> None:
+    """Eager over the fastest fused way, a line a block, training beside inference; losses stand left of 1."""
+    pyplot = _pyplot()
+    cases: dict[tuple, dict[str, list[Row]]] = {}
+    for row in rows:
+        if not row["variant"].startswith("graphed "):
+            kind = "fused" if _ours(row) else row["variant"]
+            key = (row["name"], row["phase"], row["shape"][0], _dtype(row))
+            cases.setdefault(key, {}).setdefault(kind, []).append(row)
+    names = sorted({key[0] for key in cases}, key=lambda name: (name == "stem", name))
+    series = sorted({key[2:] for key in cases})
+    phases = [phase for phase in ("train", "infer") if any(key[1] == phase for key in cases)]
+    height = 1.5 + 0.16 * len(names) * (len(series) + 1)
+    figure, axes = pyplot.subplots(
+        1, len(phases), figsize=(4.6 * len(phases) + 1.2, height), squeeze=False, sharey=True
+    )
+    for axis, phase in zip(axes[0], phases, strict=True):
+        for position, name in enumerate(names):
+            for k, (batch, dtype) in enumerate(series):
+                found = cases.get((name, phase, batch, dtype), {})
+                at = position + 0.62 * ((k + 0.5) / len(series) - 0.5)
+                if "conv_only" in found:
+                    axis.plot(
+                        found["conv_only"][0]["ratio"]["median"], at, "|", color="#666666", markersize=9, zorder=2
+                    )
+                if "fused" in found:
+                    ratio = max((row["ratio"] for row in found["fused"]), key=lambda ratio: ratio["median"])
+                    spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
+                    axis.errorbar(
+                        ratio["median"], at, xerr=spread, fmt=MARKERS[k % len(MARKERS)], markersize=5, lw=1.2, zorder=3,
+                        color=COLOURS[k % len(COLOURS)],
+                    )  # fmt: skip
+        axis.axvline(1, color="black", lw=1)
+        axis.axvspan(0, 1, color="#f2e6e0", zorder=0)
+        axis.set_xlim(left=min(0.8, 0.95 * axis.dataLim.x0))
+        axis.set_title("training step" if phase == "train" else "inference", fontsize=10)
+        axis.set_xlabel("eager channels_last / fused, 95% interval; right of 1 is faster", fontsize=8)
+        axis.grid(axis="y", color="#dddddd", lw=0.6)
+        axis.set_axisbelow(True)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
+    several = len({dtype for _, dtype in series}) > 1
+    for k, (batch, dtype) in enumerate(series):
+        label = f"batch {batch}" + (f", {dtype}" if several else "")
+        axes[0][0].plot([], [], MARKERS[k % len(MARKERS)], color=COLOURS[k % len(COLOURS)], label=label)
+    axes[0][0].plot(
+        [], [], "|", color="#666666", markersize=9, label="convolutions alone: what fusion around them allows"
+    )
+    dtypes = ", ".join(sorted({dtype for _, dtype in series}))
+    figure.suptitle(f"Speed-up by block: {_about(rows)}, {dtypes}", fontsize=10)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
+    _save(figure, path, rows)
+
+
+def _dtype(row: Row) -> str:
+    return "tf32" if row.get("tf32") else row["dtype"]
+
+
+def roofline(rows: list[Row], path: Path) -> None:
+    """Arithmetic intensity against achieved FLOP/s of each op, under the machine's measured ceilings."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(9, 5.2))
+    names = sorted({_op(row) for row in rows})
+    for k, name in enumerate(names):
+        of_op = [row for row in rows if _op(row) == name]
+        x = [row["flops"] / row["counted_bytes"] for row in of_op]
+        y = [row["flops_per_s"] for row in of_op]
+        marker = MARKERS[(k // len(COLOURS)) % len(MARKERS)]
+        axis.plot(x, y, marker, color=COLOURS[k % len(COLOURS)], markersize=5, alpha=0.75, label=name, mec="none")
+    copy = max(row["copy_bytes_per_s"] for row in rows)
+    product = max(row["matmul_flops_per_s"] for row in rows)
+    low = min(row["flops"] / row["counted_bytes"] for row in rows) / 2
+    high = max(4 * product / copy, 2 * max(row["flops"] / row["counted_bytes"] for row in rows))
+    axis.plot([low, product / copy, high], [low * copy, product, product], color="black", lw=1.2)
+    axis.annotate(
+        f"copy {_rate(copy, 'B/s')}", (low * 1.3, low * 1.3 * copy), xytext=(6, -8), textcoords="offset points",
+        fontsize=8,
+    )  # fmt: skip
+    axis.annotate(
+        f"matrix product {_rate(product, 'FLOP/s')}", (high, product), xytext=(-4, 4), textcoords="offset points",
+        fontsize=8, ha="right", bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
+    )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("FLOP / byte moved")
+    axis.set_ylabel("achieved FLOP/s")
+    axis.grid(color="#dddddd", lw=0.6)
+    axis.set_axisbelow(True)
+    axis.set_title(f"Roofline: {_about(rows)}, {rows[0]['dtype']}, largest measured ceilings", fontsize=10)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7.5, frameon=False)
+    figure.tight_layout()
+    _save(figure, path, rows)
+
+
+def _op(row: Row) -> str:
+    backend = f" ({row['backend']})" if row["backend"] in ("triton", "cuda") else ""
+    return f"{row['op']} {row['variant'] or ''}".strip() + backend
+
+
+def _rate(value: float, unit: str) -> str:
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= scale:
+            return f"{value / scale:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def memory(rows: list[Row], path: Path) -> None:
+    """Bytes of a training step by model: peak where the device tells, else what is saved for backward."""
+    pyplot = _pyplot()
+    peak = any(row["peak_bytes"] for row in rows)
+    key = "peak_bytes" if peak else "saved_bytes"
+    cases: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["phase"] == "train" and row[key] and row["variant"] != "eager_nchw":
+            found = cases.setdefault((row["name"], row["shape"][0], _dtype(row)), [])
+            if all(other["variant"] != row["variant"] for other in found):
+                found.append(row)
+    variants = dict.fromkeys(row["variant"] for found in cases.values() for row in found if row["variant"] != "eager")
+    colours = {"eager": "#999999"} | {name: COLOURS[k % (len(COLOURS) - 1)] for k, name in enumerate(variants)}
+    largest = max(row[key] for found in cases.values() for row in found)
+    unit, scale = ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6)
+    height = 1.3 + 0.3 * sum(len(found) + 1 for found in cases.values())
+    figure, axis = pyplot.subplots(figsize=(8, height))
+    position, ticks = 0, []
+    for (name, batch, dtype), found in cases.items():
+        base = next((row[key] for row in found if row["variant"] == "eager"), None)
+        ticks.append((position + (len(found) - 1) / 2, f"{name}\nbatch {batch}, {dtype}"))
+        for row in found:
+            axis.barh(position, row[key] / scale, 0.85, color=colours[row["variant"]])
+            share = f", {row[key] / base:.2f} of eager's" if base and row["variant"] != "eager" else ""
+            axis.annotate(
+                f" {row['variant']}: {_number(row[key] / scale)} {unit}{share}", (row[key] / scale, position),
+                va="center", fontsize=8,
+            )  # fmt: skip
+            position += 1
+        position += 1
+    axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axis.set_ylim(position - 1.4, -0.6)
+    axis.margins(x=0.45)
+    axis.set_xlabel(
+        ("peak of a training step beyond weights and images" if peak else "saved for backward") + f", {unit}"
+    )
+    axis.set_title(f"Memory by model: {_about(rows)}", fontsize=10)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.tight_layout()
+    _save(figure, path, rows)
+
+
+# Kind of rows → name of its plot, and what draws it.
+KINDS: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {
+    "blocks": ("speedup", speedup),
+    "models": ("memory", memory),
+    "ops": ("roofline", roofline),
+}
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 def plot_blocks(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws each block's time relative to eager channels_last, and bytes saved for backward where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
     for r in rows:
         cases.setdefault((r["name"], r["phase"], r["shape"][0]), {})[r["variant"]] = r
@@ -64,6 +279,4 @@ def plot_blocks(rows: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle(f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}", fontsize=10)
     figure.legend(*times.get_legend_handles_labels(), loc="lower center", ncols=len(names), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, rows)

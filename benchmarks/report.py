@@ -1,49 +1,90 @@
-"""Writes the README's tables from the rows in benchmarks/results/*.json, so that no number is typed by hand.
+"""Writes the README's tables and the plots from the rows in benchmarks/results/*.json: no number is typed by hand.
 
-python benchmarks/report.py            rewrites README.md between its markers
-python benchmarks/report.py --check    exit 1 if the README and the rows differ
+python benchmarks/report.py             rewrites README.md between its markers, and the plots whose rows changed
+python benchmarks/report.py --check     exit 1 if the README or a plot differs from the rows
+python benchmarks/report.py --add DIR   first takes the rows of a run of gpu_suite.py into results: one file a step
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+import plots
+from plots import Row
+from tables import blocks_table, goals_table, models_table, ops_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- numbers: benchmarks/report.py -->", "<!-- end of numbers -->"
+LARGEST = 16 << 20  # bytes of a results file
+BLOCKS = ("basic_block", "bottleneck", "stem")
+TABLES = {"blocks": blocks_table, "models": models_table, "ops": ops_table}
+CAPTIONS = {"blocks": "Speed-up by block", "models": "Memory by model", "ops": "Roofline of each op"}
 
-Row = dict[str, Any]
+
+def kind_of(row: Row) -> str | None:
+    """blocks, models or ops; None of what is no measurement of the three."""
+    if not row.get("median_s") or row.get("variant") in ("candidate", "product alone"):
+        return None
+    return "models" if row["op"] == "model" else "blocks" if row["op"] in BLOCKS else "ops"
 
 
-def table(rows: list[Row]) -> str:
-    """One results file as a Markdown table, fused against the other variants of the same block and phase."""
-    measured = {(row["name"], row["phase"], row["shape"][0], row["variant"]): row for row in rows}
-    first = rows[0]
-    versions = first["versions"]
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    lines = [
-        f"{first['device']}, {first['dtype']}, torch {versions['torch']}, {first['date'][:10]}, commit {commits}, "
-        f"{min(row['rounds'] for row in rows)} to {max(row['rounds'] for row in rows)} interleaved rounds:",
-        "",
-        "| block | phase | batch | eager NCHW ms | eager ms | convolutions ms | fused ms | eager / fused (95%) "
-        "| saved MB, eager → fused |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (name, phase, batch, variant), fused in measured.items():
-        if variant != "fused":
-            continue
-        nchw, eager, convs = (measured[name, phase, batch, other] for other in ("eager_nchw", "eager", "conv_only"))
-        times = " | ".join(f"{row['median_s'] * 1e3:.3g}" for row in (nchw, eager, convs, fused))
-        ratio = fused["ratio"]
-        saved = f"{eager['saved_bytes'] / 1e6:.3g} → {fused['saved_bytes'] / 1e6:.3g}" if phase == "train" else "–"
-        lines.append(
-            f"| {name} | {phase} | {batch} | {times} | **{ratio['median']:.2f}** "
-            f"({ratio['low']:.2f}–{ratio['high']:.2f}) | {saved} |"
-        )
-    return "\n".join(lines)
+def slug(device: str) -> str:
+    """A device's name in names of files."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def load(results: Path) -> dict[str, list[Row]]:
+    """Name of a results file → its rows."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+
+
+def measured(files: dict[str, list[Row]]) -> dict[str, dict[str, list[list[Row]]]]:
+    """Kind → device → rows, a list a results file."""
+    found: dict[str, dict[str, list[list[Row]]]] = {kind: {} for kind in TABLES}
+    for rows in files.values():
+        by_kind: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for row in rows:
+            if kind := kind_of(row):
+                by_kind[kind, row["device"]].append(row)
+        for (kind, device), of_file in by_kind.items():
+            found[kind].setdefault(device, []).append(of_file)
+    return found
+
+
+def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tuple[str, list[Row]]]:
+    """Name of a plot → its kind and rows; only where there is something to draw."""
+    wanted = {}
+    for kind, (name, _) in plots.KINDS.items():
+        for device, groups in found[kind].items():
+            rows = [row for rows in groups for row in rows]
+            if kind == "ops":
+                rows = [row for row in rows if row.get("flops") and row.get("matmul_flops_per_s")]
+            if kind == "models":
+                rows = [row for row in rows if row["phase"] == "train"]
+            if rows:
+                wanted[f"{slug(device)}-{name}.svg"] = (kind, rows)
+    return wanted
+
+
+def section(results: Path) -> str:
+    """What stands between the README's markers."""
+    files = load(results)
+    found = measured(files)
+    drawn = wanted_plots(found)
+    parts = [goals_table(files.values())]
+    for kind, table in TABLES.items():
+        parts += [
+            f"![{CAPTIONS[kind]}, {rows[0]['device']}](benchmarks/results/{name})"
+            for name, (of, rows) in drawn.items() if of == kind
+        ]  # fmt: skip
+        parts += [table(rows) for groups in found[kind].values() for rows in groups]
+    return "\n\n".join(filter(None, parts))
 
 
 def readme_with_numbers(text: str, results: Path) -> str:
@@ -52,20 +93,83 @@ def readme_with_numbers(text: str, results: Path) -> str:
     _, closed, after = rest.partition(END)
     if not found or not closed:
         raise SystemExit(f"README.md must have the lines {BEGIN!r} and {END!r}")
-    tables = [table(json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    return f"{before}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}"
 
 
-def main() -> int:
-    """Rewrites or checks the README."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
-    check = parser.parse_args().check
-    readme = ROOT / "README.md"
+def outdated_plots(results: Path) -> list[str]:
+    """Plots that are missing, were drawn from other rows, or whose rows are gone."""
+    wanted = wanted_plots(measured(load(results)))
+    wrong = [name for name, (_, rows) in wanted.items() if plots.drawn_from(results / name) != plots.checksum(rows)]
+    return wrong + [path.name for path in sorted(results.glob("*.svg")) if path.name not in wanted]
+
+
+def draw(results: Path) -> None:
+    """Draws what is out of date, and removes plots whose rows are gone."""
+    wanted = wanted_plots(measured(load(results)))
+    for name in outdated_plots(results):
+        if name in wanted:
+            kind, rows = wanted[name]
+            plots.KINDS[kind][1](rows, results / name)
+        else:
+            (results / name).unlink()
+
+
+def add(folder: Path, results: Path) -> list[Path]:
+    """The rows of a run of gpu_suite.py as results files, one a device and step; returns them."""
+    from rows import ROW_KEYS
+    from suite.journal import Journal
+
+    steps = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if not steps:
+        raise SystemExit(f"--add: {folder} holds no rows of gpu_suite.py; expected files STEP.jsonl")
+    by_step = {step: Journal(folder, step).rows() for step in steps}
+    if any(str(row.get("name", "")).startswith("tiny") for rows in by_step.values() for row in rows):
+        raise SystemExit(f"--add: {folder} is a run with --tiny, whose toy shapes are no results")
+    usual = next((row["device"] for rows in by_step.values() for row in rows if "device" in row), "unknown")
+    written = []
+    for step, rows in by_step.items():
+        by_device: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            whole = dict.fromkeys(ROW_KEYS) if "median_s" in row else {}
+            by_device[row.get("device", usual)].append(whole | row)
+        for device, of_device in by_device.items():
+            path = results / f"{slug(device)}-{step}.json"
+            path.write_text(_fitting(of_device), encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def _fitting(rows: list[Row]) -> str:
+    """The rows as JSON, a row a line, without candidates where they would not fit."""
+    text = _text(rows)
+    if len(text.encode()) > LARGEST:
+        text = _text(row for row in rows if row.get("variant") != "candidate")
+    if len(text.encode()) > LARGEST:
+        raise SystemExit(f"--add: the rows take {len(text.encode())} bytes, more than the {LARGEST} of a results file")
+    return text
+
+
+def _text(rows: Iterable[Row]) -> str:
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrites or checks the README and the plots."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("--add", type=Path, metavar="DIR", help="the --out of a run of gpu_suite.py")
+    options = parser.parse_args(argv)
+    results, readme = ROOT / "benchmarks" / "results", ROOT / "README.md"
+    if options.add:
+        for path in add(options.add, results):
+            print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
     old = readme.read_text()
-    new = readme_with_numbers(old, ROOT / "benchmarks" / "results")
-    if check:
-        return int(new != old)
+    new = readme_with_numbers(old, results)
+    if options.check:
+        return int(new != old or bool(outdated_plots(results)))
+    draw(results)
     readme.write_text(new)
     return 0
 

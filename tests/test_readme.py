@@ -33,6 +33,7 @@ COMMANDS: dict[str, str | None] = {
     "pytest": "pytest --collect-only -q -p no:cacheprovider tests/test_readme.py",
     "python benchmarks/bench_block.py": "python benchmarks/bench_block.py --help",
     "python benchmarks/gpu_suite.py --out DIR --minutes 9": "python benchmarks/gpu_suite.py --help",
+    "python benchmarks/report.py --add DIR": "python benchmarks/report.py --help",
     "python -m fusedres info": "python -m fusedres info",
     "python benchmarks/traffic.py --launched": "python benchmarks/traffic.py --launched fused --batch 4",
     "python benchmarks/inspect_kernels.py --help": "python benchmarks/inspect_kernels.py --help",

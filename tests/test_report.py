@@ -1,36 +1,198 @@
-"""The README's tables are those of the committed rows."""
+"""The README's tables and the plots are those of the committed rows; runs of the GPU suite become results files."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+GPU = "NVIDIA H100 80GB HBM3"
 
 
-def _report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_readme_shows_the_rows():
+@pytest.fixture
+def report():
+    import report
+
+    return report
+
+
+def made_up(**fields: object) -> dict:
+    """A row with every field, none of them measured."""
+    from rows import ROW_KEYS
+
+    row = dict.fromkeys(ROW_KEYS) | {"device": GPU, "versions": {"torch": "0"}, "date": "2000-01-01", "commit": "none"}
+    row |= {"rounds": 3, "dtype": "bfloat16", "phase": "train", "median_s": 0.01, "shape": [256, 3, 224, 224]}
+    return row | {"ratio": {"median": 1.0, "low": 0.9, "high": 1.1}, "data": "synthetic", "case": "a"} | fields
+
+
+def of_block(variant: str, ratio: float, **fields: object) -> dict:
+    low_high = {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
+    ours = "fused" if variant.removeprefix("graphed ") in ("library", "fused") else None
+    row = made_up(op="bottleneck", name="resnet50.layer1.1", variant=variant, ratio=low_high, conv=ours)
+    return row | {"median_s": 0.01 / ratio} | fields
+
+
+def of_model(variant: str, ratio: float, **fields: object) -> dict:
+    row = of_block(variant, ratio, op="model", name="resnet50", bound_s=0.004, step="models")
+    row |= {"images_per_s": 25600 * ratio, "peak_bytes": int(1e10 / ratio), "percent_of_bound": 40.0}
+    return row | fields
+
+
+def of_op(op: str, percent: float, **fields: object) -> dict:
+    row = made_up(op=op, name=f"{op} x", backend="triton", percent_of_bound=percent, percent_of_copy=percent)
+    row |= {"flops": 3 << 20, "counted_bytes": 1 << 20, "bytes_per_s": 1e12, "flops_per_s": 3e12, "step": "ops"}
+    return row | {"copy_bytes_per_s": 3e12, "matmul_flops_per_s": 7e14} | fields
+
+
+# --- what is committed ------------------------------------------------------------------------------------------------
+
+
+def test_readme_shows_the_rows(report):
     text = (ROOT / "README.md").read_text()
-    assert _report().readme_with_numbers(text, ROOT / "benchmarks" / "results") == text
+    assert report.readme_with_numbers(text, RESULTS) == text
 
 
-def test_another_number_is_noticed():
-    report = _report()
+def test_another_number_is_noticed(report):
     text = (ROOT / "README.md").read_text()
     number = text.partition(report.BEGIN)[2].partition("**")[2].partition("**")[0]
     assert float(number) > 0
     wrong = text.replace(f"**{number}**", "**9.99**", 1)
-    assert report.readme_with_numbers(wrong, ROOT / "benchmarks" / "results") != wrong
+    assert report.readme_with_numbers(wrong, RESULTS) != wrong
 
 
-def test_missing_markers():
+def test_plots_are_drawn_from_the_rows(report):
+    assert report.outdated_plots(RESULTS) == []
+    plots = sorted(path.name for path in RESULTS.glob("*.svg"))
+    assert plots, "no plot is committed"
+    assert [f"results/{name})" in (ROOT / "README.md").read_text() for name in plots] == [True] * len(plots)
+
+
+def test_missing_markers(report):
     with pytest.raises(SystemExit, match=r"README\.md must have the lines"):
-        _report().readme_with_numbers("nothing", ROOT / "benchmarks" / "results")
+        report.readme_with_numbers("nothing", RESULTS)
+
+
+# --- made-up rows -----------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+
+
+def test_a_changed_row_makes_its_plot_and_the_readme_outdated(report, tmp_path):
+    rows = [of_block("eager", 1.0), of_block("conv_only", 2.0), of_block("fused", 0.7)]
+    write(tmp_path, "blocks", rows)
+    name = "nvidia-h100-80gb-hbm3-speedup.svg"
+    assert report.outdated_plots(tmp_path) == [name]
+    report.draw(tmp_path)
+    assert report.outdated_plots(tmp_path) == []
+    first, text = (tmp_path / name).read_bytes(), report.section(tmp_path)
+    assert "**0.70** (0.60–0.80)" in text and f"results/{name})" in text  # a loss is shown as well
+    report.draw(tmp_path)
+    assert (tmp_path / name).read_bytes() == first  # nothing is drawn anew
+    write(tmp_path, "blocks", [*rows[:2], of_block("fused", 0.8)])
+    assert report.outdated_plots(tmp_path) == [name] and report.section(tmp_path) != text
+    write(tmp_path, "blocks", [])
+    report.draw(tmp_path)
+    assert not (tmp_path / name).exists()
+
+
+def test_all_kinds_of_plots_and_the_same_rows_give_the_same_file(report, tmp_path):
+    rows = [of_block("eager", 1.0), of_block("fused", 1.5), of_block("fused", 1.2, phase="infer")]
+    rows += [of_model("eager", 1.0), of_model("library", 1.3), of_model("fused", 2.0)]
+    rows += [of_op("bn_relu", 90.0), of_op("gram", 70.0, backend="cuda")]
+    write(tmp_path, "rows", rows)
+    report.draw(tmp_path)
+    drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert {name.removeprefix("nvidia-h100-80gb-hbm3-") for name in drawn} == {
+        "speedup.svg", "memory.svg", "roofline.svg",
+    }  # fmt: skip
+    for name in drawn:
+        (tmp_path / name).unlink()
+    report.draw(tmp_path)
+    assert drawn == {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+
+
+def test_the_block_table_takes_the_fastest_way_and_rival_of_a_kind(report):
+    from tables import blocks_table
+
+    rows = [
+        of_block("eager", 1.0), of_block("eager_nchw", 0.5), of_block("library", 1.4), of_block("fused", 1.8),
+        of_block("compile", 1.3), of_block("cudnn", 1.1), of_block("fused", 9.0, dtype="float16"),
+        of_block("graphed compile", 1.5), of_block("graphed fused", 3.0),
+    ]  # fmt: skip
+    header, _, line = (text.strip("| ").split(" | ") for text in blocks_table(rows).splitlines()[2:5])
+    cells = dict(zip(header, line, strict=True))
+    assert cells["way"] == "fused" and cells["eager / fused (95%)"] == "**1.80** (1.70–1.90)"
+    assert cells["fastest rival"] == "compile" and cells["in CUDA graphs"] == "2.00 over compile"
+    assert "dtype" not in cells and "convolutions ms" not in cells  # float16 has no eager beside it
+
+
+def test_the_model_and_op_tables(report):
+    from tables import models_table, ops_table
+
+    models = models_table([of_model("eager", 1.0), of_model("library", 1.3), of_model("compile", 1.2)])
+    assert "synthetic data:" in models
+    assert "| 25,600 | 33,280 | library | **1.30** (1.20–1.40) | compile |" in models
+    assert "| 40 | 10,000 → 7,692 |" in models
+    ops = ops_table([of_op("bn_relu", 90.0), of_op("bn_relu", 80.0, shape=[1, 2]), of_op("bn_relu", 95.0)])
+    assert "| bn_relu | triton | 3 | 90 | 80 | 1x2 | 95 | 1e+03 |" in ops
+
+
+def test_goals_are_shown_where_a_gpu_has_rows(report, tmp_path):
+    write(tmp_path, "cpu", [of_model("eager", 1.0, device="a CPU"), of_model("fused", 2.0, device="a CPU")])
+    assert "Goals" not in report.section(tmp_path)
+    write(tmp_path, "gpu", [of_model("eager", 1.0), of_model("fused", 2.4)])
+    text = report.section(tmp_path)
+    assert "| ResNet-50 training over eager | ≥ 2.00x | 2.40x (fused) | 2.50x | met |" in text
+    assert "| ResNet-18 training over eager | ≥ 1.60x | not measured | – |  |" in text
+
+
+# --- runs of the suite ------------------------------------------------------------------------------------------------
+
+
+def journal(folder: Path, step: str, rows: list[dict]) -> None:
+    lines = [{"event": "start", "case": "a", "limit": 1}, *rows, {"event": "end", "why": "finished"}]
+    (folder / f"{step}.jsonl").write_text("".join(json.dumps({"step": step} | line) + "\n" for line in lines))
+
+
+def test_a_run_becomes_a_file_a_step(report, tmp_path):
+    from rows import ROW_KEYS
+
+    run, results = tmp_path / "run", tmp_path / "results"
+    run.mkdir()
+    results.mkdir()
+    short = {key: value for key, value in of_op("bn_relu", 90.0).items() if value is not None}
+    journal(run, "ops", [short, {"case": "a", "error": "wrong", "device": GPU}])
+    journal(run, "tests", [{"case": "test", "test": "a", "outcome": "passed"}])  # its rows name no device
+    written = report.add(run, results)
+    assert [path.name for path in written] == ["nvidia-h100-80gb-hbm3-ops.json", "nvidia-h100-80gb-hbm3-tests.json"]
+    timed, failed = json.loads(written[0].read_text())
+    assert set(ROW_KEYS) <= timed.keys() and failed["error"] == "wrong" and "event" not in failed
+    assert "| bn_relu | triton | 1 | 90 |" in report.section(results)
+
+
+def test_what_is_no_result_is_refused(report, tmp_path):
+    with pytest.raises(SystemExit, match="holds no rows"):
+        report.add(tmp_path, tmp_path)
+    journal(tmp_path, "models", [of_model("eager", 1.0, name="tiny")])
+    with pytest.raises(SystemExit, match="toy shapes are no results"):
+        report.add(tmp_path, tmp_path)
+
+
+def test_candidates_go_where_a_file_grows_too_large(report, monkeypatch):
+    rows = [of_op("gram", 90.0), *(of_op("gram", 80.0, variant="candidate") for _ in range(20))]
+    monkeypatch.setattr(report, "LARGEST", 10_000)
+    assert [row["variant"] for row in json.loads(report._fitting(rows))] == [None]
+    monkeypatch.setattr(report, "LARGEST", 100)
+    with pytest.raises(SystemExit, match="more than the 100 of a results file"):
+        report._fitting(rows)
