@@ -18,6 +18,7 @@ import triton.language as tl
 from fusedres.kernels.launch import Config, Launch, ceil_div, launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import candidates
 import inspect_kernels
 
 M, N, K = 65536, 256, 512
@@ -90,8 +91,8 @@ def specialised() -> dict[str, str]:
     arguments = {"aligned_ptr": whole[8:], "shifted_ptr": whole[1:], "missing_ptr": None, "out_ptr": whole.float()}
     sizes = {"ONE": 1, "SIXTEENS": 48, "ODD": 7, "HUGE": 2**31 + 1, "FLAG": True}
     config = Config({"BLOCK": 64})
-    (made,) = inspect_kernels.record(lambda: launch(arguments_kernel, (1,), arguments | sizes, config))
-    source = inspect_kernels.specialise(made, config, 90).source
+    (made,) = candidates.record(lambda: launch(arguments_kernel, (1,), arguments | sizes, config))
+    source = candidates.specialise(made, config, 90).source
     found = {}
     for index, (name, kind) in enumerate(source.signature.items()):
         more = source.constants[index,] if kind == "constexpr" else source.attrs.get((index,)) or ""
@@ -99,33 +100,35 @@ def specialised() -> dict[str, str]:
     return found
 
 
-def first_of_each_kernel(launches: list[Launch]) -> list[Launch]:
+def first_of(block: str, only: set[str] | None = None) -> list[Launch]:
+    """The first launch of each kernel, of those named."""
     found: dict[str, Launch] = {}
-    for made in launches:
-        found.setdefault(made.name, made)
+    for made in candidates.launches_of(candidates.cases(block).values()):
+        if only is None or made.name in only:
+            found.setdefault(made.name, made)
     return list(found.values())
+
+
+def fewest(products: set[str]) -> list[tuple[int, str, str, int]]:
+    """Every product of every block: arch, kernel, problem, its candidates."""
+    found: dict[tuple[int, str, str], set[str]] = {}
+    for arch in (80, 90):
+        for made in candidates.launches_of(candidates.cases().values(), arch, sorted(products)):
+            key = arch, made.name, candidates.problem(made)
+            found.setdefault(key, set()).update(map(candidates.describe, made.candidates))
+    return [(*key, len(configs)) for key, configs in found.items()]
 
 
 def main(wide: str, narrow: str) -> None:
     """Every kernel as block `wide` launches it first, and every kernel with a product as `narrow` does."""
-    every = [made for run in inspect_kernels.cases(wide).values() for made in inspect_kernels.record(run)]
-    rows = inspect_kernels.inspect_launches(first_of_each_kernel(every), arch=90, limit=1)
-    products = {row.kernel for row in rows if row.product}
-    again = [made for run in inspect_kernels.cases(narrow).values() for made in inspect_kernels.record(run)]
-    narrowed = [made for made in first_of_each_kernel(again) if made.name in products]
-    rows += inspect_kernels.inspect_launches(narrowed, arch=90, limit=1)
-    candidates = [
-        (block, made.name, len(made.candidates))
-        for block, launches in ((wide, every), (narrow, again))
-        for made in launches
-        if made.name in products
-    ]
-    inspect_kernels.PIPELINED |= {"product_kernel"}
+    rows = inspect_kernels.inspect_launches(first_of(wide), limit=1)
+    products = {row.kernel for row in rows if row.dot}
+    rows += inspect_kernels.inspect_launches(first_of(narrow, products), limit=1)
     written = {name: inspect_kernels.inspect_function(run, arch=90)[0] for name, run in PRODUCTS.items()}
     written["sm_80"] = inspect_kernels.inspect_function(PRODUCTS["good"], arch=80)[0]
     record = {
         "rows": [asdict(row) for row in rows],
-        "candidates": candidates,
+        "candidates": fewest(products),
         "specialised": specialised(),
         "products": {name: asdict(row) for name, row in written.items()},
     }

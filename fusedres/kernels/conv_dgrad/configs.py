@@ -79,7 +79,7 @@ _STRIDED = (
     _config(64, 128, 64, 4, 4, 3),
     _config(128, 128, 64, 4, 8, 3),
     _config(128, 64, 64, 2, 4, 3),
-    _config(128, 128, 32, 4, 8, 4),
+    _config(128, 64, 64, 2, 8, 3),
 )
 # Without wgmma 128x128x32 and 256 columns spill.
 _STORED_AMPERE = (

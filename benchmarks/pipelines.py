@@ -1,0 +1,81 @@
+"""What the main loop of a product may lack by the design of its kernel, and why.
+
+A product of 16-bit operands is held to a full pipeline: operands are copied ahead asynchronously, nothing is stored to
+shared memory in the loop, and some wgmma stays in flight. LACKS names where the design has it otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusedres.kernels.launch import Config, Launch
+
+COPIES = "no asynchronous copies in the main loop"
+STORES = "shared-memory stores in the main loop"
+WAIT = "wgmma wait 0 in the main loop"
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Kernels, what they lack where `when` holds of a launch's arguments, config and arch, and why."""
+
+    kernels: tuple[str, ...]
+    what: tuple[str, ...]
+    when: Callable[[Mapping[str, Any], Config, int], bool]
+    why: str
+
+
+def _gated(arguments: Mapping[str, Any], config: Config, arch: int) -> bool:
+    return arguments["gate_ptr"] is not None
+
+
+def _always(arguments: Mapping[str, Any], config: Config, arch: int) -> bool:
+    return True
+
+
+LACKS = (
+    Lack(
+        ("conv_fprop_kernel", "conv_bn_add_relu_kernel"),
+        (COPIES, STORES, WAIT),
+        lambda arguments, config, arch: config["FLAT"],
+        "neighbours in a tile of x are of other taps: single elements, and the least that is copied is 4 bytes",
+    ),
+    Lack(
+        ("bn_relu_maxpool_wgrad_kernel",),
+        (STORES, WAIT),
+        _always,
+        "x is loaded by single elements for the same reason, and dy is formed from windows",
+    ),
+    Lack(
+        ("gram_tiles_kernel", "one_pass_reduce_kernel"),
+        (STORES, WAIT),
+        _always,
+        "both operands are computed on load, and the second one can only come from shared memory",
+    ),
+    Lack(
+        ("conv_wgrad_kernel",),
+        (STORES, WAIT),
+        lambda arguments, *_: (
+            arguments["y_ptr"] is not None and (arguments["state_ptr"] is not None or arguments["gate_ptr"] is not None)
+        ),
+        "both operands are computed on load, or one behind bits that other threads hold; dy is read once",
+    ),
+    Lack(
+        ("conv_dgrad_kernel", "one_pass_dgrad_kernel"),
+        (STORES,),
+        _gated,
+        "the eight bits of a byte of the gate go to eight lanes",
+    ),
+)
+
+
+def lacks(launch: Launch, config: Config, arch: int) -> dict[str, str]:
+    """What this launch may lack → why."""
+    return {
+        what: lack.why
+        for lack in LACKS
+        if launch.name in lack.kernels and lack.when(launch.arguments, config, arch)
+        for what in lack.what
+    }

@@ -1,0 +1,121 @@
+"""Reading a cubin: resources and instructions, by cuobjdump of the triton package.
+
+The main loop of a kernel is any innermost loop with tensor-core instructions; where it is unrolled, what stands from
+the first to the last of them; where there are none, any innermost loop with global memory accesses. Counts are of
+instructions as they stand in the SASS, not as they run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import triton
+
+_ASYNC = ("LDGSTS", "UBLKCP", "UTMALDG")
+TENSOR_CORE = ("HGMMA", "HMMA", "DMMA")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+class Binary:
+    """A cubin, disassembled with cuobjdump of the triton package."""
+
+    def __init__(self, cubin: bytes) -> None:
+        self._cubin = cubin
+
+    @cached_property
+    def _text(self) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self._cubin)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @property
+    def resources(self) -> tuple[int, int]:
+        """Registers and spilled bytes of a thread; ptxas may reserve a few bytes of stack that nothing touches."""
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", self._text))
+        touched = any(op.startswith(("LDL", "STL")) for op in self.opcodes)
+        return int(found["REG"]), (int(found["STACK"]) + int(found["LOCAL"])) * touched
+
+    @cached_property
+    def instructions(self) -> list[tuple[int, str, str]]:
+        """(address, opcode with its modifiers, operands)."""
+        return [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self._text)]
+
+    @property
+    def opcodes(self) -> list[str]:
+        """Of every instruction."""
+        return [op for _, op, _ in self.instructions]
+
+    def count(self, opcode: str) -> int:
+        """Instructions of this opcode, whatever its modifiers."""
+        return sum(op.partition(".")[0] == opcode for op in self.opcodes)
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """Every instruction as text."""
+        return [op + operands for _, op, operands in self.instructions]
+
+    @cached_property
+    def loops(self) -> list[list[str]]:
+        """The instructions of every innermost loop."""
+        spans = []
+        for address, op, operands in self.instructions:
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+            if op.startswith("BRA") and target and int(target[1], 16) < address:
+                spans.append((int(target[1], 16), address))
+        return [
+            [
+                line
+                for (address, _, _), line in zip(self.instructions, self.lines, strict=True)
+                if low <= address <= high
+            ]
+            for low, high in _innermost(spans)
+        ]
+
+    @cached_property
+    def unrolled(self) -> bool:
+        """Whether there are tensor-core instructions, and none in a loop."""
+        return not _with(self.loops, TENSOR_CORE) and bool(_with([self.lines], TENSOR_CORE))
+
+    @cached_property
+    def main_loops(self) -> list[list[str]]:
+        """The instructions of each main loop."""
+        if self.unrolled:
+            products = [i for i, line in enumerate(self.lines) if line.startswith(TENSOR_CORE)]
+            return [self.lines[products[0] : products[-1] + 1]]
+        return _with(self.loops, TENSOR_CORE) or _with(self.loops, ("LDG", *_ASYNC, "STG"))
+
+    @property
+    def async_copies(self) -> int | None:
+        """Asynchronous copies in the main loop, the fewest of several; all of them where it is unrolled."""
+        loops = [self.lines] if self.unrolled else self.main_loops
+        return min((len([line for line in loop if line.startswith(_ASYNC)]) for loop in loops), default=None)
+
+    @property
+    def shared_stores(self) -> int | None:
+        """Shared-memory stores in the main loop, the most of several."""
+        return max((len([line for line in loop if line.startswith("STS")]) for loop in self.main_loops), default=None)
+
+    @property
+    def wgmma_waits(self) -> list[int]:
+        """Of every wait in main loops, how many groups of wgmma may stay in flight."""
+        found = (
+            re.match(r"WARPGROUP\.DEPBAR\.LE\s+gsb0, 0x([0-9a-f]+)", line) for loop in self.main_loops for line in loop
+        )
+        return [int(wait[1], 16) for wait in found if wait]
+
+
+def _with(loops: Iterable[list[str]], opcodes: tuple[str, ...]) -> list[list[str]]:
+    """The loops that hold one of the opcodes."""
+    return [loop for loop in loops if any(line.startswith(opcodes) for line in loop)]
+
+
+def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans that hold no other one."""
+    distinct = sorted(set(spans))
+    return [s for s in distinct if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in distinct)]
