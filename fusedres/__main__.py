@@ -1,10 +1,13 @@
-"""`python -m fusedres info [--json]`: what is installed, what was built for what, what runs where and why."""
+"""`python -m fusedres info [--json]`: what is installed, what was built for what, what runs where and why;
+`python -m fusedres tune`: what is fastest here, measured for "auto" to follow.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import torch
 import torchvision
 
 import fusedres
-from fusedres import _C, backends, cuda_support
+from fusedres import _C, backends, cuda_support, dispatch
 from fusedres.kernels import table
 from fusedres.ops._library import OPS, Op
+from fusedres.tune import command as tune
 
 
 def _triton_version() -> str | None:
@@ -35,7 +39,10 @@ def _devices() -> dict[str, dict[str, Any]]:
         devices[f"cuda:{index}"] = {"name": properties.name, "capability": capability}
     with backends.use_backend("auto"):
         for name, entry in devices.items():
-            entry["backend"] = backends.backend_for(torch.device(name).type) or "none: blocks run unfused"
+            device = torch.device(name)
+            measured = dispatch.table(device)
+            entry["measured"] = f"{len(measured.blocks)} shapes" if measured else "nothing"
+            entry["backend"] = backends.backend_for(device) or "none: blocks run unfused"
     return devices
 
 
@@ -55,7 +62,7 @@ def _serving(op: Op, device_type: str) -> dict[str, str]:
     """The backend whose kernel runs for an op in this context, "none" where PyTorch's operators do, and why."""
     name = backends.backend_for(device_type)
     if name is None:
-        found = "none", "no GPU has measured the kernels yet, so that blocks run unfused"
+        found = "none", "nothing was measured on this device, so that blocks run unfused"
     elif name not in table.STAND_INS and table.find(op.folder, op.name, name) is None:
         found = "none", f"there is no {name} kernel, and blocks use PyTorch's operators there"
     else:
@@ -123,15 +130,24 @@ def as_text(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
+    """Runs the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fusedres", description="Fused residual blocks for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     info_parser = commands.add_parser("info", help="versions, devices, what the native core was built with")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
+    tune_parser = commands.add_parser("tune", help=tune.HELP)
+    tune.add_arguments(tune_parser)
     arguments = parser.parse_args()
+    if arguments.command == "tune":
+        try:
+            return tune.main(arguments)
+        except ValueError as error:
+            tune_parser.error(str(error))
     values = info()
     print(json.dumps(values, indent=2) if arguments.json else as_text(values))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -112,10 +112,19 @@ def update(path: Path, table: Table) -> None:
             table = replace(table, blocks=before.blocks | table.blocks, configs=before.configs | table.configs)
         unfinished = path.with_name(path.name + ".new")  # whoever holds the lock may overwrite a killed process's
         with unfinished.open("w", encoding="utf-8") as file:
-            json.dump(as_json(table), file, indent=1)
+            file.write(_as_text(table))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+
+
+def _as_text(table: Table) -> str:
+    """JSON, an entry a line."""
+    data = as_json(table)
+    blocks = ",\n".join(map(json.dumps, data.pop("blocks")))
+    configs = ",\n".join(f"{json.dumps(key)}: {json.dumps(label)}" for key, label in data.pop("configs").items())
+    head = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+    return f'{{\n{head},\n"blocks": [\n{blocks}\n],\n"configs": {{\n{configs}\n}}\n}}\n'
 
 
 @contextmanager

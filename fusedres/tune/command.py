@@ -1,0 +1,187 @@
+"""`python -m fusedres tune`: measures block shapes on this device and writes the table that "auto" follows."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusedres import dispatch
+from fusedres.backends import backend_for, use_backend
+from fusedres.dispatch import Entry, Shape, Table
+from fusedres.dispatch.store import cache_folder, family, file_name, read, update, versions
+from fusedres.tune.shapes import subjects
+from fusedres.tune.timing import Timer
+from fusedres.tune.ways import DTYPES, Bench, Case, fastest
+
+if TYPE_CHECKING:
+    from fusedres.tune.configs import Configs
+
+HELP = "measure here what is fastest, for auto to follow"
+ROUNDS = 15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = (
+        "Times every distinct block and stem of torchvision's models on this device: eager, and each fused way that "
+        'agrees with it. fuse()\'s "auto" follows the result in processes started afterwards. What is slower than '
+        "eager by over 2% stays unfused. The table lies in $FUSEDRES_CACHE_DIR, else in $XDG_CACHE_HOME/fusedres, else "
+        "in ~/.cache/fusedres, and grows with each run. Let nothing else run on the device meanwhile."
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["resnet50", "resnet18"], help="of torchvision (resnet50 resnet18)"
+    )
+    parser.add_argument("--batch", nargs="+", type=int, help="images at once (a GPU: 256 64 16, a CPU: 8)")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width (224)")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="(a GPU: bfloat16, a CPU: float32)")
+    parser.add_argument("--phase", nargs="+", choices=("train", "infer"), default=["train", "infer"], help="(both)")
+    parser.add_argument("--backend", choices=("triton", "cuda", "cpu"), help="(a GPU: triton, a CPU: cpu)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
+    parser.add_argument("--minutes", type=float, help="stop after these; what was measured is written")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command; 1 where a way was wrong or nothing was measured.
+
+    Raises:
+        ValueError: an option does not fit the others or this machine.
+    """
+    device = _device(options.device)
+    name = family(device)
+    if name is None:
+        raise ValueError(f"tune: --device must be cpu or a CUDA device, got {options.device}")
+    on_gpu = device.type == "cuda"
+    for option, values in (("--batch", options.batch or [1]), ("--image-size", [options.image_size])):
+        if min(values) < 1:
+            raise ValueError(f"tune: {option} must be at least 1, got {min(values)}")
+    if "tf32" in (options.dtype or []) and not on_gpu:
+        raise ValueError("tune: --dtype tf32 is for GPUs; measure float32")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # eager at its best
+    backend = options.backend or ("triton" if on_gpu else "cpu")
+    try:
+        with use_backend(backend):
+            backend_for(device)
+    except RuntimeError as error:  # it does not serve it
+        raise ValueError(f"tune: --backend {backend}: {error}") from error
+    cases = [
+        Case(subject, batch, dtype, phase)
+        for dtype in options.dtype or ["bfloat16" if on_gpu else "float32"]
+        for batch in options.batch or ([256, 64, 16] if on_gpu else [8])
+        for phase in options.phase
+        for subject in subjects(options.model, options.image_size)
+    ]
+    path = options.out or cache_folder() / file_name(name)
+    seconds = 60 * options.minutes if options.minutes else None
+    print(f"{name}, backend {backend}; writing {path}", flush=True)
+    tuning = Tuning(device, backend, path, seconds=seconds)
+    tuning.run(cases)
+    return tuning.finish(len(cases))
+
+
+def _device(name: str | None) -> torch.device:
+    """With its index, as tensors have it."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except RuntimeError as error:
+        raise ValueError(f"tune: --device must be one that torch sees, got {name}: {error}") from error
+
+
+class Tuning:
+    """One run: measures cases one after the other and writes the table after each."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        backend: str,
+        path: Path,
+        seconds: float | None = None,
+        rounds: int = ROUNDS,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        self.device, self.backend, self.path, self.rounds, self.say = device, backend, path, rounds, say
+        self.until = time.monotonic() + seconds if seconds else None
+        self.entries: dict[Shape, Entry] = {}
+        self.wrong = 0
+        name = family(device)
+        assert name is not None
+        self.name = name
+        before = read(path, name)
+        if before is not None and before.versions != versions():
+            before = None
+        self.known = set() if before is None else set(before.blocks)
+        self.configs = {} if before is None else dict(before.configs)
+        self._timer = Timer(device)
+
+    def left(self) -> float:
+        """Seconds."""
+        return float("inf") if self.until is None else self.until - time.monotonic()
+
+    def run(self, cases: Sequence[Case]) -> None:
+        """Measures what the file does not have first; what is over the time is left."""
+        sizes = self._tile_sizes()
+        for case in sorted(cases, key=lambda case: case.shape in self.known):
+            if self.left() <= 0:
+                break
+            installed = dispatch.table(self.device)
+            try:
+                self._measure(case, sizes)
+            except Exception as error:  # out of memory above all: the others may fit
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.synchronize()  # raises where the GPU is lost
+                self._left_out(f"{case}: {type(error).__name__}: {error}".partition("\n")[0])
+            finally:
+                dispatch.install(self.device, installed)
+
+    def _tile_sizes(self) -> Configs | None:
+        if self.backend not in ("triton", "cuda"):
+            return None
+        from fusedres.tune.configs import Configs  # imports Triton
+
+        return Configs(self.device, self.rounds, self.left, self.configs)
+
+    def _measure(self, case: Case, sizes: Configs | None) -> None:
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
+        bench = Bench(case, self.device, self.backend)
+        if sizes is not None:
+            sizes.visit(bench, bench.visits())
+            for wrong in sizes.wrong:
+                self._left_out(wrong)
+            sizes.wrong.clear()
+            self.configs = sizes.found
+        found = fastest(bench, self.configs, self._timer, self.rounds)
+        for wrong in found.wrong:
+            self._left_out(f"{case}: {wrong}")
+        self.entries[case.shape] = found.entry
+        update(self.path, self.table({case.shape: found.entry}))
+        gain = found.entry.eager_over_way
+        times = "" if gain is None or found.eager_s is None else f"  {1e3 * found.eager_s:8.3f} ms  {gain:5.2f}"
+        self.say(f"{case!s:<52}{times}  {found.entry.way}")
+
+    def _left_out(self, what: str) -> None:
+        self.wrong += 1
+        self.say(f"left out: {what}")
+
+    def table(self, entries: dict[Shape, Entry]) -> Table:
+        """Of this device, now."""
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return Table(self.name, self.backend, versions(), date, entries, self.configs)
+
+    def finish(self, of: int) -> int:
+        """Says what came of it; the command's exit code."""
+        unfused = sum(entry.way.backend is None for entry in self.entries.values())
+        self.say(
+            f"{len(self.entries)} of {of} measured (eager ms, eager / fused), {unfused} of them stay unfused, "
+            f"{len(self.configs)} tile sizes; {self.path}"
+        )
+        return int(bool(self.wrong) or not self.entries)

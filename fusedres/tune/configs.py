@@ -1,0 +1,76 @@
+"""The fastest tile sizes of each problem that a block's kernels choose for: every candidate is checked, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+
+from fusedres import dispatch
+from fusedres.dispatch import Way
+from fusedres.kernels.launch import Config, choosing, problem_key
+from fusedres.tune.calls import BOUNDS, Call, Recorder, Visit, always, forced
+from fusedres.tune.compare import disagreement
+from fusedres.tune.timing import Timer, Variant, interleave
+from fusedres.tune.ways import Bench, faster
+
+_LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
+
+
+class Configs:
+    """Problem → label of the fastest config, filled by visiting blocks."""
+
+    def __init__(self, device: torch.device, rounds: int, left: Callable[[], float], known: dict[str, str]) -> None:
+        self.found = dict(known)
+        self.wrong: list[str] = []  # candidates that were left out, and why
+        self._timer = Timer(device, lead=_LEAD)
+        self._rounds, self._left = rounds, left
+        self._measured: set[str] = set()  # problems
+        self._visit = Visit(set(), self._of_call)
+
+    def visit(self, bench: Bench, ways: Iterable[Way]) -> None:
+        """Measures what a block asks for on these ways."""
+        for way in ways:
+            dispatch.install(bench.device, bench.table(way, self.found))
+            with bench.around(), torch.autograd.set_multithreading_enabled(False), self._visit:
+                bench.step(bench.fused)
+            bench.cleanup()
+
+    def _of_call(self, call: Call) -> None:
+        if call.op.name == "empty_batch" or self._left() <= 0:
+            return
+        backend, recorder = call.args[-1], Recorder()
+        with choosing(recorder):
+            call.results(backend)
+        for problem, candidates in recorder.problems.items():
+            key = problem_key(problem)
+            if len(candidates) < 2 or key in self._measured:
+                continue
+            self._measured.add(key)
+            reference, timed = call.results("reference"), []
+            for config in candidates:
+                pick = forced(problem, config)
+                with choosing(pick):
+                    wrong = self._wrong(call, backend, reference)
+                if wrong:
+                    self.wrong.append(f"{key}, {config.label}: {wrong}")
+                else:
+                    timed.append(always(call.variant(config.label, backend), pick))
+            if timed:
+                self.found[key] = self._fastest(timed, candidates[0])
+
+    def _wrong(self, call: Call, backend: str, reference: list[torch.Tensor]) -> str | None:
+        try:
+            return disagreement(call.results(backend), reference, BOUNDS[call.dtype])
+        except Exception as error:
+            if self._timer.device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the GPU is lost
+            return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+    def _fastest(self, timed: list[Variant], first: Config) -> str:
+        """The first of the candidates stays unless another is faster by more than the noise."""
+        samples = interleave(timed, self._timer, rounds=self._rounds, warmup=1)
+        best = min(samples, key=lambda label: median(samples[label]))
+        default = samples.get(first.label)
+        return best if default is None or faster(samples[best], default) else first.label

@@ -1,0 +1,119 @@
+"""The distinct blocks and stems of torchvision's residual networks, found by running the networks on meta tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck, FusedStem
+from fusedres.modules.choice import shape_of
+
+
+class Stem(nn.Module):
+    """conv1, bn1, relu and maxpool of a ResNet."""
+
+    def __init__(self, model: ResNet) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu, self.maxpool = model.conv1, model.bn1, model.relu, model.maxpool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """maxpool(relu(bn1(conv1(x))))."""
+        result: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return result
+
+
+class FusedStemAlone(FusedStem, Stem):
+    """The same, fused where the device's table does not say otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Stem."""
+        out = self._stem(x)
+        return super().forward(x) if out is None else out
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    Stem: FusedStemAlone,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A block or a stem of its shapes, stock, on the meta device."""
+
+    name: str
+    module: nn.Module
+    size: tuple[int, int, int]  # of an input: channels, height, width
+
+    @property
+    def is_stem(self) -> bool:
+        """Whether its input are images, which need no gradient."""
+        return isinstance(self.module, Stem)
+
+    @property
+    def shape(self) -> tuple[str | int, ...]:
+        """Its Shape from kind to width."""
+        fused = FUSED[type(self.module)]
+        names = fused._conv_names if issubclass(fused, FusedBlock) else ("conv1",)
+        return shape_of(self.module, names, torch.empty((1, *self.size), device="meta"))
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A copy on a device, channels_last, with weights and statistics that are not special values.
+
+        In half precision its weights are float32, as under autocast.
+        """
+        module = copy.deepcopy(self.module).to_empty(device=device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for child in module.modules():
+                if isinstance(child, nn.Conv2d):
+                    nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+                elif isinstance(child, nn.BatchNorm2d):
+                    child.reset_running_stats()
+                    nn.init.uniform_(child.weight, 0.5, 1.5)
+                    nn.init.normal_(child.bias, 0.0, 0.2)
+        module = module.to(torch.float64) if dtype is torch.float64 else module
+        return module.to(memory_format=torch.channels_last)
+
+
+def subjects(models: Sequence[str], image_size: int) -> list[Subject]:
+    """The distinct ones of torchvision's models at images of this size, in order.
+
+    Raises:
+        ValueError: a name is none of torchvision's residual networks.
+    """
+    found: dict[tuple[str | int, ...], Subject] = {}
+    for name in models:
+        for subject in _subjects(name, image_size):
+            found.setdefault(subject.shape, subject)
+    return list(found.values())
+
+
+def _subjects(name: str, image_size: int) -> list[Subject]:
+    try:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name)
+    except ValueError as error:
+        raise ValueError(f"tune: model must be one of torchvision's, such as resnet50, got {name!r}") from error
+    if not isinstance(model, ResNet):
+        raise ValueError(f"tune: model must be a residual network such as resnet50, got {name!r}")
+    found = [Subject(f"{name}.stem", Stem(model), (3, image_size, image_size))]
+
+    def note(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _, channels, height, width = inputs[0].shape
+        found.append(Subject(f"{name}.{names[block]}", block, (channels, height, width)))
+
+    names = {block: path for path, block in model.named_modules() if type(block) in FUSED}
+    hooks = [block.register_forward_pre_hook(note) for block in names]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return found
