@@ -48,6 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=tuple(PRECISIONS), help="half precision: autocast (GPU bfloat16, CPU float32)"
     )
     parser.add_argument("--rounds", type=int, default=12, help="each times every variant once (12)")
+    parser.add_argument(
+        "--budget", type=float, default=150, help="seconds of timing, then three rounds are enough (150)"
+    )
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)
@@ -92,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             for phase in phases:
                 work = Work(model, phase, options.batch, PRECISIONS[options.dtype], options.size)
                 progress.step(f"{model} {phase}", 0)
-                measure(settings, f"{model} {phase} batch {options.batch}", work, names, options.rounds)
+                budget = options.budget / len(options.models) / len(phases)
+                measure(settings, f"{model} {phase} batch {options.batch}", work, names, options.rounds, budget)
                 progress.step(f"{model} {phase}")
         found = settings.journal.rows()
     progress.close()

@@ -130,6 +130,7 @@ class _Measurement:
 
     def measure(self) -> None:
         """Writes a row a variant, those with a reason or an error too."""
+        torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
         train = self.case.phase == "train"
         picked = choices.table(self.settings)
         self.pool = torch.cuda.graph_pool_handle() if self.settings.on_gpu else None

@@ -100,7 +100,7 @@ def _case(settings: Settings, work: Work, kind: str, names: list[str], limit: fl
     usual = work.precision.dtype == settings.dtype
     words = [work.model, work.phase, f"batch {work.batch}", kind, "" if usual else work.precision.name]
     case = " ".join(filter(None, words))
-    return Case(case, lambda: measure(settings, case, work, names, 10 if settings.on_gpu else 1, kind), limit)
+    return Case(case, lambda: measure(settings, case, work, names, 10 if settings.on_gpu else 1, 12, kind), limit)
 
 
 def build(settings: Settings, work: Work) -> nn.Module:
@@ -170,8 +170,11 @@ class _Run:
         return replay
 
 
-def measure(settings: Settings, case: str, work: Work, names: list[str], rounds: int, kind: str = "") -> None:
-    """Times eager and the variants called `names`, and writes a row for each."""
+def measure(
+    settings: Settings, case: str, work: Work, names: list[str], rounds: int, budget: float, kind: str = ""
+) -> None:
+    """Times eager and the variants called `names`; a row for each. After `budget` seconds three rounds are enough."""
+    torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
     images = torch.randn(work.batch, 3, work.size, work.size, device=settings.device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(work.classes, (work.batch,), device=settings.device)
@@ -210,9 +213,7 @@ def measure(settings: Settings, case: str, work: Work, names: list[str], rounds:
         cost = min(timer.once(Variant("eager", steps["eager"])) for _ in range(2))
         repeats = max(1, min(20, round(0.05 / cost))) if settings.on_gpu else 1
         variants = [Variant(variant, _repeated(step, repeats)) for variant, step in steps.items()]
-        samples = harness.interleave(
-            variants, timer, rounds=rounds, at_least=min(3, rounds), budget=12 if settings.on_gpu else None, warmup=1
-        )
+        samples = harness.interleave(variants, timer, rounds=rounds, at_least=min(3, rounds), budget=budget, warmup=1)
     ceilings = settings.ceilings_of(work.precision)
     floor = floors.of_model(work.model, work.phase, work.batch, work.precision.dtype.itemsize, ceilings, work.size)
     bound = {"floor_bytes": floor.bytes, "flops": floor.flops, "bound_s": floor.seconds} if floor else {}

@@ -23,10 +23,10 @@ def print_summary(out: Path, steps: list[str]) -> int:
         ("tests", _tests(rows["tests"])),
         ("sanitizer", _sanitizer(rows["sanitizer"])),
         ("errors", _errors({step: rows[step] for step in steps if step not in ("tests", "sanitizer")})),
+        ("goals", _columns([goals.HEADER, *goals.table(rows)])),
         ("ops", _ops(rows["ops"])),
         ("blocks, ms", _blocks(rows["blocks"])),
         ("models, images/s", _models(rows["models"])),
-        ("goals", _columns([goals.HEADER, *goals.table(rows)])),
     ):
         lines += [f"--- {title}", *part]
     for line in lines[:MOST]:
