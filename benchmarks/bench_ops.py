@@ -3,10 +3,11 @@
     python benchmarks/bench_ops.py                         56², 28², 14² and 7², the widths of ResNet-18 and ResNet-50
     python benchmarks/bench_ops.py --ops bn_add_relu --sizes 56 --json ops.json
 
-Op and copy alternate in one run. The copy works between preallocated buffers and moves the same number of bytes; the
-op allocates its results, as it does in a model. On a CPU the memory of earlier results is kept mapped, so that page
-faults of fresh memory stay out of it (--fresh-pages lets them in). A second pass over an argument is counted, though a
-cache may serve it. Each op is checked against the reference backend before it is timed.
+Op and copy alternate in one run, after the caches have been flushed: what is read comes from memory. The copy works
+between preallocated buffers and moves the same number of bytes; the op allocates its results, as it does in a model. On
+a CPU the memory of earlier results is kept mapped, so that page faults of fresh memory stay out of it (--fresh-pages
+lets them in). A second pass over an argument is counted, though a cache may serve it. Each op is checked against the
+reference backend before it is timed.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         for size in options.sizes
         for channels in (options.channels or (64 * 56 // size, 256 * 56 // size))
     ]
-    timer, rate = harness.Timer(device), harness.matmul_rate(device, dtype)
+    timer, rate = harness.Timer(device, cold=True), harness.matmul_rate(device, dtype)
     rows, lines = [], []
     progress = harness.Progress(len(shapes))
     for channels, size in shapes:

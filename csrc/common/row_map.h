@@ -26,4 +26,35 @@ struct RowMap {
   }
 };
 
+// Source rows of consecutive output rows, from `first` on, without a division each.
+class RowCursor {
+ public:
+  RowCursor(const RowMap& map, int64_t first)
+      : map_(map),
+        columns_(map.out_width()),
+        lines_(map.out_height()),
+        column_(first % columns_),
+        line_(first / columns_ % lines_),
+        line_start_(map.source_row(first) - column_ * map.stride) {}
+
+  int64_t row() const { return line_start_ + column_ * map_.stride; }
+
+  void next() {
+    if (++column_ < columns_) return;
+    column_ = 0;
+    line_start_ += map_.stride * map_.width;
+    if (++line_ < lines_) return;
+    line_ = 0;
+    line_start_ += (map_.height - lines_ * map_.stride) * map_.width;
+  }
+
+ private:
+  RowMap map_;
+  int64_t columns_;
+  int64_t lines_;
+  int64_t column_;
+  int64_t line_;
+  int64_t line_start_;
+};
+
 }  // namespace fusedres

@@ -4,7 +4,7 @@ Every comparison is made inside one process, round by round: each round times ev
 rotates, so that drift of the machine falls on all of them alike. Times of separate runs are never compared.
 
 On a GPU a sample is the time between two CUDA events after the L2 cache has been flushed. On a CPU it is wall time,
-page faults of freshly allocated memory included, as a user pays them.
+page faults of freshly allocated memory included, as a user pays them; its caches are flushed where asked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_CPU_FLUSH_BYTES = 128 << 20  # more than the last cache of one socket's cores
 
 
 @dataclass
@@ -32,27 +34,33 @@ class Timer:
     """Seconds of one call: CUDA events after an L2 flush on a GPU, wall time on a CPU.
 
     A short call on a CPU is repeated until about `least` seconds are filled; the sample is the mean of the calls. A GPU
-    waits `lead` seconds before the first event, so that what is launched within them costs no time of its own.
+    waits `lead` seconds before the first event, so that what is launched within them costs no time of its own. `cold`:
+    a CPU's caches are flushed before each call, too.
     """
 
-    def __init__(self, device: torch.device, least: float = 1e-3, lead: float = 0.0) -> None:
+    def __init__(self, device: torch.device, least: float = 1e-3, lead: float = 0.0, cold: bool = False) -> None:
         self.device = device
         self.least = least
         self._wait = int(lead * 1.9e9)  # cycles, about
         self._flush: Tensor | None = None
-        if device.type == "cuda":
+        if device.type == "cpu" and cold:
+            self._flush = torch.zeros(_CPU_FLUSH_BYTES, dtype=torch.int8)
+        elif device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             size = max(2 * getattr(properties, "L2_cache_size", 0), 64 << 20)
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def once(self, variant: Variant) -> float:
         """One timed call."""
-        if self._flush is None:
+        if self.device.type == "cpu":
+            if self._flush is not None:
+                self._flush.add_(1)
             start = time.perf_counter()
             result = variant.run()
             seconds = time.perf_counter() - start
             del result
         else:
+            assert self._flush is not None
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._flush.zero_()
             if self._wait:
