@@ -59,9 +59,16 @@ def _ours(row: Row) -> bool:
     return row.get("conv") is not None
 
 
+def latest(rows: list[Row], kind: str | None = None) -> dict[tuple, Row]:
+    """(name, phase, batch, dtype, variant) → its latest row, of one kind of the suite's cases where one is named."""
+    of_kind = (row for row in rows if kind is None or row.get("kind", "plain") == kind)
+    ordered = sorted(of_kind, key=lambda row: row["date"])
+    return {(row["name"], row["phase"], row["shape"][0], _dtype(row), row["variant"]): row for row in ordered}
+
+
 def _about(rows: list[Row]) -> str:
-    first = rows[0]
-    return f"{first['device']}, torch {first['versions']['torch']}, {first['date'][:10]}"
+    last = max(rows, key=lambda row: row["date"])
+    return f"{last['device']}, torch {last['versions']['torch']}, {last['date'][:10]}"
 
 
 # --- committed rows ---------------------------------------------------------------------------------------------------
@@ -70,12 +77,9 @@ def _about(rows: list[Row]) -> str:
 def speedup(rows: list[Row], path: Path) -> None:
     """Eager over the fastest fused way, a line a block, training beside inference; losses stand left of 1."""
     pyplot = _pyplot()
-    cases: dict[tuple, dict[str, list[Row]]] = {}
-    for row in rows:
-        if not row["variant"].startswith("graphed "):
-            kind = "fused" if _ours(row) else row["variant"]
-            key = (row["name"], row["phase"], row["shape"][0], _dtype(row))
-            cases.setdefault(key, {}).setdefault(kind, []).append(row)
+    cases: dict[tuple, dict[str, Row]] = {}
+    for (*case, variant), row in latest(rows, "plain").items():
+        cases.setdefault(tuple(case), {})[variant] = row
     names = sorted({key[0] for key in cases}, key=lambda name: (name == "stem", name))
     series = sorted({key[2:] for key in cases})
     phases = [phase for phase in ("train", "infer") if any(key[1] == phase for key in cases)]
@@ -84,16 +88,17 @@ def speedup(rows: list[Row], path: Path) -> None:
         1, len(phases), figsize=(4.6 * len(phases) + 1.2, height), squeeze=False, sharey=True
     )
     for axis, phase in zip(axes[0], phases, strict=True):
+        least = 0.8
         for position, name in enumerate(names):
             for k, (batch, dtype) in enumerate(series):
                 found = cases.get((name, phase, batch, dtype), {})
                 at = position + 0.62 * ((k + 0.5) / len(series) - 0.5)
                 if "conv_only" in found:
-                    axis.plot(
-                        found["conv_only"][0]["ratio"]["median"], at, "|", color="#666666", markersize=9, zorder=2
-                    )
-                if "fused" in found:
-                    ratio = max((row["ratio"] for row in found["fused"]), key=lambda ratio: ratio["median"])
+                    axis.plot(found["conv_only"]["ratio"]["median"], at, "|", color="#666666", markersize=9, zorder=2)
+                fused = [row["ratio"] for row in found.values() if _ours(row)]
+                if fused:
+                    ratio = max(fused, key=lambda ratio: ratio["median"])
+                    least = min(least, 0.95 * ratio["low"])
                     spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
                     axis.errorbar(
                         ratio["median"], at, xerr=spread, fmt=MARKERS[k % len(MARKERS)], markersize=5, lw=1.2, zorder=3,
@@ -101,7 +106,7 @@ def speedup(rows: list[Row], path: Path) -> None:
                     )  # fmt: skip
         axis.axvline(1, color="black", lw=1)
         axis.axvspan(0, 1, color="#f2e6e0", zorder=0)
-        axis.set_xlim(left=min(0.8, 0.95 * axis.dataLim.x0))
+        axis.set_xlim(left=least)
         axis.set_title("training step" if phase == "train" else "inference", fontsize=10)
         axis.set_xlabel("eager channels_last / fused, 95% interval; right of 1 is faster", fontsize=8)
         axis.grid(axis="y", color="#dddddd", lw=0.6)
@@ -142,15 +147,8 @@ def roofline(rows: list[Row], path: Path) -> None:
     product = max(row["matmul_flops_per_s"] for row in rows)
     low = min(row["flops"] / row["counted_bytes"] for row in rows) / 2
     high = max(4 * product / copy, 2 * max(row["flops"] / row["counted_bytes"] for row in rows))
-    axis.plot([low, product / copy, high], [low * copy, product, product], color="black", lw=1.2)
-    axis.annotate(
-        f"copy {_rate(copy, 'B/s')}", (low * 1.3, low * 1.3 * copy), xytext=(6, -8), textcoords="offset points",
-        fontsize=8,
-    )  # fmt: skip
-    axis.annotate(
-        f"matrix product {_rate(product, 'FLOP/s')}", (high, product), xytext=(-4, 4), textcoords="offset points",
-        fontsize=8, ha="right", bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
-    )  # fmt: skip
+    label = f"copy {_rate(copy, 'B/s')},\nmatrix product {_rate(product, 'FLOP/s')}"
+    axis.plot([low, product / copy, high], [low * copy, product, product], color="black", lw=1.2, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("FLOP / byte moved")
@@ -184,23 +182,21 @@ def memory(rows: list[Row], path: Path) -> None:
     pyplot = _pyplot()
     peak = any(row["peak_bytes"] for row in rows)
     key = "peak_bytes" if peak else "saved_bytes"
-    cases: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row["phase"] == "train" and row[key] and row["variant"] != "eager_nchw":
-            found = cases.setdefault((row["name"], row["shape"][0], _dtype(row)), [])
-            if all(other["variant"] != row["variant"] for other in found):
-                found.append(row)
-    variants = dict.fromkeys(row["variant"] for found in cases.values() for row in found if row["variant"] != "eager")
+    cases: dict[tuple, dict[str, Row]] = {}
+    for (name, _, batch, dtype, variant), row in latest(rows).items():
+        if row[key] and variant != "eager_nchw":
+            cases.setdefault((name, batch, dtype), {})[variant] = row
+    variants = dict.fromkeys(name for found in cases.values() for name in found if name != "eager")
     colours = {"eager": "#999999"} | {name: COLOURS[k % (len(COLOURS) - 1)] for k, name in enumerate(variants)}
-    largest = max(row[key] for found in cases.values() for row in found)
+    largest = max(row[key] for found in cases.values() for row in found.values())
     unit, scale = ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6)
     height = 1.3 + 0.3 * sum(len(found) + 1 for found in cases.values())
     figure, axis = pyplot.subplots(figsize=(8, height))
     position, ticks = 0, []
     for (name, batch, dtype), found in cases.items():
-        base = next((row[key] for row in found if row["variant"] == "eager"), None)
+        base = found["eager"][key] if "eager" in found else None
         ticks.append((position + (len(found) - 1) / 2, f"{name}\nbatch {batch}, {dtype}"))
-        for row in found:
+        for row in found.values():
             axis.barh(position, row[key] / scale, 0.85, color=colours[row["variant"]])
             share = f", {row[key] / base:.2f} of eager's" if base and row["variant"] != "eager" else ""
             axis.annotate(

@@ -66,7 +66,7 @@ def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tupl
             if kind == "ops":
                 rows = [row for row in rows if row.get("flops") and row.get("matmul_flops_per_s")]
             if kind == "models":
-                rows = [row for row in rows if row["phase"] == "train"]
+                rows = [row for row in rows if row["phase"] == "train" and (row["peak_bytes"] or row["saved_bytes"])]
             if rows:
                 wanted[f"{slug(device)}-{name}.svg"] = (kind, rows)
     return wanted

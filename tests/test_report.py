@@ -106,6 +106,15 @@ def test_a_changed_row_makes_its_plot_and_the_readme_outdated(report, tmp_path):
     assert not (tmp_path / name).exists()
 
 
+def test_a_plot_shows_the_latest_measurement_only(report):
+    """Of two runs the later one, though the earlier was luckier."""
+    import plots
+
+    early = [of_block("eager", 1.0, date="2000-01-01"), of_block("fused", 9.0, date="2000-01-01")]
+    late = [of_block("fused", 1.5, date="2000-01-02"), of_block("fused", 7.0, date="2000-01-03", kind="compile")]
+    assert [row["ratio"]["median"] for row in plots.latest([*late, *early], "plain").values()] == [1.0, 1.5]
+
+
 def test_all_kinds_of_plots_and_the_same_rows_give_the_same_file(report, tmp_path):
     rows = [of_block("eager", 1.0), of_block("fused", 1.5), of_block("fused", 1.2, phase="infer")]
     rows += [of_model("eager", 1.0), of_model("library", 1.3), of_model("fused", 2.0)]

@@ -191,14 +191,12 @@ class Measure:
         row = harness.row(
             self.settings.where, summary, op=call.op.name, name=call.signature, backend=backend,
             dtype=_name(call.dtype), memory_format="channels_last", counted_bytes=moved, floor_bytes=moved,
-            copy_bytes_per_s=ceilings["copy_bytes_per_s"], **known,
+            copy_bytes_per_s=ceilings["copy_bytes_per_s"], matmul_flops_per_s=ceilings["matmul_flops_per_s"],
+            flops=operations, bound_s=floor_seconds(ceilings, moved, operations), data="synthetic", **known,
         )  # fmt: skip
         row |= fields | {
-            "flops": operations,
-            "flops_per_s": operations / summary.median,
             "percent_of_copy": 100 * moved / summary.median / ceilings["copy_bytes_per_s"],
             "percent_of_matmul": 100 * operations / summary.median / ceilings["matmul_flops_per_s"],
-            "percent_of_bound": 100 * floor_seconds(ceilings, moved, operations) / summary.median,
         }
         self.settings.journal.append(case=self.case, **{key: value for key, value in row.items() if value is not None})
 
