@@ -49,11 +49,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Selects the kernels of every fused block called inside the context, and of its backward.
 
     Args:
-        name: ``"auto"`` (the verified kernels of the device; the default), ``"reference"`` (readable PyTorch, any
-            device), ``"cpu"`` (C++, CPU tensors), ``"triton"`` (NVIDIA GPUs; CPU tensors where Python was started
-            with ``TRITON_INTERPRET=1``), or ``"cuda"`` (CUDA C++, NVIDIA GPUs; Triton's kernel where an op has no
-            other, where the driver is too old, or where the GPU is none that was built for: ``python -m fusedres
-            info`` shows which op runs what). The environment variable ``FUSEDRES_BACKEND`` sets the default.
+        name: ``"auto"`` (the kernels verified for the device or measured on it; the default), ``"reference"``
+            (readable PyTorch, any device), ``"cpu"`` (C++, CPU tensors), ``"triton"`` (NVIDIA GPUs; CPU tensors where
+            Python was started with ``TRITON_INTERPRET=1``), or ``"cuda"`` (CUDA C++, NVIDIA GPUs; Triton's kernel
+            where an op has no other, where the driver is too old, or where the GPU is none that was built for:
+            ``python -m fusedres info`` shows which op runs what). The environment variable ``FUSEDRES_BACKEND`` sets
+            the default.
 
     Raises:
         ValueError: the name is none of these.

@@ -58,13 +58,19 @@ def fuse(
     device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Blocks and stems with unusual
     parts are left to their stock forward; see `report`.
 
+    "auto" follows the device's table of measured choices (`python -m fusedres tune`) by shape of block, batch, dtype
+    and whether gradients are recorded; with both options "auto" and no backend selected, a shape that is fastest
+    unfused runs the stock forward. Without a table CPUs run the library's convolutions with the rest fused, GPUs the
+    stock forward.
+
     Args:
         model: any module; its BasicBlock, Bottleneck and ResNet descendants (itself included) are switched.
         filter: filter(name, module) → bool selects the blocks, and the ResNets whose stem is fused; None: all.
-        memory: "auto", or "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass).
+        memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass); "auto": where that
+            was measured faster.
         conv: whose convolutions run: "library" (torch's), "fused" (this package's, with BatchNorm and ReLU on their
             loads and stores; not on the cpu backend, which runs the library's), or
-            "auto" (what was measured faster; the library's until a GPU has measured).
+            "auto" (product by product what was measured faster, see below; without measurements the library's).
 
     Returns:
         model itself.

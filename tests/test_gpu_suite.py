@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedres.dispatch import UNFUSED, Directions, Way, store
+from fusedres.dispatch.table import parse
 from fusedres.kernels import launch
 from fusedres.kernels.gram.triton import gram
 
@@ -38,7 +41,8 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
     assert len(done.stdout.splitlines()) < 100
     names = ("facts", "tests", "sanitizer", "ops", "blocks", "models", "dispatch")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{name}.jsonl" for name in names] + ["log.txt"])
+    files = [f"{name}.jsonl" for name in names] + ["log.txt", "dispatch.json", "dispatch.json.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     rows = {name: Journal(tmp_path, name).rows() for name in names}
     assert all(Journal(tmp_path, name).finished() for name in names)
 
@@ -65,6 +69,10 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
     assert done.stdout.count("not measured") == 11  # goals: toy shapes on a CPU say nothing about them
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
+    data = json.loads((tmp_path / "dispatch.json").read_text())
+    table = parse(data, data["device"])
+    assert rows["dispatch"][0]["table"].endswith(store.file_name(table.device))
+    assert table.configs and {"basic", "bottleneck"} <= {shape.kind for shape in table.blocks}
 
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     again = suite("--out", str(tmp_path))
@@ -189,6 +197,33 @@ def test_choices_take_the_fastest_that_is_right():
     found = choices.blocks([block("eager", 2.0), block("conv_only", 0.5), block("fused", 1.0), block("compile", 0.9)])
     assert found["x train batch 8"]["way"] == "fused" and found["x train batch 8"]["eager_over_best"] == 2
     assert choices.blocks([block("eager", 2.0), block("fused", 2.1)])["x train batch 8"]["way"] == "eager"
+
+
+def test_rows_become_a_table():
+    from suite import choices
+
+    def row(variant: str, ratio: float, **more: object) -> dict:
+        about = {"op": "bottleneck", "shape": [256, 64, 56, 56], "dtype": "bfloat16", "tf32": None, "phase": "train"}
+        about |= {"geometry": {"planes": 64, "stride": 1, "shortcut": "projection"}, "kind": "plain"}
+        return about | {"variant": variant, "backend": "triton", "median_s": 1.0, "ratio": {"median": ratio}} | more
+
+    own = Directions(True, True, True)
+    rows = [row("library", 1.1), row("fused min", 1.3), row("fused", 1.2), row("compile", 1.9), row("conv_only", 2.0)]
+    rows += [row("graphed fused", 1.8), row("fused", 1.7, kind="graphs")]
+    ((shape, entry),) = choices.entries(rows).items()
+    assert shape == ("bottleneck", "projection", 64, 64, 256, 1, 1, 1, 56, 56, 256, "bfloat16", "train")
+    assert entry == (Way("triton", own, own, True), 1.3)
+
+    stem = {"op": "stem", "shape": [64, 3, 224, 224], "geometry": {"planes": 64, "stride": 2, "shortcut": None}}
+    stem |= {"dtype": "float32", "tf32": True}
+    ((shape, entry),) = choices.entries([row("fused", 1.5, **stem)]).items()
+    assert shape == ("stem 7x7", "none", 3, 64, 64, 1, 2, 1, 224, 224, 64, "tf32", "train")
+    assert entry.way == Way("triton", larger=Directions(True, False, True))
+
+    ((_, entry),) = choices.entries([row("fused min", 0.9, phase="infer"), row("library", 0.97, phase="infer")]).items()
+    assert entry == (UNFUSED, 0.97)
+    ((_, entry),) = choices.entries([row("fused min", 0.99, phase="infer")]).items()
+    assert entry.way == Way("triton", Directions(True, False, False), Directions(True, False, False))
 
 
 def test_a_measured_choice_reaches_the_launch_and_nothing_else_does():

@@ -35,6 +35,7 @@ COMMANDS: dict[str, str | None] = {
     "python benchmarks/gpu_suite.py --out DIR --minutes 9": "python benchmarks/gpu_suite.py --help",
     "python benchmarks/report.py --add DIR": "python benchmarks/report.py --help",
     "python -m fusedres info": "python -m fusedres info",
+    "python -m fusedres tune": "python -m fusedres tune --help",
     "python benchmarks/traffic.py --launched": "python benchmarks/traffic.py --launched fused --batch 4",
     "python benchmarks/inspect_kernels.py --help": "python benchmarks/inspect_kernels.py --help",
     "python examples/train.py --help": "python examples/train.py --help",

@@ -105,12 +105,13 @@ class Tuning:
         path: Path,
         seconds: float | None = None,
         rounds: int = ROUNDS,
+        tile_sizes: bool = True,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
         self.device, self.backend, self.path, self.rounds, self.say = device, backend, path, rounds, say
         self.until = time.monotonic() + seconds if seconds else None
         self.entries: dict[Shape, Entry] = {}
-        self.wrong = 0
+        self.left_out: list[str] = []  # ways and cases, and why
         name = family(device)
         assert name is not None
         self.name = name
@@ -120,6 +121,7 @@ class Tuning:
         self.known = set() if before is None else set(before.blocks)
         self.configs = {} if before is None else dict(before.configs)
         self._timer = Timer(device)
+        self._sizes = self._tile_sizes() if tile_sizes and backend in ("triton", "cuda") else None
 
     def left(self) -> float:
         """Seconds."""
@@ -127,49 +129,46 @@ class Tuning:
 
     def run(self, cases: Sequence[Case]) -> None:
         """Measures what the file does not have first; what is over the time is left."""
-        sizes = self._tile_sizes()
         for case in sorted(cases, key=lambda case: case.shape in self.known):
             if self.left() <= 0:
                 break
             installed = dispatch.table(self.device)
             try:
-                self._measure(case, sizes)
+                self._measure(case)
             except Exception as error:  # out of memory above all: the others may fit
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.synchronize()  # raises where the GPU is lost
-                self._left_out(f"{case}: {type(error).__name__}: {error}".partition("\n")[0])
+                self._leave_out(f"{case}: {type(error).__name__}: {error}".partition("\n")[0])
             finally:
                 dispatch.install(self.device, installed)
 
-    def _tile_sizes(self) -> Configs | None:
-        if self.backend not in ("triton", "cuda"):
-            return None
+    def _tile_sizes(self) -> Configs:
         from fusedres.tune.configs import Configs  # imports Triton
 
         return Configs(self.device, self.rounds, self.left, self.configs)
 
-    def _measure(self, case: Case, sizes: Configs | None) -> None:
+    def _measure(self, case: Case) -> None:
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
         bench = Bench(case, self.device, self.backend)
-        if sizes is not None:
-            sizes.visit(bench, bench.visits())
-            for wrong in sizes.wrong:
-                self._left_out(wrong)
-            sizes.wrong.clear()
-            self.configs = sizes.found
+        if self._sizes is not None:
+            self._sizes.visit(bench, bench.visits())
+            for wrong in self._sizes.wrong:
+                self._leave_out(wrong)
+            self._sizes.wrong.clear()
+            self.configs = self._sizes.found
         found = fastest(bench, self.configs, self._timer, self.rounds)
         for wrong in found.wrong:
-            self._left_out(f"{case}: {wrong}")
+            self._leave_out(f"{case}: {wrong}")
         self.entries[case.shape] = found.entry
         update(self.path, self.table({case.shape: found.entry}))
         gain = found.entry.eager_over_way
         times = "" if gain is None or found.eager_s is None else f"  {1e3 * found.eager_s:8.3f} ms  {gain:5.2f}"
         self.say(f"{case!s:<52}{times}  {found.entry.way}")
 
-    def _left_out(self, what: str) -> None:
-        self.wrong += 1
+    def _leave_out(self, what: str) -> None:
+        self.left_out.append(what)
         self.say(f"left out: {what}")
 
     def table(self, entries: dict[Shape, Entry]) -> Table:
@@ -184,4 +183,4 @@ class Tuning:
             f"{len(self.entries)} of {of} measured (eager ms, eager / fused), {unfused} of them stay unfused, "
             f"{len(self.configs)} tile sizes; {self.path}"
         )
-        return int(bool(self.wrong) or not self.entries)
+        return int(bool(self.left_out) or not self.entries)
