@@ -12,12 +12,14 @@ batch is. `python benchmarks/traffic.py --launched` prints all beside the closed
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from blocks import make_block
-from harness import Progress
+from harness import Progress, machine, print_table
 from torch import Tensor, nn
 from traffic import MODES, Block, CountBytes, Stem, bytes_moved, resnet_blocks
 
@@ -245,3 +247,15 @@ def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, cells
+
+
+def show(ways: Sequence[str], batch: int, image: int, path: str | None) -> None:
+    """Prints the table of ResNet-18 and ResNet-50, and writes it to `path` as JSON."""
+    found = rows((18, 50), ways, batch, image=image)
+    print(f"as launched, bf16, batch {batch}, {image}²; launches and operators forward+backward")
+    print_table(*table(found))
+    if path:
+        where = machine(torch.device("cpu"))
+        about = {key: where[key] for key in ("versions", "commit", "date")}
+        record = about | {"batch": batch, "image": image, "dtype": "bfloat16", "rows": found}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")

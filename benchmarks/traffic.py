@@ -33,7 +33,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from counting import CountBytes
 from networks import Block, Convolution, Stem, resnet_blocks
 
@@ -384,7 +383,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def _print_launched(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     import launched
-    from harness import machine, print_table
 
     unknown = [way for way in options.launched if way not in launched.WAYS]
     if unknown:
@@ -393,14 +391,7 @@ def _print_launched(options: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error(f"--launched: blocks run in bf16, so --itemsize must be 2, got {options.itemsize}")
     if options.batch < 1:
         parser.error(f"--launched: --batch must be at least 1, got {options.batch}")
-    rows = launched.rows((18, 50), options.launched or list(launched.WAYS), options.batch, image=options.image)
-    print(f"as launched, bf16, batch {options.batch}, {options.image}²; launches and operators forward+backward")
-    print_table(*launched.table(rows))
-    if options.json:
-        where = machine(torch.device("cpu"))
-        about = {key: where[key] for key in ("versions", "commit", "date")}
-        record = about | {"batch": options.batch, "image": options.image, "dtype": "bfloat16", "rows": rows}
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+    launched.show(options.launched or list(launched.WAYS), options.batch, options.image, options.json)
 
 
 if __name__ == "__main__":
