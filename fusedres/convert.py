@@ -146,6 +146,7 @@ def freeze(model: nn.Module) -> nn.Module:
 def report(model: nn.Module) -> Report:
     """Each stem and residual block of a model: fused or not, and exactly why not. Looked up now, as each call does.
 
+    Without an input no table of measured choices is asked, which may leave a shape unfused (see `fuse`).
     A ResNet's stem is named "<name> stem", its kind is "stem".
 
     Raises:

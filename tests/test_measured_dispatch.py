@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -184,11 +185,12 @@ def test_the_dtype_is_that_of_the_convolutions() -> None:
             twin(x)
 
 
-def test_compiled_code_follows_and_is_compiled_anew_for_another_choice() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_follows_for_sizes_that_are_fixed(dynamic: bool) -> None:
     torch._dynamo.reset()
     block, x, _ = stock_case(BASIC, memory_format=torch.channels_last)
     twin = fused_twin(block)
-    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     ran = []
     unfused = type(twin)._unfused
     four = torch.cat([x, x])
@@ -199,7 +201,7 @@ def test_compiled_code_follows_and_is_compiled_anew_for_another_choice() -> None
         patch.setattr(type(twin), "_unfused", lambda self, x: (ran.append(len(x)), unfused(self, x))[1])
         for images in (x, four, torch.cat([four, x])):
             torch.testing.assert_close(compiled(images), block(images), rtol=1e-4, atol=1e-4)
-    assert ran == [4, 6]  # six images are nearer to four
+    assert ran == ([] if dynamic else [4, 6])  # six images are nearer to four
     torch._dynamo.reset()
 
 
@@ -402,6 +404,15 @@ def test_a_file_that_cannot_be_used_is_told_once_and_ignored(cache: Path, conten
     assert len(caught) == 1
     message = str(caught[0].message)
     assert str(cache) in message and "python -m fusedres tune" in message and "is ignored" in message
+
+
+def test_a_table_that_needs_triton_is_told_where_there_is_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    written(cache, table({bottleneck(): Way("cpu")}))
+    assert store.load(CPU) is not None
+    written(cache, table({bottleneck(batch=16): Way("triton")}))
+    with pytest.warns(UserWarning, match="it needs Triton"):
+        assert store.load(CPU) is None
 
 
 def test_a_folder_in_its_place_is_told(cache: Path) -> None:

@@ -277,6 +277,14 @@ def test_build_needs_no_torch(small_project: Path) -> None:
     assert bool(int(openmp)) == _C.build_info()["openmp"]
 
 
+def test_measured_tables_are_installed(small_project: Path) -> None:
+    measured = small_project / "fusedres" / "dispatch" / "measured"
+    measured.mkdir(exist_ok=True)
+    (measured / "a-gpu.json").write_text("{}")
+    python("setup.py", "build_py", "--build-lib", small_project / "lib", cwd=small_project)
+    assert (small_project / "lib" / "fusedres" / "dispatch" / "measured" / "a-gpu.json").exists()
+
+
 def test_only_what_changed_is_compiled(small_project: Path) -> None:
     build = ["setup.py", "build_ext", "--inplace"]
     python(*build, cwd=small_project)

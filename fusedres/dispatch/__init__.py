@@ -60,7 +60,7 @@ def backend(device: torch.device) -> str | None:
 def way(device: torch.device, dtype: torch.dtype, phase: str, batch: int, *shape: str | int) -> Way:
     """The measured way of a shape, given from its kind to its width, on a device with a table.
 
-    torch.compile takes the result as a constant, so sizes must be plain integers there.
+    torch.compile takes the result as a constant; sizes must be plain integers.
     """
     found = table(device)
     assert found is not None

@@ -6,6 +6,7 @@ Writers take turns under a lock and replace the file as a whole, so that readers
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import platform
@@ -77,8 +78,19 @@ def load(device: torch.device) -> Table | None:
         _ignore(cache_folder() / file_name(name), f"it was measured with {_listed(users.versions)}")
         users = None
     if packaged is None or users is None:
-        return users or packaged
-    return replace(users, blocks=packaged.blocks | users.blocks, configs=packaged.configs | users.configs)
+        return _with_triton(users or packaged)
+    return _with_triton(replace(users, blocks=packaged.blocks | users.blocks, configs=packaged.configs | users.configs))
+
+
+def _with_triton(table: Table | None) -> Table | None:
+    """The table, if what it says can run: Triton may not be installed."""
+    if table is None or importlib.util.find_spec("triton") is not None:
+        return table
+    backends = {table.backend, *(entry.way.backend for entry in table.blocks.values())}
+    if "triton" not in backends:
+        return table
+    warnings.warn("fusedres: what was measured on this device is ignored: it needs Triton; install it", stacklevel=2)
+    return None
 
 
 def read(path: Path, device: str) -> Table | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from fusedres import dispatch
 from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
@@ -32,18 +32,25 @@ def measured_way(
     """What the device's table says of this call; None where it does not apply.
 
     It does not where another backend was selected than the one that was measured, nor where it says unfused and fuse()
-    was told conv or memory: that is what then runs.
+    was told conv or memory: that is what then runs. Nor in code that is being compiled for sizes left open.
     """
+    if torch.compiler.is_compiling() and _open(x):
+        return None
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     phase = "train" if torch.is_grad_enabled() else "infer"
-    found = dispatch.way(x.device, dtype, phase, index(x.shape[0]), *shape_of(block, convolutions, x))
+    found = dispatch.way(x.device, dtype, phase, x.shape[0], *shape_of(block, convolutions, x))
     if not automatic():
         return found if found.backend == backend else None
     if found.backend is None and (conv != "auto" or memory != "auto"):
         return None
     return found
+
+
+def _open(x: Tensor) -> bool:
+    """Whether a size is a symbol, which taking it as a number would fix."""
+    return not all(has_static_value(x.shape[axis]) for axis in (0, 2, 3))
 
 
 def shape_of(block: Any, convolutions: tuple[str, ...], x: Tensor) -> tuple[str | int, ...]:
@@ -61,7 +68,7 @@ def shape_of(block: Any, convolutions: tuple[str, ...], x: Tensor) -> tuple[str 
         stride, middle = block.stride, modules["conv2"]
     return (
         kind, shortcut, first.in_channels, first.out_channels, last.out_channels, middle.groups, stride,
-        middle.dilation[0], index(x.shape[2]), index(x.shape[3]),
+        middle.dilation[0], x.shape[2], x.shape[3],
     )  # fmt: skip
 
 

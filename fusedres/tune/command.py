@@ -82,6 +82,7 @@ def main(options: argparse.Namespace) -> int:
     path = options.out or cache_folder() / file_name(name)
     seconds = 60 * options.minutes if options.minutes else None
     print(f"{name}, backend {backend}; writing {path}", flush=True)
+    print(f"{'':<52}     eager ms  over fused  way", flush=True)
     tuning = Tuning(device, backend, path, seconds=seconds)
     tuning.run(cases)
     return tuning.finish(len(cases))
@@ -164,8 +165,8 @@ class Tuning:
         self.entries[case.shape] = found.entry
         update(self.path, self.table({case.shape: found.entry}))
         gain = found.entry.eager_over_way
-        times = "" if gain is None or found.eager_s is None else f"  {1e3 * found.eager_s:8.3f} ms  {gain:5.2f}"
-        self.say(f"{case!s:<52}{times}  {found.entry.way}")
+        times = "" if gain is None or found.eager_s is None else f"{1e3 * found.eager_s:13.3f}  {gain:10.2f}"
+        self.say(f"{case!s:<52}{times:<25}  {found.entry.way}")
 
     def _leave_out(self, what: str) -> None:
         self.left_out.append(what)
@@ -180,7 +181,7 @@ class Tuning:
         """Says what came of it; the command's exit code."""
         unfused = sum(entry.way.backend is None for entry in self.entries.values())
         self.say(
-            f"{len(self.entries)} of {of} measured (eager ms, eager / fused), {unfused} of them stay unfused, "
+            f"{len(self.entries)} of {of} measured, {unfused} of them stay unfused, "
             f"{len(self.configs)} tile sizes; {self.path}"
         )
         return int(bool(self.left_out) or not self.entries)

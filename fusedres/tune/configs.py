@@ -33,8 +33,11 @@ class Configs:
         """Measures what a block asks for on these ways."""
         for way in ways:
             dispatch.install(bench.device, bench.table(way, self.found))
-            with bench.around(), torch.autograd.set_multithreading_enabled(False), self._visit:
-                bench.step(bench.fused)
+            try:
+                with bench.around(), torch.autograd.set_multithreading_enabled(False), self._visit:
+                    bench.step(bench.fused)
+            except Exception as error:
+                self.wrong.append(f"{bench.case}, {way}: {self._said(error)}")
             bench.cleanup()
 
     def _of_call(self, call: Call) -> None:
@@ -64,9 +67,13 @@ class Configs:
         try:
             return disagreement(call.results(backend), reference, BOUNDS[call.dtype])
         except Exception as error:
-            if self._timer.device.type == "cuda":
-                torch.cuda.synchronize()  # raises where the GPU is lost
-            return f"{type(error).__name__}: {error}".partition("\n")[0]
+            return self._said(error)
+
+    def _said(self, error: Exception) -> str:
+        """In a line; raises where the GPU is lost."""
+        if self._timer.device.type == "cuda":
+            torch.cuda.synchronize()
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def _fastest(self, timed: list[Variant], first: Config) -> str:
         """The first of the candidates stays unless another is faster by more than the noise."""
