@@ -1,0 +1,130 @@
+"""What gpu_suite.py does on a GPU only, with stand-ins for CUDA graphs and the compiler: every variant gets its row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the suite itself does it")
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Of a step that takes its CPU for a GPU, with one round of timing."""
+    import harness
+    from suite import block_rows, models
+    from suite.settings import Settings
+
+    def captured(step, pool):
+        assert pool == "pool"
+        return step, step()
+
+    def once(variants, timer, **options):
+        return interleave(variants, timer, **options | {"rounds": 1, "budget": None})
+
+    interleave = harness.interleave
+    monkeypatch.setattr(harness, "interleave", once)
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(torch, "compile", lambda module, mode: module)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(block_rows, "ways", lambda _: {"library": "cpu", "library min": "cpu"})
+    for module in (block_rows, models):
+        monkeypatch.setattr(module, "captured", captured)
+    made = Settings("step", tmp_path, torch.device("cpu"), tiny=False, until=float("inf"))
+    rates = dict.fromkeys(("bfloat16", "float16", "tf32", "float32"), 1e12)
+    made.__dict__["ceilings"] = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e12, "matmul_by_precision": rates}
+    return made
+
+
+@pytest.mark.parametrize("phase", ["train", "infer"])
+@pytest.mark.parametrize("kind", ["", "compile", "graphs", "max-autotune"])
+@pytest.mark.parametrize("name", ["tiny.bottleneck.projection", "tiny.stem"])
+def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
+    import blocks
+    import harness
+    from bench_block import Case
+    from suite.block_rows import _Measurement, variants
+    from suite.precision import PRECISIONS
+
+    case = Case(name, blocks.TINY[name], 2, phase)
+    _Measurement(settings, "case", case, kind, PRECISIONS["float32"]).measure()
+    rows = settings.journal.rows()
+    wanted = ["eager", *variants(settings, kind, phase)]
+    assert sorted(row["variant"] for row in rows) == sorted(wanted)
+    told = {row["variant"]: row for row in rows if "median_s" not in row}
+    assert set(told) == ({"cudnn"} if "cudnn" in wanted else set()) and all("skipped" in row for row in told.values())
+    for row in rows:
+        if row["variant"] not in told:
+            assert set(harness.ROW_KEYS) <= row.keys() and row["kind"] == (kind or "plain")
+            assert (row["backend"] == "cpu") == ("library" in row["variant"])
+            counted = not row["variant"].startswith("graphed ") and "compile" not in row["variant"]
+            assert (row["counted_bytes"] is not None) == counted
+
+
+def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
+    """The replay is checked anew: its gradients in training, its output in inference."""
+    import blocks
+    from bench_block import Case
+    from suite import block_rows
+    from suite.precision import PRECISIONS
+
+    def wrong(step, pool):
+        def replay():
+            step()
+            for parameter in held["module"].parameters():
+                parameter.grad.mul_(2)
+
+        return replay, step()
+
+    held = {}
+    module_of = block_rows._Measurement._module
+    monkeypatch.setattr(block_rows, "captured", wrong)
+    monkeypatch.setattr(
+        block_rows._Measurement, "_module", lambda self, way: held.setdefault("module", module_of(self, way))
+    )
+    monkeypatch.setattr(block_rows, "variants", lambda *_: ["graphed eager"])
+    case = Case("tiny.basic", blocks.TINY["tiny.basic"], 2, "train")
+    block_rows._Measurement(settings, "case", case, "graphs", PRECISIONS["float32"]).measure()
+    rows = {row["variant"]: row for row in settings.journal.rows()}
+    assert "grad is off by 1 of its norm from eager" in rows["graphed eager"]["error"]
+    assert rows["eager"]["median_s"] > 0
+
+
+@pytest.mark.parametrize("phase", ["train", "infer"])
+def test_models_in_graphs_and_compiled(phase, settings):
+    from suite.models import Work, measure
+    from suite.precision import PRECISIONS
+
+    names = ["compile", "compile max-autotune", "graphed eager", "graphed compile"]
+    work = Work("tiny", phase, 2, PRECISIONS["float32"], 32, 10)
+    measure(settings, "case", work, names, rounds=1, budget=1)
+    rows = settings.journal.rows()
+    assert [row["variant"] for row in rows] == ["eager", *names]
+    assert all(row["images_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("step", ["block_rows", "models"])
+def test_cases_on_a_gpu(step, settings):
+    from importlib import import_module
+
+    names = [case.name for case in import_module(f"suite.{step}").cases(settings)]
+    assert max(Counter(names).values()) == 1
+    words = ("compile", "graphs", "max-autotune", "float16", "tf32", "float32")
+    for word in words:
+        assert any(word in name.split() for name in names), word
+    first = next(k for k, name in enumerate(names) if {"float16", "tf32", "float32"} & set(name.split()))
+    assert not any(word in name for name in names[:first] for word in words[3:])
+    assert all("batch 256" in name for name in names[:4])
+    if step == "models":
+        assert names[:3] == [f"resnet50 train batch 256{kind}" for kind in ("", " compile", " graphs")]
