@@ -1,24 +1,16 @@
-"""What auto follows: a table's choices are taken where they apply, and tables that do not fit are told and ignored."""
+"""What auto follows: a table's choices are taken where they apply, and with the same numbers."""
 
 from __future__ import annotations
 
 import copy
-import json
-import multiprocessing
-import os
-import signal
-import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from fusion import expect_paths, fused_twin, stock_case
+from measured import CPU, bottleneck, following, table
 from op_inputs import device as device_of
 from reference import run
 from shapes import Case, case
@@ -30,21 +22,14 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import fusedres
 from fusedres import backends, dispatch
 from fusedres.autograd import UNIT_TENSORS
-from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Table, Way, store
-from fusedres.dispatch.table import as_json, batch_class, parse
+from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Shape, Way, store
+from fusedres.dispatch.table import batch_class
 from fusedres.modules import choice
 
-CPU = torch.device("cpu")
-HERE = store.family(CPU)
 OWN = Directions(True, True, True)
 FPROP = Directions(True, False, False)
 BOTTLENECK = case("bottleneck", "projection", planes=8, batch=2, height=6, width=6)
 BASIC = case("basic", "identity", planes=8, batch=2, height=5, width=6)
-
-
-def table(blocks: dict[Shape, Way] | None = None, backend: str = "cpu", configs: dict[str, str] | None = None) -> Table:
-    entries = {shape: Entry(way, 1.0) for shape, way in (blocks or {}).items()}
-    return Table(HERE, backend, store.versions(), "2026-01-01", entries, configs or {})
 
 
 def shape_of(block: nn.Module, x: Tensor, phase: str = "train", dtype: str = "float32") -> Shape:
@@ -52,28 +37,10 @@ def shape_of(block: nn.Module, x: Tensor, phase: str = "train", dtype: str = "fl
     return Shape._make((*choice.shape_of(block, names, x), batch_class(x.shape[0]), dtype, phase))
 
 
-@contextmanager
-def following(found: Table | None, device: torch.device = CPU) -> Iterator[None]:
-    before = dispatch.table(device)
-    dispatch.install(device, found)
-    try:
-        yield
-    finally:
-        dispatch.install(device, before)
-
-
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was read yet."""
     monkeypatch.setattr(dispatch, "_tables", {})
-
-
-@pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: None) -> Path:
-    """An empty cache folder, and nothing read yet; the path of this device's table."""
-    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    return tmp_path / "cache" / store.file_name(HERE)
 
 
 # The choices are taken, and the numbers stay
@@ -257,12 +224,6 @@ def test_a_frozen_block_stays_frozen() -> None:
 # Shapes without an entry
 
 
-def bottleneck(size: int = 56, batch: int = 64, **more: object) -> Shape:
-    return Shape("bottleneck", "identity", 256, 64, 256, 1, 1, 1, size, size, batch, "bfloat16", "train")._replace(
-        **more
-    )
-
-
 def test_the_nearest_batch_then_the_nearest_sizes_then_the_librarys_convolutions() -> None:
     ways = {batch: Way("triton", Directions(True, False, batch == 16)) for batch in (16, 256)}
     found = table({bottleneck(batch=batch): way for batch, way in ways.items()}, "triton")
@@ -329,164 +290,3 @@ def test_tile_sizes_are_those_of_the_table() -> None:
             assert pivot().config == first
     with following(table(configs={key: "BLOCK_C=7 w1 s1"})):
         assert pivot().config == first
-
-
-# Files
-
-
-def written(path: Path, found: Table) -> None:
-    store.update(path, found)
-
-
-def test_the_users_table_is_read_once_and_goes_before_the_packages(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packaged = tmp_path / "packaged"
-    monkeypatch.setattr(store, "PACKAGED", packaged)
-    a, b, c = (bottleneck(batch=batch) for batch in (16, 64, 256))
-    old = replace(table({a: Way("triton"), b: Way("triton")}, "triton", {"x": "1", "y": "1"}), versions={"torch": "0"})
-    written(packaged / cache.name, old)
-    assert set(store.load(CPU).blocks) == {a, b}  # whatever versions the package's was measured with
-    written(cache, table({b: UNFUSED, c: Way("cpu")}, "cpu", {"y": "2"}))
-    found = dispatch.table(CPU)
-    assert {shape: entry.way for shape, entry in found.blocks.items()} == {a: Way("triton"), b: UNFUSED, c: Way("cpu")}
-    assert (found.backend, found.configs) == ("cpu", {"x": "1", "y": "2"})
-    cache.unlink()
-    assert dispatch.table(CPU) is found
-
-
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEDRES_CACHE_DIR", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    monkeypatch.setenv("HOME", "/c")
-    assert store.cache_folder() == Path("/a")
-    monkeypatch.delenv("FUSEDRES_CACHE_DIR")
-    assert store.cache_folder() == Path("/b/fusedres")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert store.cache_folder() == Path("/c/.cache/fusedres")
-
-
-GOOD = as_json(table({bottleneck(): Way("cpu", FPROP, one_pass=True)}))
-BLOCK = GOOD["blocks"][0]
-BROKEN = {
-    "cut": json.dumps(GOOD)[:-40],
-    "empty": "",
-    "binary": b"\xff\xfe\x00",
-    "a list": "[1]",
-    "an older format": json.dumps(GOOD | {"format": 0}),
-    "another device": json.dumps(GOOD | {"device": "NVIDIA H100 80GB HBM3, sm_90"}),
-    "other versions": json.dumps(GOOD | {"versions": {"torch": "1.0"}}),
-    "no entries": json.dumps({key: value for key, value in GOOD.items() if key != "blocks"}),
-    "a size that is none": json.dumps(GOOD | {"blocks": [BLOCK | {"height": 0}]}),
-    "a way that is none": json.dumps(GOOD | {"blocks": [BLOCK | {"way": "fast"}]}),
-    "an unknown backend": json.dumps(GOOD | {"blocks": [BLOCK | {"way": BLOCK["way"] | {"backend": "metal"}}]}),
-    "an unknown product": json.dumps(GOOD | {"blocks": [BLOCK | {"way": BLOCK["way"] | {"1x1": ["bprop"]}}]}),
-    "configs that are none": json.dumps(GOOD | {"configs": ["a"]}),
-}
-
-
-def test_a_good_file_is_silent(cache: Path) -> None:
-    cache.write_text(json.dumps(GOOD))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert as_json(dispatch.table(CPU)) == GOOD == as_json(parse(json.loads(cache.read_text()), HERE))
-
-
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_a_file_that_cannot_be_used_is_told_once_and_ignored(cache: Path, content: str | bytes) -> None:
-    cache.write_bytes(content if isinstance(content, bytes) else content.encode())
-    block, x, _ = stock_case(BASIC, memory_format=torch.channels_last)
-    twin = fused_twin(block)
-    with warnings.catch_warnings(record=True) as caught, expect_paths(fused_forward=2):
-        warnings.simplefilter("always")
-        twin(x)
-        twin(x)
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert str(cache) in message and "python -m fusedres tune" in message and "is ignored" in message
-
-
-def test_a_table_that_needs_triton_is_told_where_there_is_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    written(cache, table({bottleneck(): Way("cpu")}))
-    assert store.load(CPU) is not None
-    written(cache, table({bottleneck(batch=16): Way("triton")}))
-    with pytest.warns(UserWarning, match="it needs Triton"):
-        assert store.load(CPU) is None
-
-
-def test_a_folder_in_its_place_is_told(cache: Path) -> None:
-    cache.mkdir()
-    with pytest.warns(UserWarning, match="is ignored"):
-        assert dispatch.table(CPU) is None
-
-
-def test_writing_keeps_what_others_wrote_of_the_same_versions(cache: Path) -> None:
-    a, b = bottleneck(batch=16), bottleneck(batch=64)
-    written(cache, replace(table({a: UNFUSED}), versions={"torch": "0"}))
-    written(cache, table({b: Way("cpu")}, configs={"x": "1"}))
-    assert set(store.read(cache, HERE).blocks) == {b}
-    written(cache, table({a: Way("cpu")}))
-    written(cache, table({b: UNFUSED}))
-    found = store.read(cache, HERE)
-    assert {shape: entry.way for shape, entry in found.blocks.items()} == {a: Way("cpu"), b: UNFUSED}
-    assert found.configs == {"x": "1"}
-    cache.write_text("broken")
-    with pytest.warns(UserWarning, match="is ignored"):
-        written(cache, table({a: UNFUSED}))
-    assert set(store.read(cache, HERE).blocks) == {a}
-
-
-def _write_some(path: Path, offset: int, start: object) -> None:
-    start.wait()
-    for batch in range(20):
-        store.update(path, table({bottleneck(batch=1 << batch, in_channels=offset): Way("cpu")}))
-
-
-def test_two_processes_at_once_both_end_in_the_file(cache: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(2)
-    writers = [context.Process(target=_write_some, args=(cache, offset, start)) for offset in (1, 2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
-    found = store.read(cache, HERE)
-    assert Counter(shape.in_channels for shape in found.blocks) == {1: 20, 2: 20}
-
-
-def _die_writing(path: Path, at: str) -> None:
-    setattr(os, at, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    store.update(path, table({bottleneck(): UNFUSED}))
-
-
-@pytest.mark.parametrize("at", ["fsync", "replace"])
-def test_a_kill_while_writing_leaves_the_old_file_whole(cache: Path, at: str) -> None:
-    written(cache, table({bottleneck(): Way("cpu")}))
-    before = cache.read_bytes()
-    process = multiprocessing.get_context("fork").Process(target=_die_writing, args=(cache, at))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert cache.read_bytes() == before
-    written(cache, table({bottleneck(batch=16): UNFUSED}))  # neither the lock nor the rest is in the way
-    assert len(store.read(cache, HERE).blocks) == 2
-
-
-def test_devices_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert store.file_name("NVIDIA H100 80GB HBM3, sm_90") == "nvidia-h100-80gb-hbm3-sm-90.json"
-    assert store.family(torch.device("meta")) is None
-    torch.set_num_threads(1)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    one = store.family(CPU)
-    torch.set_num_threads(2)
-    assert one.endswith("1 threads") and store.family(CPU).endswith("2 threads")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "interpreted" in store.family(CPU)
-
-
-def test_the_tests_never_read_or_write_the_users_cache() -> None:
-    assert os.environ["FUSEDRES_CACHE_DIR"] == "/dev/null/no-cache"
-    with pytest.raises(NotADirectoryError):
-        store.update(store.cache_folder() / "x.json", table())

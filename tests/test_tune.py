@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fusion import expect_paths
-from test_measured_dispatch import HERE
+from measured import CPU, HERE
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -26,7 +26,6 @@ from fusedres.tune.shapes import Stem, Subject, subjects
 from fusedres.tune.timing import Timer
 from fusedres.tune.ways import Bench, Case, faster, fastest, settle
 
-CPU = torch.device("cpu")
 OWN = Directions(True, True, True)
 interpreted = pytest.mark.skipif(not backends._INTERPRETED, reason="toy shapes are for Triton's interpreter")
 
@@ -296,6 +295,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--device", "cpu", "--backend", "cuda"], "cuda"),
         (["--device", "cpu", "--dtype", "tf32"], "tf32 is for GPUs"),
         (["--batch", "0"], "--batch must be at least 1"),
+        (["--minutes", "0"], "--minutes must be positive"),
     ],
 )
 def test_arguments_are_refused(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

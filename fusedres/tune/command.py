@@ -61,6 +61,8 @@ def main(options: argparse.Namespace) -> int:
     for option, values in (("--batch", options.batch or [1]), ("--image-size", [options.image_size])):
         if min(values) < 1:
             raise ValueError(f"tune: {option} must be at least 1, got {min(values)}")
+    if options.minutes is not None and options.minutes <= 0:
+        raise ValueError(f"tune: --minutes must be positive, got {options.minutes}")
     if "tf32" in (options.dtype or []) and not on_gpu:
         raise ValueError("tune: --dtype tf32 is for GPUs; measure float32")
     if on_gpu:
