@@ -38,7 +38,10 @@ def drawn_from(path: Path) -> str | None:
 
 
 def _pyplot() -> Any:
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("plots need matplotlib: pip install '.[bench]'") from error
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fusedres"  # the same rows give the same file

@@ -149,10 +149,11 @@ def _blocks(rows: list[Row]) -> list[str]:
 
 
 def _models(rows: list[Row]) -> list[str]:
-    lines: dict[tuple[str, str, int], dict[str, str]] = defaultdict(dict)
+    lines: dict[tuple[str, str, int, str], dict[str, str]] = defaultdict(dict)
     for row in rows:
         if "images_per_s" in row:
             memory = f" ({row['peak_bytes'] / 2**30:.1f} GiB)" if row["peak_bytes"] else ""
             said = f"{row['variant']} {row['images_per_s']:,.0f}{memory}"
-            lines[row["name"], row["phase"], row["shape"][0]].setdefault(row["variant"], said)
-    return [f"{name} {phase} {batch}: " + ", ".join(found.values()) for (name, phase, batch), found in lines.items()]
+            dtype = "tf32" if row["tf32"] else row["dtype"]
+            lines[row["name"], row["phase"], row["shape"][0], dtype].setdefault(row["variant"], said)
+    return [f"{' '.join(map(str, case))}: " + ", ".join(found.values()) for case, found in lines.items()]
