@@ -43,7 +43,7 @@ def of_block(variant: str, ratio: float, **fields: object) -> dict:
 
 def of_model(variant: str, ratio: float, **fields: object) -> dict:
     row = of_block(variant, ratio, op="model", name="resnet50", bound_s=0.004, step="models")
-    row |= {"images_per_s": 25600 * ratio, "peak_bytes": int(1e10 / ratio), "percent_of_bound": 40.0}
+    row |= {"images_per_s": 25600 * ratio, "peak_bytes": int(1e10 / ratio), "percent_of_bound": 40.0, "kind": "plain"}
     return row | fields
 
 
