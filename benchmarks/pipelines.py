@@ -43,6 +43,12 @@ LACKS = (
         "neighbours in a tile of x are of other taps: single elements, and the least that is copied is 4 bytes",
     ),
     Lack(
+        ("conv_fprop_kernel",),
+        (STORES,),
+        lambda arguments, config, arch: arch < 90 and arguments["state_ptr"] is not None and arguments["PADDED"],
+        "padding is masked from indices behind the affine map: reading it from a table would double the loop",
+    ),
+    Lack(
         ("bn_relu_maxpool_wgrad_kernel",),
         (STORES, WAIT),
         _always,
@@ -61,6 +67,12 @@ LACKS = (
             arguments["y_ptr"] is not None and (arguments["state_ptr"] is not None or arguments["gate_ptr"] is not None)
         ),
         "both operands are computed on load, or one behind bits that other threads hold; dy is read once",
+    ),
+    Lack(
+        ("one_pass_tail_kernel",),
+        (STORES, WAIT),
+        lambda arguments, config, arch: 0 < arguments["X_C"] <= config["BLOCK_C"] >= arguments["C"],
+        "two products of one step each, behind each other: there is no loop",
     ),
     Lack(
         ("conv_dgrad_kernel", "one_pass_dgrad_kernel"),

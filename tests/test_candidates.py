@@ -58,7 +58,7 @@ def _everything(gpu, dtype, k, c, extra):
         found = conv_wgrad.conv_wgrad(k, c, dtype, h, dy, gate and dy, gpu)
         yield "conv_wgrad", operands("BLOCK_K", "BLOCK_C", "BLOCK_M", dy), found
     yield "gram", operands("BLOCK_A", "BLOCK_B", "BLOCK_M"), gram.tiles(c, dtype, gpu)
-    yield "tail", operands("BLOCK_M", "BLOCK_K", "BLOCK_C"), one_pass_tail.tail(k, c, dtype, gpu)
+    yield "tail", operands("BLOCK_M", "BLOCK_K", "BLOCK_C"), one_pass_tail.tail(k, c, extra, dtype, gpu)
     columns = (c, 2 * c if extra else 0)
     yield "reduce", operands("BLOCK_K", "BLOCK_C", "BLOCK_M"), one_pass_tail.reduce(k, columns, dtype, gpu)
     yield "dgrad", operands("BLOCK_M", "BLOCK_C", "BLOCK_K"), one_pass_tail.dgrad(k, c, dtype, gpu)
@@ -90,7 +90,7 @@ def test_what_spills_without_wgmma_is_left_out(monkeypatch):
     for gpu, most in ((GPUS["sm_80"], 128), (GPUS["sm_90"], 256)):
         assert max(config["BLOCK_B"] for config in gram.tiles(512, bf16, gpu)) == most
         assert one_pass_tail.reduce(1024, (256, 0), bf16, gpu)[0]["BLOCK_C"] == most
-    for config in one_pass_tail.tail(256, 64, bf16, GPUS["sm_80"]):
+    for config in one_pass_tail.tail(256, 64, False, bf16, GPUS["sm_80"]):
         assert config["BLOCK_K"] < 128 or config.num_warps == 8
     monkeypatch.setattr(launching, "assumed", GPUS["sm_80"])
     for stride in ((1, 1), (2, 2)):

@@ -98,12 +98,16 @@ def test_products_have_at_least_four_candidates(inspected):
         ("conv_fprop_kernel", {"state_ptr": 1, "PADDED": True}, {"FLAT": False}, 90, set()),
         ("conv_fprop_kernel", {"state_ptr": None, "PADDED": True}, {"FLAT": True}, 90, {COPIES, STORES, WAIT}),
         ("conv_fprop_kernel", {"state_ptr": None, "PADDED": True}, {"FLAT": False}, 80, set()),
+        ("conv_fprop_kernel", {"state_ptr": 1, "PADDED": True}, {"FLAT": False}, 80, {STORES}),
+        ("conv_fprop_kernel", {"state_ptr": 1, "PADDED": False}, {"FLAT": False}, 80, set()),
         ("conv_wgrad_kernel", {"y_ptr": 1, "gate_ptr": None, "state_ptr": None}, {}, 90, set()),
         ("conv_wgrad_kernel", {"y_ptr": None, "gate_ptr": None, "state_ptr": 1}, {}, 90, set()),
         ("conv_wgrad_kernel", {"y_ptr": 1, "gate_ptr": None, "state_ptr": 1}, {}, 90, {STORES, WAIT}),
         ("conv_dgrad_kernel", {"y_ptr": 1, "gate_ptr": None}, {}, 90, set()),
         ("conv_dgrad_kernel", {"y_ptr": 1, "gate_ptr": 1}, {}, 90, {STORES}),
-        ("one_pass_tail_kernel", {"state_ptr": 1}, {}, 90, set()),
+        ("one_pass_tail_kernel", {"C": 64, "X_C": 0}, {"BLOCK_C": 64}, 90, set()),
+        ("one_pass_tail_kernel", {"C": 64, "X_C": 128}, {"BLOCK_C": 64}, 90, set()),
+        ("one_pass_tail_kernel", {"C": 64, "X_C": 64}, {"BLOCK_C": 64}, 90, {STORES, WAIT}),
     ],
 )
 def test_what_a_pipeline_may_lack(kernel, arguments, blocks, arch, expected):

@@ -56,6 +56,13 @@ def conv_wgrad(
     elif second <= 64:
         warps = 8 if h_computed or dy_computed else 4  # what is computed wants registers
         tiles = [(128, 64, 64, warps, 3), (128, 64, 64, warps, 4), (128, 64, 32, warps, 4), (64, 64, 64, 4, 4)]
+    elif gpu.has_wgmma and not (h_computed or dy_computed):
+        # Of other tiles Triton 3.6's ptxas makes each wgmma wait for the one before: of 128x128 in eight warps
+        # everywhere, of others in a strided 1x1 of 512 channels and more.
+        tiles = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 2), (64, 128, 128, 4, 2)]
+        tiles.append((64, 256, 64, 4, 3) if second >= 256 else (64, 128, 64, 4, 3))
+        if 256 <= second <= 512:
+            tiles.insert(0, (128, 256, 64, 8, 3))
     else:
         tiles = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3)]
         if second >= 256 and not dy_computed:  # whose coefficients would spill beside 128 sums a thread

@@ -27,6 +27,9 @@ _TAIL = {
     ),
     "wide": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 256, 32, 4, 3)),
 }
+# With a product for the projection behind it: Triton 3.6's ptxas makes each wgmma wait for the one before in steps of
+# more than two.
+_TAIL_JOINED = _TAIL | {"wide": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 128, 32, 4, 4), (64, 256, 32, 4, 3))}
 # Without wgmma 128 columns and more spill in four warps.
 _TAIL_AMPERE = _TAIL | {"narrow": ((64, 64, 64, 4, 1), (64, 128, 64, 8, 1), (128, 128, 64, 8, 1), (128, 64, 64, 8, 1))}
 _REDUCE = {
@@ -41,8 +44,9 @@ _REDUCE = {
 }
 _DGRAD = {
     "narrow": ((64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 32, 4, 3)),
-    "wide": ((128, 128, 64, 8, 2), (128, 128, 32, 8, 3), (64, 128, 64, 4, 2), (64, 64, 64, 4, 3)),
+    "wide": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4), (64, 64, 32, 4, 4)),  # as joined
 }
+_DGRAD_AMPERE = _DGRAD | {"wide": ((128, 128, 64, 8, 2), (128, 128, 32, 8, 3), (64, 128, 64, 4, 2), (64, 64, 64, 4, 3))}
 
 
 def _shapes(table: Mapping[str, tuple[_Shape, ...]], channels: int, dtype: torch.dtype) -> Sequence[_Shape]:
@@ -61,11 +65,12 @@ def _most(channels: int) -> int:
 
 
 @cache
-def tail(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
-    """Candidates of one_pass_tail, for K and C."""
+def tail(channels: int, in_channels: int, joined: bool, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
+    """Candidates of one_pass_tail, for K and C; joined: with the projection's product."""
+    table = (_TAIL_JOINED if joined else _TAIL) if gpu.has_wgmma else _TAIL_AMPERE
     found = (
         Config({"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(in_channels))}, warps, stages)
-        for m, k, c, warps, stages in _shapes(_TAIL if gpu.has_wgmma else _TAIL_AMPERE, in_channels, dtype)
+        for m, k, c, warps, stages in _shapes(table, in_channels, dtype)
     )
     return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_K", "BLOCK_C"), gpu)
 
@@ -104,7 +109,7 @@ def dgrad(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequ
     deepest = _most(max(channels, in_channels))
     found = (
         Config({"BLOCK_M": m, "BLOCK_C": min(c, _most(in_channels)), "BLOCK_K": min(k, deepest)}, warps, stages)
-        for m, c, k, warps, stages in _shapes(_DGRAD, in_channels, dtype)
+        for m, c, k, warps, stages in _shapes(_DGRAD if gpu.has_wgmma else _DGRAD_AMPERE, in_channels, dtype)
     )
     return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_C", "BLOCK_K"), gpu)
 

@@ -171,7 +171,7 @@ def one_pass_tail(
     channels, rows = folded.shape[0], n * p * q
     out = torch.empty((n, channels, p, q), dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
     mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=z.device)
-    candidates = configs.tail(channels, in_channels, z.dtype, gpu(z.device))
+    candidates = configs.tail(channels, in_channels, x is not None, z.dtype, gpu(z.device))
     x_channels = 0 if x is None else x.shape[1]
     config = choose(candidates, "one_pass_tail", z.dtype, rows, in_channels, channels, x_channels)
     arguments = {
