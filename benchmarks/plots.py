@@ -150,7 +150,7 @@ def roofline(rows: list[Row], path: Path) -> None:
     product = max(row["matmul_flops_per_s"] for row in rows)
     low = min(row["flops"] / row["counted_bytes"] for row in rows) / 2
     high = max(4 * product / copy, 2 * max(row["flops"] / row["counted_bytes"] for row in rows))
-    label = f"copy {_rate(copy, 'B/s')},\nmatrix product {_rate(product, 'FLOP/s')}"
+    label = f"copy {_rate(copy, 'B/s')},\nproduct {_rate(product, 'FLOP/s')}"
     axis.plot([low, product / copy, high], [low * copy, product, product], color="black", lw=1.2, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")

@@ -83,8 +83,16 @@ def section(results: Path) -> str:
             f"![{CAPTIONS[kind]}, {rows[0]['device']}](benchmarks/results/{name})"
             for name, (of, rows) in drawn.items() if of == kind
         ]  # fmt: skip
-        parts += [table(rows) for groups in found[kind].values() for rows in groups]
+        parts += [_folded(table(rows)) for groups in found[kind].values() for rows in groups]
     return "\n\n".join(filter(None, parts))
+
+
+def _folded(table: str, longest: int = 20) -> str:
+    """A long table behind its first line, which a click opens."""
+    if table.count("\n") <= longest:
+        return table
+    title, _, rest = table.partition("\n")
+    return f"<details><summary>{title.rstrip(':')}</summary>\n{rest}\n\n</details>"
 
 
 def readme_with_numbers(text: str, results: Path) -> str:
