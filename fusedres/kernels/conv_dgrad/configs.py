@@ -47,7 +47,7 @@ def _tiles(
             return _ON_LOAD_64
         return _ON_LOAD if c > 128 and k > 64 and gpu.has_wgmma else _ON_LOAD_128
     if c <= 64:
-        return _STORED_64
+        return _STORED_64 if gpu.has_wgmma else _STORED_AMPERE_64
     if not gpu.has_wgmma:
         return _STORED_AMPERE
     return _STRIDED if strided else _STORED
@@ -81,12 +81,18 @@ _STRIDED = (
     _config(128, 64, 64, 2, 4, 3),
     _config(128, 64, 64, 2, 8, 3),
 )
-# Without wgmma 128x128x32 and 256 columns spill.
+# Without wgmma 128 columns by 32 and 256 of anything spill.
 _STORED_AMPERE = (
     _config(128, 128, 64, 4, 8, 3),
     _config(64, 128, 64, 4, 4, 3),
-    _config(64, 128, 32, 4, 4, 4),
+    _config(128, 64, 64, 2, 8, 3),
+    _config(64, 64, 64, 2, 4, 3),
+)
+_STORED_AMPERE_64 = (
     _config(128, 64, 64, 2, 4, 3),
+    _config(64, 64, 64, 1, 4, 4),
+    _config(128, 64, 64, 2, 8, 3),
+    _config(64, 64, 32, 1, 4, 4),
 )
 _STORED_64 = (
     _config(128, 64, 64, 2, 4, 3),

@@ -54,7 +54,7 @@ def conv_wgrad(
         if second >= 256:
             tiles.insert(0, (64, 256, 64, 4, 3))
     elif second <= 64:
-        warps = 8 if h_computed or dy_computed else 4  # what is computed wants registers
+        warps = 8 if h_computed or dy_computed or not gpu.has_wgmma else 4  # what is computed wants registers
         tiles = [(128, 64, 64, warps, 3), (128, 64, 64, warps, 4), (128, 64, 32, warps, 4), (64, 64, 64, 4, 4)]
     elif gpu.has_wgmma and not (h_computed or dy_computed):
         # Of other tiles Triton 3.6's ptxas makes each wgmma wait for the one before: of 128x128 in eight warps

@@ -16,6 +16,7 @@ _Shape = tuple[int, int, int, int, int]
 _NARROW: tuple[_Shape, ...] = ((64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (32, 64, 64, 4, 3), (64, 64, 64, 4, 3))
 _MIDDLE: tuple[_Shape, ...] = ((64, 128, 128, 8, 2), (32, 128, 128, 8, 3), (64, 64, 128, 8, 2), (64, 64, 64, 4, 2))
 _WIDE: tuple[_Shape, ...] = ((64, 128, 128, 8, 2), (32, 128, 128, 8, 3), (32, 128, 256, 8, 3), (64, 64, 128, 8, 2))
+_AMPERE: tuple[_Shape, ...] = ((32, 128, 128, 8, 3), (64, 64, 128, 8, 2), (32, 64, 128, 8, 3), (32, 64, 64, 4, 3))
 _FLOAT32: tuple[_Shape, ...] = ((32, 64, 64, 4, 2), (16, 64, 64, 4, 3), (32, 64, 128, 8, 2), (16, 128, 128, 8, 2))
 _FLOAT64: tuple[_Shape, ...] = ((16, 32, 32, 4, 2), (16, 64, 64, 4, 2), (32, 32, 32, 4, 2), (16, 64, 32, 4, 2))
 
@@ -29,8 +30,12 @@ def tiles(channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
         shapes = _FLOAT64
     elif dtype is torch.float32:
         shapes = _FLOAT32
-    else:  # 256 columns spill without wgmma
-        shapes = _NARROW if channels <= 64 else _WIDE if channels > 128 and gpu.has_wgmma else _MIDDLE
+    elif channels <= 64:
+        shapes = _NARROW
+    elif not gpu.has_wgmma:  # larger ones spill
+        shapes = _AMPERE
+    else:
+        shapes = _WIDE if channels > 128 else _MIDDLE
     most = max(16, int(triton.next_power_of_2(channels)))
     found = (
         Config({"BLOCK_M": m, "BLOCK_A": min(a, most), "BLOCK_B": min(b, most)}, warps, stages)
