@@ -21,13 +21,8 @@ from fusedres.ops.conv_wgrad import conv_wgrad, conv_wgrad_finalize
 from fusedres.ops.empty_batch import empty_batch
 from fusedres.ops.gram import gram, gram_statistics
 from fusedres.ops.one_pass import one_pass_backward, one_pass_statistics
-from fusedres.ops.one_pass_tail import (
-    one_pass_dgrad,
-    one_pass_fold,
-    one_pass_products,
-    one_pass_reduce,
-    one_pass_tail,
-)
+from fusedres.ops.one_pass_tail import one_pass_fold, one_pass_tail
+from fusedres.ops.one_pass_tail_backward import one_pass_dgrad, one_pass_products, one_pass_reduce
 from fusedres.ops.relu_backward import relu_backward
 from fusedres.ops.shortcut_grad import shortcut_grad_
 

@@ -120,7 +120,7 @@ def one_pass_dgrad(
     stride: int,
     masked: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail."""
+    """See fusedres.ops.one_pass_tail_backward."""
     n, channels, p, q = grad.shape
     rows, in_channels = n * p * q, z.shape[1]
     taken = z[:, :, ::stride, ::stride]

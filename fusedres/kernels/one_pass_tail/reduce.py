@@ -160,7 +160,7 @@ def one_pass_reduce(
     x_pivot: Tensor | None,
     x_stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail."""
+    """See fusedres.ops.one_pass_tail_backward."""
     n, channels, p, q = grad.shape
     rows, in_channels, x_channels = n * p * q, z.shape[1], 0 if x is None else x.shape[1]
     columns = in_channels, x_channels

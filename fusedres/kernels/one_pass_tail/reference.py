@@ -65,7 +65,7 @@ def one_pass_reduce(
     x_pivot: Tensor | None,
     x_stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail."""
+    """See fusedres.ops.one_pass_tail_backward."""
     dtype = arithmetic_dtype(grad.dtype)
     d = rows(gated(grad, gate)).to(dtype)
     cross = d.T @ rows(centred(z, state, pivot, stride)).to(dtype)
@@ -87,7 +87,7 @@ def one_pass_products(
     count: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail."""
+    """See fusedres.ops.one_pass_tail_backward."""
     matrix = conv_weight.detach().reshape(conv_weight.shape[:2]).to(state.dtype)
     grads, grad_weight = parameter_grads(cross, sum_d, matrix, state, projected, total, count)
     grad_conv = torch.empty_like(conv_weight).copy_(grads.view(conv_weight.shape))
@@ -109,7 +109,7 @@ def one_pass_dgrad(
     stride: int,
     masked: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail."""
+    """See fusedres.ops.one_pass_tail_backward."""
     dtype, channels = arithmetic_dtype(grad.dtype), z.shape[1]
     grad_z = torch.addmm(constant, rows(gated(grad, gate)).to(dtype), folded.to(dtype))
     grad_z.addmm_(rows(centred(z, state, pivot, stride)).to(dtype), quadratic.to(dtype), alpha=-1)
