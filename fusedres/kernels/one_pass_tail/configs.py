@@ -14,7 +14,7 @@ from fusedres.kernels.splits import resident, rows_split
 # Rows, columns and depth of a tile, warps, stages; best guess first. For reduce the rows are K, the depth is M.
 _Shape = tuple[int, int, int, int, int]
 _INTERPRETED: tuple[_Shape, ...] = ((64, 64, 64, 4, 1),)
-_FLOAT32: tuple[_Shape, ...] = ((64, 64, 32, 4, 2), (64, 128, 32, 8, 2), (128, 64, 32, 8, 2), (64, 64, 32, 4, 3))
+_FLOAT32: tuple[_Shape, ...] = ((64, 64, 32, 4, 2), (64, 128, 16, 8, 2), (128, 64, 32, 8, 2), (64, 64, 32, 4, 3))
 _FLOAT64: tuple[_Shape, ...] = ((64, 32, 16, 4, 2), (64, 64, 16, 8, 2), (64, 32, 32, 4, 2), (64, 32, 16, 8, 3))
 
 _TAIL = {
