@@ -92,9 +92,8 @@ def fuse(
             if _instance_forward(block):
                 continue
             block.__class__ = _FUSED[type(block)]
-        if isinstance(block, FusedBlock):
-            block.fused_memory = memory
         if isinstance(block, FusedBlock | FusedResNet):
+            block.fused_memory = memory
             block.fused_conv = conv
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -175,6 +176,14 @@ def test_compiled_code_follows_for_sizes_that_are_fixed(dynamic: bool) -> None:
 # Whoever is explicit wins
 
 
+def test_min_keeps_the_stem_fused() -> None:
+    stock = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    model = fusedres.fuse(stock, filter=lambda name, module: not name, memory="min")
+    with following(table({shape_of(model, x): UNFUSED})), expect_paths(stem_forward=1):
+        model(x)
+
+
 @pytest.mark.parametrize("options", [{"conv": "library"}, {"conv": "fused"}, {"memory": "min"}], ids=str)
 def test_arguments_of_fuse_win_over_unfused(options: dict[str, str]) -> None:
     block, x, _ = stock_case(BASIC, memory_format=torch.channels_last)
@@ -221,6 +230,18 @@ def test_a_frozen_block_stays_frozen() -> None:
         twin(x)
 
 
+def test_a_frozen_block_on_a_gpu_follows() -> None:
+    block, x, _ = stock_case(BASIC, memory_format=torch.channels_last, mode="eval")
+    twin, x = fusedres.freeze(fused_twin(block)).to("meta"), x.to("meta")
+    with (
+        following(table({shape_of(twin, x, "infer"): UNFUSED}, "triton"), x.device),
+        fusedres.use_backend("auto"),
+        expect_paths(unfused=1),
+        torch.no_grad(),
+    ):
+        twin(x)
+
+
 # Shapes without an entry
 
 
@@ -237,6 +258,13 @@ def test_the_nearest_batch_then_the_nearest_sizes_then_the_librarys_convolutions
     for other in ({"phase": "infer"}, {"dtype": "float16"}, {"kind": "basic"}, {"stride": 2}, {"groups": 32}):
         assert found.way(bottleneck(**other)) == default
     assert [batch_class(batch) for batch in (1, 2, 3, 6, 48, 100, 256, 300)] == [1, 2, 4, 8, 64, 128, 256, 256]
+
+
+def test_a_gpu_where_no_way_was_right_stays_unfused() -> None:
+    found = table({bottleneck(): UNFUSED}, "triton")
+    for other in ({}, {"phase": "infer"}, {"dtype": "float32"}, {"size": 448}):
+        assert found.way(bottleneck(**other)) == UNFUSED
+    assert table({bottleneck(): UNFUSED}, "cpu").way(bottleneck(phase="infer")) == Way("cpu")  # verified kernels
 
 
 # No table
@@ -290,3 +318,50 @@ def test_tile_sizes_are_those_of_the_table() -> None:
             assert pivot().config == first
     with following(table(configs={key: "BLOCK_C=7 w1 s1"})):
         assert pivot().config == first
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_fakes_follow_the_chosen_tiles(which: int) -> None:
+    """The sizes of partial sums that torch.compile expects are those that come."""
+    from fusedres.kernels import launch
+    from fusedres.kernels.conv_dgrad.triton import conv_dgrad
+    from fusedres.kernels.conv_fprop.triton import conv_fprop
+
+    x = torch.empty(64, 128, 28, 28, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    weight = torch.empty(128, 128, 3, 3, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    state = torch.empty(4, 128, device="meta")
+    geometry = ((1, 1), (1, 1), (1, 1))
+    fprop = (x, weight, None, *geometry, True)
+    dgrad = (x, None, None, None, weight, x.shape, *geometry, x, state, None, None, 1)
+    with launch.choosing(lambda problem, candidates: candidates[which]):
+        for fakes, kernel, arguments in (
+            (sys.modules["fusedres.ops.conv_fprop"]._fake_conv_fprop, conv_fprop, fprop),
+            (sys.modules["fusedres.ops.conv_dgrad"]._fake, conv_dgrad, dgrad),
+        ):
+            fake = fakes(*arguments, "triton")
+            assert [t.shape for t in fake] == [t.shape for t in kernel(*arguments)]
+
+
+@pytest.mark.skipif(not backends._INTERPRETED, reason="the table is installed for the interpreter's device")
+def test_code_compiled_for_open_sizes_takes_tiles_of_a_table() -> None:
+    torch._dynamo.reset()
+    block, x, _ = stock_case(BASIC, memory_format=torch.channels_last)
+    twin = fusedres.fuse(copy.deepcopy(block), conv="fused")
+    compiled = torch.compile(twin, backend="aot_eager", dynamic=True)
+    with following(table({}, "triton", {"x": "y"})), fusedres.use_backend("triton"):
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_tf32_has_choices_of_its_own() -> None:
+    from fusedres.kernels import launch
+
+    asked, convolutions = [], torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    try:
+        with launch.choosing(lambda problem, candidates: asked.append(launch.problem_key(problem))):
+            for convolutions.fp32_precision in ("ieee", "tf32"):
+                launch.choose((launch.Config({}),), "gram", torch.float32, 8)
+    finally:
+        convolutions.fp32_precision = before
+    assert asked == ["gram float32 8", "gram tf32 8"]

@@ -20,7 +20,7 @@ import fusedres
 from fusedres import backends, dispatch
 from fusedres.__main__ import main
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Way, store
-from fusedres.tune import ways
+from fusedres.tune import command, ways
 from fusedres.tune.command import Tuning
 from fusedres.tune.shapes import Stem, Subject, subjects
 from fusedres.tune.timing import Timer
@@ -292,14 +292,26 @@ def test_the_command(tmp_path: Path) -> None:
         (["--model", "vgg11"], "must be a residual network"),
         (["--device", "meta"], "--device must be cpu or a CUDA device"),
         (["--device", "gpu"], "--device must be one that torch sees"),
-        (["--device", "cpu", "--backend", "cuda"], "cuda"),
         (["--device", "cpu", "--dtype", "tf32"], "tf32 is for GPUs"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--minutes", "0"], "--minutes must be positive"),
+        (["--device", "cpu", "--out", "."], "must be a file that can be written"),
     ],
 )
 def test_arguments_are_refused(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["fusedres", "tune", *arguments])
+    monkeypatch.setattr(command, "Tuning", None)  # nothing is measured
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_backend_that_does_not_serve_the_device_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("it serves cuda tensors")
+
+    monkeypatch.setattr(sys, "argv", ["fusedres", "tune", "--device", "cpu", "--backend", "cpu"])
+    monkeypatch.setattr(command, "backend_for", refuse)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and "--backend cpu: it serves cuda tensors" in capsys.readouterr().err

@@ -115,6 +115,14 @@ def _listed(found: dict[str, str | None]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
+def writable(path: Path) -> None:
+    """Raises OSError where `update` could not write there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        if path.exists():
+            path.open("r+").close()
+
+
 def update(path: Path, table: Table) -> None:
     """Writes a table, keeping other entries that the file has of the same device and versions."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -110,14 +110,15 @@ def _nearest(table: Table, shape: Shape) -> Way:
     """The way of the entry of these sizes with the nearest batch.
 
     Where there is none, that of the entry nearest in sizes, of the same kind, shortcut, groups, stride, dilation, dtype
-    and phase; beyond _FAR the table's backend with the library's convolutions.
+    and phase; beyond _FAR the table's backend with the library's convolutions, if a GPU's table has that anywhere.
     """
     alike = [other for other in table.blocks if _kinds(other) == _kinds(shape)]
     if alike:
         nearest = min(alike, key=lambda other: (_sizes(other) != _sizes(shape), _distance(other, shape)))
         if _sizes(nearest) == _sizes(shape) or _distance(nearest, shape) <= _FAR:
             return table.blocks[nearest].way
-    return Way(table.backend)
+    known = table.backend == "cpu" or any(entry.way.backend == table.backend for entry in table.blocks.values())
+    return Way(table.backend) if known else UNFUSED
 
 
 def _kinds(shape: Shape) -> tuple[str | int, ...]:

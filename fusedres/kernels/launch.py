@@ -117,7 +117,7 @@ def choose(candidates: Sequence[Config], *problem: Any) -> Config:
     says, else the first, by which configs.py orders.
     """
     if problem:
-        found = _pick(problem, candidates) if _pick is not None else _of_table(problem, candidates)
+        found = _pick(_exact(problem), candidates) if _pick is not None else _of_table(problem, candidates)
         if found is not None:
             return found
     return candidates[0]
@@ -130,7 +130,17 @@ def _of_table(problem: Problem, candidates: Sequence[Config]) -> Config | None:
     table = dispatch.table(_device(-1 if INTERPRETED else torch.cuda.current_device()))
     if table is None or not table.configs:
         return None
-    return _labelled(_label(table, problem), candidates)
+    return _labelled(_label(table, _exact(problem)), candidates)
+
+
+def _exact(problem: Problem) -> Problem:
+    """With float32 as "tf32" where products take it so, and sizes as numbers: a choice by them fixes open ones."""
+    return tuple(
+        int(value) if isinstance(value, torch.SymInt)
+        else "tf32" if value is torch.float32 and input_precision(value) == "tf32"
+        else value
+        for value in problem
+    )  # fmt: skip
 
 
 @cache

@@ -37,7 +37,7 @@ def measured_way(
     if torch.compiler.is_compiling() and _open(x):
         return None
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     phase = "train" if torch.is_grad_enabled() else "infer"
     found = dispatch.way(x.device, dtype, phase, x.shape[0], *shape_of(block, convolutions, x))

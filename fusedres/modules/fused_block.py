@@ -48,12 +48,14 @@ class FusedBlock(nn.Module):
         backend, way = backend_for(device), None
         if backend is None or (x.dim() == 4 and x.shape[0] == 0):
             return self._unfused(x)
-        if measured(device) and x.dim() == 4 and self.fused_frozen is None:
+        if measured(device) and x.dim() == 4:
             way = measured_way(self, self._conv_names, x, backend, self.fused_conv, self.fused_memory)
-            if way is not None:
+            if way is not None and way.backend is not None:
                 backend = way.backend
-                if backend is None:
+            elif way is not None:
+                if self.fused_frozen is None or not x.is_cpu:
                     return self._unfused(x)
+                way = None  # freeze() asked for it, and the CPU's kernels are verified
         plan, tensors = self._read(x, backend, way)
         if self.fused_frozen is not None and self._is_constant(x, plan, tensors):
             if self.fused_frozen is True or self.fused_frozen.kind != input_kind(x, plan):

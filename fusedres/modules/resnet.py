@@ -23,6 +23,7 @@ class FusedStem(nn.Module):
     """
 
     fused_conv: str = "auto"
+    fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
 
     def stem_unfused_reason(self) -> str | None:
         """Why the stem runs unfused on its parameters' device, or None where it is fused."""
@@ -37,7 +38,7 @@ class FusedStem(nn.Module):
         if backend is None or (x.dim() == 4 and x.shape[0] == 0):
             return None
         if measured(device) and x.dim() == 4:
-            way = measured_way(self, ("conv1",), x, backend, self.fused_conv, "auto")
+            way = measured_way(self, ("conv1",), x, backend, self.fused_conv, self.fused_memory)
             if way is not None:
                 backend = way.backend
                 if backend is None:

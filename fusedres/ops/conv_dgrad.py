@@ -147,10 +147,11 @@ def _fake(
         return grad_x, grad.new_empty(0, dtype=dtype)
     tiles = 1
     if backend == "triton":
-        from fusedres.kernels.conv_dgrad.configs import candidates, row_tiles
-        from fusedres.kernels.launch import choose
+        from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
 
-        tiles = row_tiles(input_size, stride, choose(candidates(grad, weight, stride, y is not None)))
+        on_load = y is not None
+        options = candidates(grad, weight, stride, on_load)
+        tiles = row_tiles(input_size, stride, chosen(options, grad, weight, input_size, stride, on_load))
     return grad_x, grad.new_empty((tiles, 2, input_size[1]), dtype=dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from fusedres import dispatch
 from fusedres.backends import backend_for, use_backend
 from fusedres.dispatch import Entry, Shape, Table
-from fusedres.dispatch.store import cache_folder, family, file_name, read, update, versions
+from fusedres.dispatch.store import cache_folder, family, file_name, read, update, versions, writable
 from fusedres.tune.shapes import subjects
 from fusedres.tune.timing import Timer
 from fusedres.tune.ways import DTYPES, Bench, Case, fastest
@@ -39,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", nargs="+", type=int, help="images at once (a GPU: 256 64 16, a CPU: 8)")
     parser.add_argument("--image-size", type=int, default=224, help="height and width (224)")
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="(a GPU: bfloat16, a CPU: float32)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=tuple(DTYPES),
+        help="float32 on a GPU is without TF32, which torch's own default has: tf32 (a GPU: bfloat16, a CPU: float32)",
+    )
     parser.add_argument("--phase", nargs="+", choices=("train", "infer"), default=["train", "infer"], help="(both)")
     parser.add_argument("--backend", choices=("triton", "cuda", "cpu"), help="(a GPU: triton, a CPU: cpu)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
@@ -81,7 +87,13 @@ def main(options: argparse.Namespace) -> int:
         for phase in options.phase
         for subject in subjects(options.model, options.image_size)
     ]
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise ValueError("tune: --backend triton needs Triton; install it")
     path = options.out or cache_folder() / file_name(name)
+    try:
+        writable(path)
+    except (OSError, ValueError) as error:  # a ValueError: it has no name
+        raise ValueError(f"tune: {path} must be a file that can be written, got {error}; choose --out") from error
     seconds = 60 * options.minutes if options.minutes else None
     print(f"{name}, backend {backend}; writing {path}", flush=True)
     print(f"{'':<52}     eager ms  over fused  way", flush=True)
@@ -138,6 +150,8 @@ class Tuning:
             installed = dispatch.table(self.device)
             try:
                 self._measure(case)
+            except OSError:  # what is found cannot be kept
+                raise
             except Exception as error:  # out of memory above all: the others may fit
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -164,8 +178,8 @@ class Tuning:
         found = fastest(bench, self.configs, self._timer, self.rounds)
         for wrong in found.wrong:
             self._leave_out(f"{case}: {wrong}")
-        self.entries[case.shape] = found.entry
         update(self.path, self.table({case.shape: found.entry}))
+        self.entries[case.shape] = found.entry
         gain = found.entry.eager_over_way
         times = "" if gain is None or found.eager_s is None else f"{1e3 * found.eager_s:13.3f}  {gain:10.2f}"
         self.say(f"{case!s:<52}{times:<25}  {found.entry.way}")

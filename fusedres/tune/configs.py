@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from statistics import median
 
@@ -27,14 +28,16 @@ class Configs:
         self._timer = Timer(device, lead=_LEAD)
         self._rounds, self._left = rounds, left
         self._measured: set[str] = set()  # problems
-        self._visit = Visit(set(), self._of_call)
+        # by dtype: signatures are of shapes
+        self._visits: defaultdict[str, Visit] = defaultdict(lambda: Visit(set(), self._of_call))
 
     def visit(self, bench: Bench, ways: Iterable[Way]) -> None:
         """Measures what a block asks for on these ways."""
         for way in ways:
             dispatch.install(bench.device, bench.table(way, self.found))
+            visit = self._visits[bench.case.dtype]
             try:
-                with bench.around(), torch.autograd.set_multithreading_enabled(False), self._visit:
+                with bench.around(), torch.autograd.set_multithreading_enabled(False), visit:
                     bench.step(bench.fused)
             except Exception as error:
                 self.wrong.append(f"{bench.case}, {way}: {self._said(error)}")

@@ -232,6 +232,9 @@ def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int) ->
     def right(way: Way) -> bool:
         try:
             reason = bench.disagreement(bench.table(way, configs), eager)
+        except torch.OutOfMemoryError:  # says nothing of the way
+            bench.cleanup()
+            raise
         except Exception as error:
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()  # raises where the GPU is lost

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, fitting, gpu, input_precision
+from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, choose, fitting, gpu, input_precision
 
 
 def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: bool) -> Sequence[Config]:
@@ -51,6 +51,20 @@ def _tiles(
     if not gpu.has_wgmma:
         return _STORED_AMPERE
     return _STRIDED if strided else _STORED
+
+
+def chosen(
+    configs: Sequence[Config],
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    on_load: bool,
+) -> Config:
+    """The one to launch conv_dgrad with."""
+    n, c, h, w = input_size
+    taps, load = f"{weight.shape[2]}x{weight.shape[3]}", "on-load" if on_load else "stored"
+    return choose(configs, "conv_dgrad", grad.dtype, n * h * w, c, weight.shape[0], taps, stride[0], load)
 
 
 def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) -> int:

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.conv_dgrad.configs import candidates, row_tiles
-from fusedres.kernels.launch import ceil_div, choose, input_precision, launch
+from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
+from fusedres.kernels.launch import ceil_div, input_precision, launch
 from fusedres.kernels.reference import gated
 
 
@@ -244,8 +244,7 @@ def conv_dgrad(
     if gate is not None and grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot behind an 8-bit load
         grad, gate = gated(grad, gate).contiguous(memory_format=torch.channels_last), None
     options = candidates(grad, weight, stride, y is not None)
-    taps, load = f"{weight.shape[2]}x{weight.shape[3]}", "stored" if y is None else "on-load"
-    config = choose(options, "conv_dgrad", grad.dtype, n * h * w, c, weight.shape[0], taps, stride[0], load)
+    config = chosen(options, grad, weight, input_size, stride, y is not None)
     tiles = row_tiles(input_size, stride, config)
     arithmetic = torch.float64 if grad.dtype is torch.float64 else torch.float32
     out = torch.empty((n, c, h, w), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
