@@ -20,7 +20,7 @@ DEVICES = ("H100", "H200")
 
 
 class Found(NamedTuple):
-    """A measured value and what it is of; the most that the traffic model allows, None where it says nothing."""
+    """A measured value and what it is of; the most that counted bytes allow, None where they say nothing."""
 
     value: float
     of: str
@@ -103,11 +103,14 @@ def _over_compile(model: str, phase: str, rows: Rows) -> Found | None:
 
 def _memory(model: str, rows: Rows) -> Found | None:
     timed = [row for row in _timed(rows, model, "train") if row.get("peak_bytes")]
-    eager = [row["peak_bytes"] for row in timed if row["variant"] == "eager"]
-    if not eager or not _ours(timed):
+    eager = min((row for row in timed if row["variant"] == "eager"), key=lambda row: row["peak_bytes"], default=None)
+    if eager is None or not _ours(timed):
         return None
     least = min(_ours(timed), key=lambda row: row["peak_bytes"])
-    return Found(least["peak_bytes"] / min(eager), least["variant"], None)
+    kept, of_eager = least.get("saved_bytes"), eager.get("saved_bytes")
+    # What is kept for backward alone: weights, gradients and the optimizer's state come on top on either side.
+    bound = kept / of_eager if kept and of_eager else None
+    return Found(least["peak_bytes"] / eager["peak_bytes"], least["variant"], bound)
 
 
 def _copy_share(rows: Rows) -> Found | None:
