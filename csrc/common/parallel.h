@@ -17,8 +17,11 @@ struct Chunks {
         size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 256)),
         count((rows + size - 1) / size) {}
 
-  // As tall as sums over a chunk allow, for what leaves several values a channel and chunk: few of them to merge.
-  static Chunks tall(int64_t rows) { return Chunks(rows, 65536 / std::clamp<int64_t>(rows / 64, 64, 256)); }
+  // Where there are many rows as tall as sums over a chunk allow, for what leaves several values a channel and chunk:
+  // few of them to merge.
+  static Chunks tall(int64_t rows, int64_t row_bytes) {
+    return Chunks(rows, std::min(row_bytes, 65536 / std::clamp<int64_t>(rows / 64, 64, 256)));
+  }
 
   int64_t begin(int64_t chunk) const { return chunk * size; }
   int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
