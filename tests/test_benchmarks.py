@@ -18,15 +18,7 @@ import fusedres
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _setting():
-    """The scripts' folder on the path, and one thread: nothing here is measured."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 
 @pytest.fixture(scope="module")
