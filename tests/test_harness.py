@@ -100,14 +100,14 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(25 << 20).fill_(1)  # 100 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(sorted(faults() for _ in range(9))[4])  # now and then something small lies in the way
+print(min(faults() for _ in range(40)))  # not each: something small may lie behind the last one, or the heap grow
 """
     command = [sys.executable, "-c", code, str(BENCHMARKS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode == 77:
         pytest.skip("the C library has no mallopt")
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1000  # 25,600 pages of 4 KiB otherwise
+    assert int(done.stdout) < 40  # otherwise 25,600 pages of 4 KiB, or 50 of 2 MiB, each time
 
 
 def test_saved_bytes_counts_storages_once(harness):
