@@ -5,7 +5,8 @@
     python benchmarks/gpu_suite.py --out DIR --device cpu --tiny    the same path on toy shapes, to see that it runs
 
 Steps: facts (device, copy bandwidth, matrix product), tests (failures of the last run first), sanitizer
-(compute-sanitizer on a few), ops (every op and every candidate config), blocks, models, dispatch (what was fastest).
+(compute-sanitizer on a few), ops (every op and every candidate config), blocks, models, dispatch (the table of what was
+fastest, and blocks that follow it beside eager).
 Each runs in its own process with its share of the minutes and writes DIR/STEP.jsonl a row at a time; a crash or a
 timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. Kernels are
 compiled on idle cores meanwhile (Hopper). All output is in DIR/log.txt; a table comes last. Nothing is installed.
@@ -44,9 +45,9 @@ STEPS = {
     "tests": Step(22, "checks"),
     "sanitizer": Step(9, "checks", "sanitizer_cases"),
     "ops": Step(30, "ops"),
-    "blocks": Step(17, "block_rows"),
-    "models": Step(17, "models"),
-    "dispatch": Step(2, "choices"),
+    "blocks": Step(16, "block_rows"),
+    "models": Step(15, "models"),
+    "dispatch": Step(5, "proposal"),
 }
 LEAST = 25.0  # seconds of a step: imports alone take some
 CRASHES = 4  # of one case, then it is left

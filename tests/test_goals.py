@@ -35,7 +35,7 @@ def test_without_rows_nothing_is_claimed():
     from suite import goals
 
     table = goals.table({})
-    assert len(table) == len(goals.GOALS) == 11
+    assert len(table) == len(goals.GOALS) == 12
     assert all(cells[2:] == ["not measured", "–", ""] for cells in table)
 
 
@@ -103,6 +103,19 @@ def test_images_per_second_are_of_their_device():
         "≥ 7,160 images/s", "7,680 images/s (fused)", "1,024 images/s", "met",
     ]  # fmt: skip
     assert line(rows, "ResNet-50 training, MLPerf 4.0 on an H200")[1] == "not measured"
+
+
+def test_auto_is_as_slow_as_its_slowest_block():
+    def row(ratio: float, **more: object) -> dict:
+        about = {"name": "resnet50.layer1.0", "phase": "train", "shape": [64, 64, 56, 56], "device": "NVIDIA H200"}
+        return about | {"variant": "auto", "median_s": 1e-3, "ratio": {"median": ratio}} | more
+
+    rows = [{"case": "dispatch"}, row(1.4), row(1.0, name="resnet18.layer4.1"), row(1.0, variant="eager")]
+    name = "auto over eager, slowest block"
+    found = line({"dispatch": rows}, name)
+    assert found == ["≥ 0.98x", "1.00x (resnet18.layer4.1 train batch 64)", "–", "met"]
+    assert line({"dispatch": [*rows, row(0.9, phase="infer")]}, name)[-1] == "missed"
+    assert line({"dispatch": [row(0.9, device="AMD EPYC")]}, name)[1] == "not measured"
 
 
 def test_the_floor_of_a_model_is_the_sum_of_its_parts():

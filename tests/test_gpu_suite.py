@@ -67,8 +67,12 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert {row["variant"] for row in skipped} == {"graphed eager", "graphed compile", "graphed library", "tensorrt"}
     assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
     assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
-    assert done.stdout.count("not measured") == 11  # goals: toy shapes on a CPU say nothing about them
+    assert done.stdout.count("not measured") == 12  # goals: toy shapes on a CPU say nothing about them
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
+    auto = [row for row in rows["dispatch"] if row.get("variant") == "auto"]
+    assert {(row["phase"], row["conv"], row["memory"]) for row in auto} == {
+        ("train", "auto", "auto"), ("infer", "auto", "auto"),
+    }  # fmt: skip
     data = json.loads((tmp_path / "dispatch.json").read_text())
     table = parse(data, data["device"])
     assert rows["dispatch"][0]["table"].endswith(store.file_name(table.device))

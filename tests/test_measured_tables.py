@@ -19,7 +19,7 @@ from measured import CPU, HERE, bottleneck, table
 from shapes import case
 
 from fusedres import dispatch
-from fusedres.dispatch import UNFUSED, Directions, Way, store
+from fusedres.dispatch import UNFUSED, Directions, Entry, Table, Way, store
 from fusedres.dispatch.table import as_json, parse
 
 FPROP = Directions(True, False, False)
@@ -132,6 +132,23 @@ def test_writing_keeps_what_others_wrote_of_the_same_versions(cache: Path) -> No
     with pytest.warns(UserWarning, match="is ignored"):
         store.update(cache, table({a: UNFUSED}))
     assert set(store.read(cache, HERE).blocks) == {a}
+
+
+def test_another_backends_entry_gives_way_to_what_gains_more(cache: Path) -> None:
+    a, b, c, d = (bottleneck(batch=1 << batch) for batch in range(4))
+
+    def gains(backend: str, **found: tuple[Way, float]) -> Table:
+        shapes = {"a": a, "b": b, "c": c, "d": d}
+        return replace(table({}, backend), blocks={shapes[name]: Entry(*entry) for name, entry in found.items()})
+
+    triton, cuda = Way("triton"), Way("cuda")
+    store.update(cache, gains("triton", a=(triton, 1.5), b=(triton, 1.1), c=(triton, 1.2), d=(UNFUSED, 0.9)))
+    store.update(cache, gains("cuda", a=(cuda, 1.3), b=(cuda, 1.4), c=(UNFUSED, 0.8), d=(cuda, 0.99)))
+    ways = {shape: entry.way for shape, entry in store.read(cache, HERE).blocks.items()}
+    assert ways == {a: triton, b: cuda, c: triton, d: cuda}
+    store.update(cache, gains("triton", a=(triton, 1.0), c=(UNFUSED, 0.9)))  # of one backend the newest holds
+    ways = {shape: entry.way for shape, entry in store.read(cache, HERE).blocks.items()}
+    assert ways == {a: triton, b: cuda, c: UNFUSED, d: cuda}
 
 
 def _write_some(path: Path, offset: int, start: object) -> None:

@@ -37,7 +37,8 @@ BOUNDS = {torch.bfloat16: (3e-2, 0.3), torch.float16: (1e-2, 0.15), torch.float3
 TF32_BOUNDS = (1e-2, 0.15)
 COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
 GRAPHED = "graphed "
-COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", *WAYS)
+AUTO = "auto"  # fuse() as it comes, after a table of measured choices
+COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", AUTO, *WAYS)  # others would trace the counting, or hide from it
 COMPILE_KINDS = ("compile", "graphs", "max-autotune", "elsewhere")
 
 
@@ -49,6 +50,8 @@ def ways(settings: Settings) -> dict[str, str]:
 def variants(settings: Settings, kind: str, phase: str) -> list[str]:
     """What a kind compares with eager; our own ways are beside every rival."""
     ours = list(ways(settings))
+    if kind == AUTO:
+        return [AUTO]
     if kind == "compile":
         return ["compile", *ours]
     if kind == "max-autotune":
@@ -63,12 +66,8 @@ def variants(settings: Settings, kind: str, phase: str) -> list[str]:
 def cases(settings: Settings) -> list[Case]:
     """The large batch first; then what takes long, blocks that a model has most of first; other dtypes last."""
     torch.backends.cudnn.benchmark = settings.on_gpu
-    if settings.tiny:
-        chosen, batches, usual = blocks.select(["tiny.bottleneck"]), (2,), PRECISIONS["float32"]
-        others = (PRECISIONS["tf32"],)
-    else:
-        chosen, batches, usual = blocks.select(["all"]), (256, 64), PRECISIONS["bfloat16"]
-        others = tuple(p for p in PRECISIONS.values() if p is not usual)
+    chosen, batches, usual = _usual(settings)
+    others = (PRECISIONS["tf32"],) if settings.tiny else tuple(p for p in PRECISIONS.values() if p is not usual)
     by_interest = dict(sorted(chosen.items(), key=_by_interest))
     found = []
 
@@ -99,6 +98,29 @@ def cases(settings: Settings) -> list[Case]:
     return found
 
 
+def _usual(settings: Settings) -> tuple[dict[str, Any], tuple[int, ...], Precision]:
+    """Blocks, batches and precision."""
+    if settings.tiny:
+        return blocks.select(["tiny.bottleneck"]), (2,), PRECISIONS["float32"]
+    return blocks.select(["all"]), (256, 64), PRECISIONS["bfloat16"]
+
+
+def auto_cases(settings: Settings, follow: Callable[[], None]) -> list[Case]:
+    """What users of "auto" get once it follows the table that `follow` installs, beside eager."""
+    torch.backends.cudnn.benchmark = settings.on_gpu
+    chosen, batches, usual = _usual(settings)
+
+    def run(name: str, case: BlockCase) -> None:
+        follow()
+        _Measurement(settings, name, case, AUTO, usual).measure()
+
+    found = [
+        BlockCase(name, block, n, phase) for n in batches for phase in traffic.PHASES for name, block in chosen.items()
+    ]
+    named = {f"{case.name} {case.phase} batch {case.batch} {AUTO}": case for case in found}
+    return [Case(name, partial(run, name, case), 60) for name, case in named.items()]
+
+
 def _by_interest(item: tuple[str, Any]) -> tuple[bool, bool]:
     """Identity blocks of ResNet-50 first: most of its blocks are."""
     name, block = item
@@ -109,6 +131,11 @@ def _gradients(module: nn.Module, source: Tensor) -> dict[str, Tensor]:
     """Copies, of the input's and the parameters'."""
     named = {f"{name.removeprefix('_orig_mod.')} grad": p.grad for name, p in module.named_parameters()}
     return {name: grad.clone() for name, grad in ({"input grad": source.grad} | named).items() if grad is not None}
+
+
+def _arguments(way: str) -> dict[str, str]:
+    """Of fuse(); none where the way is not this package's."""
+    return {"conv": "auto", "memory": "auto"} if way == AUTO else WAYS[way][0] if way in WAYS else {}
 
 
 class Skip(Exception):  # noqa: N818 - no error
@@ -132,7 +159,7 @@ class _Measurement:
         """Writes a row a variant, those with a reason or an error too."""
         torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
         train = self.case.phase == "train"
-        picked = choices.table(self.settings)
+        picked = None if self.kind == AUTO else choices.table(self.settings)  # auto's table has them
         self.pool = torch.cuda.graph_pool_handle() if self.settings.on_gpu else None
         with self.precision.switched(), choosing(picked):
             self.around = BlockSettings(self.settings.device, self.precision.dtype)
@@ -198,8 +225,8 @@ class _Measurement:
         stock = copy.deepcopy(self.bench.stock)
         if way == "eager_nchw":
             return stock.to(memory_format=torch.contiguous_format)
-        if way in WAYS:
-            return fusedres.fuse(stock, **WAYS[way][0])
+        if way in WAYS or way == AUTO:
+            return fusedres.fuse(stock, **_arguments(way))
         if way in COMPILED:
             if not self.settings.on_gpu:
                 return torch.compile(stock, backend="eager")
@@ -234,7 +261,7 @@ class _Measurement:
         """The variant and its input."""
         source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.bench.input_grad)
         variant = self.bench.variant(name, module, source, grad)
-        if self.bench.train and name in (BASE, "eager_nchw", *WAYS):
+        if self.bench.train and name in (BASE, "eager_nchw", AUTO, *WAYS):
             leave_out = [source, *module.parameters(), *module.buffers()]
             with self._on(name), self.around.autocast():
                 self.case.saved[name] = harness.saved_bytes(partial(module, source), leave_out)
@@ -273,13 +300,7 @@ class _Measurement:
         cleanup()
         if variant.name.startswith(GRAPHED):  # its memory is there before it runs
             return
-        if variant.name in (
-            BASE,
-            BOUND,
-            "eager_nchw",
-            "cudnn",
-            *WAYS,
-        ):  # others would trace the counting, or hide from it
+        if variant.name in COUNTED:
             with counting.CountRun() as count:
                 variant.run()
             cleanup()
@@ -295,7 +316,7 @@ class _Measurement:
         found = []
         for variant, samples in case.samples.items():
             way = variant.removeprefix(GRAPHED)
-            arguments = WAYS[way][0] if way in WAYS else {}
+            arguments = _arguments(way)
             row = harness.row(
                 self.settings.where, harness.summarize(samples), op=OPS[block.kind], name=case.name, variant=variant,
                 backend=self.backend_of.get(variant), conv=arguments.get("conv"), memory=arguments.get("memory"),
@@ -307,7 +328,7 @@ class _Measurement:
                 counted_bytes=case.counted.get(variant), floor_bytes=floor.bytes, flops=floor.flops,
                 bound_s=floor.seconds, data="synthetic", **ceilings, **self.precision.about,
             )  # fmt: skip
-            extra = {"kind": self.kind or "plain", "measured_configs": picked}
+            extra = {"kind": self.kind or "plain", "measured_configs": picked or self.kind == AUTO}
             if not self.checked.get(variant, True):
                 extra["checked"] = False
             found.append(row | extra)

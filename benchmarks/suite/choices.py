@@ -1,29 +1,18 @@
-"""What was measured fastest: configs by problem, backends by op, ways by block, as rows tell.
-
-DIR/dispatch.json is the table of it that the package reads.
-"""
+"""What was measured fastest: configs by problem, backends by op, ways by block, as rows tell."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from launched import WAYS
-from torchvision.models.resnet import BasicBlock
-from traffic import PHASES
 
-from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Table, Way, batch_class, store
+from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Way, batch_class
 from fusedres.kernels import launch
-from fusedres.tune.command import Tuning
-from fusedres.tune.shapes import Subject, subjects
 from fusedres.tune.ways import SLOWER
-from fusedres.tune.ways import Case as TuneCase
 from suite.journal import Journal, Row
-from suite.settings import Case, Settings
-
-STEPS = ("ops", "blocks")  # whose rows are read
+from suite.settings import Settings
 
 
 def table(settings: Settings) -> launch.Pick | None:
@@ -112,50 +101,3 @@ def entries(rows: Iterable[Row]) -> dict[Shape, Entry]:
             if key not in found or ratio > (found[key].eager_over_way or 0):
                 found[key] = Entry(way(row) if ratio >= SLOWER else UNFUSED, ratio)
     return found
-
-
-def cases(settings: Settings) -> list[Case]:
-    """The proposal, in one row and as a table; then whose each product of a block is, as long as there is time."""
-    if settings.tiny:
-        found = [TuneCase(Subject("tiny", BasicBlock(8, 8).to("meta"), (8, 6, 6)), 2, "float32", "infer")]
-    else:
-        found = [
-            TuneCase(subject, batch, "bfloat16", phase)
-            for batch in (256, 64)
-            for phase in PHASES
-            for subject in subjects(["resnet50", "resnet18"], 224)
-        ]
-    tune = [Case(str(case), lambda c=case: _tune(settings, c), 90) for case in found]
-    return [Case("dispatch", lambda: _propose(settings)), *tune]
-
-
-def _path(settings: Settings) -> Path:
-    return settings.out / "dispatch.json"
-
-
-def _propose(settings: Settings) -> None:
-    here = settings.where["device"]
-    ops, block_rows = ([r for r in Journal(settings.out, step).rows() if r.get("device") == here] for step in STEPS)
-    best = configs(ops)
-    device = store.family(settings.device)
-    _path(settings).unlink(missing_ok=True)
-    backend = "triton" if settings.on_gpu else "cpu"
-    labels = {problem: found["config"] for problem, found in best.items()}
-    found = Table(device, backend, store.versions(), settings.where["date"], entries(block_rows), labels)
-    store.update(_path(settings), found)
-    settings.row(
-        "dispatch", configs=best, ops=backends(ops), blocks=blocks(block_rows),
-        table=f"fusedres/dispatch/measured/{store.file_name(device)}",
-    )  # fmt: skip
-
-
-def _tune(settings: Settings, case: TuneCase) -> None:
-    """Each product, this package's or the library's, with the configs that are known."""
-    backend = "triton" if settings.on_gpu else "cpu"
-    rounds = 12 if settings.on_gpu else 1
-    tuning = Tuning(settings.device, backend, _path(settings), rounds=rounds, tile_sizes=False, say=lambda line: None)
-    tuning.run([case])
-    for wrong in tuning.left_out:
-        settings.row(str(case), backend=backend, error=wrong)
-    for entry in tuning.entries.values():
-        settings.row(str(case), backend=backend, way=str(entry.way), eager_over_way=entry.eager_over_way)

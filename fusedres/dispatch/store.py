@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fusedres._version import __version__
-from fusedres.dispatch.table import Table, as_json, parse
+from fusedres.dispatch.table import Entry, Table, as_json, parse
 
 PACKAGED = Path(__file__).parent / "measured"
 
@@ -124,18 +124,31 @@ def writable(path: Path) -> None:
 
 
 def update(path: Path, table: Table) -> None:
-    """Writes a table, keeping other entries that the file has of the same device and versions."""
+    """Writes a table, keeping what else the file has of the same device and versions.
+
+    A shape's new entry replaces the file's, except where another backend had gained more over eager there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         before = read(path, table.device)
         if before is not None and before.versions == table.versions:
-            table = replace(table, blocks=before.blocks | table.blocks, configs=before.configs | table.configs)
+            blocks = before.blocks | table.blocks
+            for shape in before.blocks.keys() & table.blocks.keys():
+                old = before.blocks[shape]
+                if old.way.backend not in (None, table.backend) and _gain(old) > _gain(table.blocks[shape]):
+                    blocks[shape] = old
+            table = replace(table, blocks=blocks, configs=before.configs | table.configs)
         unfinished = path.with_name(path.name + ".new")  # whoever holds the lock may overwrite a killed process's
         with unfinished.open("w", encoding="utf-8") as file:
             file.write(_as_text(table))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+
+
+def _gain(entry: Entry) -> float:
+    """Eager's time over that of what is followed."""
+    return 1.0 if entry.way.backend is None or entry.eager_over_way is None else entry.eager_over_way
 
 
 def _as_text(table: Table) -> str:

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Times every distinct block and stem of torchvision's models on this device: eager, and each fused way that "
         'agrees with it. fuse()\'s "auto" follows the result in processes started afterwards. What is slower than '
         "eager by over 2% stays unfused. The table lies in $FUSEDRES_CACHE_DIR, else in $XDG_CACHE_HOME/fusedres, else "
-        "in ~/.cache/fusedres, and grows with each run. Let nothing else run on the device meanwhile."
+        "in ~/.cache/fusedres, and grows with each run; of runs with several backends the faster one is kept. Let "
+        "nothing else run on the device meanwhile."
     )
     parser.add_argument(
         "--model", nargs="+", default=["resnet50", "resnet18"], help="of torchvision (resnet50 resnet18)"
