@@ -51,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=150, help="seconds of timing, then three rounds are enough (150)"
     )
+    parser.add_argument("--keep-pages", action="store_true", help="CPU: freed memory stays mapped (glibc)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = device.type == "cuda"
+    if options.keep_pages and not harness.keep_pages():
+        print("note: --keep-pages has no effect here, it is glibc's")
     names = ["eager_nchw", *(WAYS if device.type == "cuda" else ("library", "library min"))]
     names += ["compile"] if options.compile else []
     phases = ("train", "infer") if options.phase == "both" else (options.phase,)
