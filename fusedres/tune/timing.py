@@ -23,11 +23,12 @@ _CPU_FLUSH_BYTES = 128 << 20  # more than the last cache of one socket's cores
 
 @dataclass
 class Variant:
-    """Something to be timed: `run` is timed, `cleanup` runs after it and is not."""
+    """Something to be timed: `run` is timed; `prepare` runs before it, behind a flush of caches, `cleanup` after it."""
 
     name: str
     run: Callable[[], Any]
     cleanup: Callable[[], Any] | None = None
+    prepare: Callable[[], Any] | None = None
 
 
 class Timer:
@@ -55,6 +56,8 @@ class Timer:
         if self.device.type == "cpu":
             if self._flush is not None:
                 self._flush.add_(1)
+            if variant.prepare:
+                variant.prepare()
             start = time.perf_counter()
             result = variant.run()
             seconds = time.perf_counter() - start
@@ -65,6 +68,8 @@ class Timer:
             self._flush.zero_()
             if self._wait:
                 torch.cuda._sleep(self._wait)
+            if variant.prepare:
+                variant.prepare()
             begin.record()
             result = variant.run()
             end.record()
