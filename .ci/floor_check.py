@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,19 +30,20 @@ def check(what: str, fused: list[torch.Tensor], eager: list[torch.Tensor]) -> No
 
 
 def check_kernels(root: Path) -> None:
-    """Every Triton kernel of a block, with the config it is launched with: no problem on sm_90, fits sm_80."""
+    """Every Triton kernel that a block launches, as it is launched there; in float64, too, for gradcheck."""
     sys.path.insert(0, str(root / "benchmarks"))
     import inspect_kernels
 
     ways = ("library", "fused", "fused min")
-    runs = inspect_kernels.cases("resnet50.layer2.0", ways).values()
-    first = {made.name: made for run in runs for made in inspect_kernels.record(run)}
-    for arch in (90, 80):
-        rows = inspect_kernels.inspect_launches(first.values(), arch, limit=1)
-        found = [row for row in rows if not row.resident or (arch == 90 and row.problems)]
+    for dtype, arch in product((torch.bfloat16, torch.float64), (90, 80)):
+        runs = inspect_kernels.cases("resnet50.layer2.0", ways, dtype=dtype).values()
+        made = [launch for run in runs for launch in inspect_kernels.record(run, arch)]
+        rows = inspect_kernels.inspect_launches(made, arch, limit=1)
+        found = [row for row in rows if row.problems]
         if found:
             raise SystemExit(inspect_kernels.table(found))
-        print(f"{len(rows)} kernels compiled for sm_{arch} by Triton {triton.__version__}")
+        kernels = len({row.kernel for row in rows})
+        print(f"{kernels} kernels, {len(rows)} times compiled for sm_{arch} by Triton {triton.__version__}, {dtype}")
 
 
 def main() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fusedres.kernels.reference import gated
 
 
 def gate_kind(gate: Tensor | None) -> str:
@@ -12,6 +15,16 @@ def gate_kind(gate: Tensor | None) -> str:
     if gate is None:
         return "none"
     return "output" if gate.dtype.is_floating_point else "bits"
+
+
+def before_product(grad: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """grad and its gate as a kernel with a product takes them.
+
+    Triton 3.6 does not compile a product in float64 of what depends on 8-bit loads: there grad is gated before.
+    """
+    if gate is None or grad.dtype is not torch.float64:
+        return grad, gate
+    return gated(grad, gate).contiguous(memory_format=torch.channels_last), None
 
 
 @triton.jit

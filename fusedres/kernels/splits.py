@@ -32,5 +32,5 @@ def merge(splits: int) -> Sequence[Config]:
 def _merge(many: bool) -> Sequence[Config]:
     if INTERPRETED:
         return (Config({"BLOCK_S": 2, "BLOCK": 4096}),)
-    shapes = ((64, 64), (32, 128), (16, 256), (128, 32)) if many else ((4, 256), (8, 128), (4, 512), (16, 128))
+    shapes = ((64, 64), (32, 128), (16, 256), (128, 32)) if many else ((4, 256), (4, 128), (4, 512), (16, 128))
     return tuple(Config({"BLOCK_S": s, "BLOCK": block}) for s, block in shapes)

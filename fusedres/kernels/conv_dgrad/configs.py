@@ -45,11 +45,13 @@ def _tiles(
     if on_load:
         if c <= 64:
             return _ON_LOAD_64
-        return _ON_LOAD if c > 128 and k > 64 and gpu.has_wgmma else _ON_LOAD_128
+        if not gpu.has_wgmma:
+            return _ON_LOAD_AMPERE
+        return _ON_LOAD if c > 128 and k > 64 else _ON_LOAD_128
     if c <= 64:
         return _STORED_64 if gpu.has_wgmma else _STORED_AMPERE_64
     if not gpu.has_wgmma:
-        return _STORED_AMPERE
+        return _STRIDED_AMPERE if strided else _STORED_AMPERE
     return _STRIDED if strided else _STORED
 
 
@@ -102,8 +104,15 @@ _STORED_AMPERE = (
     _config(128, 64, 64, 2, 8, 3),
     _config(64, 64, 64, 2, 4, 3),
 )
+# Nor do the middle two fit the phases of a stride, with Triton 3.6.
+_STRIDED_AMPERE = (
+    _config(128, 128, 64, 4, 8, 3),
+    _config(128, 64, 32, 2, 8, 3),
+    _config(64, 64, 64, 2, 4, 3),
+    _config(64, 64, 32, 2, 4, 4),
+)
 _STORED_AMPERE_64 = (
-    _config(128, 64, 64, 2, 4, 3),
+    _config(128, 64, 64, 4, 4, 3),
     _config(64, 64, 64, 1, 4, 4),
     _config(128, 64, 64, 2, 8, 3),
     _config(64, 64, 32, 1, 4, 4),
@@ -125,6 +134,12 @@ _ON_LOAD = (
 _ON_LOAD_128 = (
     _config(64, 128, 64, 4, 4, 3),
     _config(64, 128, 64, 4, 4, 2),
+    _config(128, 128, 64, 4, 8, 2),
+    _config(128, 128, 32, 4, 8, 3),
+)
+_ON_LOAD_AMPERE = (
+    _config(64, 128, 32, 4, 4, 3),
+    _config(64, 64, 64, 2, 4, 2),
     _config(128, 128, 64, 4, 8, 2),
     _config(128, 128, 32, 4, 8, 3),
 )
@@ -154,7 +169,7 @@ _UNALIGNED = (
     _config(64, 32, 16, 1, 4, 3),
 )
 _FLOAT32 = (
-    _config(64, 64, 32, 2, 4, 2),
+    _config(64, 64, 32, 2, 8, 2),
     _config(64, 64, 16, 2, 4, 3),
     _config(128, 64, 16, 2, 8, 3),
     _config(64, 32, 32, 1, 4, 2),

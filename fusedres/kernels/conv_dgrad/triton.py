@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
+from fusedres.kernels.gate import before_product
 from fusedres.kernels.launch import ceil_div, input_precision, launch
-from fusedres.kernels.reference import gated
 
 
 @triton.constexpr_function
@@ -241,8 +241,7 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.conv_dgrad."""
     n, c, h, w = input_size
-    if gate is not None and grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot behind an 8-bit load
-        grad, gate = gated(grad, gate).contiguous(memory_format=torch.channels_last), None
+    grad, gate = before_product(grad, gate)
     options = candidates(grad, weight, stride, y is not None)
     config = chosen(options, grad, weight, input_size, stride, y is not None)
     tiles = row_tiles(input_size, stride, config)

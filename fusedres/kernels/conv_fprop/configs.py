@@ -23,7 +23,9 @@ _HOPPER: dict[str, _Tiles] = {
     "tf32 narrow": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 4), (128, 64, 16, 8, 4)),
 }
 _AMPERE: dict[str, _Tiles] = {
-    "half wide": ((128, 128, 64, 8, 3), (128, 64, 32, 8, 3), (64, 128, 64, 4, 3), (64, 64, 32, 4, 4)),
+    # 128x128 spills by 64 with Triton 3.6, but by 32 with 3.9 where 64 channels are all; 128x64 with 3.6.
+    "half wide": ((128, 128, 32, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4)),
+    "half wide shallow": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4)),
     "half narrow": ((128, 64, 64, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3)),
     "half wide normalised": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 4), (128, 64, 32, 8, 3)),
     "half narrow normalised": ((64, 64, 32, 4, 4), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 4)),
@@ -137,6 +139,7 @@ def _pointers(
     else:
         wide = ceil_div(k, 128) * 128 == ceil_div(k, 64) * 64
         name = f"{kind} {'wide' if wide else 'narrow'}{' normalised' if normalised and kind == 'half' else ''}"
+        name += " shallow" if name == "half wide" and c <= 64 and not hopper else ""
         tiles = (_HOPPER if hopper else _AMPERE)[name]
     length = c * taps if flat else c
     found = []

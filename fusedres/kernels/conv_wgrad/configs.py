@@ -37,7 +37,7 @@ def conv_wgrad(
     if INTERPRETED:
         tiles = [(64, 64, 64, 4, 1)]
     elif dtype is torch.float64:
-        tiles = [(64, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 64, 16, 4, 2)]
+        tiles = [(64, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)]
     elif dtype is torch.float32:
         tiles = [(64, 64, 32, 4, 3), (64, 64, 16, 8, 3), (64, 32, 32, 4, 3), (32, 64, 32, 4, 3)]
     elif dy_computed and (h_computed or gated):  # neither is pipelined, and both take registers
@@ -55,7 +55,9 @@ def conv_wgrad(
             tiles.insert(0, (64, 256, 64, 4, 3))
     elif second <= 64:
         warps = 8 if h_computed or dy_computed or not gpu.has_wgmma else 4  # what is computed wants registers
-        tiles = [(128, 64, 64, warps, 3), (128, 64, 64, warps, 4), (128, 64, 32, warps, 4), (64, 64, 64, 4, 4)]
+        tiles = [(128, 64, 64, warps, 3), (128, 64, 64, warps, 4), (64, 64, 64, 4, 4)]
+        # Of 128 rows by 32 Triton 3.6 spills without wgmma.
+        tiles.append((128, 64, 32, warps, 4) if gpu.has_wgmma else (64, 64, 32, 4, 4))
     elif gpu.has_wgmma and not (h_computed or dy_computed):
         # Of other tiles Triton 3.6's ptxas makes each wgmma wait for the one before: of 128x128 in eight warps
         # everywhere, of others in a strided 1x1 of 512 channels and more.
@@ -133,5 +135,5 @@ def _finalize(many: bool) -> tuple[Config, ...]:
     if INTERPRETED:
         return (Config({"BLOCK": 4096, "SPLITS": 4}),)
     small = Config({"BLOCK": 512, "SPLITS": 4}), Config({"BLOCK": 256, "SPLITS": 4})
-    large = Config({"BLOCK": 128, "SPLITS": 16}), Config({"BLOCK": 128, "SPLITS": 32})
+    large = Config({"BLOCK": 64, "SPLITS": 16}), Config({"BLOCK": 128, "SPLITS": 32})
     return large + small if many else small + large

@@ -173,6 +173,8 @@ def one_pass_statistics(
     channels, in_channels = conv_weight.shape[:2]
     wide = channels * in_channels * in_channels <= FLOAT64_PRODUCTS
     dtype = torch.float64 if wide else pivot.dtype
+    if wide and conv_weight.itemsize == 2:
+        conv_weight = conv_weight.float()  # Triton 3.6 does not compile a product in float64 of 16-bit loads
     candidates = configs.project(channels, in_channels, dtype)
     config = choose(candidates, "one_pass_project", dtype, channels, in_channels)
     tiles = ceil_div(in_channels, config["BLOCK_C"])

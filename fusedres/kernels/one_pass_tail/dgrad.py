@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
 from fusedres.kernels.conv_fprop.tile import column_slices
+from fusedres.kernels.gate import before_product
 from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
@@ -37,7 +38,7 @@ def store_partials(out_ptr, d, normalised, tile, columns, M, C: tl.constexpr, PA
 @triton.jit
 def one_pass_dgrad_kernel(
     grad_ptr,  # (M, K)
-    gate_ptr,  # (M, ceil(K / 8)) uint8
+    gate_ptr,  # (M, ceil(K / 8)) uint8, or None
     z_ptr,  # (N, H, W, C) of grad's dtype
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
     pivot_ptr,  # (C,), like constant and the partials of state's dtype
@@ -121,6 +122,7 @@ def one_pass_dgrad(
     masked: bool,
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
+    grad, gated_by = before_product(grad, gate)
     n, channels, p, q = grad.shape
     rows, in_channels = n * p * q, z.shape[1]
     taken = z[:, :, ::stride, ::stride]
@@ -130,7 +132,7 @@ def one_pass_dgrad(
     config = choose(candidates, "one_pass_dgrad", grad.dtype, rows, in_channels, channels)
     arguments = {
         "grad_ptr": grad,
-        "gate_ptr": gate,
+        "gate_ptr": gated_by,
         "z_ptr": taken,
         "state_ptr": state,
         "pivot_ptr": pivot,

@@ -10,7 +10,7 @@ import triton.language as tl
 def load_d(grad_ptr, gate_ptr, rows, first, M, K: tl.constexpr, BLOCK_K: tl.constexpr, CHANNEL_AXIS: tl.constexpr):
     """grad (M, K) from channel `first` on where the packed bits (M, ceil(K / 8)) are open, else 0; 0 beyond M and K.
 
-    A byte is loaded once for its 8 channels, which lie along CHANNEL_AXIS of the tile.
+    Without gate_ptr all are open. A byte is loaded once for its 8 channels, which lie along CHANNEL_AXIS of the tile.
     """
     width: tl.constexpr = (K + 7) // 8
     k = tl.expand_dims(first + tl.arange(0, BLOCK_K), 1 - CHANNEL_AXIS)
@@ -18,14 +18,14 @@ def load_d(grad_ptr, gate_ptr, rows, first, M, K: tl.constexpr, BLOCK_K: tl.cons
     rows = tl.expand_dims(rows, CHANNEL_AXIS)
     inside = rows < M
     wide = rows.to(tl.int64)
-    if K % BLOCK_K == 0:
-        d = tl.load(grad_ptr + wide * K + k, mask=inside, other=0)
-        packed = tl.load(gate_ptr + wide * width + bytes_, mask=inside, other=0)
-    else:
-        d = tl.load(grad_ptr + wide * K + k, mask=inside & (k < K), other=0)
-        packed = tl.load(gate_ptr + wide * width + bytes_, mask=inside & (bytes_ < width), other=0)
-    if CHANNEL_AXIS == 1:
-        bits = packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]
-    else:
-        bits = packed[:, None, :].to(tl.int32) >> tl.arange(0, 8)[None, :, None]
-    return tl.where(tl.reshape(bits, d.shape) & 1 == 0, 0.0, d).to(d.dtype)
+    fits: tl.constexpr = K % BLOCK_K == 0
+    d = tl.load(grad_ptr + wide * K + k, mask=inside if fits else inside & (k < K), other=0)
+    if gate_ptr is not None:
+        of_row = inside if fits else inside & (bytes_ < width)
+        packed = tl.load(gate_ptr + wide * width + bytes_, mask=of_row, other=0)
+        if CHANNEL_AXIS == 1:
+            bits = packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]
+        else:
+            bits = packed[:, None, :].to(tl.int32) >> tl.arange(0, 8)[None, :, None]
+        d = tl.where(tl.reshape(bits, d.shape) & 1 == 0, 0.0, d).to(d.dtype)
+    return d

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, pixel_offsets
+from fusedres.kernels.gate import before_product
 from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch, loop_bound
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
@@ -64,7 +65,7 @@ def reduce_rows(
 @triton.jit
 def one_pass_reduce_kernel(
     grad_ptr,  # (M, K)
-    gate_ptr,  # (M, ceil(K / 8)) uint8
+    gate_ptr,  # (M, ceil(K / 8)) uint8, or None
     z_ptr,  # (N, H, W, C) of grad's dtype
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
     pivot_ptr,  # (C,) of state's dtype
@@ -161,6 +162,7 @@ def one_pass_reduce(
     x_stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
+    grad, gated_by = before_product(grad, gate)
     n, channels, p, q = grad.shape
     rows, in_channels, x_channels = n * p * q, z.shape[1], 0 if x is None else x.shape[1]
     columns = in_channels, x_channels
@@ -172,7 +174,7 @@ def one_pass_reduce(
     splits = pivot.new_empty((count, sum(sizes) + channels))
     arguments = {
         "grad_ptr": grad,
-        "gate_ptr": gate,
+        "gate_ptr": gated_by,
         "z_ptr": z[:, :, ::stride, ::stride],
         "state_ptr": state,
         "pivot_ptr": pivot,
