@@ -38,7 +38,8 @@ TF32_BOUNDS = (1e-2, 0.15)
 COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
 GRAPHED = "graphed "
 AUTO = "auto"  # fuse() as it comes, after a table of measured choices
-COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", AUTO, *WAYS)  # others would trace the counting, or hide from it
+OURS = {AUTO: {"conv": "auto", "memory": "auto"}} | {way: arguments for way, (arguments, *_) in WAYS.items()}  # of fuse
+COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", *OURS)  # others would trace the counting, or hide from it
 COMPILE_KINDS = ("compile", "graphs", "max-autotune", "elsewhere")
 
 
@@ -133,11 +134,6 @@ def _gradients(module: nn.Module, source: Tensor) -> dict[str, Tensor]:
     return {name: grad.clone() for name, grad in ({"input grad": source.grad} | named).items() if grad is not None}
 
 
-def _arguments(way: str) -> dict[str, str]:
-    """Of fuse(); none where the way is not this package's."""
-    return {"conv": "auto", "memory": "auto"} if way == AUTO else WAYS[way][0] if way in WAYS else {}
-
-
 class Skip(Exception):  # noqa: N818 - no error
     """Why a variant is not there."""
 
@@ -225,8 +221,8 @@ class _Measurement:
         stock = copy.deepcopy(self.bench.stock)
         if way == "eager_nchw":
             return stock.to(memory_format=torch.contiguous_format)
-        if way in WAYS or way == AUTO:
-            return fusedres.fuse(stock, **_arguments(way))
+        if way in OURS:
+            return fusedres.fuse(stock, **OURS[way])
         if way in COMPILED:
             if not self.settings.on_gpu:
                 return torch.compile(stock, backend="eager")
@@ -261,7 +257,7 @@ class _Measurement:
         """The variant and its input."""
         source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.bench.input_grad)
         variant = self.bench.variant(name, module, source, grad)
-        if self.bench.train and name in (BASE, "eager_nchw", AUTO, *WAYS):
+        if self.bench.train and name in (BASE, "eager_nchw", *OURS):
             leave_out = [source, *module.parameters(), *module.buffers()]
             with self._on(name), self.around.autocast():
                 self.case.saved[name] = harness.saved_bytes(partial(module, source), leave_out)
@@ -316,7 +312,7 @@ class _Measurement:
         found = []
         for variant, samples in case.samples.items():
             way = variant.removeprefix(GRAPHED)
-            arguments = _arguments(way)
+            arguments = OURS.get(way, {})
             row = harness.row(
                 self.settings.where, harness.summarize(samples), op=OPS[block.kind], name=case.name, variant=variant,
                 backend=self.backend_of.get(variant), conv=arguments.get("conv"), memory=arguments.get("memory"),
