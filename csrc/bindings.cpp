@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "bindings_torch.h"
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
 #include "bn_relu/bn_relu.h"
@@ -67,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info);
 
+  m.attr("LARGE_BYTES") = kLargeBytes;
   m.def("advise_huge_pages", [](Address data, size_t bytes) { advise_huge_pages(pointer(data), bytes); }, release);
 
   m.def(
@@ -234,4 +236,6 @@ PYBIND11_MODULE(_C, m) {
               threads});
       },
       release);
+
+  bind_torch(m);
 }

@@ -331,6 +331,13 @@ def with_pooling(block: nn.Module) -> None:
     block.downsample.insert(0, nn.AvgPool2d(2, ceil_mode=True))
 
 
+def with_strided(block: nn.Module, name: str) -> None:
+    """A vector of a BatchNorm as every second element of a longer one."""
+    old = getattr(block.bn2, name)
+    longer = torch.stack([old.detach(), torch.full_like(old, 7)], dim=1)[:, 0]
+    setattr(block.bn2, name, nn.Parameter(longer) if isinstance(old, nn.Parameter) else longer)
+
+
 def with_instance_forward(block: nn.Module) -> None:
     bn1 = block.bn1
     bn1.forward = lambda x: nn.BatchNorm2d.forward(bn1, x) + 1
@@ -369,6 +376,8 @@ UNUSUAL: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
     ),
     "pruned weight": (lambda b: prune.random_unstructured(b.conv2, "weight", 0.5), ("conv2",)),
     "tensor subclass": (with_tensor_subclass, ("conv2", "Marked")),
+    "strided weight of a norm": (lambda b: with_strided(b, "weight"), ("bn2", "contiguous")),
+    "strided running mean": (lambda b: with_strided(b, "running_mean"), ("bn2", "contiguous")),
     "instance forward on a child": (with_instance_forward, ("bn1", "forward")),
     "quantized conv": (with_quantized_conv, ("conv2", "Quantized")),
     "longer downsample": (lambda b: b.downsample.append(nn.Dropout(0.0)), ("downsample",)),

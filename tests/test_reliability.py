@@ -282,13 +282,14 @@ def test_threads_train_blocks_at_the_same_time() -> None:
         assert all(torch.equal(value, other[name]) for name, value in mine.items())
 
 
-def test_saved_tensor_hooks_see_and_may_replace_everything() -> None:
-    """Offloading: every saved tensor is packed away as a copy; gradients do not change by a bit."""
+@pytest.mark.parametrize("layout", [torch.preserve_format, torch.contiguous_format], ids=str)
+def test_saved_tensor_hooks_see_and_may_replace_everything(layout: torch.memory_format) -> None:
+    """Offloading: every saved tensor is packed away as a copy, in any layout; gradients do not change by a bit."""
     for case in CORE:
         block, x, grad = stock_case(case)
         for memory in MEMORY:
             plain = run(fused_twin(block, memory), x, grad)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=layout), lambda t: t):
                 packed = run(fused_twin(block, memory), x, grad)
             assert all(torch.equal(value, packed[name]) for name, value in plain.items()), case
 

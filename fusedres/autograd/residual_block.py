@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedres.autograd import native
 from fusedres.autograd.backward import Backward
 from fusedres.autograd.composite import composite_block
 from fusedres.autograd.conv_backward import ConvBackward
@@ -53,16 +54,66 @@ def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) ->
     x, nchw = to_channels_last(x)
     constant = not any(unit.batch_statistics for unit in plan.units)
     if constant and (plan.projection is None or not plan.projection.batch_statistics):
-        out = ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
+        out = _infer(x, plan, tensors)
     else:
         out, _ = _forward(x, plan, tensors, with_mask=False)
     return out.contiguous() if nchw else out
 
 
 def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], with_mask: bool) -> tuple[Tensor, Saved]:
+    found = native.forward(x, plan, tensors) if with_mask else None
+    if found is not None:
+        return found
     if plan.own_convolutions:
         return ConvForward(x, plan, tensors).run(with_mask)
     return forward_passes(x, plan, tensors, with_mask)
+
+
+def _infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    found = native.infer(x, plan, tensors)
+    if found is not None:
+        return found
+    return ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
+
+
+def _backward(
+    grad_out: Tensor,
+    x: Tensor,
+    plan: BlockPlan,
+    params: tuple[Tensor | None, ...],
+    saved: Saved,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    found = native.backward(grad_out, x, plan, params, saved, needs)
+    if found is not None:
+        return found
+    passes = ConvBackward if plan.own_convolutions else Backward
+    return passes(grad_out, x, plan, params, _as_saved(saved), needs).run()
+
+
+def _as_saved(saved: Saved) -> Saved:
+    """Everything in the layout that it was saved in: hooks on saved tensors may have given it another."""
+
+    def branch(found: Branch) -> Branch:
+        one_pass = None if found.one_pass is None else OnePass(*(as_saved(t) for t in found.one_pass))
+        return Branch(as_saved(found.y), as_saved(found.state), one_pass)
+
+    return Saved(
+        [as_saved(y) for y in saved.ys],
+        [as_saved(state) for state in saved.states],
+        branch(saved.last),
+        None if saved.projection is None else branch(saved.projection),
+        saved.mask.contiguous(),
+        [as_saved(weight) for weight in saved.weights],
+    )
+
+
+def as_saved(tensor: Any) -> Any:
+    """Activations and weights as channels_last, vectors and matrices contiguous; itself where it is so, or is None."""
+    if tensor is None:
+        return None
+    layout = _CHANNELS_LAST if tensor.dim() == 4 else torch.contiguous_format
+    return tensor if tensor.is_contiguous(memory_format=layout) else tensor.contiguous(memory_format=layout)
 
 
 class ResidualBlockFunction(torch.autograd.Function):
@@ -103,8 +154,7 @@ class ResidualBlockFunction(torch.autograd.Function):
             grads = _differentiable(grad_out, x, plan, params, saved, needs)
         else:
             count_path("fused_backward")
-            passes = ConvBackward if plan.own_convolutions else Backward
-            grads = passes(grad_out, x, plan, params, saved, needs).run()
+            grads = _backward(grad_out, x, plan, params, saved, needs)
             grad_x = grads[0]
             if grad_x is not None:
                 if grad_x.dtype is not x.dtype:

@@ -20,7 +20,7 @@ from fusedres.autograd.composite import composite_stem
 from fusedres.autograd.convolution import convolution, convolution_backward
 from fusedres.autograd.forward import Tensors, in_dtype, unit_state
 from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
-from fusedres.autograd.residual_block import count_path, is_batched, to_channels_last
+from fusedres.autograd.residual_block import as_saved, count_path, is_batched, to_channels_last
 from fusedres.ops.launch import launches
 
 _CHANNELS_LAST = torch.channels_last
@@ -109,7 +109,8 @@ class StemFunction(torch.autograd.Function):
             grads = _differentiable(grad_out, x, plan, params, state, needs)
         else:
             count_path("stem_backward")
-            grads = _backward(grad_out, x, plan, params, (argmax, y, state), needs)
+            saved = (as_saved(argmax), as_saved(y), as_saved(state))
+            grads = _backward(grad_out, x, plan, params, saved, needs)
             if grads[0] is not None and ctx.nchw:
                 grads[0] = grads[0].contiguous()
         return (grads[0], None, *grads[1:], None, None, None)

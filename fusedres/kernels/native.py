@@ -11,10 +11,6 @@ DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float
 
 GATE_NONE, GATE_BITS, GATE_OUTPUT, GATE_RECOMPUTE = range(4)
 
-# From this size on the C library maps fresh memory page by page at each allocation: huge pages make its first touch
-# cheap. Smaller buffers come from its heap, touched before.
-_HUGE_BYTES = 4 << 20
-
 
 def address(tensor: Tensor | None) -> int:
     """The tensor's first element, 0 for None."""
@@ -37,7 +33,7 @@ def empty_channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _advised(tensor: Tensor) -> Tensor:
-    if tensor.numel() * tensor.element_size() >= _HUGE_BYTES:
+    if tensor.numel() * tensor.element_size() >= _C.LARGE_BYTES:
         _C.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     return tensor
 

@@ -92,8 +92,12 @@ def _norm(name: str, child: nn.Module | None) -> str | None:
     parameters = child.__dict__["_parameters"]
     buffers = child.__dict__["_buffers"]
     for tensor in (parameters.get("weight"), parameters.get("bias"), buffers["running_mean"], buffers["running_var"]):
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS:
             return f"{name} holds a {type(tensor).__name__}"
+        if not tensor.is_contiguous():
+            return f"{name} holds a vector that is not contiguous"
     if (buffers["running_mean"] is None) != (buffers["running_var"] is None):
         return f"{name} has only one of running_mean and running_var"
     return None

@@ -43,9 +43,14 @@ class Dispatched(Launches):
 _direct: dict[str, Launches] = {}
 
 
+def direct() -> bool:
+    """Whether kernels may run past the dispatcher: neither torch.compile nor a dispatch mode has to see the ops."""
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
 def launches(backend: str) -> Launches:
     """The launches of a backend, as they may run now."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not direct():
         return Dispatched(backend)
     found = _direct.get(backend)
     if found is None:

@@ -1,0 +1,198 @@
+// Python bindings of what takes and returns torch's tensors themselves: the passes of residual_block/.
+
+#include "bindings_torch.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "aten/aten.h"
+#include "residual_block/residual_block.h"
+
+namespace py = pybind11;
+using namespace fusedres;  // NOLINT: this file only binds
+
+namespace {
+
+using aten::Tensor;
+
+constexpr size_t kUnitTensors = 6;
+
+// torch._C._aoti's conversions: a tensor to a capsule with a handle that we own, a list of such capsules to tensors
+// that take the handles over.
+PyObject* to_handle = nullptr;
+PyObject* from_handles = nullptr;
+
+Tensor tensor_of(PyObject* object) {
+  if (object == Py_None) return Tensor();
+  const auto capsule = py::reinterpret_steal<py::object>(PyObject_CallOneArg(to_handle, object));
+  if (!capsule) throw py::error_already_set();
+  return Tensor(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
+}
+
+std::vector<Tensor> tensors_of(const py::sequence& objects) {
+  std::vector<Tensor> result;
+  result.reserve(objects.size());
+  for (const py::handle object : objects) result.push_back(tensor_of(object.ptr()));
+  return result;
+}
+
+// Python's tensors, None where undefined.
+py::list objects_of(std::vector<Tensor> tensors) {
+  py::list result(tensors.size());
+  py::list capsules;
+  for (Tensor& tensor : tensors) {
+    if (!tensor.defined()) continue;
+    capsules.append(py::reinterpret_steal<py::object>(PyCapsule_New(tensor.get(), nullptr, nullptr)));
+  }
+  const auto found = py::reinterpret_steal<py::list>(PyObject_CallOneArg(from_handles, capsules.ptr()));
+  if (!found) throw py::error_already_set();
+  size_t next = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    result[i] = tensors[i].release() == nullptr ? py::none() : py::object(found[next++]);
+  }
+  return result;
+}
+
+// The fields of fusedres.autograd.plan's named tuples, by position: a lookup by name would take longer than all else
+// here. connect() is told their names and checks them.
+enum UnitField { kStride, kPadding, kDilation, kGroups, kPixelwise, kBatchStatistics, kUpdate, kMomentum, kEps };
+const std::vector<std::string> kUnitFields = {"stride",           "padding", "dilation", "groups", "pixelwise",
+                                              "batch_statistics", "update",  "momentum", "eps"};
+enum PlanField { kUnits, kProjection, kPadStride, kOnePass, kInferImages };
+const std::vector<std::string> kPlanFields = {"units", "projection", "pad_stride", "one_pass", "infer_images"};
+
+py::handle field(const py::handle& tuple, int index) {
+  return PyTuple_GET_ITEM(tuple.ptr(), index);
+}
+
+int64_t integer(const py::handle& object) {
+  return PyLong_AsLongLong(object.ptr());
+}
+
+void read_pair(const py::handle& pair, int64_t* out) {
+  out[0] = integer(field(pair, 0));
+  out[1] = integer(field(pair, 1));
+}
+
+ConvBn unit_of(const py::handle& unit) {
+  ConvBn result{};
+  read_pair(field(unit, kStride), result.convolution.stride);
+  read_pair(field(unit, kPadding), result.convolution.padding);
+  read_pair(field(unit, kDilation), result.convolution.dilation);
+  result.convolution.groups = integer(field(unit, kGroups));
+  result.pixelwise = integer(field(unit, kPixelwise)) != 0;
+  result.batch_statistics = integer(field(unit, kBatchStatistics)) != 0;
+  result.update = integer(field(unit, kUpdate)) != 0;
+  const py::handle momentum = field(unit, kMomentum);
+  result.cumulative = momentum.is_none();
+  result.momentum = result.cumulative ? 0.0 : PyFloat_AsDouble(momentum.ptr());
+  result.eps = PyFloat_AsDouble(field(unit, kEps).ptr());
+  return result;
+}
+
+ResidualBlock block_of(const py::tuple& plan, int threads) {
+  ResidualBlock result;
+  const auto units = py::reinterpret_borrow<py::tuple>(field(plan, kUnits));
+  result.units.reserve(units.size() + 1);
+  for (const py::handle unit : units) result.units.push_back(unit_of(unit));
+  const py::handle projection = field(plan, kProjection);
+  result.projection = !projection.is_none();
+  if (result.projection) result.units.push_back(unit_of(projection));
+  result.pad_stride = integer(field(plan, kPadStride));
+  result.threads = threads;
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result;
+}
+
+void require_fields(const std::vector<std::string>& found, const std::vector<std::string>& expected) {
+  if (found.size() < expected.size() || !std::equal(expected.begin(), expected.end(), found.begin())) {
+    throw std::invalid_argument("fusedres._C: the fields of a plan are not those that csrc/bindings_torch.cpp reads");
+  }
+}
+
+void connect(const std::map<std::string, uintptr_t>& addresses, const py::object& to, const py::object& from,
+             const std::vector<std::string>& unit_fields, const std::vector<std::string>& plan_fields) {
+  require_fields(unit_fields, kUnitFields);
+  require_fields(plan_fields, kPlanFields);
+  aten::connect(addresses);
+  to_handle = to.inc_ref().ptr();
+  from_handles = from.inc_ref().ptr();
+}
+
+std::vector<UnitTensors> unit_tensors_of(const py::tuple& tensors, const ResidualBlock& block) {
+  if (tensors.size() != kUnitTensors * block.units.size()) throw std::invalid_argument("six tensors a unit");
+  std::vector<UnitTensors> result;
+  result.reserve(block.units.size());
+  for (size_t i = 0; i < tensors.size(); i += kUnitTensors) {
+    const auto tensor = [&](size_t k) { return tensor_of(PyTuple_GET_ITEM(tensors.ptr(), i + k)); };
+    result.push_back({tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5)});
+  }
+  return result;
+}
+
+py::object forward(const py::object& x, const py::tuple& plan, const py::tuple& tensors, int threads) {
+  const ResidualBlock block = block_of(plan, threads);
+  const Tensor source = tensor_of(x.ptr());
+  const std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
+  if (!serves(source, units)) return py::none();
+  ResidualBlockForward result;
+  {
+    const py::gil_scoped_release release;
+    result = residual_block_forward(source, block, units);
+  }
+  std::vector<Tensor> tensors_out;
+  tensors_out.push_back(std::move(result.out));
+  tensors_out.push_back(std::move(result.mask));
+  for (Tensor& y : result.outputs) tensors_out.push_back(std::move(y));
+  for (Tensor& state : result.states) tensors_out.push_back(std::move(state));
+  return objects_of(std::move(tensors_out));
+}
+
+py::object infer(const py::object& x, const py::tuple& plan, const py::tuple& tensors, int threads) {
+  const ResidualBlock block = block_of(plan, threads);
+  const Tensor source = tensor_of(x.ptr());
+  const std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
+  if (!serves(source, units)) return py::none();
+  const int64_t images = integer(field(plan, kInferImages));
+  std::vector<Tensor> result;
+  {
+    const py::gil_scoped_release release;
+    result.push_back(residual_block_infer(source, block, units, images));
+  }
+  return objects_of(std::move(result))[0];
+}
+
+py::object backward(const py::object& grad_out, const py::object& x, const py::object& mask, const py::tuple& plan,
+                    const py::sequence& params, const py::sequence& outputs, const py::sequence& states,
+                    std::vector<bool> needs, bool donated, int threads) {
+  const ResidualBlock block = block_of(plan, threads);
+  ResidualBlockBackward saved{tensor_of(grad_out.ptr()), tensor_of(x.ptr()), tensor_of(mask.ptr()), tensors_of(params),
+                              tensors_of(outputs),       tensors_of(states), std::move(needs),      donated};
+  if (!serves(saved)) return py::none();
+  std::vector<Tensor> grads;
+  {
+    const py::gil_scoped_release release;
+    grads = residual_block_backward(block, saved);
+  }
+  return objects_of(std::move(grads));
+}
+
+}  // namespace
+
+void bind_torch(py::module_& m) {
+  m.def("torch_functions", [] {
+    const auto& names = aten::function_names();
+    return std::vector<std::string>(names.begin(), names.end());
+  });
+  m.def("connect_torch", &connect);
+  m.def("residual_block_forward", &forward);
+  m.def("residual_block_infer", &infer);
+  m.def("residual_block_backward", &backward);
+}

@@ -1,0 +1,185 @@
+#include <utility>
+
+#include "bn_add_relu_backward/bn_add_relu_backward.h"
+#include "residual_block/launch.h"
+#include "residual_block/residual_block.h"
+#include "shortcut_grad/shortcut_grad.h"
+
+namespace fusedres {
+namespace {
+
+using aten::Shape;
+using aten::Tensor;
+
+constexpr size_t kUnitParams = 3;  // conv weight, BN weight, BN bias
+
+class Backward {
+ public:
+  Backward(const ResidualBlock& block, ResidualBlockBackward& saved)
+      : block_(block), saved_(saved), grads_(saved.needs.size()) {}
+
+  std::vector<Tensor> run() {
+    const size_t last = block_.last();
+    Tensor grad_projection;
+    Tensor grad = tail(&grad_projection);
+    Tensor shortcut;
+    if (block_.projection) shortcut = projection(std::move(grad_projection));
+    for (size_t index = last + 1; index-- > 0;) {
+      if (index < last) under_relu(index, grad);
+      Tensor h;
+      if (index > 0) h = bn_relu_of(saved_.outputs[index - 1], &saved_.states[index - 1], 1, block_.threads);
+      grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_input(index));
+      if (!grad.defined()) return std::move(grads_);
+    }
+    if (!block_.projection) {
+      add_shortcut(grad, saved_.grad_out, {GateKind::kBits, saved_.mask.data()}, block_.pad_stride);
+    } else {
+      const ConvBn& unit = block_.units.back();
+      const int64_t stride = subsamples(unit) ? unit.convolution.stride[0] : 1;
+      add_shortcut(grad, shortcut, {GateKind::kNone, nullptr}, stride);
+    }
+    grads_[0] = std::move(grad);
+    return std::move(grads_);
+  }
+
+ private:
+  static size_t slot(size_t index) { return 1 + kUnitParams * index; }
+
+  // Whether anything in front of a unit needs the gradient of the unit's input.
+  bool needs_input(size_t index) const {
+    for (size_t i = 0; i < slot(index); ++i) {
+      if (saved_.needs[i]) return true;
+    }
+    return false;
+  }
+
+  bool needs_sums(size_t index) const { return saved_.needs[slot(index) + 1] || saved_.needs[slot(index) + 2]; }
+
+  // Rows: Σd, Σd·x̂, Σd·x̂ of the projection.
+  Tensor empty_sums(size_t index) const {
+    return aten::empty({3, saved_.states[index].sizes()[1]}, saved_.states[index].torch_dtype());
+  }
+
+  // From the row of Σd·x̂ and from Σd.
+  void set_norm_grads(size_t index, const Tensor& sums, int64_t dot, Tensor sum) {
+    if (saved_.needs[slot(index) + 1]) grads_[slot(index) + 1] = aten::row(sums, dot);
+    if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = std::move(sum);
+  }
+
+  // A branch below the last ReLU; its gradient goes over the raw output where that is donated.
+  BnBranch branch(size_t index, Tensor* grad) {
+    Tensor& y = saved_.outputs[index];
+    const void* x = y.data();
+    *grad = saved_.donated ? std::move(y) : aten::empty_channels_last(y.shape(), y.torch_dtype());
+    return {x, saved_.states[index].data(), grad->data(), block_.units[index].batch_statistics};
+  }
+
+  // The gradients, behind the last ReLU, of the last unit's raw output and of the projection's.
+  Tensor tail(Tensor* grad_projection) {
+    const size_t last = block_.last();
+    const size_t end = block_.units.size() - 1;
+    const Shape shape = saved_.outputs[last].shape();
+    const Tensor sums = empty_sums(last);
+    Tensor grad;
+    BnAddReluBackwardParams params{};
+    params.grad = saved_.grad_out.data();
+    params.dtype = saved_.grad_out.dtype();
+    params.rows = shape.rows();
+    params.channels = shape.channels;
+    params.gate = {GateKind::kBits, saved_.mask.data()};
+    params.branch = branch(last, &grad);
+    if (block_.projection) params.shortcut = branch(end, grad_projection);
+    params.sums = sums.data();
+    params.threads = block_.threads;
+    const bool wanted = needs_sums(last) || needs_sums(end);
+    if (wanted || params.branch.batch_statistics || params.shortcut.batch_statistics) {
+      bn_add_relu_backward_reduce(params);
+    }
+    bn_add_relu_backward_elementwise(params);
+    set_norm_grads(last, sums, 1, aten::row(sums, 0));
+    if (block_.projection) set_norm_grads(end, sums, 2, aten::clone(aten::row(sums, 0)));  // no two share memory
+    return grad;
+  }
+
+  // Turns the gradient behind an inner ReLU into that of the raw output before it, in place.
+  void under_relu(size_t index, const Tensor& grad) {
+    const Tensor& y = saved_.outputs[index];
+    const Shape shape = y.shape();
+    const Tensor sums = empty_sums(index);
+    BnAddReluBackwardParams params{};
+    params.grad = grad.data();
+    params.dtype = grad.dtype();
+    params.rows = shape.rows();
+    params.channels = shape.channels;
+    params.gate = {GateKind::kRecompute, nullptr};
+    params.branch = {y.data(), saved_.states[index].data(), grad.data(), block_.units[index].batch_statistics};
+    params.sums = sums.data();
+    params.threads = block_.threads;
+    if (needs_sums(index) || params.branch.batch_statistics) bn_add_relu_backward_reduce(params);
+    bn_add_relu_backward_elementwise(params);
+    set_norm_grads(index, sums, 1, aten::row(sums, 0));
+  }
+
+  // The gradient of the input where needed; the weight's goes to its slot.
+  Tensor convolution(size_t index, const aten::ConvolutionParams& params, const Tensor& grad, const Tensor& input,
+                     bool need_input) {
+    const Tensor& weight = saved_.params[kUnitParams * index];
+    auto [grad_input, grad_weight] =
+        aten::convolution_backward(grad, input, weight, params, need_input, saved_.needs[slot(index)]);
+    grads_[slot(index)] = std::move(grad_weight);
+    return std::move(grad_input);
+  }
+
+  // The gradient that the projection sends to x, of the pixels that it reads.
+  Tensor projection(Tensor grad) {
+    const ConvBn& unit = block_.units.back();
+    const size_t index = block_.units.size() - 1;
+    if (!subsamples(unit)) return convolution(index, unit.convolution, grad, saved_.x, saved_.needs[0]);
+    const Tensor source = bn_relu_of(saved_.x, nullptr, unit.convolution.stride[0], block_.threads);
+    return convolution(index, dense(unit.convolution), grad, source, saved_.needs[0]);
+  }
+
+  void add_shortcut(const Tensor& grad_x, const Tensor& grad, Gate gate, int64_t stride) const {
+    const Shape s = grad_x.shape();
+    shortcut_grad({grad_x.data(),
+                   grad_x.dtype(),
+                   {s.batch, s.height, s.width, stride},
+                   s.channels,
+                   grad.data(),
+                   grad.shape().channels,
+                   gate,
+                   block_.threads});
+  }
+
+  const ResidualBlock& block_;
+  ResidualBlockBackward& saved_;
+  std::vector<Tensor> grads_;
+};
+
+}  // namespace
+
+bool serves(const ResidualBlockBackward& saved) {
+  const int32_t dtype = saved.x.torch_dtype();
+  if (!saved.x.has_dtype() || saved.x.dim() != 4 || saved.grad_out.dim() != 4) return false;
+  if (saved.grad_out.torch_dtype() != dtype) return false;
+  if (saved.mask.torch_dtype() != aten::torch_uint8() || !saved.mask.is_contiguous()) return false;
+  const int32_t state = aten::torch_dtype(state_dtype(saved.x.dtype()));
+  for (size_t index = 0; index < saved.outputs.size(); ++index) {
+    if (saved.outputs[index].torch_dtype() != dtype || !saved.outputs[index].is_channels_last()) return false;
+    if (saved.states[index].torch_dtype() != state || !saved.states[index].is_contiguous()) return false;
+    if (saved.params[kUnitParams * index].torch_dtype() != dtype) return false;
+    for (size_t i = 1; i < kUnitParams; ++i) {
+      const Tensor& vector = saved.params[kUnitParams * index + i];
+      if (vector.defined() && vector.torch_dtype() != state) return false;
+    }
+  }
+  return true;
+}
+
+std::vector<Tensor> residual_block_backward(const ResidualBlock& block, ResidualBlockBackward& saved) {
+  saved.grad_out = aten::to_channels_last(std::move(saved.grad_out));
+  saved.x = aten::to_channels_last(std::move(saved.x));
+  return Backward(block, saved).run();
+}
+
+}  // namespace fusedres

@@ -1,0 +1,49 @@
+#pragma once
+
+#include "aten/aten.h"
+#include "bn_relu/bn_relu.h"
+#include "residual_block/residual_block.h"
+
+// Launches that the forward and the backward passes share.
+namespace fusedres {
+
+inline DType state_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// Whether a projection's input is subsampled before a dense 1x1 convolution.
+inline bool subsamples(const ConvBn& unit) {
+  return unit.pixelwise && (unit.convolution.stride[0] != 1 || unit.convolution.stride[1] != 1);
+}
+
+inline aten::ConvolutionParams dense(aten::ConvolutionParams params) {
+  params.stride[0] = params.stride[1] = 1;
+  return params;
+}
+
+inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, int64_t stride, void* out, int threads) {
+  const aten::Shape s = x.shape();
+  bn_relu({x.data(),
+           x.dtype(),
+           {s.batch, s.height, s.width, stride},
+           s.channels,
+           state == nullptr ? nullptr : state->data(),
+           nullptr,
+           out,
+           threads});
+}
+
+// relu(BN(x)) of every stride-th pixel; those pixels themselves without a state.
+inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor* state, int64_t stride, int threads) {
+  const aten::Shape s = x.shape();
+  aten::Tensor out = aten::empty_channels_last(
+      {s.batch, s.channels, (s.height + stride - 1) / stride, (s.width + stride - 1) / stride}, x.torch_dtype());
+  bn_relu_into(x, state, stride, out.data(), threads);
+  return out;
+}
+
+inline void bn_relu_(const aten::Tensor& x, const aten::Tensor& state, int threads) {
+  bn_relu_into(x, &state, 1, x.data(), threads);
+}
+
+}  // namespace fusedres

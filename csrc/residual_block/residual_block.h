@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "aten/aten.h"
+
+// The passes of a residual block on the CPU with torch's convolutions, in the order of fusedres/autograd/forward.py and
+// backward.py, which say the mathematics: the same kernels on the same tensors, without Python between them.
+namespace fusedres {
+
+struct ConvBn {
+  aten::ConvolutionParams convolution;
+  bool pixelwise;         // a 1x1 kernel without padding or groups, same stride both ways
+  bool batch_statistics;  // else the running ones, as constants
+  bool update;            // running statistics take this batch in
+  bool cumulative;        // averaging factor 1 / num_batches_tracked instead of momentum
+  double momentum;
+  double eps;
+};
+
+struct ResidualBlock {
+  std::vector<ConvBn> units;  // of the branch in order, then the projection's
+  bool projection;
+  int64_t pad_stride;  // of an identity or zero-padded shortcut
+  int threads;
+
+  size_t last() const { return units.size() - 1 - (projection ? 1 : 0); }
+};
+
+struct UnitTensors {
+  aten::Tensor conv_weight;
+  aten::Tensor weight;
+  aten::Tensor bias;
+  aten::Tensor running_mean;
+  aten::Tensor running_var;
+  aten::Tensor num_batches_tracked;
+};
+
+struct ResidualBlockForward {
+  aten::Tensor out;
+  aten::Tensor mask;                  // packed bits of the last ReLU
+  std::vector<aten::Tensor> outputs;  // raw ones of the convolutions, in the order of the units
+  std::vector<aten::Tensor> states;   // (4, C) of the BatchNorms
+};
+
+// Whether the passes below serve these tensors: one dtype for x and the convolution weights, channels_last x.
+bool serves(const aten::Tensor& x, const std::vector<UnitTensors>& tensors);
+
+// relu(F(x) + S(x)), and what its backward needs.
+ResidualBlockForward residual_block_forward(const aten::Tensor& x, const ResidualBlock& block,
+                                            const std::vector<UnitTensors>& tensors);
+
+// The same where nothing is kept and all statistics are constants, some images at a time.
+aten::Tensor residual_block_infer(const aten::Tensor& x, const ResidualBlock& block,
+                                  const std::vector<UnitTensors>& tensors, int64_t images_at_a_time);
+
+struct ResidualBlockBackward {
+  aten::Tensor grad_out;
+  aten::Tensor x;
+  aten::Tensor mask;
+  std::vector<aten::Tensor> params;  // conv weight, BN weight, BN bias of every unit
+  std::vector<aten::Tensor> outputs;
+  std::vector<aten::Tensor> states;
+  std::vector<bool> needs;  // of x, then of every parameter
+  bool donated;             // the outputs may be overwritten with their gradients
+};
+
+bool serves(const ResidualBlockBackward& saved);
+
+// The gradients in the order of `needs`; what is not needed is undefined.
+std::vector<aten::Tensor> residual_block_backward(const ResidualBlock& block, ResidualBlockBackward& saved);
+
+}  // namespace fusedres
