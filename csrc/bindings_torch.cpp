@@ -23,6 +23,7 @@ namespace {
 using aten::Tensor;
 
 constexpr size_t kUnitTensors = 6;
+constexpr size_t kUnitParams = 3;  // the first of them
 
 // torch._C._aoti's conversions: a tensor to a capsule with a handle that we own, a list of such capsules to tensors
 // that take the handles over.
@@ -34,13 +35,6 @@ Tensor tensor_of(PyObject* object) {
   const auto capsule = py::reinterpret_steal<py::object>(PyObject_CallOneArg(to_handle, object));
   if (!capsule) throw py::error_already_set();
   return Tensor(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
-}
-
-std::vector<Tensor> tensors_of(const py::sequence& objects) {
-  std::vector<Tensor> result;
-  result.reserve(objects.size());
-  for (const py::handle object : objects) result.push_back(tensor_of(object.ptr()));
-  return result;
 }
 
 // Python's tensors, None where undefined.
@@ -169,17 +163,36 @@ py::object infer(const py::object& x, const py::tuple& plan, const py::tuple& te
   return objects_of(std::move(result))[0];
 }
 
-py::object backward(const py::object& grad_out, const py::object& x, const py::object& mask, const py::tuple& plan,
-                    const py::sequence& params, const py::sequence& outputs, const py::sequence& states,
-                    std::vector<bool> needs, bool donated, int threads) {
+// saved: x, three parameters a unit, and what forward returned behind the result.
+py::object backward(const py::object& grad_out, const py::tuple& plan, const py::tuple& saved, std::vector<bool> needs,
+                    bool donated, int threads) {
   const ResidualBlock block = block_of(plan, threads);
-  ResidualBlockBackward saved{tensor_of(grad_out.ptr()), tensor_of(x.ptr()), tensor_of(mask.ptr()), tensors_of(params),
-                              tensors_of(outputs),       tensors_of(states), std::move(needs),      donated};
-  if (!serves(saved)) return py::none();
+  const size_t units = block.units.size();
+  const size_t params = kUnitParams * units;
+  if (saved.size() < 2 + params + 2 * units || needs.size() != 1 + params) {
+    throw std::invalid_argument("x, a mask, three parameters and two tensors a unit");
+  }
+  size_t next = 0;
+  const auto take = [&](size_t count) {
+    std::vector<Tensor> result;
+    result.reserve(count);
+    while (count-- > 0) result.push_back(tensor_of(PyTuple_GET_ITEM(saved.ptr(), next++)));
+    return result;
+  };
+  ResidualBlockBackward given;
+  given.grad_out = tensor_of(grad_out.ptr());
+  given.x = std::move(take(1)[0]);
+  given.params = take(params);
+  given.mask = std::move(take(1)[0]);
+  given.outputs = take(units);
+  given.states = take(units);
+  given.needs = std::move(needs);
+  given.donated = donated;
+  if (!serves(given)) return py::none();
   std::vector<Tensor> grads;
   {
     const py::gil_scoped_release release;
-    grads = residual_block_backward(block, saved);
+    grads = residual_block_backward(block, given);
   }
   return objects_of(std::move(grads));
 }

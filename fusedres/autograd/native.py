@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fusedres.autograd.plan import BlockPlan, Branch, ConvBN, Saved
+from fusedres.autograd.plan import BlockPlan, ConvBN
 from fusedres.kernels import cpu_block
 from fusedres.ops.launch import direct
 
@@ -29,17 +29,9 @@ def _serves(x: Tensor, plan: BlockPlan) -> bool:
     )
 
 
-def forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Saved] | None:
-    """As forward.forward_passes, with a mask."""
-    found = cpu_block.forward(x, plan, tensors) if _serves(x, plan) else None
-    if found is None:
-        return None
-    last = len(plan.units) - 1
-    depth = last + 1 if plan.projection is None else last + 2
-    out, mask, outputs, states = found[0], found[1], found[2 : 2 + depth], found[2 + depth :]
-    end = Branch(outputs[last], states[last], None)
-    projection = None if plan.projection is None else Branch(outputs[-1], states[-1], None)
-    return out, Saved(outputs[:last], states[:last], end, projection, mask)
+def forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> list[Tensor] | None:
+    """The result of forward.forward_passes, then what it saves (Saved.flat)."""
+    return cpu_block.forward(x, plan, tensors) if _serves(x, plan) else None
 
 
 def infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -48,21 +40,9 @@ def infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Ten
 
 
 def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    plan: BlockPlan,
-    params: tuple[Tensor | None, ...],
-    saved: Saved,
-    needs: list[bool],
+    grad_out: Tensor, plan: BlockPlan, saved: tuple[Tensor | None, ...], needs: list[bool]
 ) -> list[Tensor | None] | None:
-    """As backward.Backward."""
-    last, projection = saved.last, saved.projection
-    if last.y is None or not _serves(x, plan):
-        return None
-    outputs, states = [*saved.ys, last.y], [*saved.states, last.state]
-    if projection is not None:
-        if projection.y is None:
-            return None
-        outputs.append(projection.y)
-        states.append(projection.state)
-    return cpu_block.backward(grad_out, x, saved.mask, plan, params, outputs, states, needs, not _keeps_graph())
+    """As backward.Backward, from x, the parameters and Saved.flat."""
+    x = saved[0]
+    assert x is not None
+    return cpu_block.backward(grad_out, plan, saved, needs, not _keeps_graph()) if _serves(x, plan) else None

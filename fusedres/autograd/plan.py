@@ -77,3 +77,34 @@ class Saved(NamedTuple):
     projection: Branch | None
     mask: Tensor  # packed bits of the last ReLU
     weights: Sequence[Tensor | None] = ()  # of all units, as own kernels take them; None: the parameter itself
+
+    def flat(self) -> list[Tensor | None]:
+        """The mask, every unit's y and every unit's state, then what only some blocks save."""
+        ends = [self.last] if self.projection is None else [self.last, self.projection]
+        found = [self.mask, *self.ys, *(end.y for end in ends), *self.states, *(end.state for end in ends)]
+        for end in ends:
+            found += end.one_pass or (None,) * len(OnePass._fields)
+        return [*found, *self.weights]
+
+    @staticmethod
+    def of(flat: Sequence[Tensor | None], plan: BlockPlan) -> Saved:
+        """The inverse of flat; a block whose passes ran in C++ has only its first part."""
+        inner, depth = len(plan.units) - 1, len(plan.all_units)
+        mask, ys, states, rest = flat[0], flat[1 : 1 + depth], flat[1 + depth : 1 + 2 * depth], flat[1 + 2 * depth :]
+        ends: list[Branch] = []
+        for i in range(inner, depth):
+            one_pass, rest = rest[: len(OnePass._fields)], rest[len(OnePass._fields) :]
+            pivot, total, projected, folded = one_pass or (None,) * len(OnePass._fields)
+            state = states[i]
+            assert state is not None
+            if pivot is None or total is None or projected is None:
+                ends.append(Branch(ys[i], state, None))
+            else:
+                ends.append(Branch(None, state, OnePass(pivot, total, projected, folded)))
+        assert mask is not None
+        projection = None if plan.projection is None else ends[1]
+        return Saved(_present(ys[:inner]), _present(states[:inner]), ends[0], projection, mask, rest)
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

@@ -12,6 +12,7 @@ run the library's convolutions, conv_forward.py and conv_backward.py this packag
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fusedres.autograd.composite import composite_block
 from fusedres.autograd.conv_backward import ConvBackward
 from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
-from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Branch, OnePass, Saved
+from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved
 
 # How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused of the blocks;
 # stem_forward, stem_backward, stem_composite_backward, stem_unfused of the stems (stem.py).
@@ -61,9 +62,6 @@ def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) ->
 
 
 def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], with_mask: bool) -> tuple[Tensor, Saved]:
-    found = native.forward(x, plan, tensors) if with_mask else None
-    if found is not None:
-        return found
     if plan.own_convolutions:
         return ConvForward(x, plan, tensors).run(with_mask)
     return forward_passes(x, plan, tensors, with_mask)
@@ -74,38 +72,6 @@ def _infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Te
     if found is not None:
         return found
     return ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
-
-
-def _backward(
-    grad_out: Tensor,
-    x: Tensor,
-    plan: BlockPlan,
-    params: tuple[Tensor | None, ...],
-    saved: Saved,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    found = native.backward(grad_out, x, plan, params, saved, needs)
-    if found is not None:
-        return found
-    passes = ConvBackward if plan.own_convolutions else Backward
-    return passes(grad_out, x, plan, params, _as_saved(saved), needs).run()
-
-
-def _as_saved(saved: Saved) -> Saved:
-    """Everything in the layout that it was saved in: hooks on saved tensors may have given it another."""
-
-    def branch(found: Branch) -> Branch:
-        one_pass = None if found.one_pass is None else OnePass(*(as_saved(t) for t in found.one_pass))
-        return Branch(as_saved(found.y), as_saved(found.state), one_pass)
-
-    return Saved(
-        [as_saved(y) for y in saved.ys],
-        [as_saved(state) for state in saved.states],
-        branch(saved.last),
-        None if saved.projection is None else branch(saved.projection),
-        saved.mask.contiguous(),
-        [as_saved(weight) for weight in saved.weights],
-    )
 
 
 def as_saved(tensor: Any) -> Any:
@@ -124,7 +90,10 @@ class ResidualBlockFunction(torch.autograd.Function):
         """Saves what backward needs through save_for_backward, nothing else."""
         count_path("fused_forward")
         source, nchw = to_channels_last(x)
-        out, saved = _forward(source, plan, tensors, with_mask=True)
+        found: Sequence[Tensor | None] | None = native.forward(source, plan, tensors)
+        if found is None:
+            out, saved = _forward(source, plan, tensors, with_mask=True)
+            found = (out, *saved.flat())
         params = [t for i in range(0, len(tensors), UNIT_TENSORS) for t in tensors[i : i + UNIT_PARAMS]]
         ctx.plan, ctx.nchw = plan, nchw
         # What each slot of the backward's result needs: x, then the parameters of every unit.
@@ -132,29 +101,25 @@ class ResidualBlockFunction(torch.autograd.Function):
         ctx.needs = [needed[0]]
         for first in range(2, len(needed), UNIT_TENSORS):
             ctx.needs += needed[first : first + UNIT_PARAMS]
-        branches = (*_flat(saved.last), *_flat(saved.projection))
-        ctx.save_for_backward(x, saved.mask, *params, *branches, *saved.ys, *saved.states, *saved.weights)
+        ctx.save_for_backward(x, *params, *found[1:])
+        result = found[0]
+        assert result is not None
         # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
-        return out.contiguous() if nchw and not out.is_contiguous() else out
+        return result.contiguous() if nchw and not result.is_contiguous() else result
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
         plan: BlockPlan = ctx.plan
         needs: list[bool] = ctx.needs
-        depth = len(plan.units)
-        after_params = 1 + len(needs)
         tensors = ctx.saved_tensors
-        x, mask, params, rest = tensors[0], tensors[1], tensors[2:after_params], tensors[after_params:]
-        last, projection, rest = _branch(*rest[:6]), _branch(*rest[6:12]), rest[12:]
-        assert last is not None
-        saved = Saved(rest[: depth - 1], rest[depth - 1 : 2 * depth - 2], last, projection, mask, rest[2 * depth - 2 :])
         if torch.is_grad_enabled() or is_batched(grad_out):
             count_path("composite_backward")
-            grads = _differentiable(grad_out, x, plan, params, saved, needs)
+            grads = _differentiable(grad_out, plan, tensors, needs)
         else:
             count_path("fused_backward")
-            grads = _backward(grad_out, x, plan, params, saved, needs)
+            x = tensors[0]
+            grads = native.backward(grad_out, plan, tensors, needs) or _backward(grad_out, plan, tensors, needs)
             grad_x = grads[0]
             if grad_x is not None:
                 if grad_x.dtype is not x.dtype:
@@ -175,41 +140,29 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
-def _flat(branch: Branch | None) -> tuple[Tensor | None, ...]:
-    if branch is None:
-        return (None,) * 6
-    return (branch.y, branch.state, *(branch.one_pass or (None,) * 4))
-
-
-def _branch(
-    y: Tensor | None,
-    state: Tensor | None,
-    pivot: Tensor | None,
-    total: Tensor | None,
-    projected: Tensor | None,
-    folded: Tensor | None,
-) -> Branch | None:
-    if state is None:
-        return None
-    if pivot is None or total is None or projected is None:
-        return Branch(y, state, None)
-    return Branch(None, state, OnePass(pivot, total, projected, folded))
+def _backward(
+    grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool]
+) -> list[Tensor | None]:
+    x, params, flat = tensors[0], tensors[1 : len(needs)], tensors[len(needs) :]
+    assert x is not None
+    mask, *rest = flat
+    assert mask is not None
+    saved = Saved.of([mask.contiguous(), *(as_saved(tensor) for tensor in rest)], plan)
+    passes = ConvBackward if plan.own_convolutions else Backward
+    return passes(grad_out, x, plan, params, saved, needs).run()
 
 
 def _differentiable(
-    grad_out: Tensor,
-    x: Tensor,
-    plan: BlockPlan,
-    params: tuple[Tensor | None, ...],
-    saved: Saved,
-    needs: list[bool],
+    grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again: the block is recomputed from x and the parameters."""
-    units = plan.units if plan.projection is None else (*plan.units, plan.projection)
+    x, params = tensors[0], tensors[1 : len(needs)]
+    assert x is not None
+    saved = Saved.of(tensors[len(needs) :], plan)
     states = [*saved.states, saved.last.state]
     if saved.projection is not None:
         states.append(saved.projection.state)
-    constants = [None if unit.batch_statistics else state for unit, state in zip(units, states, strict=True)]
+    constants = [None if unit.batch_statistics else state for unit, state in zip(plan.all_units, states, strict=True)]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         out = composite_block(x, plan, params, constants)

@@ -6,7 +6,6 @@ The core calls those through torch's C interface, which it finds at run time in 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,22 +44,13 @@ def infer(x: Tensor, plan: Any, tensors: tuple[Tensor | None, ...]) -> Tensor | 
 
 
 def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    mask: Tensor,
-    plan: Any,
-    params: Sequence[Tensor | None],
-    outputs: Sequence[Tensor],
-    states: Sequence[Tensor],
-    needs: list[bool],
-    donated: bool,
+    grad_out: Tensor, plan: Any, saved: tuple[Tensor | None, ...], needs: list[bool], donated: bool
 ) -> list[Tensor | None] | None:
     """The gradients in the order of needs; None where the core does not serve.
 
-    Donated: the outputs may be overwritten with their gradients.
+    Saved: x, three parameters a unit, and what forward returned behind the result. Donated: the convolutions' raw
+    outputs may be overwritten with their gradients.
     """
     threads = torch.get_num_threads()
-    found: list[Tensor | None] | None = _C.residual_block_backward(
-        grad_out, x, mask, plan, params, outputs, states, needs, donated, threads
-    )
+    found: list[Tensor | None] | None = _C.residual_block_backward(grad_out, plan, saved, needs, donated, threads)
     return found
