@@ -27,6 +27,9 @@ struct Shape {
   int64_t width;
 
   int64_t rows() const { return batch * height * width; }
+  bool operator==(const Shape& other) const {
+    return batch == other.batch && channels == other.channels && height == other.height && width == other.width;
+  }
 };
 
 // A handle that is owned, or none. Undefined stands for Python's None.

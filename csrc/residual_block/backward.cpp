@@ -24,10 +24,11 @@ class Backward {
     Tensor grad = tail(&grad_projection);
     Tensor shortcut;
     if (block_.projection) shortcut = projection(std::move(grad_projection));
+    Tensor h;
     for (size_t index = last + 1; index-- > 0;) {
       if (index < last) under_relu(index, grad);
-      Tensor h;
-      if (index > 0) h = bn_relu_of(saved_.outputs[index - 1], &saved_.states[index - 1], 1, block_.threads);
+      h = index > 0 ? bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], std::move(h), block_.threads)
+                    : Tensor();
       grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_input(index));
       if (!grad.defined()) return std::move(grads_);
     }
@@ -135,7 +136,7 @@ class Backward {
     const ConvBn& unit = block_.units.back();
     const size_t index = block_.units.size() - 1;
     if (!subsamples(unit)) return convolution(index, unit.convolution, grad, saved_.x, saved_.needs[0]);
-    const Tensor source = bn_relu_of(saved_.x, nullptr, unit.convolution.stride[0], block_.threads);
+    const Tensor source = subsampled(saved_.x, unit.convolution.stride[0], block_.threads);
     return convolution(index, dense(unit.convolution), grad, source, saved_.needs[0]);
   }
 

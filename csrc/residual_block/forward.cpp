@@ -66,7 +66,7 @@ void tail(const Tensor& y, const Tensor& state, const Shortcut& shortcut, void* 
 // The raw convolution of a projection. A strided 1x1 reads every stride-th pixel: taken out before.
 Tensor project(const Tensor& x, const ConvBn& unit, const Tensor& weight, int threads) {
   if (!subsamples(unit)) return aten::convolution(x, weight, unit.convolution);
-  const Tensor source = bn_relu_of(x, nullptr, unit.convolution.stride[0], threads);
+  const Tensor source = subsampled(x, unit.convolution.stride[0], threads);
   return aten::convolution(source, weight, dense(unit.convolution));
 }
 
@@ -108,9 +108,8 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
   for (size_t index = 0; index <= last; ++index) {
     const ConvBn& unit = block.units[index];
     Tensor y = aten::convolution(index == 0 ? x : h, tensors[index].conv_weight, unit.convolution);
-    h = Tensor();
     Tensor state = unit_state(&y, dtype, unit, tensors[index], block.threads);
-    if (index < last) h = bn_relu_of(y, &state, 1, block.threads);
+    h = index < last ? bn_relu_of(y, state, std::move(h), block.threads) : Tensor();
     result.outputs.push_back(std::move(y));
     result.states.push_back(std::move(state));
   }

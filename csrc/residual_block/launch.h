@@ -33,12 +33,21 @@ inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, int64
            threads});
 }
 
-// relu(BN(x)) of every stride-th pixel; those pixels themselves without a state.
-inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor* state, int64_t stride, int threads) {
+// relu(BN(x)), in the memory of `room` where that has its shape.
+inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor& state, aten::Tensor room, int threads) {
+  const aten::Shape s = x.shape();
+  if (!room.defined() || !(room.shape() == s)) room = aten::Tensor();
+  if (!room.defined()) room = aten::empty_channels_last(s, x.torch_dtype());
+  bn_relu_into(x, &state, 1, room.data(), threads);
+  return room;
+}
+
+// Every stride-th pixel of x.
+inline aten::Tensor subsampled(const aten::Tensor& x, int64_t stride, int threads) {
   const aten::Shape s = x.shape();
   aten::Tensor out = aten::empty_channels_last(
       {s.batch, s.channels, (s.height + stride - 1) / stride, (s.width + stride - 1) / stride}, x.torch_dtype());
-  bn_relu_into(x, state, stride, out.data(), threads);
+  bn_relu_into(x, nullptr, stride, out.data(), threads);
   return out;
 }
 
