@@ -14,6 +14,7 @@
 #include "common/isa.h"
 #include "common/memory.h"
 #include "gram/gram.h"
+#include "one_pass/one_pass.h"
 #include "relu_backward/relu_backward.h"
 #include "shortcut_grad/shortcut_grad.h"
 
@@ -234,6 +235,62 @@ PYBIND11_MODULE(_C, m) {
               pointer<double>(sum),
               pointer<double>(gram_matrix),
               threads});
+      },
+      release);
+
+  m.def(
+      "one_pass_statistics",
+      [](Address weight, int dtype, int64_t rows, int64_t channels, int64_t in_channels, Address pivot, Address total,
+         Address gram_matrix, Address state, Address projected, Address norm_weight, int norm_weight_dtype,
+         Address bias, int bias_dtype, Address running_mean, int running_mean_dtype, Address running_var,
+         int running_var_dtype, Address num_batches_tracked, bool cumulative, double momentum, double eps,
+         int threads) {
+        one_pass_statistics({{nullptr,
+                              dtype_of(dtype),
+                              rows,
+                              channels,
+                              pointer(state),
+                              {pointer(norm_weight), dtype_of(norm_weight_dtype)},
+                              {pointer(bias), dtype_of(bias_dtype)},
+                              {pointer(running_mean), dtype_of(running_mean_dtype)},
+                              {pointer(running_var), dtype_of(running_var_dtype)},
+                              pointer<int64_t>(num_batches_tracked),
+                              cumulative,
+                              momentum,
+                              eps,
+                              threads},
+                             pointer<const void>(weight),
+                             in_channels,
+                             pointer<const void>(pivot),
+                             pointer<const double>(total),
+                             pointer<const double>(gram_matrix),
+                             pointer(projected)});
+      },
+      release);
+
+  m.def(
+      "one_pass_grads",
+      [](int dtype, int64_t rows, int64_t channels, int64_t in_channels, Address cross, Address sum_d, Address weight,
+         Address state, Address projected, Address total, Address grad_conv, Address grad_weight, Address quadratic,
+         Address constant, int threads) {
+        one_pass_grads({dtype_of(dtype), rows, channels, in_channels, pointer<const void>(cross),
+                        pointer<const void>(sum_d), pointer<const void>(weight), pointer<const void>(state),
+                        pointer<const void>(projected), pointer<const double>(total), pointer(grad_conv),
+                        pointer(grad_weight), pointer(quadratic), pointer(constant), threads});
+      },
+      release);
+
+  m.def(
+      "one_pass_scale",
+      [](int dtype, int64_t channels, int64_t in_channels, Address weight, Address state, Address out, int threads) {
+        OnePassGradsParams params{};
+        params.dtype = dtype_of(dtype);
+        params.channels = channels;
+        params.in_channels = in_channels;
+        params.weight = pointer<const void>(weight);
+        params.state = pointer<const void>(state);
+        params.threads = threads;
+        one_pass_scale(params, pointer(out));
       },
       release);
 

@@ -39,7 +39,7 @@ void write_state(const BnStatisticsParams& p, int64_t c, double mean, double var
 }
 
 template <class A>
-void finalize(const BnStatisticsParams& p, const double* mean, const double* m2) {
+void finalize(const BnStatisticsParams& p, const double* mean, const double* m2, const double* running_offset) {
   double factor = p.momentum;
   if (p.num_batches_tracked != nullptr) {
     const int64_t batches = ++*p.num_batches_tracked;
@@ -48,7 +48,7 @@ void finalize(const BnStatisticsParams& p, const double* mean, const double* m2)
   const double count = static_cast<double>(p.rows);
   for (int64_t c = 0; c < p.channels; ++c) {
     write_state<A>(p, c, mean[c], m2[c] / count);
-    average_in(p.running_mean, c, mean[c], factor);
+    average_in(p.running_mean, c, running_offset == nullptr ? mean[c] : mean[c] + running_offset[c], factor);
     average_in(p.running_var, c, m2[c] / (count - 1.0), factor);
   }
 }
@@ -62,10 +62,15 @@ void bn_statistics(const BnStatisticsParams& p) {
   double* mean = buffer.data();
   double* m2 = mean + p.channels;
   FUSEDRES_SELECT_ISA(moments_of)(p, mean, m2);
+  bn_finalize(p, mean, m2, nullptr);
+}
+
+void bn_finalize(const BnStatisticsParams& p, const double* mean, const double* m2, const double* running_offset) {
+  require(p.state != nullptr && p.rows > 0, "bn_finalize", "null pointer or no rows");
   if (p.dtype == DType::kFloat64)
-    finalize<double>(p, mean, m2);
+    finalize<double>(p, mean, m2, running_offset);
   else
-    finalize<float>(p, mean, m2);
+    finalize<float>(p, mean, m2, running_offset);
 }
 
 void bn_frozen(const BnStatisticsParams& p) {

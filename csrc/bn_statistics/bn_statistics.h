@@ -28,6 +28,10 @@ struct BnStatisticsParams {
 // mean, invstd = (var + eps)^-1/2, scale = weight·invstd, shift = bias - scale·mean, and the running statistics.
 void bn_statistics(const BnStatisticsParams& params);
 
+// The state and the running statistics from each channel's mean and sum of squared deviations. running_offset, if not
+// null, is added to the mean for the running one: the data were centred on it. x is not read.
+void bn_finalize(const BnStatisticsParams& params, const double* mean, const double* m2, const double* running_offset);
+
 // The same state from given statistics, which stay as they are: channels, state, dtype (of the activation), weight,
 // bias, running_mean, running_var and eps are read.
 void bn_frozen(const BnStatisticsParams& params);

@@ -1,6 +1,7 @@
-"""One-pass statistics and gradients on the CPU: oneDNN's convolutions do the large products.
+"""One-pass statistics and gradients on the CPU: the small products in C++ (csrc/one_pass), the large ones oneDNN's.
 
-In float32 they took half the time of torch.mm for each of them at every ResNet-50 stage (two cores, batch 8).
+In float32 oneDNN's convolutions took half the time of torch.mm for each of the large products at every ResNet-50 stage
+(two cores, batch 8).
 """
 
 from __future__ import annotations
@@ -8,11 +9,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres import _C
+from fusedres.kernels.native import DTYPE_CODE, address, code
 from fusedres.kernels.one_pass import reference
-from fusedres.kernels.one_pass.reference import one_pass_statistics
 from fusedres.kernels.shortcut_grad.cpu import shortcut_grad_
 
-__all__ = ["one_pass_backward", "one_pass_statistics"]
+
+def one_pass_statistics(
+    conv_weight: Tensor,
+    pivot: Tensor,
+    total: Tensor,
+    gram: Tensor,
+    count: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.one_pass."""
+    channels, in_channels = conv_weight.shape[:2]
+    matrix = _matrix(conv_weight, pivot.dtype)
+    state = torch.empty((4, channels), dtype=pivot.dtype)
+    projected = torch.empty((channels, in_channels), dtype=pivot.dtype)
+    _C.one_pass_statistics(
+        matrix.data_ptr(),
+        DTYPE_CODE[pivot.dtype],
+        count,
+        channels,
+        in_channels,
+        pivot.data_ptr(),
+        total.data_ptr(),
+        gram.data_ptr(),
+        state.data_ptr(),
+        projected.data_ptr(),
+        address(weight),
+        code(weight),
+        address(bias),
+        code(bias),
+        address(running_mean),
+        code(running_mean),
+        address(running_var),
+        code(running_var),
+        address(num_batches_tracked),
+        momentum is None,
+        0.0 if momentum is None else momentum,
+        eps,
+        torch.get_num_threads(),
+    )
+    return state, projected
 
 
 def one_pass_backward(
@@ -22,16 +69,40 @@ def one_pass_backward(
     if d.dtype is not torch.float32:
         return reference.one_pass_backward(d, sum_d, z, conv_weight, state, projected, total)
     channels, in_channels = conv_weight.shape[:2]
-    weight = conv_weight.detach().to(state.dtype)
-    scaled = weight * state[2].view(-1, 1, 1, 1)
+    sizes = (DTYPE_CODE[d.dtype], channels, in_channels)
+    threads = torch.get_num_threads()
+    matrix = _matrix(conv_weight, state.dtype)
+    scaled = torch.empty((channels, in_channels, 1, 1), dtype=state.dtype)
+    _C.one_pass_scale(*sizes, matrix.data_ptr(), state.data_ptr(), scaled.data_ptr(), threads)
     grad_z, cross, _ = torch.ops.aten.convolution_backward(
         d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
     )
-    count = z.numel() // in_channels
-    grad_conv, grad_weight, quadratic, constant = reference.small_products(
-        cross.view(channels, in_channels), sum_d, weight.view(channels, in_channels), state, projected, total, count
+    grad_conv, grad_weight = torch.empty_like(projected), torch.empty_like(sum_d)
+    quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype)
+    constant = torch.empty(in_channels, dtype=state.dtype)
+    _C.one_pass_grads(
+        DTYPE_CODE[d.dtype],
+        z.numel() // in_channels,
+        channels,
+        in_channels,
+        cross.view(channels, in_channels).data_ptr(),
+        sum_d.data_ptr(),
+        matrix.data_ptr(),
+        state.data_ptr(),
+        projected.data_ptr(),
+        total.data_ptr(),
+        grad_conv.data_ptr(),
+        grad_weight.data_ptr(),
+        quadratic.data_ptr(),
+        constant.data_ptr(),
+        threads,
     )
-    correction = torch.conv2d(z, quadratic.neg().view(in_channels, in_channels, 1, 1), constant)
+    correction = torch.conv2d(z, quadratic, constant)
     grad_z = grad_z.contiguous(memory_format=torch.channels_last)
     shortcut_grad_(grad_z, correction.contiguous(memory_format=torch.channels_last), None, 1)
     return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
+
+
+def _matrix(conv_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of a 1x1 convolution as a dense (K, C) matrix."""
+    return conv_weight.detach().reshape(conv_weight.shape[:2]).to(dtype).contiguous()

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cstdint>
+
+#include "bn_statistics/bn_statistics.h"
+
+// The small products of a 1x1 convolution whose BatchNorm statistics come before it: with z centred on a pivot,
+// Cov = Σzzᵀ/rows - centre·centreᵀ and centre = Σz/rows, the output W·z has
+//     mean = W·centre,  var = diag(W·Cov·Wᵀ).
+// Matrices are dense; "arithmetic" is float64 for float64 activations, else float32.
+namespace fusedres {
+
+struct OnePassStatisticsParams {
+  BnStatisticsParams norm;  // of the output: x is not read, rows and channels are
+  const void* weight;       // [channels, in_channels] arithmetic
+  int64_t in_channels;
+  const void* pivot;    // [in_channels] arithmetic
+  const double* total;  // [in_channels]: Σz
+  const double* gram;   // [in_channels, in_channels]: Σzzᵀ
+  void* projected;      // [channels, in_channels] arithmetic: W·Cov
+};
+
+// The state of the output's BatchNorm, its running statistics (of the data before they were centred), and W·Cov; the
+// product is taken in float64 where it is small.
+void one_pass_statistics(const OnePassStatisticsParams& params);
+
+struct OnePassGradsParams {
+  DType dtype;  // of the activations
+  int64_t rows;
+  int64_t channels;
+  int64_t in_channels;
+  const void* cross;      // [channels, in_channels] arithmetic: G = dᵀz
+  const void* sum_d;      // [channels] arithmetic
+  const void* weight;     // [channels, in_channels] arithmetic
+  const void* state;      // [4, channels] arithmetic: mean, invstd, scale, shift
+  const void* projected;  // [channels, in_channels] arithmetic: W·Cov
+  const double* total;    // [in_channels]: Σz
+  void* grad_conv;        // [channels, in_channels] arithmetic
+  void* grad_weight;      // [channels] arithmetic
+  void* quadratic;        // [in_channels, in_channels] arithmetic: -Q
+  void* constant;         // [in_channels] arithmetic
+  int threads;
+};
+
+// With c1 = scale·Σd/rows, dγ = invstd·(rowsum(W⊙G) - mean·Σd) and c2 = scale·invstd·dγ/rows:
+//     dW = scale⊙G - c1·totalᵀ - rows·c2⊙(W·Cov),   Q = Wᵀ·diag(c2)·W,   constant = totalᵀ·Q/rows - c1ᵀ·W,
+// so that dz = d·(scale⊙W) - z·Q + constant.
+void one_pass_grads(const OnePassGradsParams& params);
+
+// out = scale⊙W by rows, scale that of the state.
+void one_pass_scale(const OnePassGradsParams& params, void* out);
+
+}  // namespace fusedres
