@@ -24,6 +24,7 @@ using aten::Tensor;
 
 constexpr size_t kUnitTensors = 6;
 constexpr size_t kUnitParams = 3;  // the first of them
+constexpr size_t kOnePassTensors = 4;
 
 // torch._C._aoti's conversions: a tensor to a capsule with a handle that we own, a list of such capsules to tensors
 // that take the handles over.
@@ -100,6 +101,9 @@ ResidualBlock block_of(const py::tuple& plan, int threads) {
   result.projection = !projection.is_none();
   if (result.projection) result.units.push_back(unit_of(projection));
   result.pad_stride = integer(field(plan, kPadStride));
+  const py::handle one_pass = field(plan, kOnePass);
+  result.one_pass_last = integer(field(one_pass, 0)) != 0;
+  result.one_pass_projection = result.projection && integer(field(one_pass, 1)) != 0;
   result.threads = threads;
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return result;
@@ -135,7 +139,7 @@ py::object forward(const py::object& x, const py::tuple& plan, const py::tuple& 
   const ResidualBlock block = block_of(plan, threads);
   const Tensor source = tensor_of(x.ptr());
   const std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
-  if (!serves(source, units)) return py::none();
+  if (!serves(source, block, units)) return py::none();
   ResidualBlockForward result;
   {
     const py::gil_scoped_release release;
@@ -146,6 +150,15 @@ py::object forward(const py::object& x, const py::tuple& plan, const py::tuple& 
   tensors_out.push_back(std::move(result.mask));
   for (Tensor& y : result.outputs) tensors_out.push_back(std::move(y));
   for (Tensor& state : result.states) tensors_out.push_back(std::move(state));
+  if (block.one_pass_last || block.one_pass_projection) {
+    for (OnePass* end : {&result.last, &result.projection}) {
+      if (end == &result.projection && !block.projection) continue;
+      tensors_out.push_back(std::move(end->pivot));
+      tensors_out.push_back(std::move(end->total));
+      tensors_out.push_back(std::move(end->projected));
+      tensors_out.emplace_back();  // of own convolutions
+    }
+  }
   return objects_of(std::move(tensors_out));
 }
 
@@ -153,7 +166,7 @@ py::object infer(const py::object& x, const py::tuple& plan, const py::tuple& te
   const ResidualBlock block = block_of(plan, threads);
   const Tensor source = tensor_of(x.ptr());
   const std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
-  if (!serves(source, units)) return py::none();
+  if (!serves(source, block, units)) return py::none();
   const int64_t images = integer(field(plan, kInferImages));
   std::vector<Tensor> result;
   {
@@ -169,8 +182,10 @@ py::object backward(const py::object& grad_out, const py::tuple& plan, const py:
   const ResidualBlock block = block_of(plan, threads);
   const size_t units = block.units.size();
   const size_t params = kUnitParams * units;
-  if (saved.size() < 2 + params + 2 * units || needs.size() != 1 + params) {
-    throw std::invalid_argument("x, a mask, three parameters and two tensors a unit");
+  const bool one_pass = block.one_pass_last || block.one_pass_projection;
+  const size_t ends = one_pass ? kOnePassTensors * (block.projection ? 2 : 1) : 0;
+  if (saved.size() < 2 + params + 2 * units + ends || needs.size() != 1 + params) {
+    throw std::invalid_argument("x, a mask, three parameters and two tensors a unit, four an end");
   }
   size_t next = 0;
   const auto take = [&](size_t count) {
@@ -186,9 +201,14 @@ py::object backward(const py::object& grad_out, const py::tuple& plan, const py:
   given.mask = std::move(take(1)[0]);
   given.outputs = take(units);
   given.states = take(units);
+  for (OnePass* end : {&given.last, &given.projection}) {
+    if (!one_pass || (end == &given.projection && !block.projection)) continue;
+    std::vector<Tensor> tensors = take(kOnePassTensors);
+    *end = {std::move(tensors[0]), std::move(tensors[1]), std::move(tensors[2])};
+  }
   given.needs = std::move(needs);
   given.donated = donated;
-  if (!serves(given)) return py::none();
+  if (!serves(block, given)) return py::none();
   std::vector<Tensor> grads;
   {
     const py::gil_scoped_release release;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import resource
 from collections.abc import Callable, Iterator
@@ -232,8 +233,33 @@ def test_where_they_do_not_serve(what: str, served: dict[str, int]) -> None:
     assert served == {"forward": forwards, "infer": 0, "backward": 0}
 
 
-def test_one_pass_is_not_served(served: dict[str, int]) -> None:
-    block, x, grad = stock_case(Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8))
+ONE_PASS = (
+    Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
+    Case("bottleneck", "projection", 4, 4, 1, 4, 9, 7),
+    Case("bottleneck", "projection", 4, 4, 2, 6, 9, 11),
+    Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows for the projection
+    Case("basic", "projection", 4, 8, 2, 4, 9, 11),
+)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=label)
+@pytest.mark.parametrize("case", ONE_PASS, ids=label)
+def test_one_pass(
+    case: Case, memory_format: torch.memory_format, served: dict[str, int], in_python: Callable[..., Any]
+) -> None:
+    block, x, grad = stock_case(case, memory_format=memory_format)
+    twin = fused_twin(block, memory="min")
+    expected = in_python(run, copy.deepcopy(twin), x, grad)
+    assert_same(run(copy.deepcopy(twin), x, grad), expected)
+    assert served == {"forward": 1, "infer": 0, "backward": 1}
+    for parameter in (twin.conv1.weight, twin.bn2.weight):
+        parameter.requires_grad_(False)
+    expected = in_python(run, copy.deepcopy(twin), x, grad)
+    assert_same(run(copy.deepcopy(twin), x, grad), expected)
+
+
+def test_one_pass_in_other_dtypes_is_not_served(served: dict[str, int]) -> None:
+    block, x, grad = stock_case(ONE_PASS[0], torch.float64)
     run(fused_twin(block, memory="min"), x, grad)
     assert not any(served.values())
 

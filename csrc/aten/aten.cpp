@@ -175,6 +175,10 @@ bool Tensor::is_channels_last() const {
   return dim() == 4 && dense(sizes(), strides(), {1, 3, 2, 0});
 }
 
+bool Tensor::is_matrix() const {
+  return dim() == 4 && sizes()[2] == 1 && sizes()[3] == 1 && dense(sizes(), strides(), {1, 0});
+}
+
 ChannelVector Tensor::vector() const {
   if (!defined()) return {};
   return {data(), dtype()};
@@ -241,10 +245,11 @@ Tensor images(const Tensor& x, int64_t begin, int64_t count) {
   return view(x, 4, sizes, strides, begin * image);
 }
 
-Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& p) {
+Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& p, const Tensor& bias) {
   Handle result = nullptr;
-  check(torch.call.cpu_convolution(x.get(), weight.get(), nullptr, p.stride, 2, p.padding, 2, p.dilation, 2, 0,
-                                   kNoOutputPadding, 2, p.groups, &result),
+  Handle bias_handle = bias.get();
+  check(torch.call.cpu_convolution(x.get(), weight.get(), bias.defined() ? &bias_handle : nullptr, p.stride, 2,
+                                   p.padding, 2, p.dilation, 2, 0, kNoOutputPadding, 2, p.groups, &result),
         "convolution");
   return to_channels_last(Tensor(result));
 }

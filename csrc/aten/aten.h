@@ -58,6 +58,7 @@ class Tensor {
   Shape shape() const;  // of four dimensions
   bool is_contiguous() const;
   bool is_channels_last() const;
+  bool is_matrix() const;        // (K, C, 1, 1), dense
   ChannelVector vector() const;  // of a contiguous vector, or undefined
 
  private:
@@ -82,8 +83,9 @@ struct ConvolutionParams {
   int64_t groups;
 };
 
-// Torch's convolution without bias; its result in channels_last.
-Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params);
+// Torch's convolution; its result in channels_last.
+Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params,
+                   const Tensor& bias = Tensor());
 
 // The gradients of x (in channels_last) and of the weight, each undefined unless needed.
 std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,

@@ -1,6 +1,8 @@
 #include <utility>
 
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
+#include "one_pass/one_pass.h"
+#include "relu_backward/relu_backward.h"
 #include "residual_block/launch.h"
 #include "residual_block/residual_block.h"
 #include "shortcut_grad/shortcut_grad.h"
@@ -21,12 +23,14 @@ class Backward {
   std::vector<Tensor> run() {
     const size_t last = block_.last();
     Tensor grad_projection;
-    Tensor grad = tail(&grad_projection);
+    const bool one_pass = block_.one_pass_last || block_.one_pass_projection;
+    Tensor grad = one_pass ? tail_one_pass(&grad_projection) : tail(&grad_projection);
     Tensor shortcut;
     if (block_.projection) shortcut = projection(std::move(grad_projection));
     Tensor h;
-    for (size_t index = last + 1; index-- > 0;) {
-      if (index < last) under_relu(index, grad);
+    // Where the last unit was one-pass, grad is already that of its input.
+    for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
+      if (index < last) below(index, grad, GateKind::kRecompute);
       h = index > 0 ? bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], std::move(h), block_.threads)
                     : Tensor();
       grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_input(index));
@@ -36,7 +40,7 @@ class Backward {
       add_shortcut(grad, saved_.grad_out, {GateKind::kBits, saved_.mask.data()}, block_.pad_stride);
     } else {
       const ConvBn& unit = block_.units.back();
-      const int64_t stride = subsamples(unit) ? unit.convolution.stride[0] : 1;
+      const int64_t stride = block_.one_pass_projection || subsamples(unit) ? unit.convolution.stride[0] : 1;
       add_shortcut(grad, shortcut, {GateKind::kNone, nullptr}, stride);
     }
     grads_[0] = std::move(grad);
@@ -102,8 +106,87 @@ class Backward {
     return grad;
   }
 
-  // Turns the gradient behind an inner ReLU into that of the raw output before it, in place.
-  void under_relu(size_t index, const Tensor& grad) {
+  // The same with one-pass units, whose gradient is that of their input.
+  Tensor tail_one_pass(Tensor* grad_projection) {
+    const size_t last = block_.last();
+    const Shape shape = saved_.grad_out.shape();
+    Tensor d = aten::empty_channels_last(shape, saved_.grad_out.torch_dtype());
+    const Tensor sum = aten::empty({shape.channels}, saved_.states[last].torch_dtype());
+    relu_backward({saved_.grad_out.data(),
+                   saved_.grad_out.dtype(),
+                   shape.rows(),
+                   shape.channels,
+                   {GateKind::kBits, saved_.mask.data()},
+                   d.data(),
+                   sum.data(),
+                   block_.threads});
+    Tensor grad;
+    if (block_.one_pass_last) {
+      grad = one_pass(last, d, sum, saved_.outputs[last - 1], &saved_.states[last - 1], 1, saved_.last);
+    }
+    if (block_.one_pass_projection) {
+      const int64_t stride = block_.units.back().convolution.stride[0];
+      *grad_projection = one_pass(last + 1, d, sum, saved_.x, nullptr, stride, saved_.projection);
+    }
+    // An ordinary branch turns d into its own gradient in place, last, when nobody else reads it.
+    if (!block_.one_pass_last) {
+      below(last, d, GateKind::kNone);
+      return d;
+    }
+    if (block_.projection && !block_.one_pass_projection) {
+      below(last + 1, d, GateKind::kNone);
+      *grad_projection = std::move(d);
+    }
+    return grad;
+  }
+
+  // The gradient of a one-pass unit's input, which is relu(BN(h)) of every stride-th pixel, without a state h.
+  Tensor one_pass(size_t index, const Tensor& d, const Tensor& sum, const Tensor& h, const Tensor* h_state,
+                  int64_t stride, const OnePass& saved) {
+    const ConvBn& unit = block_.units[index];
+    const aten::ConvolutionParams params = dense(unit.convolution);
+    const Tensor& weight = saved_.params[kUnitParams * index];
+    const int64_t channels = weight.sizes()[0], inputs = weight.sizes()[1];
+    const int32_t dtype = weight.torch_dtype();
+    const Tensor z = aten::empty_channels_last(subsampled_shape(h, stride), h.torch_dtype());
+    bn_relu_into(h, h_state, &saved.pivot, stride, z.data(), block_.threads);
+
+    OnePassGradsParams grads{};
+    grads.dtype = d.dtype();
+    grads.rows = z.shape().rows();
+    grads.channels = channels;
+    grads.in_channels = inputs;
+    grads.weight = weight.data();
+    grads.state = saved_.states[index].data();
+    grads.threads = block_.threads;
+    const Tensor scaled = aten::empty({channels, inputs, 1, 1}, dtype);
+    one_pass_scale(grads, scaled.data());
+    auto [grad_z, cross] = aten::convolution_backward(d, z, scaled, params, true, true);
+
+    Tensor grad_conv = aten::empty({channels, inputs, 1, 1}, dtype);
+    Tensor grad_weight = aten::empty({channels}, dtype);
+    const Tensor quadratic = aten::empty({inputs, inputs, 1, 1}, dtype);
+    const Tensor constant = aten::empty({inputs}, dtype);
+    grads.cross = cross.data();
+    grads.sum_d = sum.data();
+    grads.projected = saved.projected.data();
+    grads.total = static_cast<const double*>(saved.total.data());
+    grads.grad_conv = grad_conv.data();
+    grads.grad_weight = grad_weight.data();
+    grads.quadratic = quadratic.data();
+    grads.constant = constant.data();
+    one_pass_grads(grads);
+    const Tensor correction = aten::convolution(z, quadratic, params, constant);
+    add_shortcut(grad_z, correction, {GateKind::kNone, nullptr}, 1);
+
+    if (saved_.needs[slot(index)]) grads_[slot(index)] = std::move(grad_conv);
+    if (saved_.needs[slot(index) + 1]) grads_[slot(index) + 1] = std::move(grad_weight);
+    if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = aten::clone(sum);  // the other branch's may be sum too
+    return std::move(grad_z);
+  }
+
+  // Turns the gradient behind a BatchNorm, or behind the ReLU on it, into that of the raw output before it, in place.
+  void below(size_t index, const Tensor& grad, GateKind gate) {
     const Tensor& y = saved_.outputs[index];
     const Shape shape = y.shape();
     const Tensor sums = empty_sums(index);
@@ -112,7 +195,7 @@ class Backward {
     params.dtype = grad.dtype();
     params.rows = shape.rows();
     params.channels = shape.channels;
-    params.gate = {GateKind::kRecompute, nullptr};
+    params.gate = {gate, nullptr};
     params.branch = {y.data(), saved_.states[index].data(), grad.data(), block_.units[index].batch_statistics};
     params.sums = sums.data();
     params.threads = block_.threads;
@@ -135,6 +218,7 @@ class Backward {
   Tensor projection(Tensor grad) {
     const ConvBn& unit = block_.units.back();
     const size_t index = block_.units.size() - 1;
+    if (block_.one_pass_projection) return grad;
     if (!subsamples(unit)) return convolution(index, unit.convolution, grad, saved_.x, saved_.needs[0]);
     const Tensor source = subsampled(saved_.x, unit.convolution.stride[0], block_.threads);
     return convolution(index, dense(unit.convolution), grad, source, saved_.needs[0]);
@@ -159,16 +243,26 @@ class Backward {
 
 }  // namespace
 
-bool serves(const ResidualBlockBackward& saved) {
+bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved) {
   const int32_t dtype = saved.x.torch_dtype();
   if (!saved.x.has_dtype() || saved.x.dim() != 4 || saved.grad_out.dim() != 4) return false;
   if (saved.grad_out.torch_dtype() != dtype) return false;
   if (saved.mask.torch_dtype() != aten::torch_uint8() || !saved.mask.is_contiguous()) return false;
   const int32_t state = aten::torch_dtype(state_dtype(saved.x.dtype()));
-  for (size_t index = 0; index < saved.outputs.size(); ++index) {
-    if (saved.outputs[index].torch_dtype() != dtype || !saved.outputs[index].is_channels_last()) return false;
+  for (size_t index = 0; index < block.units.size(); ++index) {
+    const Tensor& weight = saved.params[kUnitParams * index];
+    if (weight.torch_dtype() != dtype) return false;
+    if (block.one_pass(index)) {
+      const OnePass& one_pass = index == block.last() ? saved.last : saved.projection;
+      if (saved.x.dtype() != DType::kFloat32 || !weight.is_matrix()) return false;
+      for (const Tensor* tensor : {&one_pass.pivot, &one_pass.total, &one_pass.projected}) {
+        if (!tensor->defined() || !tensor->is_contiguous()) return false;
+      }
+    } else {
+      const Tensor& y = saved.outputs[index];
+      if (!y.defined() || y.torch_dtype() != dtype || !y.is_channels_last()) return false;
+    }
     if (saved.states[index].torch_dtype() != state || !saved.states[index].is_contiguous()) return false;
-    if (saved.params[kUnitParams * index].torch_dtype() != dtype) return false;
     for (size_t i = 1; i < kUnitParams; ++i) {
       const Tensor& vector = saved.params[kUnitParams * index + i];
       if (vector.defined() && vector.torch_dtype() != state) return false;

@@ -4,6 +4,8 @@
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_statistics/bn_statistics.h"
 #include "common/check.h"
+#include "gram/gram.h"
+#include "one_pass/one_pass.h"
 #include "residual_block/launch.h"
 #include "residual_block/residual_block.h"
 
@@ -13,13 +15,12 @@ namespace {
 using aten::Shape;
 using aten::Tensor;
 
-// The (4, C) state of a unit's BatchNorm: from y, or from the running statistics.
-Tensor unit_state(const Tensor* y, DType dtype, const ConvBn& unit, const UnitTensors& tensors, int threads) {
-  const int64_t channels = tensors.conv_weight.sizes()[0];
-  Tensor state = aten::empty({4, channels}, aten::torch_dtype(state_dtype(dtype)));
+// What BatchNorm reads and updates of a unit, without data: batch statistics, or the running ones as constants.
+BnStatisticsParams norm_params(DType dtype, const ConvBn& unit, const UnitTensors& tensors, const Tensor& state,
+                               int threads) {
   BnStatisticsParams params{};
   params.dtype = dtype;
-  params.channels = channels;
+  params.channels = tensors.conv_weight.sizes()[0];
   params.state = state.data();
   params.weight = tensors.weight.vector();
   params.bias = tensors.bias.vector();
@@ -29,17 +30,60 @@ Tensor unit_state(const Tensor* y, DType dtype, const ConvBn& unit, const UnitTe
     params.running_mean = tensors.running_mean.vector();
     params.running_var = tensors.running_var.vector();
   }
+  if (unit.batch_statistics && unit.update) {
+    params.num_batches_tracked = static_cast<int64_t*>(tensors.num_batches_tracked.data());
+  }
+  params.cumulative = unit.cumulative;
+  params.momentum = unit.momentum;
+  return params;
+}
+
+Tensor empty_state(DType dtype, const UnitTensors& tensors) {
+  return aten::empty({4, tensors.conv_weight.sizes()[0]}, aten::torch_dtype(state_dtype(dtype)));
+}
+
+// The (4, C) state of a unit's BatchNorm: from y, or from the running statistics.
+Tensor unit_state(const Tensor* y, DType dtype, const ConvBn& unit, const UnitTensors& tensors, int threads) {
+  Tensor state = empty_state(dtype, tensors);
+  BnStatisticsParams params = norm_params(dtype, unit, tensors, state, threads);
   if (!unit.batch_statistics) {
     bn_frozen(params);
     return state;
   }
-  if (unit.update) params.num_batches_tracked = static_cast<int64_t*>(tensors.num_batches_tracked.data());
   params.x = y->data();
   params.rows = y->shape().rows();
-  params.cumulative = unit.cumulative;
-  params.momentum = unit.momentum;
   bn_statistics(params);
   return state;
+}
+
+// The raw convolution of a one-pass unit's input, centred: relu(BN(h)) of every stride-th pixel, without a state h.
+Tensor one_pass(const Tensor& h, const Tensor* h_state, int64_t stride, const ConvBn& unit, const UnitTensors& tensors,
+                int threads, Tensor* state, OnePass* saved) {
+  const DType dtype = h.dtype();
+  const int32_t arithmetic = aten::torch_dtype(state_dtype(dtype)), wide = aten::torch_dtype(DType::kFloat64);
+  const Shape source = h.shape();
+  const Tensor z = aten::empty_channels_last(subsampled_shape(h, stride), h.torch_dtype());
+  const Tensor matrix = aten::empty({source.channels, source.channels}, wide);
+  saved->pivot = aten::empty({source.channels}, arithmetic);
+  saved->total = aten::empty({source.channels}, wide);
+  gram({h.data(),
+        dtype,
+        {source.batch, source.height, source.width, stride},
+        source.channels,
+        h_state == nullptr ? nullptr : h_state->data(),
+        z.data(),
+        saved->pivot.data(),
+        static_cast<double*>(saved->total.data()),
+        static_cast<double*>(matrix.data()),
+        threads});
+  *state = empty_state(dtype, tensors);
+  saved->projected = aten::empty({tensors.conv_weight.sizes()[0], source.channels}, arithmetic);
+  BnStatisticsParams norm = norm_params(dtype, unit, tensors, *state, threads);
+  norm.rows = z.shape().rows();
+  one_pass_statistics({norm, tensors.conv_weight.data(), source.channels, saved->pivot.data(),
+                       static_cast<const double*>(saved->total.data()), static_cast<const double*>(matrix.data()),
+                       saved->projected.data()});
+  return aten::convolution(z, tensors.conv_weight, dense(unit.convolution));
 }
 
 struct Shortcut {
@@ -91,10 +135,12 @@ Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<Unit
 
 }  // namespace
 
-bool serves(const Tensor& x, const std::vector<UnitTensors>& tensors) {
+bool serves(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
   if (!x.has_dtype() || !x.is_channels_last()) return false;
-  for (const UnitTensors& unit : tensors) {
-    if (unit.conv_weight.torch_dtype() != x.torch_dtype()) return false;
+  for (size_t index = 0; index < tensors.size(); ++index) {
+    const Tensor& weight = tensors[index].conv_weight;
+    if (weight.torch_dtype() != x.torch_dtype()) return false;
+    if (block.one_pass(index) && (x.dtype() != DType::kFloat32 || !weight.is_matrix())) return false;
   }
   return true;
 }
@@ -103,29 +149,55 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
                                             const std::vector<UnitTensors>& tensors) {
   const DType dtype = x.dtype();
   const size_t last = block.last();
+  const int threads = block.threads;
   ResidualBlockForward result;
-  Tensor h;
+  std::vector<Tensor>& outputs = result.outputs;
+  std::vector<Tensor>& states = result.states;
+  Tensor h, out;  // out: a raw convolution output that nobody saves
   for (size_t index = 0; index <= last; ++index) {
     const ConvBn& unit = block.units[index];
-    Tensor y = aten::convolution(index == 0 ? x : h, tensors[index].conv_weight, unit.convolution);
-    Tensor state = unit_state(&y, dtype, unit, tensors[index], block.threads);
-    h = index < last ? bn_relu_of(y, state, std::move(h), block.threads) : Tensor();
-    result.outputs.push_back(std::move(y));
-    result.states.push_back(std::move(state));
+    Tensor y, state;
+    if (block.one_pass(index)) {
+      out = one_pass(outputs[index - 1], &states[index - 1], 1, unit, tensors[index], threads, &state, &result.last);
+    } else {
+      y = aten::convolution(index == 0 ? x : h, tensors[index].conv_weight, unit.convolution);
+      state = unit_state(&y, dtype, unit, tensors[index], threads);
+    }
+    const bool read = index < last && !block.one_pass(index + 1);
+    h = read ? bn_relu_of(y, state, std::move(h), threads) : Tensor();
+    outputs.push_back(std::move(y));
+    states.push_back(std::move(state));
   }
   Shortcut shortcut{&x, nullptr, block.pad_stride};
+  Tensor projected;
   if (block.projection) {
     const ConvBn& unit = block.units.back();
-    Tensor y = project(x, unit, tensors.back().conv_weight, block.threads);
-    result.states.push_back(unit_state(&y, dtype, unit, tensors.back(), block.threads));
-    result.outputs.push_back(std::move(y));
-    shortcut = {&result.outputs.back(), &result.states.back(), 1};
+    Tensor state;
+    if (block.one_pass_projection) {
+      const int64_t stride = unit.convolution.stride[0];
+      projected = one_pass(x, nullptr, stride, unit, tensors.back(), threads, &state, &result.projection);
+      outputs.emplace_back();
+    } else {
+      outputs.push_back(project(x, unit, tensors.back().conv_weight, threads));
+      state = unit_state(&outputs.back(), dtype, unit, tensors.back(), threads);
+    }
+    states.push_back(std::move(state));
+    shortcut = {block.one_pass_projection ? &projected : &outputs.back(), &states.back(), 1};
   }
-  const Tensor& y = result.outputs[last];
+
+  const Tensor& y = block.one_pass_last ? out : outputs[last];
   const Shape shape = y.shape();
-  result.out = aten::empty_channels_last(shape, y.torch_dtype());
   result.mask = aten::empty({shape.batch, shape.height, shape.width, (shape.channels + 7) / 8}, aten::torch_uint8());
-  tail(y, result.states[last], shortcut, result.out.data(), result.mask.data(), block.threads);
+  if (block.one_pass_last) {
+    tail(y, states[last], shortcut, y.data(), result.mask.data(), threads);
+    result.out = std::move(out);
+  } else if (block.one_pass_projection) {
+    tail(projected, states.back(), {&y, &states[last], 1}, projected.data(), result.mask.data(), threads);
+    result.out = std::move(projected);
+  } else {
+    result.out = aten::empty_channels_last(shape, y.torch_dtype());
+    tail(y, states[last], shortcut, result.out.data(), result.mask.data(), threads);
+  }
   return result;
 }
 

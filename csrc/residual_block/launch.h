@@ -21,14 +21,21 @@ inline aten::ConvolutionParams dense(aten::ConvolutionParams params) {
   return params;
 }
 
-inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, int64_t stride, void* out, int threads) {
+inline aten::Shape subsampled_shape(const aten::Tensor& x, int64_t stride) {
+  const aten::Shape s = x.shape();
+  return {s.batch, s.channels, (s.height + stride - 1) / stride, (s.width + stride - 1) / stride};
+}
+
+// relu(BN(x)) - pivot of every stride-th pixel; without a state those pixels themselves.
+inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, const aten::Tensor* pivot, int64_t stride,
+                         void* out, int threads) {
   const aten::Shape s = x.shape();
   bn_relu({x.data(),
            x.dtype(),
            {s.batch, s.height, s.width, stride},
            s.channels,
            state == nullptr ? nullptr : state->data(),
-           nullptr,
+           pivot == nullptr ? nullptr : pivot->data(),
            out,
            threads});
 }
@@ -38,21 +45,19 @@ inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor& state,
   const aten::Shape s = x.shape();
   if (!room.defined() || !(room.shape() == s)) room = aten::Tensor();
   if (!room.defined()) room = aten::empty_channels_last(s, x.torch_dtype());
-  bn_relu_into(x, &state, 1, room.data(), threads);
+  bn_relu_into(x, &state, nullptr, 1, room.data(), threads);
   return room;
 }
 
 // Every stride-th pixel of x.
 inline aten::Tensor subsampled(const aten::Tensor& x, int64_t stride, int threads) {
-  const aten::Shape s = x.shape();
-  aten::Tensor out = aten::empty_channels_last(
-      {s.batch, s.channels, (s.height + stride - 1) / stride, (s.width + stride - 1) / stride}, x.torch_dtype());
-  bn_relu_into(x, nullptr, stride, out.data(), threads);
+  aten::Tensor out = aten::empty_channels_last(subsampled_shape(x, stride), x.torch_dtype());
+  bn_relu_into(x, nullptr, nullptr, stride, out.data(), threads);
   return out;
 }
 
 inline void bn_relu_(const aten::Tensor& x, const aten::Tensor& state, int threads) {
-  bn_relu_into(x, &state, 1, x.data(), threads);
+  bn_relu_into(x, &state, nullptr, 1, x.data(), threads);
 }
 
 }  // namespace fusedres

@@ -22,10 +22,20 @@ struct ConvBn {
 struct ResidualBlock {
   std::vector<ConvBn> units;  // of the branch in order, then the projection's
   bool projection;
-  int64_t pad_stride;  // of an identity or zero-padded shortcut
+  int64_t pad_stride;        // of an identity or zero-padded shortcut
+  bool one_pass_last;        // the last unit's statistics before its convolution
+  bool one_pass_projection;  // the projection's
   int threads;
 
   size_t last() const { return units.size() - 1 - (projection ? 1 : 0); }
+  bool one_pass(size_t index) const { return index == last() ? one_pass_last : index > last() && one_pass_projection; }
+};
+
+// What a one-pass unit saves instead of its convolution's output.
+struct OnePass {
+  aten::Tensor pivot;      // (C,)
+  aten::Tensor total;      // (C,), float64
+  aten::Tensor projected;  // (K, C)
 };
 
 struct UnitTensors {
@@ -40,12 +50,15 @@ struct UnitTensors {
 struct ResidualBlockForward {
   aten::Tensor out;
   aten::Tensor mask;                  // packed bits of the last ReLU
-  std::vector<aten::Tensor> outputs;  // raw ones of the convolutions, in the order of the units
+  std::vector<aten::Tensor> outputs;  // raw ones of the convolutions, in the order of the units; none where one-pass
   std::vector<aten::Tensor> states;   // (4, C) of the BatchNorms
+  OnePass last;
+  OnePass projection;
 };
 
-// Whether the passes below serve these tensors: one dtype for x and the convolution weights, channels_last x.
-bool serves(const aten::Tensor& x, const std::vector<UnitTensors>& tensors);
+// Whether the passes below serve these tensors: one dtype for x and the convolution weights, channels_last x; float32
+// where a unit is one-pass.
+bool serves(const aten::Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors);
 
 // relu(F(x) + S(x)), and what its backward needs.
 ResidualBlockForward residual_block_forward(const aten::Tensor& x, const ResidualBlock& block,
@@ -62,11 +75,13 @@ struct ResidualBlockBackward {
   std::vector<aten::Tensor> params;  // conv weight, BN weight, BN bias of every unit
   std::vector<aten::Tensor> outputs;
   std::vector<aten::Tensor> states;
+  OnePass last;
+  OnePass projection;
   std::vector<bool> needs;  // of x, then of every parameter
   bool donated;             // the outputs may be overwritten with their gradients
 };
 
-bool serves(const ResidualBlockBackward& saved);
+bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved);
 
 // The gradients in the order of `needs`; what is not needed is undefined.
 std::vector<aten::Tensor> residual_block_backward(const ResidualBlock& block, ResidualBlockBackward& saved);

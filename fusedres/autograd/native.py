@@ -14,7 +14,6 @@ from fusedres.autograd.plan import BlockPlan, ConvBN
 from fusedres.kernels import cpu_block
 from fusedres.ops.launch import direct
 
-_NO_ONE_PASS = (False, False)
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -24,9 +23,7 @@ def _connected() -> bool:
 
 
 def _serves(x: Tensor, plan: BlockPlan) -> bool:
-    return (
-        plan.backend == "cpu" and plan.dtype is x.dtype and plan.one_pass == _NO_ONE_PASS and direct() and _connected()
-    )
+    return plan.backend == "cpu" and plan.dtype is x.dtype and direct() and _connected()
 
 
 def forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> list[Tensor] | None:
