@@ -211,6 +211,24 @@ def test_bench_ops_refuses_a_wrong_op(monkeypatch, capsys):
     assert "disagrees with reference" in capsys.readouterr().err
 
 
+# --- bench_host -------------------------------------------------------------------------------------------------------
+
+
+def test_bench_host_times_each_phase(capsys):
+    import bench_host
+
+    threads = torch.get_num_threads()
+    try:
+        bench_host.main(["--blocks", "tiny.basic", "tiny.bottleneck", "--rounds", "3", "--device", "cpu"])
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    timed = [line for line in lines if line and line[0].startswith("tiny.")]
+    expected = [(name, phase) for name in ("tiny.basic", "tiny.bottleneck") for phase in bench_host.PHASES]
+    assert [tuple(line[:2]) for line in timed] == expected
+    assert all(float(eager) > 0 and float(fused) > 0 for _, _, eager, fused, *_ in timed)
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 
