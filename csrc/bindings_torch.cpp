@@ -71,9 +71,16 @@ int64_t integer(const py::handle& object) {
   return PyLong_AsLongLong(object.ptr());
 }
 
+bool flag(const py::handle& object) {
+  return PyObject_IsTrue(object.ptr()) == 1;
+}
+
+// A tuple, or any sequence that a user put in its place.
 void read_pair(const py::handle& pair, int64_t* out) {
-  out[0] = integer(field(pair, 0));
-  out[1] = integer(field(pair, 1));
+  const auto values = py::reinterpret_steal<py::object>(PySequence_Tuple(pair.ptr()));
+  if (!values || PyTuple_GET_SIZE(values.ptr()) != 2) throw py::value_error("stride, padding, dilation: two integers");
+  out[0] = integer(field(values, 0));
+  out[1] = integer(field(values, 1));
 }
 
 ConvBn unit_of(const py::handle& unit) {
@@ -82,9 +89,9 @@ ConvBn unit_of(const py::handle& unit) {
   read_pair(field(unit, kPadding), result.convolution.padding);
   read_pair(field(unit, kDilation), result.convolution.dilation);
   result.convolution.groups = integer(field(unit, kGroups));
-  result.pixelwise = integer(field(unit, kPixelwise)) != 0;
-  result.batch_statistics = integer(field(unit, kBatchStatistics)) != 0;
-  result.update = integer(field(unit, kUpdate)) != 0;
+  result.pixelwise = flag(field(unit, kPixelwise));
+  result.batch_statistics = flag(field(unit, kBatchStatistics));
+  result.update = flag(field(unit, kUpdate));
   const py::handle momentum = field(unit, kMomentum);
   result.cumulative = momentum.is_none();
   result.momentum = result.cumulative ? 0.0 : PyFloat_AsDouble(momentum.ptr());
@@ -102,8 +109,8 @@ ResidualBlock block_of(const py::tuple& plan, int threads) {
   if (result.projection) result.units.push_back(unit_of(projection));
   result.pad_stride = integer(field(plan, kPadStride));
   const py::handle one_pass = field(plan, kOnePass);
-  result.one_pass_last = integer(field(one_pass, 0)) != 0;
-  result.one_pass_projection = result.projection && integer(field(one_pass, 1)) != 0;
+  result.one_pass_last = flag(field(one_pass, 0));
+  result.one_pass_projection = result.projection && flag(field(one_pass, 1));
   result.threads = threads;
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return result;
@@ -224,6 +231,7 @@ void bind_torch(py::module_& m) {
     const auto& names = aten::function_names();
     return std::vector<std::string>(names.begin(), names.end());
   });
+  m.attr("ERROR_TEXT_FUNCTION") = aten::kErrorText;
   m.def("connect_torch", &connect);
   m.def("residual_block_forward", &forward);
   m.def("residual_block_infer", &infer);

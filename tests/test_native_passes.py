@@ -114,10 +114,12 @@ def test_inference_some_images_at_a_time(
     monkeypatch.setattr("fusedres.modules.fused_block.images_at_a_time", lambda x, shape: images)
     block, x, _ = stock_case(case, memory_format=torch.channels_last, mode="eval")
     twin = fused_twin(block)
-    with torch.no_grad():
-        expected, got = in_python(twin, x), twin(x)
-    assert torch.equal(got, expected) and got.stride() == expected.stride()
-    assert served == {"forward": 0, "infer": 1, "backward": 0}
+    behind = torch.cat([x, x.flip(0)]).to(memory_format=torch.channels_last)[x.shape[0] :]  # not first in its storage
+    for source in (x, behind):
+        with torch.no_grad():
+            expected, got = in_python(twin, source), twin(source)
+        assert torch.equal(got, expected) and got.stride() == expected.stride()
+    assert served == {"forward": 0, "infer": 2, "backward": 0}
 
 
 def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python: Callable[..., Any]) -> None:
@@ -142,6 +144,28 @@ def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python
                 assert (mine is None) == (other is None), wanted
                 assert mine is None or torch.equal(mine, other), wanted
             assert served["backward"] == before + 1
+
+
+def test_settings_that_are_lists_or_numbers(served: dict[str, int]) -> None:
+    """What a user may have put in place of a tuple or a bool."""
+    block, x, grad = stock_case(CORE[0])
+    expected = run(fused_twin(block), x, grad)
+    twin = fused_twin(block)
+    twin.conv1.stride, twin.conv1.padding, twin.conv1.dilation = [1, 1], [1, 1], [1, 1]
+    twin.bn2.training = 1
+    assert_same(run(twin, x, grad), expected)
+    assert served["forward"] == 2
+    twin.conv1.padding = [1]
+    with pytest.raises((ValueError, IndexError)):
+        twin(x)
+
+
+def test_errors_of_torch_are_told() -> None:
+    block, x, _ = stock_case(CORE[0])
+    twin = fused_twin(block)
+    twin.conv1.padding, twin.conv2.padding = (-1, -1), (3, 3)
+    with pytest.raises(RuntimeError, match=r"convolution failed: (negative padding|torch wrote)"):
+        twin(x)
 
 
 def test_a_graph_that_is_kept_can_be_run_twice(served: dict[str, int]) -> None:

@@ -294,6 +294,55 @@ def test_saved_tensor_hooks_see_and_may_replace_everything(layout: torch.memory_
             assert all(torch.equal(value, packed[name]) for name, value in plain.items()), case
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_hook_that_returns_something_else_is_an_error(memory: str) -> None:
+    """Kernels take saved tensors by address: another dtype or shape must not reach them."""
+    changes = [lambda t: t.half() if t.is_floating_point() else t, lambda t: t[..., :1] if t.dim() == 4 else t]
+    for case in CORE:
+        for change in changes:
+            block, x, grad = stock_case(case)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+                out = fused_twin(block, memory)(x.requires_grad_())
+                with pytest.raises(RuntimeError):
+                    out.backward(grad)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_backward_under_autocast_that_forward_was_not_under(memory: str) -> None:
+    for case in CORE:
+        block, x, grad = stock_case(case)
+        block.get_submodule("conv2").weight.data = block.get_submodule("conv2").weight.data.transpose(2, 3).clone()
+        for python in (False, True):
+            twin = fused_twin(block, memory)
+            if python:  # a weight that the C++ passes do not take
+                weight = twin.get_submodule("conv3" if case.block == "bottleneck" else "conv2").weight
+                weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+            plain = run(twin, x, grad)
+            source = x.detach().clone().requires_grad_()
+            twin.zero_grad(set_to_none=True)
+            out = twin(source)
+            with torch.autocast("cpu", torch.bfloat16):
+                out.backward(grad)
+            torch.testing.assert_close(source.grad, plain["grad_x"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
+def test_tracing_negation_and_forward_mode_are_stocks() -> None:
+    block, x, grad = stock_case(CORE[0], torch.float64)
+    twin = fused_twin(block)
+    traced = torch.jit.trace(twin, x, check_trace=False)
+    torch.testing.assert_close(traced(2 * x), block(2 * x))
+    torch.testing.assert_close(twin(torch._neg_view(x)), block(-x))
+    source, other = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
+    twin(source).backward(torch._neg_view(grad))
+    block(other).backward(-grad)
+    torch.testing.assert_close(source.grad, other.grad)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), grad.new_ones(x.shape))
+        tangents = [torch.autograd.forward_ad.unpack_dual(each(dual)).tangent for each in (twin, block)]
+    torch.testing.assert_close(*tangents)
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_anomaly_detection_finds_nothing() -> None:
     for case in CORE:

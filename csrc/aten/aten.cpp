@@ -23,7 +23,6 @@ using Error = int32_t;
   X(get_sizes, Error, (Handle, int64_t**))                                                                          \
   X(get_strides, Error, (Handle, int64_t**))                                                                        \
   X(get_dtype, Error, (Handle, int32_t*))                                                                           \
-  X(get_storage_offset, Error, (Handle, int64_t*))                                                                  \
   X(_reinterpret_tensor, Error, (Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*))                \
   X(empty_strided, Error, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))            \
   X(clone, Error, (Handle, Handle*))                                                                                \
@@ -44,6 +43,7 @@ struct Functions {
 
 struct Torch {
   Functions call;
+  const char* (*what)() = nullptr;  // of the last error; newer than the rest
   int32_t cpu = 0;
   int32_t dtypes[4] = {};  // by DType
   int32_t uint8 = 0;
@@ -51,9 +51,10 @@ struct Torch {
 
 Torch torch;
 
-// Out of memory, in practice: the arguments were checked.
 void check(Error error, const char* function) {
-  if (error != 0) throw std::runtime_error(std::string("fusedres: torch's ") + function + " failed");
+  if (error == 0) return;
+  const char* reason = torch.what == nullptr ? "torch wrote the reason to stderr" : torch.what();
+  throw std::runtime_error(std::string("fusedres: torch's ") + function + " failed: " + reason);
 }
 
 bool dense(const int64_t* sizes, const int64_t* strides, std::initializer_list<int> inner_first) {
@@ -71,11 +72,20 @@ Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, 
   return Tensor(result);
 }
 
+// Huge pages behind a large tensor.
+Tensor advised(Tensor tensor) {
+  const Shape s = tensor.shape();
+  const int32_t dtype = tensor.torch_dtype();
+  const size_t item = dtype == torch_dtype(DType::kFloat64) ? 8 : dtype == torch_dtype(DType::kFloat32) ? 4 : 2;
+  const size_t bytes = static_cast<size_t>(s.rows() * s.channels) * item;
+  if (bytes >= kLargeBytes) advise_huge_pages(tensor.data(), bytes);
+  return tensor;
+}
+
+// The offset counts from the tensor's own first element.
 Tensor view(const Tensor& tensor, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset) {
-  int64_t first = 0;
-  check(torch.call.get_storage_offset(tensor.get(), &first), "get_storage_offset");
   Handle result = nullptr;
-  check(torch.call._reinterpret_tensor(tensor.get(), dim, sizes, strides, first + offset, &result), "as_strided");
+  check(torch.call._reinterpret_tensor(tensor.get(), dim, sizes, strides, offset, &result), "as_strided");
   return Tensor(result);
 }
 
@@ -96,6 +106,8 @@ void connect(const std::map<std::string, uintptr_t>& addresses) {
   found.call.name = reinterpret_cast<result(*) arguments>(addresses.at("aoti_torch_" #name));
   FUSEDRES_ATEN_FUNCTIONS(FUSEDRES_CONNECT)
 #undef FUSEDRES_CONNECT
+  const auto what = addresses.find(kErrorText);
+  if (what != addresses.end()) found.what = reinterpret_cast<const char* (*)()>(what->second);
   found.cpu = found.call.device_type_cpu();
   found.dtypes[static_cast<int>(DType::kFloat32)] = found.call.dtype_float32();
   found.dtypes[static_cast<int>(DType::kFloat64)] = found.call.dtype_float64();
@@ -207,11 +219,11 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
 Tensor empty_channels_last(const Shape& s, int32_t dtype) {
   const int64_t sizes[4] = {s.batch, s.channels, s.height, s.width};
   const int64_t strides[4] = {s.channels * s.height * s.width, 1, s.channels * s.width, s.channels};
-  Tensor result = empty_strided(4, sizes, strides, dtype);
-  const size_t item = dtype == torch_dtype(DType::kFloat64) ? 8 : dtype == torch_dtype(DType::kFloat32) ? 4 : 2;
-  const size_t bytes = static_cast<size_t>(s.rows() * s.channels) * item;
-  if (bytes >= kLargeBytes) advise_huge_pages(result.data(), bytes);
-  return result;
+  return advised(empty_strided(4, sizes, strides, dtype));
+}
+
+Tensor empty_like(const Tensor& tensor) {
+  return advised(empty_strided(4, tensor.sizes(), tensor.strides(), tensor.torch_dtype()));
 }
 
 Tensor clone(const Tensor& tensor) {

@@ -19,6 +19,7 @@ using Handle = void*;  // AtenTensorHandle: an at::Tensor on the heap
 // Takes the addresses of the interface's functions by name; the names it needs are function_names().
 void connect(const std::map<std::string, uintptr_t>& addresses);
 const std::initializer_list<const char*>& function_names();
+constexpr const char* kErrorText = "torch_exception_get_what_without_backtrace";  // taken where torch has it
 
 struct Shape {
   int64_t batch;
@@ -70,6 +71,7 @@ int32_t torch_uint8();
 
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t torch_dtype);
 Tensor empty_channels_last(const Shape& shape, int32_t torch_dtype);  // huge pages behind large ones
+Tensor empty_like(const Tensor& tensor);                              // of four dimensions, dense
 Tensor clone(const Tensor& tensor);
 void copy(const Tensor& target, const Tensor& source);
 Tensor to_channels_last(Tensor tensor);                        // itself where it is

@@ -75,7 +75,7 @@ class Backward {
   BnBranch branch(size_t index, Tensor* grad) {
     Tensor& y = saved_.outputs[index];
     const void* x = y.data();
-    *grad = saved_.donated ? std::move(y) : aten::empty_channels_last(y.shape(), y.torch_dtype());
+    *grad = saved_.donated ? std::move(y) : aten::empty_like(y);
     return {x, saved_.states[index].data(), grad->data(), block_.units[index].batch_statistics};
   }
 
@@ -110,7 +110,7 @@ class Backward {
   Tensor tail_one_pass(Tensor* grad_projection) {
     const size_t last = block_.last();
     const Shape shape = saved_.grad_out.shape();
-    Tensor d = aten::empty_channels_last(shape, saved_.grad_out.torch_dtype());
+    Tensor d = aten::empty_like(saved_.grad_out);
     const Tensor sum = aten::empty({shape.channels}, saved_.states[last].torch_dtype());
     relu_backward({saved_.grad_out.data(),
                    saved_.grad_out.dtype(),
@@ -247,7 +247,14 @@ bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved) {
   const int32_t dtype = saved.x.torch_dtype();
   if (!saved.x.has_dtype() || saved.x.dim() != 4 || saved.grad_out.dim() != 4) return false;
   if (saved.grad_out.torch_dtype() != dtype) return false;
-  if (saved.mask.torch_dtype() != aten::torch_uint8() || !saved.mask.is_contiguous()) return false;
+  if (saved.mask.torch_dtype() != aten::torch_uint8() || saved.mask.dim() != 4 || !saved.mask.is_contiguous()) {
+    return false;
+  }
+  const Shape out = saved.grad_out.shape();
+  const int64_t* bits = saved.mask.sizes();
+  if (bits[0] != out.batch || bits[1] != out.height || bits[2] != out.width || bits[3] != (out.channels + 7) / 8) {
+    return false;
+  }
   const int32_t state = aten::torch_dtype(state_dtype(saved.x.dtype()));
   for (size_t index = 0; index < block.units.size(); ++index) {
     const Tensor& weight = saved.params[kUnitParams * index];
@@ -261,8 +268,12 @@ bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved) {
     } else {
       const Tensor& y = saved.outputs[index];
       if (!y.defined() || y.torch_dtype() != dtype || !y.is_channels_last()) return false;
+      if (index >= block.last() && !(y.shape() == out)) return false;
+      if (y.shape().channels != weight.sizes()[0] || y.shape().batch != out.batch) return false;
     }
-    if (saved.states[index].torch_dtype() != state || !saved.states[index].is_contiguous()) return false;
+    const Tensor& found = saved.states[index];
+    if (found.torch_dtype() != state || found.dim() != 2 || !found.is_contiguous()) return false;
+    if (found.sizes()[0] != 4 || found.sizes()[1] != weight.sizes()[0]) return false;
     for (size_t i = 1; i < kUnitParams; ++i) {
       const Tensor& vector = saved.params[kUnitParams * index + i];
       if (vector.defined() && vector.torch_dtype() != state) return false;

@@ -195,7 +195,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
     tail(projected, states.back(), {&y, &states[last], 1}, projected.data(), result.mask.data(), threads);
     result.out = std::move(projected);
   } else {
-    result.out = aten::empty_channels_last(shape, y.torch_dtype());
+    result.out = aten::empty_like(y);
     tail(y, states[last], shortcut, result.out.data(), result.mask.data(), threads);
   }
   return result;

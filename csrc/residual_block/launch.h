@@ -44,7 +44,7 @@ inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, const
 inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor& state, aten::Tensor room, int threads) {
   const aten::Shape s = x.shape();
   if (!room.defined() || !(room.shape() == s)) room = aten::Tensor();
-  if (!room.defined()) room = aten::empty_channels_last(s, x.torch_dtype());
+  if (!room.defined()) room = aten::empty_like(x);
   bn_relu_into(x, &state, nullptr, 1, room.data(), threads);
   return room;
 }

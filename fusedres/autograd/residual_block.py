@@ -113,6 +113,8 @@ class ResidualBlockFunction(torch.autograd.Function):
         plan: BlockPlan = ctx.plan
         needs: list[bool] = ctx.needs
         tensors = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and grad_out.is_neg():
+            grad_out = grad_out.resolve_neg()
         if torch.is_grad_enabled() or is_batched(grad_out):
             count_path("composite_backward")
             grads = _differentiable(grad_out, plan, tensors, needs)
@@ -133,11 +135,10 @@ class ResidualBlockFunction(torch.autograd.Function):
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """A batch of gradients of vmap or of autograd.grad(is_grads_batched=True)."""
-    functorch = torch._C._functorch
+    """Inside a transform of torch.func, or a batch of gradients of autograd.grad(is_grads_batched=True)."""
     if torch.compiler.is_compiling():
         return False
-    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _backward(
@@ -148,8 +149,34 @@ def _backward(
     mask, *rest = flat
     assert mask is not None
     saved = Saved.of([mask.contiguous(), *(as_saved(tensor) for tensor in rest)], plan)
+    _check_saved(saved, grad_out, plan)
     passes = ConvBackward if plan.own_convolutions else Backward
-    return passes(grad_out, x, plan, params, saved, needs).run()
+    run = passes(grad_out, x, plan, params, saved, needs).run
+    kind = x.device.type
+    if torch.compiler.is_compiling() or x.is_meta or not torch.is_autocast_enabled(kind):
+        return run()
+    with torch.autocast(kind, enabled=False):  # everything has its dtype from forward
+        return run()
+
+
+def _check_saved(saved: Saved, grad_out: Tensor, plan: BlockPlan) -> None:
+    """Hooks on saved tensors must hand back what they were given: kernels take it by address."""
+    n, channels, h, w = grad_out.shape
+    ends = [saved.last] if saved.projection is None else [saved.last, saved.projection]
+    state_dtype = torch.float64 if plan.dtype is torch.float64 else torch.float32
+    found: list[tuple[Tensor, torch.dtype, tuple[int, ...]]]
+    found = [(saved.mask, torch.uint8, (n, h, w, (channels + 7) // 8))]
+    found += [(end.y, plan.dtype, (n, channels, h, w)) for end in ends if end.y is not None]
+    found += [(end.state, state_dtype, (4, channels)) for end in ends]
+    for y, state in zip(saved.ys, saved.states, strict=True):
+        found += [(y, plan.dtype, (n, *y.shape[1:])), (state, state_dtype, (4, y.shape[1]))]
+    for tensor, dtype, shape in found:
+        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != grad_out.device:
+            raise RuntimeError(
+                f"backward of a fused block: a saved tensor must be {dtype} of shape {shape} on {grad_out.device}, got "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; hooks on saved tensors must return "
+                "what was packed"
+            )
 
 
 def _differentiable(

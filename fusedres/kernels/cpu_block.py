@@ -19,13 +19,14 @@ def connect(unit_fields: tuple[str, ...], plan_fields: tuple[str, ...]) -> bool:
 
     The core reads a plan's named tuples by position: their fields are given to be checked.
     """
-    library = ctypes.CDLL(torch._C.__file__)
     try:
-        addresses = {name: ctypes.cast(library[name], ctypes.c_void_p).value for name in _C.torch_functions()}
+        library = ctypes.CDLL(torch._C.__file__)
+        names = [*_C.torch_functions(), *([_C.ERROR_TEXT_FUNCTION] if hasattr(library, _C.ERROR_TEXT_FUNCTION) else [])]
+        addresses = {name: ctypes.cast(library[name], ctypes.c_void_p).value for name in names}
         conversions = torch._C._aoti
         to_handle = conversions.unsafe_alloc_void_ptr_from_tensor
         from_handles = conversions.alloc_tensors_by_stealing_from_void_ptrs
-    except AttributeError:
+    except (AttributeError, OSError):
         return False
     _C.connect_torch(addresses, to_handle, from_handles, unit_fields, plan_fields)
     return True

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, ConvBN, Directions, count_path, run_block
@@ -150,8 +151,15 @@ class FusedBlock(nn.Module):
 
 
 def is_plain(x: Tensor) -> bool:
-    """Neither a tensor subclass nor inside a functorch transform, which must see torch's own operators."""
-    return type(x) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
+    """No tensor subclass, no lazy negation, and nothing active that must see torch's own operators.
+
+    That is a functorch transform, torch.jit.trace, or forward-mode differentiation.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not x.is_neg() and torch._C._get_tracing_state() is None and forward_ad._current_level < 0
 
 
 def without_kernels(weight: Tensor) -> str | None:
