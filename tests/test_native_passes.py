@@ -120,6 +120,10 @@ def test_inference_some_images_at_a_time(
             expected, got = in_python(twin, source), twin(source)
         assert torch.equal(got, expected) and got.stride() == expected.stride()
     assert served == {"forward": 0, "infer": 2, "backward": 0}
+    with torch.no_grad():
+        frozen = fusedres.freeze(fused_twin(block))(behind)
+    torch.testing.assert_close(frozen, got)
+    assert frozen.stride() == got.stride()
 
 
 def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python: Callable[..., Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,14 +117,19 @@ def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
     entry = in_dtype(x[:0], plan.dtype)
     for index, unit in enumerate(units):
         states.append(unit_state(entry, unit, tensors, index, launch))
+    return in_parts(x, plan, lambda part, out: _infer(part, plan, tensors, states, out))
+
+
+def in_parts(x: Tensor, plan: BlockPlan, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """Runs inference some images at a time: run(images, where their result goes, fresh where None) -> result."""
     images = plan.infer_images
     if images >= x.shape[0]:
-        return _infer(x, plan, tensors, states, None)
-    first = _infer(x[:images], plan, tensors, states, None)
-    out = launch.empty_batch(first, x.shape[0])
+        return run(x, None)
+    first = run(x[:images], None)
+    out: Tensor = launches(plan.backend).empty_batch(first, x.shape[0])
     out[:images] = first
     for begin in range(images, x.shape[0], images):
-        _infer(x[begin : begin + images], plan, tensors, states, out[begin : begin + images])
+        run(x[begin : begin + images], out[begin : begin + images])
     return out
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres.autograd import UNIT_TENSORS, BlockPlan, ConvBN
+from fusedres.autograd.forward import in_parts
 from fusedres.ops.launch import launches
 
 
@@ -45,13 +47,21 @@ def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, t
 
 
 def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> FrozenBlock:
-    """Folds every unit of a block whose statistics are constants, in float32 or wider, rounded once."""
+    """Folds every unit of a block whose statistics are constants, in float32 or wider, rounded once.
+
+    Weights that oneDNN packs are packed for inputs of x's size: packed for no size, a strided 1x1 convolution of a few
+    images took six times the time. Other sizes run as well, some of them slower.
+    """
     units = plan.units if plan.projection is None else (*plan.units, plan.projection)
     convs: list[FrozenConv] = []
     identities: list[Tensor] = []
     launch = launches(plan.backend)
     example = x[:0].to(plan.dtype)
+    entry = (min(plan.infer_images, x.shape[0]), *x.shape[1:])
+    size = entry  # of the unit's input
     for index, unit in enumerate(units):
+        if index == len(plan.units):
+            size = entry  # the projection's
         conv_weight, weight, bias, mean, var, _ = tensors[UNIT_TENSORS * index : UNIT_TENSORS * (index + 1)]
         assert conv_weight is not None and mean is not None and var is not None
         state = launch.bn_frozen(example, weight, bias, mean, var, unit.eps)
@@ -59,8 +69,9 @@ def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Froz
         packed = plan.dtype is torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
         if packed:
             folded = torch.ops.mkldnn._reorder_convolution_weight(
-                folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, None
+                folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, list(size)
             )
+        size = (size[0], conv_weight.shape[0], *_output_size(size[2:], conv_weight.shape[2:], unit))
         convs.append(FrozenConv(folded, state[3].to(plan.dtype), packed, unit))
         identity = torch.zeros_like(state)
         identity[1:3] = 1
@@ -68,19 +79,32 @@ def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Froz
     return FrozenBlock(input_kind(x, plan), tuple(convs), tuple(identities))
 
 
+def _output_size(size: tuple[int, ...], kernel: tuple[int, ...], unit: ConvBN) -> Iterator[int]:
+    """Height and width behind a convolution."""
+    for n, k, stride, padding, dilation in zip(size, kernel, unit.stride, unit.padding, unit.dilation, strict=True):
+        yield (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+
+
 def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
     """relu(F(x) + S(x)) of the folded block; x in any memory format, the result in the same."""
-    launch = launches(plan.backend)
     nchw = x.is_contiguous() or x.stride(1) != 1
     x = x.contiguous(memory_format=torch.channels_last)
+    y = in_parts(x, plan, lambda part, out: _run(part, plan, frozen, out))
+    return y.contiguous() if nchw else y
+
+
+def _run(x: Tensor, plan: BlockPlan, frozen: FrozenBlock, out: Tensor | None) -> Tensor:
+    """The folded block on some images, into out where given."""
+    launch = launches(plan.backend)
     h = entry = x.to(plan.dtype)
     last = len(plan.units) - 1
     for index in range(last):
         h = frozen.convs[index](h)
         launch.bn_relu_(h, frozen.identities[index])
     y = frozen.convs[last](h)
-    if plan.projection is not None:
-        launch.bn_add_relu_(y, frozen.identities[last], frozen.convs[last + 1](entry), None, 1, False)
-    else:
-        launch.bn_add_relu_(y, frozen.identities[last], entry, None, plan.pad_stride, False)
-    return y.contiguous() if nchw else y
+    shortcut, stride = (entry, plan.pad_stride) if plan.projection is None else (frozen.convs[last + 1](entry), 1)
+    if out is None:
+        launch.bn_add_relu_(y, frozen.identities[last], shortcut, None, stride, False)
+        return y
+    launch.bn_add_relu_out(y, frozen.identities[last], shortcut, None, stride, out)
+    return out
