@@ -21,6 +21,13 @@ from fusedres import _C
 from fusedres.autograd import BlockPlan, ConvBN, native
 from fusedres.kernels import cpu_block
 
+ONE_PASS = (
+    Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
+    Case("bottleneck", "projection", 4, 4, 1, 4, 9, 7),
+    Case("bottleneck", "projection", 4, 4, 2, 6, 9, 11),
+    Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows for the projection
+    Case("basic", "projection", 4, 8, 2, 4, 9, 11),
+)
 PASSES = ("forward", "infer", "backward")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -172,6 +179,24 @@ def test_errors_of_torch_are_told() -> None:
         twin(x)
 
 
+UNFUSED = ("batch_norm", "aten::add", "aten::relu", "aten::threshold_backward", "aten::clamp", "aten::mul", "aten::sub")
+
+
+@pytest.mark.parametrize("memory", ["auto", "min"])
+def test_nothing_unfused_runs(memory: str, served: dict[str, int]) -> None:
+    """What torch's profiler sees of a step: convolutions and memory, no operator that the kernels stand for."""
+    for case in (*CORE, *ONE_PASS):
+        block, x, grad = stock_case(case, memory_format=torch.channels_last)
+        twin = fused_twin(block, memory)
+        source = x.detach().requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            twin(source).backward(grad)
+        names = {event.key for event in profiler.key_averages()}
+        assert any("convolution" in name for name in names), names
+        assert not {name for name in names if any(each in name for each in UNFUSED)}
+    assert served["forward"] == served["backward"] == len(CORE) + len(ONE_PASS)
+
+
 def test_a_graph_that_is_kept_can_be_run_twice(served: dict[str, int]) -> None:
     for case in CORE:
         block, x, grad = stock_case(case)
@@ -259,15 +284,6 @@ def test_where_they_do_not_serve(what: str, served: dict[str, int]) -> None:
     block, x, grad = stock_case(CORE[0])
     call(fused_twin(block), x, grad)
     assert served == {"forward": forwards, "infer": 0, "backward": 0}
-
-
-ONE_PASS = (
-    Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
-    Case("bottleneck", "projection", 4, 4, 1, 4, 9, 7),
-    Case("bottleneck", "projection", 4, 4, 2, 6, 9, 11),
-    Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows for the projection
-    Case("basic", "projection", 4, 8, 2, 4, 9, 11),
-)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
