@@ -218,3 +218,19 @@ def test_errors():
     assert torch.equal(running, vectors)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         ops.one_pass_statistics(*before[:4], 1, *before[5:], None, None, None, 0.1, EPSILON, "reference")
+
+
+def test_backward_is_float32_under_autocast():
+    """The C++ kernels take tensors by address: no operator between them may be rounded by an autocast around the op."""
+    z = _random(2, 16, 5, 7, seed=3).float().to(memory_format=torch.channels_last)
+    d = _random(2, 24, 5, 7, seed=4).float().to(memory_format=torch.channels_last)
+    z, pivot, total, gram = ops.gram(z, None, "cpu")
+    weight = _weight(24, 16, torch.float32)
+    state, projected = ops.one_pass_statistics(
+        weight, pivot, total, gram, 70, None, None, None, None, None, 0.1, EPSILON, "cpu"
+    )
+    arguments = (d, d.sum((0, 2, 3)), z, weight, state, projected, total, "cpu")
+    plain = ops.one_pass_backward(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ops.one_pass_backward(*arguments)
+    assert all(torch.equal(mine, other) for mine, other in zip(inside, plain, strict=True))

@@ -97,7 +97,8 @@ def one_pass_backward(
         constant.data_ptr(),
         threads,
     )
-    correction = torch.conv2d(z, quadratic, constant)
+    # Not torch.conv2d, which autocast would round: what follows reads float32 by its address.
+    correction = torch.convolution(z, quadratic, constant, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
     grad_z = grad_z.contiguous(memory_format=torch.channels_last)
     shortcut_grad_(grad_z, correction.contiguous(memory_format=torch.channels_last), None, 1)
     return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
