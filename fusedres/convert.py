@@ -6,19 +6,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import ResNet
 
-from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck, FusedResNet
+from fusedres.modules import FusedBlock, FusedResNet
+from fusedres.modules.anatomy import SHARDED
+from fusedres.modules.classes import base_of, fused_class, is_fused, own_method, own_method_of_fused, stock_class
+from fusedres.modules.frozen import Frozen
+from fusedres.modules.genuine import replaced_on_block
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    BasicBlock: FusedBasicBlock,
-    Bottleneck: FusedBottleneck,
-    ResNet: FusedResNet,
-}
-_STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
-_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen")
+_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason")
 
 
 class BlockReport(NamedTuple):
@@ -85,13 +83,12 @@ def fuse(
     if conv not in _CONV:
         raise ValueError(f"fuse: conv must be one of {', '.join(_CONV)}, got {conv!r}")
     for name, block in model.named_modules():
-        known = type(block) in _FUSED or type(block) in _STOCK
-        if not known or (filter is not None and not filter(name, block)):
+        if _unfusable(type(block)) is not None or (filter is not None and not filter(name, block)):
             continue
-        if type(block) in _FUSED:
-            if _instance_forward(block):
+        if not is_fused(type(block)):
+            if replaced_on_block(block.__dict__) is not None:
                 continue
-            block.__class__ = _FUSED[type(block)]
+            block.__class__ = _fused(type(block))
         if isinstance(block, FusedBlock | FusedResNet):
             block.fused_memory = memory
             block.fused_conv = conv
@@ -107,8 +104,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
     for block in model.modules():
-        if type(block) in _STOCK:
-            block.__class__ = _STOCK[type(block)]
+        if is_fused(type(block)) and stock_class(type(block)) is not type(block):
+            block.__class__ = stock_class(type(block))
             for option in _OPTIONS:
                 block.__dict__.pop(option, None)
     return model
@@ -138,7 +135,7 @@ def freeze(model: nn.Module) -> nn.Module:
         if block.training:
             raise ValueError(f"freeze: {name or 'the block'} must be in eval mode; call model.eval() first")
     for _, block in blocks:
-        block.fused_frozen = True
+        block.fused_frozen = Frozen()
     return model
 
 
@@ -155,25 +152,54 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     rows = Report()
     for name, block in model.named_modules():
-        for cls in _FUSED:
-            if isinstance(block, cls):
-                reason = _reason(block)
-                kind, suffix = ("stem", " stem") if cls is ResNet else (cls.__name__, "")
-                rows.append(BlockReport((name or "(model)") + suffix, kind, reason is None, reason or ""))
+        base = base_of(type(block))
+        if base is not None:
+            reason = _reason(block)
+            kind, suffix = ("stem", " stem") if base is ResNet else (base.__name__, "")
+            rows.append(BlockReport((name or "(model)") + suffix, kind, reason is None, reason or ""))
     return rows
 
 
-def _instance_forward(block: nn.Module) -> bool:
-    return "forward" in block.__dict__ or "_forward_impl" in block.__dict__
+def _unfusable(cls: type[nn.Module]) -> str | None:
+    """Why fuse() leaves modules of a class as they are, None where it does not: fused ones included."""
+    base = base_of(cls)
+    if base is None:
+        return "it is no residual block"
+    if is_fused(cls):
+        return None
+    method = own_method(cls, base)
+    if method is not None:
+        return _has_its_own(cls, method)
+    try:
+        fused_class(cls, base)
+    except TypeError as error:
+        return f"{cls.__module__}.{cls.__qualname__} cannot be subclassed: {error}"
+    return None
+
+
+def _fused(cls: type[nn.Module]) -> type[nn.Module]:
+    base = base_of(cls)
+    assert base is not None
+    return fused_class(cls, base)
 
 
 def _reason(block: nn.Module) -> str | None:
-    if _instance_forward(block):
-        return "forward is replaced on the instance"
-    if isinstance(block, FusedBlock):
-        return block.unfused_reason()
-    if isinstance(block, FusedResNet):
-        return block.stem_unfused_reason()
-    if type(block) in _FUSED:
-        return "not selected by fuse()"
-    return f"{type(block).__module__}.{type(block).__qualname__} is a subclass with a forward of its own"
+    """Why a block or a stem does not run fused."""
+    cls = type(block)
+    reason = replaced_on_block(block.__dict__)
+    if reason is not None:
+        return reason
+    if not is_fused(cls):
+        return _unfusable(cls) or "not selected by fuse()"
+    method = own_method_of_fused(cls)
+    if method is not None:
+        return _has_its_own(cls, method)
+    found: str | None = block.unfused_reason() if isinstance(block, FusedBlock) else block.stem_unfused_reason()  # type: ignore[operator]
+    last = block.__dict__.get("fused_last_reason")  # "" where the last call ran fused
+    if found is not None and found.endswith(SHARDED):
+        return None if last == "" else f"{found}: fused where fully_shard gathers it for the call"
+    return found or (f"its last input ran unfused: {last}" if last else None)
+
+
+def _has_its_own(cls: type[nn.Module], method: str) -> str:
+    return f"{cls.__module__}.{cls.__qualname__} is a subclass with a {method} of its own"

@@ -25,7 +25,7 @@ from fusedres import backends, dispatch
 from fusedres.autograd import UNIT_TENSORS
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Shape, Way, store
 from fusedres.dispatch.table import batch_class
-from fusedres.modules import choice
+from fusedres.modules import choice, fused_block
 
 OWN = Directions(True, True, True)
 FPROP = Directions(True, False, False)
@@ -34,8 +34,7 @@ BASIC = case("basic", "identity", planes=8, batch=2, height=5, width=6)
 
 
 def shape_of(block: nn.Module, x: Tensor, phase: str = "train", dtype: str = "float32") -> Shape:
-    names = getattr(block, "_conv_names", ("conv1",))
-    return Shape._make((*choice.shape_of(block, names, x), batch_class(x.shape[0]), dtype, phase))
+    return Shape._make((*choice.shape_of(block.anatomy(), x), batch_class(x.shape[0]), dtype, phase))
 
 
 @pytest.fixture
@@ -160,13 +159,13 @@ def test_compiled_code_follows_for_sizes_that_are_fixed(dynamic: bool) -> None:
     twin = fused_twin(block)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     ran = []
-    unfused = type(twin)._unfused
+    unfused = fused_block.run_unfused
     four = torch.cat([x, x])
     with (
         pytest.MonkeyPatch.context() as patch,
         following(table({shape_of(twin, x): Way("cpu"), shape_of(twin, four): UNFUSED})),
     ):
-        patch.setattr(type(twin), "_unfused", lambda self, x: (ran.append(len(x)), unfused(self, x))[1])
+        patch.setattr(fused_block, "run_unfused", lambda *a: (ran.append(len(a[2])), unfused(*a))[1])
         for images in (x, four, torch.cat([four, x])):
             torch.testing.assert_close(compiled(images), block(images), rtol=1e-4, atol=1e-4)
     assert ran == ([] if dynamic else [4, 6])  # six images are nearer to four
@@ -218,7 +217,7 @@ def test_a_selected_backend_wins() -> None:
         for backend, own in (("reference", OWN), ("cpu", LIBRARY), ("auto", OWN)):
             with fusedres.use_backend(backend):
                 served = backends.backend_for(CPU)
-                way = choice.measured_way(twin, twin._conv_names, x, served, "auto", "auto")
+                way = choice.measured_way(twin.anatomy(), x, served, "auto", "auto")
                 plan, _ = twin._read(x, way.backend if way else served, way)
             assert plan.units[0].own == own
 

@@ -17,12 +17,15 @@ using Error = int32_t;
   X(dtype_bfloat16, int32_t, ())                                                                                    \
   X(dtype_float16, int32_t, ())                                                                                     \
   X(dtype_uint8, int32_t, ())                                                                                       \
+  X(dtype_int64, int32_t, ())                                                                                       \
   X(delete_tensor_object, Error, (Handle))                                                                          \
   X(get_data_ptr, Error, (Handle, void**))                                                                          \
   X(get_dim, Error, (Handle, int64_t*))                                                                             \
   X(get_sizes, Error, (Handle, int64_t**))                                                                          \
   X(get_strides, Error, (Handle, int64_t**))                                                                        \
   X(get_dtype, Error, (Handle, int32_t*))                                                                           \
+  X(get_storage_size, Error, (Handle, int64_t*))                                                                    \
+  X(get_storage_offset, Error, (Handle, int64_t*))                                                                  \
   X(_reinterpret_tensor, Error, (Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*))                \
   X(empty_strided, Error, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))            \
   X(clone, Error, (Handle, Handle*))                                                                                \
@@ -47,6 +50,7 @@ struct Torch {
   int32_t cpu = 0;
   int32_t dtypes[4] = {};  // by DType
   int32_t uint8 = 0;
+  int32_t int64 = 0;
 };
 
 Torch torch;
@@ -72,12 +76,17 @@ Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, 
   return Tensor(result);
 }
 
+// Bytes of an element.
+int64_t item_size(int32_t dtype) {
+  if (dtype == torch.uint8) return 1;
+  if (dtype == torch.int64 || dtype == torch_dtype(DType::kFloat64)) return 8;
+  return dtype == torch_dtype(DType::kFloat32) ? 4 : 2;
+}
+
 // Huge pages behind a large tensor.
 Tensor advised(Tensor tensor) {
   const Shape s = tensor.shape();
-  const int32_t dtype = tensor.torch_dtype();
-  const size_t item = dtype == torch_dtype(DType::kFloat64) ? 8 : dtype == torch_dtype(DType::kFloat32) ? 4 : 2;
-  const size_t bytes = static_cast<size_t>(s.rows() * s.channels) * item;
+  const size_t bytes = static_cast<size_t>(s.rows() * s.channels * item_size(tensor.torch_dtype()));
   if (bytes >= kLargeBytes) advise_huge_pages(tensor.data(), bytes);
   return tensor;
 }
@@ -114,6 +123,7 @@ void connect(const std::map<std::string, uintptr_t>& addresses) {
   found.dtypes[static_cast<int>(DType::kBFloat16)] = found.call.dtype_bfloat16();
   found.dtypes[static_cast<int>(DType::kFloat16)] = found.call.dtype_float16();
   found.uint8 = found.call.dtype_uint8();
+  found.int64 = found.call.dtype_int64();
   torch = found;
 }
 
@@ -151,12 +161,39 @@ int32_t Tensor::torch_dtype() const {
   return result;
 }
 
+int64_t Tensor::bytes() const {
+  int64_t count = 1;
+  for (int64_t axis = dim(); axis-- > 0;) count *= sizes()[axis];
+  return count * item_size(torch_dtype());
+}
+
 bool Tensor::has_dtype() const {
   const int32_t found = torch_dtype();
   for (const int32_t known : torch.dtypes) {
     if (found == known) return true;
   }
   return false;
+}
+
+bool Tensor::in_memory() const {
+  if (handle_ == nullptr) return true;
+  const int64_t axes = dim();
+  const int64_t* size = sizes();
+  const int64_t* stride = strides();
+  int64_t last = 0;
+  for (int64_t axis = 0; axis < axes; ++axis) {
+    if (size[axis] == 0) return true;
+    last += (size[axis] - 1) * stride[axis];
+  }
+  int64_t offset = 0;
+  int64_t bytes = 0;
+  check(torch.call.get_storage_offset(handle_, &offset), "storage_offset");
+  check(torch.call.get_storage_size(handle_, &bytes), "storage");
+  return bytes >= (offset + last + 1) * item_size(torch_dtype());
+}
+
+bool Tensor::is_vector(int64_t size) const {
+  return dim() == 1 && sizes()[0] == size && (size == 1 || strides()[0] == 1);
 }
 
 DType Tensor::dtype() const {
@@ -202,6 +239,10 @@ int32_t torch_dtype(DType dtype) {
 
 int32_t torch_uint8() {
   return torch.uint8;
+}
+
+int32_t torch_int64() {
+  return torch.int64;
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {

@@ -54,13 +54,16 @@ class Tensor {
   const int64_t* sizes() const;
   const int64_t* strides() const;
   int32_t torch_dtype() const;
+  int64_t bytes() const;   // of its elements
   bool has_dtype() const;  // one of DType
   DType dtype() const;
   Shape shape() const;  // of four dimensions
   bool is_contiguous() const;
   bool is_channels_last() const;
-  bool is_matrix() const;        // (K, C, 1, 1), dense
-  ChannelVector vector() const;  // of a contiguous vector, or undefined
+  bool is_matrix() const;              // (K, C, 1, 1), dense
+  bool is_vector(int64_t size) const;  // (size,), contiguous
+  bool in_memory() const;              // its storage holds all of its elements; true where undefined
+  ChannelVector vector() const;        // of a contiguous vector, or undefined
 
  private:
   Handle handle_ = nullptr;
@@ -68,6 +71,7 @@ class Tensor {
 
 int32_t torch_dtype(DType dtype);
 int32_t torch_uint8();
+int32_t torch_int64();
 
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t torch_dtype);
 Tensor empty_channels_last(const Shape& shape, int32_t torch_dtype);  // huge pages behind large ones

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <initializer_list>
 #include <utility>
 
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
@@ -243,41 +245,58 @@ class Backward {
 
 }  // namespace
 
-bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved) {
+namespace {
+
+bool matches(const Tensor& tensor, int32_t dtype, std::initializer_list<int64_t> sizes) {
+  if (!tensor.defined() || tensor.torch_dtype() != dtype) return false;
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  return std::equal(sizes.begin(), sizes.end(), tensor.sizes()) && tensor.is_contiguous() && tensor.in_memory();
+}
+
+// A unit's saved tensors, whose input has the shape `input`; the shape of its output goes to `output`.
+bool serves_unit(const ResidualBlock& block, const ResidualBlockBackward& saved, size_t index, const Shape& input,
+                 Shape* output) {
   const int32_t dtype = saved.x.torch_dtype();
-  if (!saved.x.has_dtype() || saved.x.dim() != 4 || saved.grad_out.dim() != 4) return false;
-  if (saved.grad_out.torch_dtype() != dtype) return false;
-  if (saved.mask.torch_dtype() != aten::torch_uint8() || saved.mask.dim() != 4 || !saved.mask.is_contiguous()) {
-    return false;
-  }
-  const Shape out = saved.grad_out.shape();
-  const int64_t* bits = saved.mask.sizes();
-  if (bits[0] != out.batch || bits[1] != out.height || bits[2] != out.width || bits[3] != (out.channels + 7) / 8) {
-    return false;
-  }
   const int32_t state = aten::torch_dtype(state_dtype(saved.x.dtype()));
+  const ConvBn& unit = block.units[index];
+  const Tensor& weight = saved.params[kUnitParams * index];
+  if (!weight.defined() || weight.torch_dtype() != dtype || weight.dim() != 4 || !weight.in_memory()) return false;
+  const int64_t channels = weight.sizes()[0];
+  if (weight.sizes()[1] * unit.convolution.groups != input.channels) return false;
+  *output = convolved_shape(input, weight, unit.convolution);
+  if (block.one_pass(index)) {
+    const OnePass& one_pass = index == block.last() ? saved.last : saved.projection;
+    if (saved.x.dtype() != DType::kFloat32 || !weight.is_matrix()) return false;
+    if (!matches(one_pass.pivot, state, {input.channels})) return false;
+    if (!matches(one_pass.total, aten::torch_dtype(DType::kFloat64), {input.channels})) return false;
+    if (!matches(one_pass.projected, state, {channels, input.channels})) return false;
+  } else {
+    const Tensor& y = saved.outputs[index];
+    if (!y.defined() || y.torch_dtype() != dtype || !y.is_channels_last() || !y.in_memory()) return false;
+    if (!(y.shape() == *output)) return false;
+  }
+  if (!matches(saved.states[index], state, {4, channels})) return false;
+  for (size_t i = 1; i < kUnitParams; ++i) {
+    const Tensor& vector = saved.params[kUnitParams * index + i];
+    if (vector.defined() && !matches(vector, state, {channels})) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved) {
+  for (const Tensor* tensor : {&saved.x, &saved.grad_out}) {
+    if (!tensor->has_dtype() || tensor->dim() != 4 || !tensor->in_memory()) return false;
+  }
+  if (saved.grad_out.torch_dtype() != saved.x.torch_dtype()) return false;
+  const Shape out = saved.grad_out.shape();
+  const int64_t bytes = (out.channels + 7) / 8;
+  if (!matches(saved.mask, aten::torch_uint8(), {out.batch, out.height, out.width, bytes})) return false;
+  Shape shape = saved.x.shape();
   for (size_t index = 0; index < block.units.size(); ++index) {
-    const Tensor& weight = saved.params[kUnitParams * index];
-    if (weight.torch_dtype() != dtype) return false;
-    if (block.one_pass(index)) {
-      const OnePass& one_pass = index == block.last() ? saved.last : saved.projection;
-      if (saved.x.dtype() != DType::kFloat32 || !weight.is_matrix()) return false;
-      for (const Tensor* tensor : {&one_pass.pivot, &one_pass.total, &one_pass.projected}) {
-        if (!tensor->defined() || !tensor->is_contiguous()) return false;
-      }
-    } else {
-      const Tensor& y = saved.outputs[index];
-      if (!y.defined() || y.torch_dtype() != dtype || !y.is_channels_last()) return false;
-      if (index >= block.last() && !(y.shape() == out)) return false;
-      if (y.shape().channels != weight.sizes()[0] || y.shape().batch != out.batch) return false;
-    }
-    const Tensor& found = saved.states[index];
-    if (found.torch_dtype() != state || found.dim() != 2 || !found.is_contiguous()) return false;
-    if (found.sizes()[0] != 4 || found.sizes()[1] != weight.sizes()[0]) return false;
-    for (size_t i = 1; i < kUnitParams; ++i) {
-      const Tensor& vector = saved.params[kUnitParams * index + i];
-      if (vector.defined() && vector.torch_dtype() != state) return false;
-    }
+    if (!serves_unit(block, saved, index, index > block.last() ? saved.x.shape() : shape, &shape)) return false;
+    if (index >= block.last() && !(shape == out)) return false;
   }
   return true;
 }

@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <cstring>
 #include <utility>
+#include <vector>
 
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_statistics/bn_statistics.h"
@@ -86,6 +88,36 @@ Tensor one_pass(const Tensor& h, const Tensor* h_state, int64_t stride, const Co
   return aten::convolution(z, tensors.conv_weight, dense(unit.convolution));
 }
 
+// Puts the running statistics back where a forward fails half-way.
+class KeptStatistics {
+ public:
+  KeptStatistics(const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
+    for (size_t index = 0; index < tensors.size(); ++index) {
+      if (!block.units[index].update) continue;
+      const UnitTensors& unit = tensors[index];
+      for (const Tensor* tensor : {&unit.running_mean, &unit.running_var, &unit.num_batches_tracked}) {
+        if (!tensor->defined()) continue;
+        const auto* bytes = static_cast<const char*>(tensor->data());
+        kept_.push_back({tensor->data(), {bytes, bytes + tensor->bytes()}});
+      }
+    }
+  }
+  KeptStatistics(const KeptStatistics&) = delete;
+  KeptStatistics& operator=(const KeptStatistics&) = delete;
+  ~KeptStatistics() {
+    for (const Kept& kept : kept_) std::memcpy(kept.address, kept.bytes.data(), kept.bytes.size());
+  }
+
+  void release() { kept_.clear(); }
+
+ private:
+  struct Kept {
+    void* address;
+    std::vector<char> bytes;
+  };
+  std::vector<Kept> kept_;
+};
+
 struct Shortcut {
   const Tensor* tensor;
   const Tensor* state;  // null where it is not normalised
@@ -136,10 +168,18 @@ Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<Unit
 }  // namespace
 
 bool serves(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
-  if (!x.has_dtype() || !x.is_channels_last()) return false;
+  if (!x.has_dtype() || !x.is_channels_last() || !x.in_memory()) return false;
   for (size_t index = 0; index < tensors.size(); ++index) {
-    const Tensor& weight = tensors[index].conv_weight;
-    if (weight.torch_dtype() != x.torch_dtype()) return false;
+    const UnitTensors& unit = tensors[index];
+    const Tensor& weight = unit.conv_weight;
+    if (weight.torch_dtype() != x.torch_dtype() || weight.dim() != 4 || !weight.in_memory()) return false;
+    for (const Tensor* vector : {&unit.weight, &unit.bias, &unit.running_mean, &unit.running_var}) {
+      if (!vector->defined()) continue;
+      if (!vector->has_dtype() || !vector->is_vector(weight.sizes()[0]) || !vector->in_memory()) return false;
+    }
+    const Tensor& batches = unit.num_batches_tracked;
+    if (batches.defined() && (batches.torch_dtype() != aten::torch_int64() || batches.dim() != 0)) return false;
+    if (!batches.in_memory()) return false;
     if (block.one_pass(index) && (x.dtype() != DType::kFloat32 || !weight.is_matrix())) return false;
   }
   return true;
@@ -151,6 +191,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
   const size_t last = block.last();
   const int threads = block.threads;
   ResidualBlockForward result;
+  KeptStatistics statistics(block, tensors);
   std::vector<Tensor>& outputs = result.outputs;
   std::vector<Tensor>& states = result.states;
   Tensor h, out;  // out: a raw convolution output that nobody saves
@@ -198,6 +239,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
     result.out = aten::empty_like(y);
     tail(y, states[last], shortcut, result.out.data(), result.mask.data(), threads);
   }
+  statistics.release();
   return result;
 }
 

@@ -21,6 +21,19 @@ inline aten::ConvolutionParams dense(aten::ConvolutionParams params) {
   return params;
 }
 
+// The shape of a convolution's output.
+inline aten::Shape convolved_shape(const aten::Shape& x, const aten::Tensor& weight,
+                                   const aten::ConvolutionParams& params) {
+  const int64_t* kernel = weight.sizes();
+  const int64_t in[2] = {x.height, x.width};
+  int64_t out[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t covered = params.dilation[axis] * (kernel[2 + axis] - 1) + 1;
+    out[axis] = (in[axis] + 2 * params.padding[axis] - covered) / params.stride[axis] + 1;
+  }
+  return {x.batch, kernel[0], out[0], out[1]};
+}
+
 inline aten::Shape subsampled_shape(const aten::Tensor& x, int64_t stride) {
   const aten::Shape s = x.shape();
   return {s.batch, s.channels, (s.height + stride - 1) / stride, (s.width + stride - 1) / stride};

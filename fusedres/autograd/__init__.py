@@ -1,5 +1,7 @@
 """Autograd of the fused blocks: which ops run in which order, and what is saved."""
 
+from fusedres.autograd.graph import wants_gradients
+from fusedres.autograd.layout import in_format, suggests_channels_last, to_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN
 from fusedres.autograd.residual_block import count_path, path_counts, run_block
 from fusedres.autograd.stem import StemPlan, run_stem
@@ -13,7 +15,11 @@ __all__ = [
     "Directions",
     "StemPlan",
     "count_path",
+    "in_format",
     "path_counts",
     "run_block",
     "run_stem",
+    "suggests_channels_last",
+    "to_channels_last",
+    "wants_gradients",
 ]

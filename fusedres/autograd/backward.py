@@ -16,8 +16,6 @@ from fusedres.autograd.forward import in_dtype
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, ConvBN, OnePass, Saved
 from fusedres.ops.launch import launches
 
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-
 
 class Backward:
     """One backward of a block: the gradients of x and of conv weight, BN weight, BN bias of every unit.
@@ -33,6 +31,7 @@ class Backward:
         params: tuple[Tensor | None, ...],
         saved: Saved,
         needs: list[bool],
+        donated: bool,
     ) -> None:
         if not grad_out.is_contiguous(memory_format=torch.channels_last):
             grad_out = grad_out.contiguous(memory_format=torch.channels_last)
@@ -43,8 +42,7 @@ class Backward:
         self.entry = in_dtype(x, plan.dtype)
         self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
         self.launch = launches(plan.backend)
-        # The graph is freed behind this backward: the saved outputs may be overwritten with their gradients.
-        self.donated = not torch.compiler.is_compiling() and not _keeps_graph()
+        self.donated = donated  # the saved outputs may be overwritten with their gradients
         self.grads: list[Tensor | None] = [None] * len(needs)
 
     def run(self) -> list[Tensor | None]:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from fusedres.autograd.plan import BlockPlan, ConvBN
 from fusedres.kernels import cpu_block
 from fusedres.ops.launch import direct
-
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 @cache
@@ -37,9 +34,9 @@ def infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Ten
 
 
 def backward(
-    grad_out: Tensor, plan: BlockPlan, saved: tuple[Tensor | None, ...], needs: list[bool]
+    grad_out: Tensor, plan: BlockPlan, saved: tuple[Tensor | None, ...], needs: list[bool], donated: bool
 ) -> list[Tensor | None] | None:
     """As backward.Backward, from x, the parameters and Saved.flat."""
     x = saved[0]
     assert x is not None
-    return cpu_block.backward(grad_out, plan, saved, needs, not _keeps_graph()) if _serves(x, plan) else None
+    return cpu_block.backward(grad_out, plan, saved, needs, donated) if _serves(x, plan) else None

@@ -39,6 +39,7 @@ class BlockPlan(NamedTuple):
     infer_images: int  # images that inference takes through the whole block at a time
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else the input's
     backend: str
+    channels_last: bool = False  # the result's memory format, else contiguous NCHW
 
     @property
     def all_units(self) -> tuple[ConvBN, ...]:

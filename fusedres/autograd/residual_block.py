@@ -24,13 +24,14 @@ from fusedres.autograd.composite import composite_block
 from fusedres.autograd.conv_backward import ConvBackward
 from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
+from fusedres.autograd.graph import donate_saved, is_batched, materialized, used_gradients
+from fusedres.autograd.layout import in_format, suggests_channels_last, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved
+from fusedres.autograd.saved import check_saved, require_memory, statistics_kept_on_error
 
 # How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused of the blocks;
 # stem_forward, stem_backward, stem_composite_backward, stem_unfused of the stems (stem.py).
 path_counts: Counter[str] = Counter()
-
-_CHANNELS_LAST = torch.channels_last
 
 
 def count_path(path: str) -> None:
@@ -39,38 +40,33 @@ def count_path(path: str) -> None:
         path_counts[path] += 1
 
 
-def to_channels_last(x: Tensor) -> tuple[Tensor, bool]:
-    """x as dense channels_last, and whether the result is to be given back as contiguous NCHW."""
-    if x.is_contiguous(memory_format=_CHANNELS_LAST):
-        return x, x.is_contiguous()
-    return x.contiguous(memory_format=_CHANNELS_LAST), x.stride(1) != 1
-
-
-def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """Runs a residual block, recording its backward where gradients are wanted. x must fit the plan."""
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], recorded: bool) -> Tensor:
+    """Runs a residual block; recorded: with its backward, as gradients are wanted. x must fit the plan."""
+    if recorded:
         result: Tensor = ResidualBlockFunction.apply(x, plan, *tensors)
         return result
     count_path("fused_forward")
-    x, nchw = to_channels_last(x)
-    constant = not any(unit.batch_statistics for unit in plan.units)
-    if constant and (plan.projection is None or not plan.projection.batch_statistics):
-        out = _infer(x, plan, tensors)
+    x = to_channels_last(x)
+    if any(unit.batch_statistics for unit in plan.all_units):
+        out = _forward(x, plan, tensors, with_mask=False)[0]
     else:
-        out, _ = _forward(x, plan, tensors, with_mask=False)
-    return out.contiguous() if nchw else out
+        out = _infer(x, plan, tensors)
+    return in_format(out, plan.channels_last)
 
 
 def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], with_mask: bool) -> tuple[Tensor, Saved]:
-    if plan.own_convolutions:
-        return ConvForward(x, plan, tensors).run(with_mask)
-    return forward_passes(x, plan, tensors, with_mask)
+    require_memory(x, tensors)
+    with statistics_kept_on_error(tensors, plan.all_units):
+        if plan.own_convolutions:
+            return ConvForward(x, plan, tensors).run(with_mask)
+        return forward_passes(x, plan, tensors, with_mask)
 
 
 def _infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Tensor:
     found = native.infer(x, plan, tensors)
     if found is not None:
         return found
+    require_memory(x, tensors)
     return ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
 
 
@@ -78,7 +74,7 @@ def as_saved(tensor: Any) -> Any:
     """Activations and weights as channels_last, vectors and matrices contiguous; itself where it is so, or is None."""
     if tensor is None:
         return None
-    layout = _CHANNELS_LAST if tensor.dim() == 4 else torch.contiguous_format
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
     return tensor if tensor.is_contiguous(memory_format=layout) else tensor.contiguous(memory_format=layout)
 
 
@@ -89,39 +85,38 @@ class ResidualBlockFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: BlockPlan, *tensors: Tensor | None) -> Tensor:
         """Saves what backward needs through save_for_backward, nothing else."""
         count_path("fused_forward")
-        source, nchw = to_channels_last(x)
+        source = to_channels_last(x)
         found: Sequence[Tensor | None] | None = native.forward(source, plan, tensors)
         if found is None:
             out, saved = _forward(source, plan, tensors, with_mask=True)
             found = (out, *saved.flat())
         params = [t for i in range(0, len(tensors), UNIT_TENSORS) for t in tensors[i : i + UNIT_PARAMS]]
-        ctx.plan, ctx.nchw = plan, nchw
-        # What each slot of the backward's result needs: x, then the parameters of every unit.
-        needed = ctx.needs_input_grad
-        ctx.needs = [needed[0]]
-        for first in range(2, len(needed), UNIT_TENSORS):
-            ctx.needs += needed[first : first + UNIT_PARAMS]
+        ctx.plan, ctx.nchw = plan, not suggests_channels_last(x)
         ctx.save_for_backward(x, *params, *found[1:])
         result = found[0]
         assert result is not None
-        # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
-        return result.contiguous() if nchw and not result.is_contiguous() else result
+        return in_format(result, plan.channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
         plan: BlockPlan = ctx.plan
-        needs: list[bool] = ctx.needs
+        used = used_gradients(ctx)
+        # What each slot of the result needs: x, then the parameters of every unit.
+        needs = [used[0]]
+        for first in range(2, len(used), UNIT_TENSORS):
+            needs += used[first : first + UNIT_PARAMS]
         tensors = ctx.saved_tensors
-        if not torch.compiler.is_compiling() and grad_out.is_neg():
-            grad_out = grad_out.resolve_neg()
+        grad_out = materialized(grad_out)
         if torch.is_grad_enabled() or is_batched(grad_out):
             count_path("composite_backward")
             grads = _differentiable(grad_out, plan, tensors, needs)
         else:
             count_path("fused_backward")
             x = tensors[0]
-            grads = native.backward(grad_out, plan, tensors, needs) or _backward(grad_out, plan, tensors, needs)
+            donated = donate_saved(ctx)
+            found = native.backward(grad_out, plan, tensors, needs, donated)
+            grads = _backward(grad_out, plan, tensors, needs, donated) if found is None else found
             grad_x = grads[0]
             if grad_x is not None:
                 if grad_x.dtype is not x.dtype:
@@ -134,49 +129,24 @@ class ResidualBlockFunction(torch.autograd.Function):
         return tuple(result)
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Inside a transform of torch.func, or a batch of gradients of autograd.grad(is_grads_batched=True)."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
 def _backward(
-    grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool]
+    grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool], donated: bool
 ) -> list[Tensor | None]:
     x, params, flat = tensors[0], tensors[1 : len(needs)], tensors[len(needs) :]
     assert x is not None
     mask, *rest = flat
     assert mask is not None
     saved = Saved.of([mask.contiguous(), *(as_saved(tensor) for tensor in rest)], plan)
-    _check_saved(saved, grad_out, plan)
-    passes = ConvBackward if plan.own_convolutions else Backward
-    run = passes(grad_out, x, plan, params, saved, needs).run
+    check_saved(saved, grad_out, x, params, plan)
+    if plan.own_convolutions:
+        run = ConvBackward(grad_out, x, plan, params, saved, needs).run
+    else:
+        run = Backward(grad_out, x, plan, params, saved, needs, donated).run
     kind = x.device.type
     if torch.compiler.is_compiling() or x.is_meta or not torch.is_autocast_enabled(kind):
         return run()
     with torch.autocast(kind, enabled=False):  # everything has its dtype from forward
         return run()
-
-
-def _check_saved(saved: Saved, grad_out: Tensor, plan: BlockPlan) -> None:
-    """Hooks on saved tensors must hand back what they were given: kernels take it by address."""
-    n, channels, h, w = grad_out.shape
-    ends = [saved.last] if saved.projection is None else [saved.last, saved.projection]
-    state_dtype = torch.float64 if plan.dtype is torch.float64 else torch.float32
-    found: list[tuple[Tensor, torch.dtype, tuple[int, ...]]]
-    found = [(saved.mask, torch.uint8, (n, h, w, (channels + 7) // 8))]
-    found += [(end.y, plan.dtype, (n, channels, h, w)) for end in ends if end.y is not None]
-    found += [(end.state, state_dtype, (4, channels)) for end in ends]
-    for y, state in zip(saved.ys, saved.states, strict=True):
-        found += [(y, plan.dtype, (n, *y.shape[1:])), (state, state_dtype, (4, y.shape[1]))]
-    for tensor, dtype, shape in found:
-        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != grad_out.device:
-            raise RuntimeError(
-                f"backward of a fused block: a saved tensor must be {dtype} of shape {shape} on {grad_out.device}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; hooks on saved tensors must return "
-                "what was packed"
-            )
 
 
 def _differentiable(

@@ -19,12 +19,14 @@ from torch import Tensor
 from fusedres.autograd.composite import composite_stem
 from fusedres.autograd.convolution import convolution, convolution_backward
 from fusedres.autograd.forward import Tensors, in_dtype, unit_state
+from fusedres.autograd.graph import donate_saved, is_batched, materialized, used_gradients
+from fusedres.autograd.layout import in_format, suggests_channels_last, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
-from fusedres.autograd.residual_block import as_saved, count_path, is_batched, to_channels_last
+from fusedres.autograd.residual_block import as_saved, count_path
+from fusedres.autograd.saved import check_saved_stem, require_memory, statistics_kept_on_error
 from fusedres.ops.launch import launches
 
 _CHANNELS_LAST = torch.channels_last
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class StemPlan(NamedTuple):
@@ -33,30 +35,25 @@ class StemPlan(NamedTuple):
     unit: ConvBN
     dtype: torch.dtype  # of the convolution: the autocast dtype, else the input's
     backend: str
+    channels_last: bool = False  # the result's memory format, else contiguous NCHW
 
 
-def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> Tensor:
-    """Runs a stem on its UNIT_TENSORS, recording its backward where gradients are wanted. x must fit the plan."""
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors, recorded: bool) -> Tensor:
+    """Runs a stem on its UNIT_TENSORS; recorded: with its backward, as gradients are wanted. x must fit the plan."""
+    if recorded:
         result: Tensor = StemFunction.apply(x, plan, *tensors)
         return result
     count_path("stem_forward")
-    source, nchw = to_channels_last(x)
-    out = _forward(source, plan, tensors, False)[0]
-    return out.contiguous() if nchw and _is_nchw(tensors[0]) else out
-
-
-def _is_nchw(weight: Tensor | None) -> bool:
-    """Not channels_last alone: as torch's convolution, whose output is so where its input or its weight is."""
-    assert weight is not None
-    return weight.is_contiguous() or not weight.is_contiguous(memory_format=_CHANNELS_LAST)
+    return in_format(_forward(to_channels_last(x), plan, tensors, False)[0], plan.channels_last)
 
 
 def _forward(source: Tensor, plan: StemPlan, tensors: Tensors, with_argmax: bool) -> tuple[Tensor, ...]:
     """Out, argmax, y, state."""
     launch, unit = launches(plan.backend), plan.unit
-    y, state = _own_conv_bn(source, plan, tensors) if unit.own.fprop else _library_conv_bn(source, plan, tensors)
-    return (*launch.bn_relu_maxpool(y, state, with_argmax), y, state)
+    require_memory(source, tensors)
+    with statistics_kept_on_error(tensors, (unit,)):
+        y, state = _own_conv_bn(source, plan, tensors) if unit.own.fprop else _library_conv_bn(source, plan, tensors)
+        return (*launch.bn_relu_maxpool(y, state, with_argmax), y, state)
 
 
 def _library_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -90,27 +87,27 @@ class StemFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: StemPlan, *tensors: Tensor | None) -> Tensor:
         """Saves what backward needs through save_for_backward, nothing else."""
         count_path("stem_forward")
-        source, nchw = to_channels_last(x)
-        out, argmax, y, state = _forward(source, plan, tensors, True)
-        ctx.plan, ctx.nchw = plan, nchw
-        ctx.needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + UNIT_PARAMS])
+        out, argmax, y, state = _forward(to_channels_last(x), plan, tensors, True)
+        ctx.plan, ctx.nchw = plan, not suggests_channels_last(x)
         ctx.save_for_backward(x, *tensors[:UNIT_PARAMS], y, state, argmax)
-        # Not a no-op .contiguous(): torch 2.11's compiler loses the gradient behind one.
-        return out.contiguous() if nchw and _is_nchw(tensors[0]) and not out.is_contiguous() else out
+        return in_format(out, plan.channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
         plan: StemPlan = ctx.plan
-        needs: tuple[bool, ...] = ctx.needs
+        used = used_gradients(ctx)
+        needs = (used[0], *used[2 : 2 + UNIT_PARAMS])
         x, *params, y, state, argmax = ctx.saved_tensors
+        grad_out = materialized(grad_out)
         if torch.is_grad_enabled() or is_batched(grad_out):
             count_path("stem_composite_backward")
             grads = _differentiable(grad_out, x, plan, params, state, needs)
         else:
             count_path("stem_backward")
+            donated = donate_saved(ctx)
             saved = (as_saved(argmax), as_saved(y), as_saved(state))
-            grads = _backward(grad_out, x, plan, params, saved, needs)
+            grads = _backward(grad_out, x, plan, params, saved, needs, donated)
             if grads[0] is not None and ctx.nchw:
                 grads[0] = grads[0].contiguous()
         return (grads[0], None, *grads[1:], None, None, None)
@@ -123,14 +120,18 @@ def _backward(
     params: list[Tensor | None],
     saved: tuple[Tensor, Tensor, Tensor],
     needs: tuple[bool, ...],
+    donated: bool,
 ) -> list[Tensor | None]:
     """Gradients of x, conv weight, BN weight, BN bias; what is not needed stays None."""
     conv_weight, weight, bias = params
     assert conv_weight is not None
-    grad_out = grad_out.contiguous(memory_format=_CHANNELS_LAST)
-    entry = in_dtype(x.contiguous(memory_format=_CHANNELS_LAST), plan.dtype)
-    of_convolution = _formed_on_load if plan.unit.own.wgrad and not needs[0] else _stored
-    grad_x, grad_weight, sums = of_convolution(grad_out, entry, conv_weight, plan, saved, needs)
+    check_saved_stem(saved, grad_out, x, params, plan.unit)
+    grad_out = to_channels_last(grad_out)
+    entry = in_dtype(to_channels_last(x), plan.dtype)
+    if plan.unit.own.wgrad and not needs[0]:
+        grad_x, grad_weight, sums = _formed_on_load(grad_out, entry, conv_weight, plan, saved, needs)
+    else:
+        grad_x, grad_weight, sums = _stored(grad_out, entry, conv_weight, plan, saved, needs, donated)
     grads: list[Tensor | None] = [grad_x, grad_weight, None, None]
     if grad_x is not None:
         grads[0] = in_dtype(grad_x, x.dtype)
@@ -151,14 +152,15 @@ def _stored(
     plan: StemPlan,
     saved: tuple[Tensor, Tensor, Tensor],
     needs: tuple[bool, ...],
+    donated: bool,
 ) -> _Gradients:
     """With dy written out, and the library's products."""
     launch, unit = launches(plan.backend), plan.unit
     arguments = (grad_out, *saved, unit.batch_statistics, needs[2] or needs[3])
-    if torch.compiler.is_compiling() or _keeps_graph():
-        dy, sums = launch.bn_relu_maxpool_backward(*arguments)
-    else:  # the graph is freed behind this backward: y may be overwritten with its gradient
+    if donated:  # y may be overwritten with its gradient
         dy, sums = saved[1], launch.bn_relu_maxpool_backward_(*arguments)
+    else:
+        dy, sums = launch.bn_relu_maxpool_backward(*arguments)
     return (*convolution_backward(dy, entry, weight, unit, (needs[0], needs[1])), sums)
 
 

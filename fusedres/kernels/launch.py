@@ -224,7 +224,7 @@ def gpu(device: torch.device) -> Gpu:
 def _gpu(device: torch.device) -> Gpu:
     if not torch.cuda.is_available():  # a fake tensor's device
         return assumed
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # not every torch declares all of its attributes
     return Gpu(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchvision.models.resnet import BasicBlock
 
+from fusedres.modules.anatomy import Parts
 from fusedres.modules.fused_block import FusedBlock
 
 
@@ -25,5 +26,5 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
         ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
     """
 
-    _conv_names = ("conv1", "conv2")
-    _norm_names = ("bn1", "bn2")
+    _stock = BasicBlock
+    _parts = Parts(BasicBlock, ("conv1", "conv2"), ("bn1", "bn2"))

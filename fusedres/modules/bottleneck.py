@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchvision.models.resnet import Bottleneck
 
+from fusedres.modules.anatomy import Parts
 from fusedres.modules.fused_block import FusedBlock
 
 
@@ -25,5 +26,5 @@ class FusedBottleneck(FusedBlock, Bottleneck):
         ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
     """
 
-    _conv_names = ("conv1", "conv2", "conv3")
-    _norm_names = ("bn1", "bn2", "bn3")
+    _stock = Bottleneck
+    _parts = Parts(Bottleneck, ("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3"))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from fusedres import dispatch
 from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
 from fusedres.backends import automatic
 from fusedres.dispatch import Way
+from fusedres.modules.anatomy import Anatomy
 
 # The products of the Gram matrix with the weight do not shrink with the batch. Below this many rows an input channel
 # they cost more than 5% of the block, and the output that they would spare is no larger than they are.
@@ -26,9 +25,7 @@ _PART_BYTES = 8 << 20
 _OWN = Directions(True, True, True)
 
 
-def measured_way(
-    block: Any, convolutions: tuple[str, ...], x: Tensor, backend: str, conv: str, memory: str
-) -> Way | None:
+def measured_way(anatomy: Anatomy, x: Tensor, backend: str, conv: str, memory: str) -> Way | None:
     """What the device's table says of this call; None where it does not apply.
 
     It does not where another backend was selected than the one that was measured, nor where it says unfused and fuse()
@@ -40,7 +37,7 @@ def measured_way(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     phase = "train" if torch.is_grad_enabled() else "infer"
-    found = dispatch.way(x.device, dtype, phase, x.shape[0], *shape_of(block, convolutions, x))
+    found = dispatch.way(x.device, dtype, phase, x.shape[0], *shape_of(anatomy, x))
     if not automatic():
         return found if found.backend == backend else None
     if found.backend is None and (conv != "auto" or memory != "auto"):
@@ -53,35 +50,35 @@ def _open(x: Tensor) -> bool:
     return not all(has_static_value(x.shape[axis]) for axis in (0, 2, 3))
 
 
-def shape_of(block: Any, convolutions: tuple[str, ...], x: Tensor) -> tuple[str | int, ...]:
-    """A dispatch.Shape from its kind to its width: of a block with these convolutions, or of a stem with one."""
-    modules = block.__dict__["_modules"]
-    first, last = modules[convolutions[0]], modules[convolutions[-1]]
-    if len(convolutions) == 1:
-        kind, shortcut = f"stem {first.kernel_size[0]}x{first.kernel_size[1]}", "none"
-        stride, middle = first.stride[0], first
+def shape_of(anatomy: Anatomy, x: Tensor) -> tuple[str | int, ...]:
+    """A dispatch.Shape from its kind to its width, of a block or of a stem."""
+    units = anatomy.units
+    first, last, middle = units[0], units[-1], units[min(1, len(units) - 1)]
+    stride = 1
+    for unit in units:
+        stride *= unit.stride[0]
+    if len(units) == 1:
+        kind, shortcut = f"stem {first.conv_weight.shape[2]}x{first.conv_weight.shape[3]}", "none"
     else:
-        downsample = modules.get("downsample")
-        projected = type(downsample) is nn.Sequential
-        kind = "basic" if len(convolutions) == 2 else "bottleneck"
-        shortcut = "identity" if downsample is None else "projection" if projected else "zero_pad"
-        stride, middle = block.stride, modules["conv2"]
+        kind = "basic" if len(units) == 2 else "bottleneck"
+        shortcut = "identity" if anatomy.zero_pad is None else "zero_pad"
+        shortcut = shortcut if anatomy.projection is None else "projection"
     return (
-        kind, shortcut, first.in_channels, first.out_channels, last.out_channels, middle.groups, stride,
-        middle.dilation[0], x.shape[2], x.shape[3],
+        kind, shortcut, first.conv_weight.shape[1] * first.groups, first.conv_weight.shape[0],
+        last.conv_weight.shape[0], middle.groups, stride, middle.dilation[0], x.shape[2], x.shape[3],
     )  # fmt: skip
 
 
-def own_products(conv: str, backend: str, convolution: Any, way: Way | None = None) -> Directions:
+def own_products(conv: str, backend: str, groups: int, kernel: tuple[int, int], way: Way | None = None) -> Directions:
     """Which products of a convolution run in this package's own kernels.
 
     The CPU's convolutions are always the library's, and so are grouped ones. "auto" takes those of the measured way,
     without one the library's.
     """
-    if backend == "cpu" or convolution.groups != 1:
+    if backend == "cpu" or groups != 1:
         return LIBRARY
     if conv == "auto" and way is not None:
-        return way.pixelwise if convolution.kernel_size == (1, 1) else way.larger
+        return way.pixelwise if kernel == (1, 1) else way.larger
     return _OWN if conv == "fused" else LIBRARY
 
 

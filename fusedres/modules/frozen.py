@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.autograd import UNIT_TENSORS, BlockPlan, ConvBN
+from fusedres.autograd import UNIT_TENSORS, BlockPlan, ConvBN, in_format, to_channels_last
 from fusedres.autograd.forward import in_parts
 from fusedres.ops.launch import launches
 
@@ -39,6 +39,23 @@ class FrozenBlock(NamedTuple):
     kind: tuple[torch.dtype, torch.device, torch.dtype]
     convs: tuple[FrozenConv, ...]
     identities: tuple[Tensor, ...]  # states that only apply the ReLU, one a convolution
+
+
+class Frozen:
+    """What fusedres.freeze leaves on a block: its folds, made at the next call and for each kind of input.
+
+    A block that leaves eval mode drops this object, and with it whatever a call in another thread still folds.
+    """
+
+    def __init__(self) -> None:
+        self._block: FrozenBlock | None = None
+
+    def folded(self, x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> FrozenBlock:
+        """The folds for an input like x."""
+        block = self._block
+        if block is None or block.kind != input_kind(x, plan):
+            block = self._block = fold(x, plan, tensors)
+        return block
 
 
 def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, torch.dtype]:
@@ -86,11 +103,10 @@ def _output_size(size: tuple[int, ...], kernel: tuple[int, ...], unit: ConvBN) -
 
 
 def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
-    """relu(F(x) + S(x)) of the folded block; x in any memory format, the result in the same."""
-    nchw = x.is_contiguous() or x.stride(1) != 1
-    x = x.contiguous(memory_format=torch.channels_last)
+    """relu(F(x) + S(x)) of the folded block; x in any memory format."""
+    x = to_channels_last(x)
     y = in_parts(x, plan, lambda part, out: _run(part, plan, frozen, out))
-    return y.contiguous() if nchw else y
+    return in_format(y, plan.channels_last)
 
 
 def _run(x: Tensor, plan: BlockPlan, frozen: FrozenBlock, out: Tensor | None) -> Tensor:

@@ -8,52 +8,76 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from fusedres.autograd import ConvBN, StemPlan, count_path, run_stem
+from fusedres.autograd import count_path, run_stem, wants_gradients
 from fusedres.backends import backend_for
 from fusedres.dispatch import measured
-from fusedres.modules.anatomy import unusual_stem
-from fusedres.modules.choice import measured_way, own_products
-from fusedres.modules.fused_block import add_unit, convolution_dtype, is_plain, without_kernels
+from fusedres.modules.anatomy import Anatomy, Parts, stem_anatomy
+from fusedres.modules.choice import measured_way
+from fusedres.modules.fused_block import (
+    holds_inference_tensors,
+    keep_reason,
+    reason_of_shapes,
+    unusual_input,
+    without_kernels,
+)
+from fusedres.modules.reading import read_input, read_stem
 
 
 class FusedStem(nn.Module):
     """Mixin in front of a model with the children conv1, bn1, relu and maxpool of a ResNet: runs them fused.
 
-    Everything is read from the children at each call.
+    Everything is read from the children once at each call.
     """
 
     fused_conv: str = "auto"
     fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
+    fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
+    _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
+    _parts: Parts = Parts(None, ("conv1",), ("bn1",))
+
+    def anatomy(self) -> Anatomy | str:
+        """The stem's parts, or why it runs unfused whatever the input."""
+        return stem_anatomy(self, type(self), self._stock, self._parts)
 
     def stem_unfused_reason(self) -> str | None:
         """Why the stem runs unfused on its parameters' device, or None where it is fused."""
-        return unusual_stem(self) or without_kernels(self.__dict__["_modules"]["conv1"].weight)
+        anatomy = self.anatomy()
+        if isinstance(anatomy, str):
+            return anatomy
+        return without_kernels(anatomy.units[0].conv_weight) or reason_of_shapes(type(self).__name__, anatomy)
 
-    def _stem(self, x: Tensor) -> Tensor | None:
-        """maxpool(relu(bn1(conv1(x)))) where it can run fused, else None."""
-        if not is_plain(x) or unusual_stem(self) is not None:
-            return None
-        device = x.device
-        backend, way = backend_for(device), None
-        if backend is None or (x.dim() == 4 and x.shape[0] == 0):
-            return None
-        if measured(device) and x.dim() == 4:
-            way = measured_way(self, ("conv1",), x, backend, self.fused_conv, self.fused_memory)
-            if way is not None:
-                backend = way.backend
-                if backend is None:
-                    return None
-        op = type(self).__name__
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        dtype = convolution_dtype(op, x, autocast)
-        modules = self.__dict__["_modules"]
-        units: list[ConvBN] = []
-        tensors: list[Tensor | None] = []
-        shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-        conv, norm = modules["conv1"], modules["bn1"]
-        own = own_products(self.fused_conv, backend, conv, way)
-        add_unit(op, "conv1", conv, "bn1", norm, x, dtype, autocast, shape, units, tensors, own)
-        return run_stem(x, StemPlan(units[0], dtype, backend), tuple(tensors))
+
+def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
+    """maxpool(relu(bn1(conv1(x)))) of a module of the class cls, a FusedStem, where it can run fused, else None."""
+    settings = model.__dict__
+    conv, memory = settings.get("fused_conv", "auto"), settings.get("fused_memory", "auto")
+    reason = unusual_input(x)
+    anatomy = reason or stem_anatomy(model, cls, cls._stock, cls._parts)
+    if isinstance(anatomy, str):
+        keep_reason(model, reason)
+        return None
+    device = x.device
+    backend, way = backend_for(device), None
+    if backend is None:
+        keep_reason(model, f"nothing was measured on {device.type} devices")
+        return None
+    if x.dim() == 4 and x.shape[0] == 0:
+        keep_reason(model, "the batch was empty")
+        return None
+    if measured(device) and x.dim() == 4:
+        way = measured_way(anatomy, x, backend, conv, memory)
+        if way is not None:
+            backend = way.backend
+            if backend is None:
+                keep_reason(model, "measured faster unfused")
+                return None
+    plan, tensors = read_stem(read_input(cls.__name__, x, backend, conv, way), anatomy)
+    recorded = wants_gradients(x, tensors)
+    if holds_inference_tensors(x, tensors, recorded or plan.unit.update):
+        keep_reason(model, "a tensor was made in inference mode")
+        return None
+    keep_reason(model, "")
+    return run_stem(x, plan, tensors, recorded)
 
 
 class FusedResNet(FusedStem, ResNet):
@@ -72,11 +96,16 @@ class FusedResNet(FusedStem, ResNet):
         ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
     """
 
+    _stock = ResNet
+    _parts = Parts(ResNet, ("conv1",), ("bn1",))
+
     def _forward_impl(self, x: Tensor) -> Tensor:
-        pooled = self._stem(x)
+        cls: Any = type(self)
+        fused = issubclass(cls, FusedResNet)  # else unfuse() in another thread came between
+        pooled = run_fused_stem(cls, self, x) if fused else None
         if pooled is None:
             count_path("stem_unfused")
-            result: Tensor = super()._forward_impl(x)
+            result: Tensor = (cls._stock if fused else cls)._forward_impl(self, x)
             return result
         model: Any = self
         for layer in (model.layer1, model.layer2, model.layer3, model.layer4):

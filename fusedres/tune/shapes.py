@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fusedres.modules import FusedBasicBlock, FusedBlock, FusedBottleneck, FusedStem
+from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedStem
 from fusedres.modules.choice import shape_of
+from fusedres.modules.resnet import run_fused_stem
 
 
 class Stem(nn.Module):
@@ -33,7 +35,7 @@ class FusedStemAlone(FusedStem, Stem):
 
     def forward(self, x: Tensor) -> Tensor:
         """See Stem."""
-        out = self._stem(x)
+        out = run_fused_stem(type(self), self, x)
         return super().forward(x) if out is None else out
 
 
@@ -60,9 +62,11 @@ class Subject:
     @property
     def shape(self) -> tuple[str | int, ...]:
         """Its Shape from kind to width."""
-        fused = FUSED[type(self.module)]
-        names = fused._conv_names if issubclass(fused, FusedBlock) else ("conv1",)
-        return shape_of(self.module, names, torch.empty((1, *self.size), device="meta"))
+        fused: Any = copy.copy(self.module)
+        fused.__class__ = FUSED[type(self.module)]
+        anatomy = fused.anatomy()
+        assert not isinstance(anatomy, str), anatomy
+        return shape_of(anatomy, torch.empty((1, *self.size), device="meta"))
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A copy on a device, channels_last, with weights and statistics that are not special values.

@@ -1,0 +1,67 @@
+"""What autograd's engine wants of a fused block's node, and what it keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_will_execute = torch._C._will_engine_execute_node
+
+
+def wants_gradients(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call is recorded for backward."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
+
+
+def used_gradients(ctx: Any) -> tuple[bool, ...]:
+    """Of a node's inputs, those whose gradients the running backward uses; needs_input_grad where that is not known.
+
+    autograd.grad and backward(inputs=...) take a part of the graph: the rest is not worth its products.
+    """
+    needed: tuple[bool, ...] = ctx.needs_input_grad
+    if torch.compiler.is_compiling():
+        return needed
+    nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for every True in needed, in order
+    if len(nodes) != sum(needed):
+        return needed
+    following = iter(nodes)
+    return tuple(need and _is_used(next(following)) for need in needed)
+
+
+def _is_used(node: Any) -> bool:
+    try:
+        return bool(_will_execute(node))
+    except RuntimeError:  # a leaf whose gradient is asked for, or a node that is called outside of a backward
+        return True
+
+
+def donate_saved(ctx: Any) -> bool:
+    """Whether a backward may overwrite what was saved for it; then no other backward finds it, as in torch.
+
+    It may where the graph is not kept. A backward that fails half-way has overwritten a part: when it is called again,
+    torch raises its "second time" error.
+    """
+    if torch.compiler.is_compiling() or _keeps_graph():
+        return False
+    ctx.maybe_clear_saved_tensors()
+    return True
+
+
+def materialized(grad: Tensor) -> Tensor:
+    """A gradient with its values in memory: not lazily negated, no lazy zero."""
+    if torch.compiler.is_compiling():
+        return grad
+    if grad.is_neg():
+        return grad.resolve_neg()
+    return grad.clone() if grad._is_zerotensor() else grad
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Inside a transform of torch.func, or a batch of gradients of autograd.grad(is_grads_batched=True)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)

@@ -1,0 +1,46 @@
+"""Memory formats of what enters and leaves a fused block, as torch has them.
+
+Strides do not tell a format where a tensor has one channel or one pixel. torch then decides by the strides alone (its
+`suggest_memory_format`), and so does this module: a network of one input channel stays channels_last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = torch.channels_last
+
+
+def suggests_channels_last(tensor: Tensor) -> bool:
+    """Whether torch's convolution takes a 4-dimensional tensor for channels_last."""
+    channels_last = tensor.is_contiguous(memory_format=_CHANNELS_LAST)
+    if channels_last != tensor.is_contiguous():
+        return channels_last
+    sizes, strides = tensor.shape, tensor.stride()
+    least = 0
+    if strides[1] == 0:
+        return False
+    for axis in (1, 3, 2, 0):
+        if sizes[axis] == 0 or strides[axis] < least:
+            return False
+        if axis == 0 and least == strides[1]:  # one value a row: NCHW
+            return False
+        least = strides[axis] * max(sizes[axis], 1)
+    return True
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """x as dense channels_last; itself where it is."""
+    return x if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.contiguous(memory_format=_CHANNELS_LAST)
+
+
+def in_format(out: Tensor, channels_last: bool) -> Tensor:
+    """A dense channels_last tensor in the format that torch would give it, strides of length-1 axes included."""
+    if out.is_contiguous():
+        if torch.compiler.is_compiling():
+            return out
+        _, c, h, w = out.shape
+        strides = (c * h * w, 1, c * w, c) if channels_last else (c * h * w, h * w, w, 1)
+        return out if out.stride() == strides or out.numel() == 0 else out.as_strided(out.shape, strides)
+    return out if channels_last else out.contiguous()

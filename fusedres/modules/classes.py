@@ -1,0 +1,94 @@
+"""The fused class of a torchvision class, or of a subclass of one, and the way back.
+
+A subclass without a forward of its own (a tag, a helper method, the class that fully_shard makes) gets a fused class
+of its own: isinstance, attributes and methods stay.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fusedres.modules.basic_block import FusedBasicBlock
+from fusedres.modules.bottleneck import FusedBottleneck
+from fusedres.modules.fused_block import FusedBlock
+from fusedres.modules.resnet import FusedResNet, FusedStem
+
+Module = type[nn.Module]
+
+FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
+_of_subclasses: dict[Module, Module] = {}  # fused ones
+_of_sharded: dict[Module, Module] = {}  # stock ones, sharded
+_METHODS = ("forward", "_forward_impl", "__call__", "_call_impl")
+
+
+def base_of(cls: Module) -> Module | None:
+    """torchvision's class with a fused one that a module's class descends from."""
+    return next((stock for stock in cls.__mro__ if stock in FUSED), None)
+
+
+def own_method(cls: Module, base: Module) -> str | None:
+    """A method of a subclass's own that keeps it from being fused, where it has one."""
+    return next((name for name in _METHODS if getattr(cls, name, None) is not getattr(base, name, None)), None)
+
+
+def own_method_of_fused(cls: Module) -> str | None:
+    """The same of a user's subclass of a fused class."""
+    fused = next(other for other in cls.__mro__ if other in FUSED.values() or "_stock" in other.__dict__)
+    return own_method(cls, fused)
+
+
+def is_fused(cls: Module) -> bool:
+    """Whether a class is a fused one, or descends from one."""
+    return issubclass(cls, FusedBlock | FusedStem)
+
+
+def fused_class(cls: Module, base: Module) -> Module:
+    """The fused class of base, or of a subclass of it without a forward of its own.
+
+    Raises:
+        TypeError: the subclass does not let itself be subclassed.
+    """
+    if cls is base or cls in _of_subclasses:
+        return _of_subclasses.get(cls, FUSED[base])
+    described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls}
+    return types.new_class(
+        f"Fused{cls.__name__}", (_OfSubclass, FUSED[base], cls), {}, lambda body: body.update(described)
+    )
+
+
+def stock_class(cls: Module) -> Module:
+    """The class that a fused one stands for; cls itself where that is a user's own subclass of a fused class."""
+    if cls in FUSED.values() or "_stock" in cls.__dict__:
+        stock: Module = cls._stock  # type: ignore[attr-defined]
+        return stock
+    if _is_sharded(cls):
+        wrapper, fused = cls.__bases__
+        if cls not in _of_sharded:
+            body = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+            _of_sharded[cls] = type(cls.__name__.replace("Fused", "", 1), (wrapper, stock_class(fused)), body)
+        return _of_sharded[cls]
+    return cls
+
+
+def _is_sharded(cls: Module) -> bool:
+    """Whether one of torch's wrappers, fully_shard, made the class out of a fused one."""
+    bases = cls.__bases__
+    return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.") and is_fused(bases[1])
+
+
+def _rebuilt(stock: Module, base: Module) -> nn.Module:
+    """An empty instance of a subclass's fused class."""
+    cls = fused_class(stock, base)
+    return cls.__new__(cls)
+
+
+class _OfSubclass(nn.Module):
+    """Mixin of the fused classes of subclasses, which no module holds by name: pickle finds them by the subclass."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stock: Module = type(self)._stock  # type: ignore[attr-defined]
+        return _rebuilt, (stock, base_of(stock)), self.__getstate__()

@@ -1,0 +1,219 @@
+"""From a block's parts to the plan of one call: every check of the call, before anything is computed or updated."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd import BlockPlan, ConvBN, StemPlan, suggests_channels_last
+from fusedres.dispatch import Way
+from fusedres.errors import DtypeError, ShapeError
+from fusedres.modules.anatomy import Anatomy, Unit
+from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
+from fusedres.modules.shortcut import ZeroPadShortcut
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+
+Shape = tuple[int, int, int, int]
+Tensors = tuple[Tensor | None, ...]
+
+
+class Input(NamedTuple):
+    """What a call has from its input."""
+
+    op: str  # the block's class, for errors
+    x: Tensor
+    dtype: torch.dtype  # of the convolutions
+    autocast: bool
+    backend: str
+    conv: str  # fuse()'s option
+    way: Way | None  # measured
+
+
+class Read(NamedTuple):
+    """A unit as it runs, its tensors, and where it leads."""
+
+    unit: ConvBN
+    tensors: Tensors
+    shape: Shape
+    channels_last: bool
+
+
+def read_input(op: str, x: Tensor, backend: str, conv: str, way: Way | None) -> Input:
+    """The input of a call, checked for itself.
+
+    Raises:
+        ShapeError, DtypeError: it is no batch of images of a floating-point dtype.
+    """
+    if x.dim() != 4:
+        raise ShapeError(
+            f"{op}: x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}; add a batch dimension"
+        )
+    if x.dtype not in FLOATING:
+        raise DtypeError(
+            f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}; convert it, e.g. x.float()"
+        )
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast and x.dtype is not torch.float64 else x.dtype
+    return Input(op, x, dtype, autocast, backend, conv, way)
+
+
+def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, Tensors] | str:
+    """The plan of a call and its tensors, or why it must run unfused.
+
+    Raises:
+        ShapeError, DtypeError, RuntimeError: what eager raises for, or nobody could compute.
+    """
+    op, x = given.op, given.x
+    start: Shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+    shape, channels_last = start, _input_format(given)
+    units: list[ConvBN] = []
+    tensors: list[Tensor | None] = []
+    for part in anatomy.units:
+        found = read_unit(given, part, shape, channels_last)
+        units.append(found.unit)
+        tensors += found.tensors
+        shape, channels_last = found.shape, found.channels_last
+    projection: ConvBN | None = None
+    reached, pad_stride = start, 1
+    if anatomy.projection is not None:
+        end = read_unit(given, anatomy.projection, start, channels_last)
+        projection, reached = end.unit, end.shape
+        tensors += end.tensors
+    elif anatomy.zero_pad is not None:
+        reached, pad_stride = _zero_padded(op, x, anatomy.zero_pad), anatomy.zero_pad.stride
+    if reached != shape:
+        if all(size in (1, whole) for size, whole in zip(reached, shape, strict=True)):
+            return f"the shortcut of shape {reached} is broadcast to {shape}"
+        raise ShapeError(
+            f"{op}: the shortcut must have shape {shape} like the residual branch, got {reached}; "
+            "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
+        )
+    one_pass = one_pass_units(_wants_one_pass(given, memory), units, projection, tensors, shape)
+    images = images_at_a_time(x, shape)
+    plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, given.dtype, given.backend, channels_last)
+    return plan, tuple(tensors)
+
+
+def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors]:
+    """The plan of a stem's call and its tensors; raises as read_block."""
+    x = given.x
+    found = read_unit(given, anatomy.units[0], (x.shape[0], x.shape[1], x.shape[2], x.shape[3]), _input_format(given))
+    return StemPlan(found.unit, given.dtype, given.backend, found.channels_last), found.tensors
+
+
+def _wants_one_pass(given: Input, memory: str) -> bool:
+    return memory == "min" or (given.way is not None and given.way.one_pass and given.conv == "auto")
+
+
+def _input_format(given: Input) -> bool:
+    """Whether the convolutions see x as channels_last."""
+    return suggests_channels_last(given.x)
+
+
+def _zero_padded(op: str, x: Tensor, shortcut: ZeroPadShortcut) -> Shape:
+    if x.shape[1] != shortcut.in_channels:
+        raise ShapeError(
+            f"{op}: x must have {shortcut.in_channels} channels for downsample, got shape {tuple(x.shape)}; "
+            f"use ZeroPadShortcut({x.shape[1]}, ...)"
+        )
+    stride = shortcut.stride
+    return x.shape[0], shortcut.out_channels, -(-x.shape[2] // stride), -(-x.shape[3] // stride)
+
+
+def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Read:
+    """A unit that fits an input of this shape and memory format.
+
+    Raises:
+        ShapeError, DtypeError, RuntimeError, ValueError: it does not.
+    """
+    op, weight = given.op, part.conv_weight
+    reached = _convolved_shape(given, part, shape)
+    if weight.device != given.x.device:
+        _wrong_device(op, f"{part.conv_name}.weight", weight, given.x)
+    double = weight.dtype is torch.float64 or given.x.dtype is torch.float64
+    if weight.dtype is not given.x.dtype and (double or not given.autocast):
+        raise DtypeError(
+            f"{op}: {part.conv_name}.weight must be {given.x.dtype} like x, got {weight.dtype}; "
+            "convert one or use autocast"
+        )
+    _check_norm(given, part, reached)
+    pixelwise = (
+        weight.shape[2] == weight.shape[3] == 1 == part.groups
+        and part.padding == (0, 0)
+        and part.stride[0] == part.stride[1]
+    )
+    unit = ConvBN(
+        part.stride,
+        part.padding,
+        part.dilation,
+        part.groups,
+        pixelwise,
+        part.batch_statistics,
+        part.update,
+        part.momentum,
+        part.eps,
+        own_products(given.conv, given.backend, part.groups, (weight.shape[2], weight.shape[3]), given.way),
+    )
+    tensors = (weight, part.weight, part.bias, part.running_mean, part.running_var, part.num_batches_tracked)
+    channels_last = channels_last or suggests_channels_last(weight)
+    if reached[1:] == (1, 1, 1) or (given.x.is_cuda and given.dtype is torch.float64):
+        channels_last = False  # torch takes strides of one value an image for NCHW; cuDNN has no float64 channels_last
+    return Read(unit, tensors, reached, channels_last)
+
+
+def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:
+    op, (out_channels, in_channels, kernel_h, kernel_w) = given.op, part.conv_weight.shape
+    if shape[1] != in_channels * part.groups:
+        raise ShapeError(
+            f"{op}: {'x' if shape == given.x.shape else 'its input'} must have {in_channels * part.groups} channels "
+            f"(dim 1) for {part.conv_name}, got shape {shape}; give it a convolution of {shape[1]} input channels, or "
+            "another input"
+        )
+    if out_channels % part.groups != 0:
+        raise ShapeError(
+            f"{op}: {part.conv_name} must have output channels that {part.groups} groups divide, got {out_channels}; "
+            "set groups to a divisor"
+        )
+    (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = part.stride, part.padding, part.dilation
+    height = (shape[2] + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    width = (shape[3] + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    if height < 1 or width < 1 or shape[2] < 1 or shape[3] < 1:
+        raise ShapeError(
+            f"{op}: the input of {part.conv_name} must be larger than its kernel, got shape {shape}; use larger images"
+        )
+    return shape[0], out_channels, height, width
+
+
+def _check_norm(given: Input, part: Unit, shape: Shape) -> None:
+    """The norm after a convolution whose output has this shape: what torch's batch_norm takes."""
+    op, name, channels = given.op, part.norm_name, shape[1]
+    kind: torch.dtype | None = None
+    for vector in (part.weight, part.bias, part.running_mean, part.running_var):
+        if vector is None:
+            continue
+        if vector.shape[0] != channels:
+            raise ShapeError(
+                f"{op}: {name} must have {channels} channels like {part.conv_name}, got {tuple(vector.shape)}; "
+                f"replace it by BatchNorm2d({channels})"
+            )
+        dtype = vector.dtype
+        if dtype is not given.dtype and not (dtype is torch.float32 and given.dtype in _HALF):
+            wanted = f"{given.dtype} or torch.float32" if given.dtype in _HALF else f"{given.dtype}"
+            raise DtypeError(f"{op}: {name} must be {wanted} for a {given.dtype} convolution, got {dtype}; convert it")
+        if kind is not None and dtype is not kind:
+            raise DtypeError(f"{op}: {name} must have one dtype, got {kind} and {dtype}; convert it")
+        kind = dtype
+        if vector.device != given.x.device:
+            _wrong_device(op, name, vector, given.x)
+    if part.batch_statistics and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+    if part.batch_statistics and part.eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {part.eps}")
+
+
+def _wrong_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    raise RuntimeError(f"{op}: {name} must be on {x.device} like x, got {tensor.device}; move one")
