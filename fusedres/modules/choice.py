@@ -56,7 +56,7 @@ def shape_of(anatomy: Anatomy, x: Tensor) -> tuple[str | int, ...]:
     first, last, middle = units[0], units[-1], units[min(1, len(units) - 1)]
     stride = 1
     for unit in units:
-        stride *= unit.stride[0]
+        stride *= unit.settings.stride[0]
     if len(units) == 1:
         kind, shortcut = f"stem {first.conv_weight.shape[2]}x{first.conv_weight.shape[3]}", "none"
     else:
@@ -64,8 +64,8 @@ def shape_of(anatomy: Anatomy, x: Tensor) -> tuple[str | int, ...]:
         shortcut = "identity" if anatomy.zero_pad is None else "zero_pad"
         shortcut = shortcut if anatomy.projection is None else "projection"
     return (
-        kind, shortcut, first.conv_weight.shape[1] * first.groups, first.conv_weight.shape[0],
-        last.conv_weight.shape[0], middle.groups, stride, middle.dilation[0], x.shape[2], x.shape[3],
+        kind, shortcut, first.conv_weight.shape[1] * first.settings.groups, first.conv_weight.shape[0],
+        last.conv_weight.shape[0], middle.settings.groups, stride, middle.settings.dilation[0], x.shape[2], x.shape[3],
     )  # fmt: skip
 
 

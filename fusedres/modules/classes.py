@@ -55,9 +55,9 @@ def fused_class(cls: Module, base: Module) -> Module:
     if cls is base or cls in _of_subclasses:
         return _of_subclasses.get(cls, FUSED[base])
     described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls}
-    return types.new_class(
-        f"Fused{cls.__name__}", (_OfSubclass, FUSED[base], cls), {}, lambda body: body.update(described)
-    )
+    bases = (_OfSubclass, FUSED[base], cls)
+    made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
+    return _of_subclasses.setdefault(cls, made)
 
 
 def stock_class(cls: Module) -> Module:

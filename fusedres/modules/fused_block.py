@@ -40,11 +40,11 @@ class FusedBlock(nn.Module):
     fused_frozen: Frozen | None = None
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
-    _parts: Parts = Parts(None, (), ())
+    _parts: Parts = Parts(None, ())
 
     def anatomy(self) -> Anatomy | str:
         """The block's parts, or why it runs unfused whatever the input."""
-        return block_anatomy(self, type(self), self._stock, self._parts)
+        return block_anatomy(self, type(self), self._parts)
 
     def unfused_reason(self) -> str | None:
         """Why the stock forward runs on the parameters' device, or None where the block is fused."""
@@ -63,7 +63,7 @@ class FusedBlock(nn.Module):
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
-        anatomy = block_anatomy(self, cls, cls._stock, cls._parts)
+        anatomy = block_anatomy(self, cls, cls._parts)
         if isinstance(anatomy, str):
             return run_unfused(cls, self, x, None)
         device = x.device
@@ -131,7 +131,7 @@ class FusedBlock(nn.Module):
 def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
     """Why a batch of ordinary images does not run fused: the parts do not fit each other, say."""
     first = anatomy.units[0]
-    size = (2, first.conv_weight.shape[1] * first.groups, _ORDINARY, _ORDINARY)
+    size = (2, first.conv_weight.shape[1] * first.settings.groups, _ORDINARY, _ORDINARY)
     x = first.conv_weight.detach().new_empty(1).expand(size)
     try:
         given = read_input(op, x, "reference", "library", None)

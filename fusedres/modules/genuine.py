@@ -15,19 +15,38 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-# What calling the children of a block and of a stem reaches, below torch.
-_CLASSES = ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "Sequential")
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+_FUNCTIONS = ("conv2d", "batch_norm", "relu", "max_pool2d")
+
+
+class _Bypassed:
+    """Where the code lies that calling the children of a block or of a stem reaches: one read of all."""
+
+    Module = nn.Module
+    functional = nn.functional
+    torch = torch
+    Conv2d, BatchNorm2d, ReLU, MaxPool2d, Sequential = _CLASSES
+
+
 _NAMES = (
-    *(f"nn.{cls}.{method}" for cls in _CLASSES for method in ("forward", "__call__", "_call_impl")),
-    "nn.Conv2d._conv_forward",
-    "nn.BatchNorm2d._check_input_dim",
-    *(f"nn.functional.{function}" for function in ("conv2d", "batch_norm", "relu", "max_pool2d")),
-    *("conv2d", "batch_norm", "relu", "relu_"),
+    "Module._call_impl",
+    *(f"{cls.__name__}.{method}" for cls in _CLASSES for method in ("forward", "__call__")),
+    "Conv2d._conv_forward",
+    "BatchNorm2d._check_input_dim",
+    *(f"functional.{function}" for function in _FUNCTIONS),
+    "torch.batch_norm",
+    "torch.relu",
 )
 _read = attrgetter(*_NAMES)
 
-# What a block's or a ResNet's own call reaches.
-_STOCK_METHODS = {BasicBlock: ("forward",), Bottleneck: ("forward",), ResNet: ("forward", "_forward_impl")}
+# What a block's or a ResNet's own call reaches, from the fused class: its call, and the stock class's methods.
+_CALL = ("__call__", "_call_impl")
+_STOCK_METHODS = {
+    None: _CALL,
+    BasicBlock: (*_CALL, "_stock.forward"),
+    Bottleneck: (*_CALL, "_stock.forward"),
+    ResNet: (*_CALL, "_stock.forward", "_stock._forward_impl"),
+}
 
 # What an instance may have replaced: a child, and a block.
 _CHILD_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim")
@@ -40,48 +59,45 @@ def _own(function: Any) -> Any:
     return function if home.partition(".")[0] in ("torch", "torchvision") else object()
 
 
-_OWN = tuple(map(_own, _read(torch)))
-_OWN_CALL, _OWN_CALL_IMPL = _own(nn.Module.__call__), _own(nn.Module._call_impl)
-_OWN_STOCK = {
-    stock: tuple((name, _own(getattr(stock, name))) for name in names) for stock, names in _STOCK_METHODS.items()
-}
+def _own_of(base: type[nn.Module] | None, names: tuple[str, ...]) -> tuple[Any, ...]:
+    owner = nn.Module if base is None else base
+    return tuple(_own(getattr(owner, name.removeprefix("_stock."))) for name in names)
 
 
-def replaced_code(cls: type[nn.Module], stock: type[nn.Module], base: type[nn.Module] | None) -> str | None:
+_OWN = tuple(map(_own, _read(_Bypassed)))
+_read_stock = {base: attrgetter(*names) for base, names in _STOCK_METHODS.items()}
+_OWN_STOCK = {base: _own_of(base, names) for base, names in _STOCK_METHODS.items()}
+
+
+def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | None:
     """What was replaced of the code that a fused block bypasses, None where nothing was.
 
     Args:
-        cls: the fused block's class.
-        stock: the class of its forward when it runs unfused.
+        cls: the fused block's class; its attribute _stock is the class of the forward that runs unfused.
         base: torchvision's BasicBlock, Bottleneck or ResNet, from which both descend, if they do.
     """
-    if not torch.compiler.is_compiling() and (
-        _read(torch) == _OWN
-        and cls.__call__ is _OWN_CALL
-        and cls._call_impl is _OWN_CALL_IMPL
-        and (base is None or all(getattr(stock, name) is function for name, function in _OWN_STOCK[base]))
-    ):
+    if not torch.compiler.is_compiling() and _read(_Bypassed) == _OWN and _read_stock[base](cls) == _OWN_STOCK[base]:
         return None
-    return _first_replaced(cls, stock, base)
+    return _first_replaced(cls, base)
 
 
 @torch.compiler.assume_constant_result
-def _first_replaced(cls: type[nn.Module], stock: type[nn.Module], base: type[nn.Module] | None) -> str | None:
+def _first_replaced(cls: Any, base: type[nn.Module] | None) -> str | None:
     """What was replaced, in words; compiled code keeps what it was compiled with."""
-    calls = (("__call__", _OWN_CALL), ("_call_impl", _OWN_CALL_IMPL))
-    methods = () if base is None else _OWN_STOCK[base]
-    prefix = f"{stock.__qualname__}."
-    found = _named(torch, tuple(zip(_NAMES, _OWN, strict=True)), "torch.")
-    return found or _named(stock, methods, prefix) or _named(cls, calls, prefix)
+    found = _named(_Bypassed, _NAMES, _OWN)
+    if found is not None:
+        return found
+    found = _named(cls, _STOCK_METHODS[base], _OWN_STOCK[base])
+    return None if found is None else f"{cls._stock.__qualname__}.{found.removeprefix('_stock.')}"
 
 
-def _named(owner: Any, own: tuple[tuple[str, Any], ...], prefix: str) -> str | None:
+def _named(owner: Any, names: tuple[str, ...], own: tuple[Any, ...]) -> str | None:
     """The first of the owner's attributes that is not its own, in words."""
-    for name, function in own:
+    for name, function in zip(names, own, strict=True):
         found = attrgetter(name)(owner)
         if found is not function:
             by = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', type(found).__name__)}"
-            return f"{prefix}{name} is replaced by {by}"
+            return f"{name} is replaced by {by}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -130,57 +130,43 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
     Raises:
         ShapeError, DtypeError, RuntimeError, ValueError: it does not.
     """
-    op, weight = given.op, part.conv_weight
+    op, x, weight = given.op, given.x, part.conv_weight
     reached = _convolved_shape(given, part, shape)
-    if weight.device != given.x.device:
-        _wrong_device(op, f"{part.conv_name}.weight", weight, given.x)
-    double = weight.dtype is torch.float64 or given.x.dtype is torch.float64
-    if weight.dtype is not given.x.dtype and (double or not given.autocast):
+    if weight.device != x.device:
+        _wrong_device(op, f"{part.conv_name}.weight", weight, x)
+    if weight.dtype is not x.dtype and (not given.autocast or torch.float64 in (weight.dtype, x.dtype)):
         raise DtypeError(
-            f"{op}: {part.conv_name}.weight must be {given.x.dtype} like x, got {weight.dtype}; "
-            "convert one or use autocast"
+            f"{op}: {part.conv_name}.weight must be {x.dtype} like x, got {weight.dtype}; convert one or use autocast"
         )
     _check_norm(given, part, reached)
-    pixelwise = (
-        weight.shape[2] == weight.shape[3] == 1 == part.groups
-        and part.padding == (0, 0)
-        and part.stride[0] == part.stride[1]
-    )
-    unit = ConvBN(
-        part.stride,
-        part.padding,
-        part.dilation,
-        part.groups,
-        pixelwise,
-        part.batch_statistics,
-        part.update,
-        part.momentum,
-        part.eps,
-        own_products(given.conv, given.backend, part.groups, (weight.shape[2], weight.shape[3]), given.way),
-    )
+    unit = part.settings
+    if given.backend != "cpu":
+        kernel = (weight.shape[2], weight.shape[3])
+        unit = unit._replace(own=own_products(given.conv, given.backend, unit.groups, kernel, given.way))
     tensors = (weight, part.weight, part.bias, part.running_mean, part.running_var, part.num_batches_tracked)
     channels_last = channels_last or suggests_channels_last(weight)
-    if reached[1:] == (1, 1, 1) or (given.x.is_cuda and given.dtype is torch.float64):
+    if reached[1:] == (1, 1, 1) or (given.dtype is torch.float64 and x.is_cuda):
         channels_last = False  # torch takes strides of one value an image for NCHW; cuDNN has no float64 channels_last
     return Read(unit, tensors, reached, channels_last)
 
 
 def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:
-    op, (out_channels, in_channels, kernel_h, kernel_w) = given.op, part.conv_weight.shape
-    if shape[1] != in_channels * part.groups:
+    op, unit = given.op, part.settings
+    out_channels, in_channels, *kernel = part.conv_weight.shape
+    if shape[1] != in_channels * unit.groups:
         raise ShapeError(
-            f"{op}: {'x' if shape == given.x.shape else 'its input'} must have {in_channels * part.groups} channels "
+            f"{op}: {'x' if shape == given.x.shape else 'its input'} must have {in_channels * unit.groups} channels "
             f"(dim 1) for {part.conv_name}, got shape {shape}; give it a convolution of {shape[1]} input channels, or "
             "another input"
         )
-    if out_channels % part.groups != 0:
+    if unit.groups != 1 and out_channels % unit.groups != 0:
         raise ShapeError(
-            f"{op}: {part.conv_name} must have output channels that {part.groups} groups divide, got {out_channels}; "
+            f"{op}: {part.conv_name} must have output channels that {unit.groups} groups divide, got {out_channels}; "
             "set groups to a divisor"
         )
-    (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = part.stride, part.padding, part.dilation
-    height = (shape[2] + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
-    width = (shape[3] + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = unit.stride, unit.padding, unit.dilation
+    height = (shape[2] + 2 * padding_h - dilation_h * (kernel[0] - 1) - 1) // stride_h + 1
+    width = (shape[3] + 2 * padding_w - dilation_w * (kernel[1] - 1) - 1) // stride_w + 1
     if height < 1 or width < 1 or shape[2] < 1 or shape[3] < 1:
         raise ShapeError(
             f"{op}: the input of {part.conv_name} must be larger than its kernel, got shape {shape}; use larger images"
@@ -190,30 +176,39 @@ def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:
 
 def _check_norm(given: Input, part: Unit, shape: Shape) -> None:
     """The norm after a convolution whose output has this shape: what torch's batch_norm takes."""
-    op, name, channels = given.op, part.norm_name, shape[1]
-    kind: torch.dtype | None = None
+    wanted: torch.dtype | None = None
+    device, size = given.x.device, (shape[1],)
     for vector in (part.weight, part.bias, part.running_mean, part.running_var):
-        if vector is None:
-            continue
-        if vector.shape[0] != channels:
-            raise ShapeError(
-                f"{op}: {name} must have {channels} channels like {part.conv_name}, got {tuple(vector.shape)}; "
-                f"replace it by BatchNorm2d({channels})"
-            )
-        dtype = vector.dtype
-        if dtype is not given.dtype and not (dtype is torch.float32 and given.dtype in _HALF):
-            wanted = f"{given.dtype} or torch.float32" if given.dtype in _HALF else f"{given.dtype}"
-            raise DtypeError(f"{op}: {name} must be {wanted} for a {given.dtype} convolution, got {dtype}; convert it")
-        if kind is not None and dtype is not kind:
-            raise DtypeError(f"{op}: {name} must have one dtype, got {kind} and {dtype}; convert it")
-        kind = dtype
-        if vector.device != given.x.device:
-            _wrong_device(op, name, vector, given.x)
-    if part.batch_statistics and shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
-    if part.batch_statistics and part.eps <= 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {part.eps}")
+        if vector is not None:
+            if wanted is None:
+                wanted = vector.dtype
+            if vector.shape != size or vector.dtype is not wanted or vector.device != device:
+                _refuse_vector(given, part, vector, shape[1], wanted)
+    if wanted is not given.dtype and wanted is not None and (wanted is not torch.float32 or given.dtype not in _HALF):
+        _refuse_vector(given, part, None, shape[1], wanted)
+    if part.settings.batch_statistics:
+        if shape[0] * shape[2] * shape[3] == 1:
+            got = torch.Size(shape)
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {got}")
+        if part.settings.eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {part.settings.eps}")
 
 
-def _wrong_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+def _refuse_vector(given: Input, part: Unit, vector: Tensor | None, channels: int, dtype: torch.dtype) -> NoReturn:
+    """Raises for a vector that is not like the norm's others; None: for the dtype of all."""
+    op, name = given.op, part.norm_name
+    if vector is None:
+        wanted = f"{given.dtype} or torch.float32" if given.dtype in _HALF else f"{given.dtype}"
+        raise DtypeError(f"{op}: {name} must be {wanted} for a {given.dtype} convolution, got {dtype}; convert it")
+    if vector.shape != (channels,):
+        raise ShapeError(
+            f"{op}: {name} must have {channels} channels like {part.conv_name}, got {tuple(vector.shape)}; "
+            f"replace it by BatchNorm2d({channels})"
+        )
+    if vector.device != given.x.device:
+        _wrong_device(op, name, vector, given.x)
+    raise DtypeError(f"{op}: {name} must have one dtype, got {dtype} and {vector.dtype}; convert it")
+
+
+def _wrong_device(op: str, name: str, tensor: Tensor, x: Tensor) -> NoReturn:
     raise RuntimeError(f"{op}: {name} must be on {x.device} like x, got {tensor.device}; move one")

@@ -33,11 +33,11 @@ class FusedStem(nn.Module):
     fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
-    _parts: Parts = Parts(None, ("conv1",), ("bn1",))
+    _parts: Parts = Parts(None, (("conv1", "bn1"),))
 
     def anatomy(self) -> Anatomy | str:
         """The stem's parts, or why it runs unfused whatever the input."""
-        return stem_anatomy(self, type(self), self._stock, self._parts)
+        return stem_anatomy(self, type(self), self._parts)
 
     def stem_unfused_reason(self) -> str | None:
         """Why the stem runs unfused on its parameters' device, or None where it is fused."""
@@ -52,7 +52,7 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     settings = model.__dict__
     conv, memory = settings.get("fused_conv", "auto"), settings.get("fused_memory", "auto")
     reason = unusual_input(x)
-    anatomy = reason or stem_anatomy(model, cls, cls._stock, cls._parts)
+    anatomy = reason or stem_anatomy(model, cls, cls._parts)
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
@@ -97,7 +97,7 @@ class FusedResNet(FusedStem, ResNet):
     """
 
     _stock = ResNet
-    _parts = Parts(ResNet, ("conv1",), ("bn1",))
+    _parts = Parts(ResNet, (("conv1", "bn1"),))
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)
