@@ -1,0 +1,157 @@
+"""A step that fails leaves nothing broken: no half-overwritten tensors that a second backward reads, no half-updated
+statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fusion import stock_case
+from reference import run
+from shapes import CORE, case
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import fusedres
+from fusedres.autograd import native
+from fusedres.autograd import stem as stem_passes
+from fusedres.autograd.backward import Backward
+from fusedres.autograd.conv_backward import ConvBackward
+from fusedres.ops.launch import launches
+
+AGAIN = "backward through the graph a second time"
+
+
+class OutOfMemoryError(RuntimeError):
+    """What an allocation in the middle of the passes raises."""
+
+
+def failing(after: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, failing at its call number `after`."""
+    calls = 0
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise OutOfMemoryError("no memory left")
+        return function(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("memory", ["auto", "min"])
+@pytest.mark.parametrize(("backend", "conv"), [("cpu", "library"), ("reference", "library"), ("reference", "fused")])
+def test_a_backward_that_failed_cannot_be_called_again(
+    backend: str, conv: str, memory: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "backward", lambda *_: None)  # the passes in Python, which can be made to fail
+    block, x, grad = stock_case(case("bottleneck", "projection", planes=4, batch=8), torch.float64)
+    twin = fusedres.fuse(copy.deepcopy(block), memory=memory, conv=conv)
+    owner = ConvBackward if conv == "fused" else Backward
+    name = "_weight_gradient" if conv == "fused" else "_convolution"
+    with fusedres.use_backend(backend):
+        out = twin(x.requires_grad_())
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing(after, getattr(owner, name)))
+            with pytest.raises(OutOfMemoryError):
+                out.backward(grad)
+        with pytest.raises(RuntimeError, match=AGAIN):
+            out.backward(grad)
+        # A kept graph is not overwritten: it may be called again after a failure.
+        twin.zero_grad()
+        out = twin(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing(after, getattr(owner, name)))
+            with pytest.raises(OutOfMemoryError):
+                out.backward(grad, retain_graph=True)
+        twin.zero_grad()
+        x.grad = None
+        out.backward(grad)
+        expected = run(fusedres.fuse(copy.deepcopy(block), memory=memory, conv=conv), x.detach(), grad)
+    torch.testing.assert_close(x.grad, expected["grad_x"])
+    for parameter_name, parameter in twin.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[f"grad.{parameter_name}"])
+
+
+def test_a_backward_that_failed_in_the_core_cannot_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x, grad = stock_case(CORE[0])
+    out = fusedres.fuse(block)(x)
+
+    def half_way(*args: Any) -> Any:
+        native_backward(*args)
+        raise OutOfMemoryError("no memory left")
+
+    native_backward = native.backward
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "backward", half_way)
+        with pytest.raises(OutOfMemoryError):
+            out.backward(grad)
+    with pytest.raises(RuntimeError, match=AGAIN):
+        out.backward(grad)
+
+
+def test_a_stems_backward_that_failed_cannot_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fusedres.fuse(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3), filter=lambda name, _: not name)
+    model.layer1 = model.layer2 = model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Identity()
+    out = model(torch.randn(2, 3, 24, 24))
+    with monkeypatch.context() as patch:
+        patch.setattr(stem_passes, "convolution_backward", failing(1, stem_passes.convolution_backward))
+        with pytest.raises(OutOfMemoryError):
+            out.sum().backward()
+    with pytest.raises(RuntimeError, match=AGAIN):
+        out.sum().backward()
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(("op", "after"), [("bn_statistics", 2), ("bn_statistics", 3), ("bn_add_relu", 1)])
+def test_statistics_are_put_back_where_a_forward_fails(
+    op: str, after: int, recorded: bool, momentum: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "forward", lambda *_: None)
+    block, x, _ = stock_case(case("basic", "projection"))
+    for norm in (block.bn1, block.bn2):
+        norm.momentum = momentum
+    twin = fusedres.fuse(block)
+    before = buffers(twin)
+    launch = launches("cpu")
+    monkeypatch.setattr(launch, op, failing(after, getattr(launch, op)), raising=False)
+    with torch.set_grad_enabled(recorded), pytest.raises(OutOfMemoryError):
+        twin(x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in twin.named_buffers())
+
+
+@pytest.mark.parametrize("after", ["second convolution", "projection"])
+def test_statistics_are_put_back_where_the_core_fails(after: str) -> None:
+    """torch refuses a convolution that is no first one: of a padding that no check has seen."""
+    block, x, _ = stock_case(case("basic", "projection"), memory_format=torch.channels_last)
+    twin = fusedres.fuse(block)
+    plan, tensors = twin._read(x, "cpu")
+    if after == "projection":
+        plan = plan._replace(projection=plan.projection._replace(padding=(-1, -1), pixelwise=False))
+    else:
+        plan = plan._replace(units=(plan.units[0], plan.units[1]._replace(padding=(-1, -1))))
+    before = buffers(twin)
+    with pytest.raises(RuntimeError, match="convolution failed"):
+        native.forward(x, plan, tensors)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in twin.named_buffers())
+
+
+def test_a_stems_statistics_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fusedres.fuse(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3))
+    before = buffers(model)
+    launch = launches("cpu")
+    monkeypatch.setattr(launch, "bn_relu_maxpool", failing(1, launch.bn_relu_maxpool), raising=False)
+    with pytest.raises(OutOfMemoryError):
+        model(torch.randn(2, 3, 24, 24))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -1,0 +1,196 @@
+"""What backward computes is what its caller asked for: an input's gradient, or one parameter's, costs what it costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import fusedres
+
+Ask = Callable[[nn.Module, Tensor], list[Tensor | None]]
+
+
+def of_input(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    return [*torch.autograd.grad(model(x).sum(), x)]
+
+
+def of(*names: str) -> Ask:
+    def ask(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+        return [*torch.autograd.grad(model(x).square().sum(), [model.get_parameter(name) for name in names])]
+
+    return ask
+
+
+def of_input_and(*names: str) -> Ask:
+    def ask(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+        wanted = [x, *(model.get_parameter(name) for name in names)]
+        return [*torch.autograd.grad(model(x).square().sum(), wanted)]
+
+    return ask
+
+
+def saliency(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    scores = model(x)
+    scores[0, int(scores[0].argmax())].backward(inputs=[x])
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+def attack(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    step = x.detach().clone().requires_grad_()
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(model(step).logsumexp(1).sum(), step)
+        step = (step + 0.01 * grad.sign()).detach().requires_grad_()
+    return [grad]
+
+
+def backward_of_one(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    chosen = model.layer3[0].conv1.weight  # type: ignore[index, union-attr]
+    model(x).square().sum().backward(inputs=[chosen])
+    return [chosen.grad, *(p.grad for p in model.parameters())]
+
+
+def frozen_layers(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("layer4", "fc")))
+    model(x.detach()).square().sum().backward()
+    found = [p.grad for p in model.parameters()]
+    model.requires_grad_(True)
+    return found
+
+
+def of_a_feature(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """A gradient of an inner activation, as class activation maps take it."""
+    kept: list[Tensor] = []
+    handle = model.layer2.register_forward_hook(lambda *args: kept.append(args[-1]))  # type: ignore[union-attr]
+    scores = model(x)
+    handle.remove()
+    return [*torch.autograd.grad(scores[:, 0].sum(), kept)]
+
+
+def everything(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+CALLS: dict[str, Ask] = {
+    "input": of_input,
+    "saliency": saliency,
+    "attack": attack,
+    "first convolution": of("conv1.weight"),
+    "an inner convolution": of("layer2.0.conv2.weight"),
+    "a projection": of("layer3.0.downsample.0.weight"),
+    "a norm": of("layer1.0.bn1.weight"),
+    "a projection's norm": of("layer4.0.downsample.1.bias"),
+    "several": of("layer2.0.bn2.bias", "layer4.0.conv1.weight", "fc.weight"),
+    "input and a convolution": of_input_and("layer4.0.conv2.weight"),
+    "backward of one": backward_of_one,
+    "frozen layers": frozen_layers,
+    "a feature": of_a_feature,
+    "everything": everything,
+}
+
+
+@pytest.fixture(scope="module", params=[BasicBlock, Bottleneck], ids=["BasicBlock", "Bottleneck"])
+def models(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = ResNet(request.param, [1, 1, 1, 1], num_classes=5).double().to(memory_format=torch.channels_last)
+    return model, fusedres.fuse(copy.deepcopy(model))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of backward passes."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch._C._current_graph_task_id() != -1 and func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def counted(model: nn.Module, ask: Ask) -> tuple[list[Tensor | None], int]:
+    """The gradients, and the operations of backward."""
+    model.zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64, generator=generator).to(memory_format=torch.channels_last)
+    with Operations() as counter:
+        grads = ask(model, x.requires_grad_())
+    return grads, counter.total
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("what", CALLS)
+def test_gradients_and_operations_are_eagers(models: tuple[nn.Module, nn.Module], what: str, mode: str) -> None:
+    stock, fused = (model.train(mode == "train") for model in models)
+    expected, operations = counted(stock, CALLS[what])
+    got, spent = counted(fused, CALLS[what])
+    assert len(got) == len(expected)
+    for index, (grad, value) in enumerate(zip(got, expected, strict=True)):
+        assert (grad is None) == (value is None), index
+        if value is not None:
+            torch.testing.assert_close(grad, value, rtol=1e-7, atol=1e-9 * value.abs().max().item(), msg=str(index))
+    assert spent <= 1.02 * operations, f"{what}: {spent} operations, eager {operations}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("conv", ["library", "fused"])
+@pytest.mark.parametrize("block", [BasicBlock(8, 8), Bottleneck(16, 4)], ids=["BasicBlock", "Bottleneck"])
+def test_every_parameter_alone(block: nn.Module, conv: str, backend: str) -> None:
+    """On every backend's passes, and with memory="min": the same gradient as with all the others."""
+    block = copy.deepcopy(block).double()
+    for memory in ("auto", "min"):
+        twin = fusedres.fuse(copy.deepcopy(block), memory=memory, conv=conv)
+        channels = 8 if isinstance(block, BasicBlock) else 16
+        x = torch.randn(8, channels, 6, 6, dtype=torch.float64, requires_grad=True)
+        wanted = {"x": x, **dict(twin.named_parameters())}
+        with fusedres.use_backend(backend):
+            whole = torch.autograd.grad(twin(x).square().sum(), list(wanted.values()))
+            for (name, tensor), value in zip(wanted.items(), whole, strict=True):
+                (alone,) = torch.autograd.grad(twin(x).square().sum(), tensor)
+                torch.testing.assert_close(alone, value, rtol=1e-8, atol=1e-9, msg=f"{memory} {name}")
+
+
+def test_nothing_that_was_not_asked_for_is_accumulated(models: tuple[nn.Module, nn.Module]) -> None:
+    fused = models[1].train()
+    fused.zero_grad(set_to_none=True)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64, requires_grad=True)
+    fused(x).sum().backward(inputs=[x])
+    assert x.grad is not None and all(p.grad is None for p in fused.parameters())
+
+
+def test_a_retained_graph_asked_for_one_after_another(models: tuple[nn.Module, nn.Module]) -> None:
+    stock, fused = (model.train() for model in models)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    results = []
+    for model in (stock, fused):
+        leaf = x.clone().requires_grad_()
+        loss = model(leaf).square().sum()
+        parameters = [leaf, *model.parameters()]
+        results.append([torch.autograd.grad(loss, p, retain_graph=True)[0] for p in parameters])
+    for got, value in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-7, atol=1e-9 * value.abs().max().item())
+
+
+def test_checkpointed_blocks_give_all_gradients(models: tuple[nn.Module, nn.Module]) -> None:
+    """The inner backward of a reentrant checkpoint is a backward of its own."""
+    models[1].load_state_dict(models[0].state_dict())
+    for reentrant in (True, False):
+        grads = []
+        for model in models:
+            block = model.eval().layer1[0]  # type: ignore[index, union-attr]
+            model.zero_grad(set_to_none=True)
+            x = torch.linspace(-1, 1, 2 * 64 * 36, dtype=torch.float64).view(2, 64, 6, 6).requires_grad_()
+            checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+            grads.append([x.grad, *(p.grad for p in block.parameters())])
+        for got, value in zip(*grads, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-9)
