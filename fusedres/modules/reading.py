@@ -145,8 +145,8 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
         unit = unit._replace(own=own_products(given.conv, given.backend, unit.groups, kernel, given.way))
     tensors = (weight, part.weight, part.bias, part.running_mean, part.running_var, part.num_batches_tracked)
     channels_last = channels_last or suggests_channels_last(weight)
-    if reached[1:] == (1, 1, 1) or (given.dtype is torch.float64 and x.is_cuda):
-        channels_last = False  # torch takes strides of one value an image for NCHW; cuDNN has no float64 channels_last
+    if reached[1] == 1 or reached[2] == reached[3] == 1 or (given.dtype is torch.float64 and x.is_cuda):
+        channels_last = False  # torch's batch_norm takes these for NCHW; cuDNN has no float64 channels_last
     return Read(unit, tensors, reached, channels_last)
 
 
