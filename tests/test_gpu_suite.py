@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG
 
 from fusedres.dispatch import UNFUSED, Directions, Way, store
 from fusedres.dispatch.table import parse
@@ -30,7 +31,7 @@ def suite(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--tiny", *arguments]
     # without what pytest-xdist tells its workers: the suite runs a pytest of its own
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
 
 
 def test_every_step_runs_and_is_not_run_again(tmp_path):
