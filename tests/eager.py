@@ -5,8 +5,8 @@ oneDNN reads memory that nobody wrote in some convolutions of tiny images in bfl
 calls the same convolution is too; nothing that is compared with eager, or bit by bit, says anything.
 
 `trust(model, x)` runs a stock model once for the convolutions that it makes, and `probe` tries each of them, forward
-and backward, on plain tensors of its own: after filling freed memory, and what the library keeps, with NaN and with
-large values, the results must repeat bit by bit and be within rounding of float64,
+and backward, on plain tensors of its own: with NaN and then with large values in free memory, in what the library keeps
+and around each operand, the results must repeat bit by bit and be within rounding of float64,
 
     |got - oracle| <= 8·u·sum |terms|,    u the unit roundoff of the dtype.
 
@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROUNDINGS = 8.0
 # Every byte of a buffer: NaN in each floating-point dtype, and a number above 6e4 in each.
 POISON = (0xFF, 0x7B)
+GUARD = 4096  # bytes before and behind an operand
 Sizes = tuple[int, ...]
 
 
@@ -107,7 +108,9 @@ class _Listing(TorchDispatchMode):
             tuple(torch.empty(t.shape, device="meta", memory_format=layout).stride() for t in (x, weight, out))
             for layout in (torch.contiguous_format, torch.channels_last)
         )
-        for layouts in ((x.stride(), weight.stride(), out.stride()), *uniform):
+        given = (x, weight, out)
+        dense = all(t.stride() == torch.empty_like(t, device="meta").stride() for t in given)
+        for layouts in (*([tuple(t.stride() for t in given)] if dense else []), *uniform):
             self.found.add(Convolution(x.dtype, *sizes, layouts))  # type: ignore[arg-type]
 
 
@@ -132,7 +135,7 @@ def _poison(byte: int) -> None:
 
 
 def _filled(convolution: Convolution, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight and gradient of the output: normal values, in the convolution's layouts."""
+    """Input, weight and gradient of the output: normal values in the convolution's layouts."""
     generator = torch.Generator().manual_seed(seed)
     shape = convolution.forward(
         torch.empty(convolution.x, device="meta"), torch.empty(convolution.weight, device="meta")
@@ -142,6 +145,18 @@ def _filled(convolution: Convolution, seed: int) -> tuple[Tensor, Tensor, Tensor
         values = torch.empty_strided(size, strides, dtype=convolution.dtype)
         made.append(values.copy_(torch.randn(size, generator=generator)))
     return made[0], made[1], made[2]
+
+
+def _guarded(values: Tensor, byte: int) -> Tensor:
+    """A copy with that byte before and behind it: what a kernel finds that reads beyond an operand."""
+    size = values.numel() * values.element_size()
+    whole = torch.empty(size + 2 * GUARD, dtype=torch.uint8).fill_(byte)
+    part = (
+        whole[GUARD : GUARD + size]
+        .view(values.dtype)
+        .as_strided(values.shape, values.stride(), GUARD // values.element_size())
+    )
+    return part.copy_(values)
 
 
 def _forward(convolution: Convolution, x: Tensor, weight: Tensor, _: Tensor) -> dict[str, Tensor]:
@@ -172,8 +187,9 @@ def _probe(convolution: Convolution, direction: Callable[..., dict[str, Tensor]]
     first: dict[str, Tensor] = {}
     for byte in POISON:
         direction(convolution, *(torch.full_like(v, _value(byte, v.dtype)) for v in given))  # what the library keeps
+        guarded = [_guarded(v, byte) for v in given]
         _poison(byte)
-        got = direction(convolution, *given)
+        got = direction(convolution, *guarded)
         for name, value in got.items():
             wrong = _wrong(value, exact[name], terms[name], first.get(name, value))
             if wrong is not None:

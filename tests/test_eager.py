@@ -156,6 +156,23 @@ def test_a_wrong_gradient_is_found(what: str, which: int, monkeypatch: pytest.Mo
         trust(block, x)
 
 
+@pytest.mark.usefixtures("afresh")
+def test_reading_beyond_an_operand_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where what is read is multiplied by zero."""
+    forward = Convolution.forward
+
+    def beyond(self: Convolution, x: Tensor, weight: Tensor) -> Tensor:
+        out, end = forward(self, x, weight), x.storage_offset() + x.numel()
+        if x.dtype != BFLOAT16 or x.untyped_storage().nbytes() <= 2 * end:
+            return out
+        return out + 0 * x.as_strided((1,), (1,), end)
+
+    monkeypatch.setattr(Convolution, "forward", beyond)
+    block, x, _ = _block()
+    found = fault(convolutions(block, x))
+    assert found is not None and "bfloat16 convolution" in found and "not finite" in found
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
 @pytest.mark.usefixtures("afresh")
 def test_sound_convolutions_are_found_sound(memory_format: torch.memory_format) -> None:
