@@ -16,6 +16,7 @@ import torch
 from stats import Summary
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 600  # seconds for a program that only tells something: a busy machine must not leave a row without it
 
 # What every row holds, whatever it measures; None where something does not apply or cannot be known.
 ROW_KEYS = (
@@ -95,7 +96,7 @@ def commit() -> str | None:
     """The checkout's commit, marked when files under version control differ from it; None outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
@@ -159,7 +160,7 @@ def _cpu_name() -> str:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None

@@ -1,4 +1,4 @@
-"""One seed, one thread, and settings restored after each test."""
+"""One seed, one thread, oneDNN in use, and settings restored after each test."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test starts from the same seed and leaves the thread count as it was."""
+    """Every test starts from the same seed; the thread count, and whether oneDNN is used, stay as they were."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     yield
+    torch.backends.mkldnn.enabled = onednn
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 

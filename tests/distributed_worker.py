@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fusion import fused_twin, stock_case
+from processes import HANG
 from reference import build, inputs
 from shapes import CORE
 from torch import nn
@@ -22,7 +23,11 @@ def main(rank: int, world: int, folder: str) -> None:
     """Joins the group and runs every check; an exception in one process fails the test."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=Path(folder, "store").as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo",
+        init_method=Path(folder, "store").as_uri(),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=HANG),
     )
     try:
         for check in CHECKS:

@@ -206,6 +206,7 @@ class Oracle:
     spread: Values
     at_risk: int = 0
     activations: int = 0
+    unsure: Tensor | None = None  # outputs whose own mask is one of those
 
 
 @dataclass
@@ -402,6 +403,7 @@ class _Bounds:
         before_relu = self.branch[-1].out + shortcut
         v_out = v_out + v_shortcut + before_relu**2
         self._count(before_relu, v_out)
+        self.result.unsure = before_relu.abs() <= 4 * self.unit * v_out.sqrt()
         self._store("out", t_out + t_shortcut, v_out)
 
         masked = grad * (before_relu > 0)

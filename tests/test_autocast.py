@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from eager import trust
 from fusion import BACKENDS, FORMATS, MEMORY, expect_paths, fused_twin, label, stock_case
 from reference import Values, oracle, run
 from shapes import CORE, Case
@@ -31,6 +32,7 @@ def test_autocast(case: Case, dtype: torch.dtype, mode: str, memory_format: torc
     """float32 parameters, float32 or half input; dtypes of the output and of every gradient are eager's."""
     block, x, grad = stock_case(case, memory_format=memory_format, mode=mode)
     for entered in (x, x.to(dtype)):
+        trust(block, entered, dtype)
         truth = oracle(block, entered, grad, UNIT[dtype])
         assert truth.at_risk <= 0.02 * truth.activations
         eager = run(copy.deepcopy(block), entered, grad, autocast=dtype)
@@ -46,6 +48,7 @@ def test_autocast(case: Case, dtype: torch.dtype, mode: str, memory_format: torc
 def test_autocast_with_batch_norms_in_half(case: Case, dtype: torch.dtype, mode: str, backend: str) -> None:
     block, x, grad = stock_case(case, memory_format=torch.channels_last, mode=mode)
     half_norms(block, dtype)
+    trust(block, x, dtype)
     truth = oracle(block, x, grad, UNIT[dtype])
     eager = run(copy.deepcopy(block), x, grad, autocast=dtype)
     for memory in MEMORY:
@@ -72,6 +75,7 @@ def test_convolutions_in_half_batch_norms_in_float32(case: Case, dtype: torch.dt
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_inference_under_autocast(case: Case, dtype: torch.dtype) -> None:
     block, x, grad = stock_case(case, memory_format=torch.channels_last, mode="eval")
+    trust(block, x, dtype)
     truth = oracle(block, x, grad, UNIT[dtype])
     twin = fused_twin(block)
     results: list[Values] = []
@@ -96,6 +100,7 @@ def test_backward_outside_of_autocast_is_backward_inside() -> None:
     """Both are in use; the dtypes are those chosen in forward."""
     for case in CORE:
         block, x, grad = stock_case(case, memory_format=torch.channels_last)
+        trust(block, x, torch.bfloat16)
         gradients = []
         for inside in (False, True):
             twin = fused_twin(block)
@@ -115,6 +120,7 @@ def test_a_training_loop_under_autocast_with_a_gradient_scaler(dtype: torch.dtyp
     """Loss scaling and unscaling see finite gradients, and the loss falls as much as eager's."""
     case = CORE[1]
     block, x, grad = stock_case(case, memory_format=torch.channels_last)
+    trust(block, x, dtype)
     losses = {}
     for name, model in (("stock", block), ("fused", fused_twin(block))):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

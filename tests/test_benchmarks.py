@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG
 from torch import nn
 
 import fusedres
@@ -41,7 +42,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         cwd=BENCHMARKS.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,

@@ -10,9 +10,10 @@ from functools import cache
 
 import pytest
 import torch
-from fusion import BACKENDS, FORMATS, MEMORY, expect_paths, fused_twin, label, stock_case
+from eager import trust_all
+from fusion import BACKENDS, FORMATS, MEMORY, expect_paths, fused_twin, label, made_by, stock_case
 from reference import Oracle, Values, oracle, run
-from shapes import BATCHES, CHANNELS, CORE, SIZES, STRIDE_ONE, Case, modes, oracle_can_judge
+from shapes import BATCHES, CHANNELS, CORE, SIZES, STRIDE_ONE, Case, modes
 from tolerance import HALF, UNIT, check
 from torch import Tensor, nn
 
@@ -21,11 +22,19 @@ import fusedres
 Prepared = tuple[nn.Module, Tensor, Tensor, Values, Oracle]
 
 
-@cache
 def prepared(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, mode: str) -> Prepared:
-    """Stock block, input, output gradient, eager's results and the oracle."""
+    """Stock block, input, output gradient, eager's results and the oracle; torch's convolutions are sound."""
+    trust_all(made_by(case, dtype, memory_format))
+    return _prepared(case, dtype, memory_format, mode)
+
+
+@cache
+def _prepared(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, mode: str) -> Prepared:
     block, x, grad = stock_case(case, dtype, memory_format, mode)
     truth = oracle(block, x, grad, UNIT[dtype])
+    if dtype in HALF and truth.unsure is not None:  # no gradient comes in where rounding decides on its mask
+        grad = grad.masked_fill(truth.unsure, 0)
+        truth = oracle(block, x, grad, UNIT[dtype])
     allowed = 0.02 * truth.activations if dtype in HALF else 0
     assert truth.at_risk <= allowed, f"{truth.at_risk} of {truth.activations} ReLU masks are up to rounding"
     return block, x, grad, run(copy.deepcopy(block), x, grad), truth
@@ -78,8 +87,6 @@ def test_sizes_and_channels(case: Case, mode: str, memory_format: torch.memory_f
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=label)
 @pytest.mark.parametrize("case", STRIDE_ONE + SIZES[::5] + CHANNELS, ids=label)
 def test_sizes_and_channels_in_other_dtypes(case: Case, dtype: torch.dtype, memory: str) -> None:
-    if not oracle_can_judge(case, dtype):
-        pytest.skip("eager's gradient is undefined: strided bfloat16 convolution of 1x1 images in oneDNN")
     compare(case, dtype, torch.channels_last, "train", memory, "cpu")
 
 

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from eager import trust
 from fusion import MEMORY, expect_paths, fused_twin, label, stock_case
 from op_inputs import device
 from reference import run
@@ -136,6 +137,7 @@ def test_without_gradients(block_case: Case, mode: str, memory: str) -> None:
 def test_autocast(block_case: Case, dtype: torch.dtype, memory: str) -> None:
     """float32 input and parameters under autocast: each product in the autocast dtype, gradients in float32."""
     block, x, grad = stock_case(block_case, torch.float32, torch.channels_last)
+    trust(block, x, dtype)
     results = []
     for model in (block, fused_twin(block, memory, "fused")):
         leaf = x.detach().clone().requires_grad_()

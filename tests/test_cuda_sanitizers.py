@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cuda_on_cpu
 import pytest
+from processes import HANG
 
 SANITIZERS = {
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"],
@@ -46,7 +47,7 @@ def build(
 
 
 def run(program: Path, *arguments: str) -> tuple[int, str]:
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=HANG)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from eager import trust
 from fusion import FORMATS, MEMORY, expect_paths, fused_twin, label, stock_case
 from reference import inputs, oracle, run, set_mode
 from shapes import CHANNELS, CORE, STRIDE_ONE, Case
@@ -198,6 +199,7 @@ def test_frozen_blocks_compute_the_same(case: Case, dtype: torch.dtype, memory_f
     assert fusedres.freeze(twin) is twin
     other = FORMATS[memory_format == FORMATS[0]]
     for given in (x, x, x.to(memory_format=other), x[:1], x.clone()):
+        trust(block, given)
         with torch.no_grad(), expect_paths(frozen_forward=1):
             got, eager = twin(given), block(given)
         part = {"out": truth.values["out"][: len(given)]}
@@ -211,6 +213,7 @@ def test_frozen_blocks_compute_the_same(case: Case, dtype: torch.dtype, memory_f
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_frozen_blocks_under_autocast_and_without_by_turns(case: Case, dtype: torch.dtype) -> None:
     block, x, grad = stock_case(case, mode="eval")
+    trust(block, x, dtype)
     twin = fusedres.freeze(fused_twin(block))
     for enabled in (False, True, False, True):
         unit = dtype if enabled else torch.float32

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -103,7 +104,7 @@ def faults():
 print(min(faults() for _ in range(40)))  # not each: something small may lie behind the last one, or the heap grow
 """
     command = [sys.executable, "-c", code, str(BENCHMARKS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     if done.returncode == 77:
         pytest.skip("the C library has no mallopt")
     assert done.returncode == 0, done.stderr

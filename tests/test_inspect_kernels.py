@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import HANG, once
 
 from fusedres.kernels.launch import Config
 
@@ -29,7 +30,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG,
         cwd=ROOT,
         env=without | environment,
         check=False,
@@ -37,11 +38,16 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def inspected():
-    done = run(str(ROOT / "tests" / "inspect_worker.py"), *BLOCKS)
-    assert done.returncode == 0, done.stderr
-    assert "has no triton kernel" not in done.stderr
-    return json.loads(done.stdout)
+def inspected(tmp_path_factory):
+    """Minutes of compilation, which no two workers of pytest-xdist do."""
+
+    def compiled() -> str:
+        done = run(str(ROOT / "tests" / "inspect_worker.py"), *BLOCKS)
+        assert done.returncode == 0, done.stderr
+        assert "has no triton kernel" not in done.stderr
+        return done.stdout
+
+    return json.loads(once(tmp_path_factory, "inspected", compiled))
 
 
 @pytest.fixture(scope="module")

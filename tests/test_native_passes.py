@@ -6,10 +6,12 @@ import copy
 import itertools
 import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from eager import trust
 from fusion import FORMATS, fused_twin, label, stock_case
 from reference import run
 from shapes import CORE, Case
@@ -65,7 +67,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(got[name], value) or bool(value.isnan().any()), name
+        assert torch.equal(got[name], value), name
         assert got[name].stride() == value.stride() and got[name].dtype is value.dtype, name
 
 
@@ -120,6 +122,8 @@ def test_inference_some_images_at_a_time(
 ) -> None:
     monkeypatch.setattr("fusedres.modules.reading.images_at_a_time", lambda x, shape: images)
     block, x, _ = stock_case(case, memory_format=torch.channels_last, mode="eval")
+    for some in {min(images, len(x)), len(x) % images} - {0}:
+        trust(block, x[:some])
     twin = fused_twin(block)
     behind = torch.cat([x, x.flip(0)]).to(memory_format=torch.channels_last)[x.shape[0] :]  # not first in its storage
     for source in (x, behind):
@@ -228,7 +232,10 @@ def test_gradients_are_handed_over_not_copied() -> None:
 
 
 def test_nothing_leaks() -> None:
-    """Two hundred steps of 3 MB tensors leave no memory behind: a handle that nobody frees would keep 600 MB."""
+    """Two hundred steps of 3 MB tensors leave no memory behind: a handle that nobody frees would keep 600 MB.
+
+    What is resident now counts, not the peak, which other tests of this process may have set higher.
+    """
     block, x, grad = stock_case(Case("basic", "projection", 8, 16, 1, 4, 112, 112))
     twin = fused_twin(block)
 
@@ -239,10 +246,10 @@ def test_nothing_leaks() -> None:
             with torch.no_grad():
                 twin.eval()(x)
             twin.train()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     before = steps(20)
-    assert steps(200) - before < 100_000  # KiB
+    assert steps(200) - before < 100_000_000
 
 
 class _Passing(TorchDispatchMode):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fusion import MEMORY, fused_twin, label, stock_case
+from processes import HANG
 from reference import run
 from shapes import CORE, Case, case, with_size
 
@@ -44,7 +45,7 @@ def script(source: str, threads: int = 2) -> list[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "KMP_", "MKL_"))}
     environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [sys.executable, "-c", source], capture_output=True, text=True, env=environment, timeout=HANG, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1]

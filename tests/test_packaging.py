@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG
 
 import fusedres
 from fusedres import _C
@@ -89,7 +90,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs a command, output captured, with this environment's variables plus `env`."""
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300
+        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=HANG
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG
 
 import fusedres
 
@@ -56,7 +57,7 @@ def test_every_documented_command_is_known_here() -> None:
 def test_command_runs_from_the_root(command: str) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "PYTEST_ADDOPTS": ""}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG
 
 import fusedres
 from fusedres.ops import bn_relu
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("launched") / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCHMARKS / "traffic.py"), "--launched", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(path.read_text())
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fusion import expect_paths
 from measured import CPU, HERE
+from processes import HANG
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -272,10 +273,10 @@ def test_the_fastest_candidate_that_is_right_is_kept(monkeypatch: pytest.MonkeyP
 
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fusedres", "tune", "--model", "resnet18", "--batch", "1", "--phase", "infer"]
-    command += ["--image-size", "32", "--device", "cpu", "--minutes", "0.05"]
+    command += ["--image-size", "32", "--device", "cpu", "--minutes", "60"]
     cache = tmp_path / "of the user"
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300,
+        command, capture_output=True, text=True, check=False, timeout=HANG,
         env={**os.environ, "FUSEDRES_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -56,7 +56,7 @@ def _tests(settings: Settings) -> None:
     parallel = ["-n", str(min(8, os.cpu_count() or 1)), "--max-worker-restart=40"]
     if settings.tiny or not importlib.util.find_spec("xdist"):
         parallel = []
-    if importlib.util.find_spec("pytest_timeout"):
+    if settings.on_gpu and importlib.util.find_spec("pytest_timeout"):
         parallel += ["--timeout=120", "--timeout-method=thread"]
     with tempfile.TemporaryDirectory() as cache:
         failed = dict.fromkeys(_before(settings), True)

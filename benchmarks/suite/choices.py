@@ -51,7 +51,10 @@ def backends(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def blocks(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Block, phase and batch → the fastest way that agreed with eager; eager where none beats it."""
+    """Block, phase and batch → the fastest way that agreed with eager; eager where none beats it.
+
+    A case whose rows were cut before eager's, by a kill or the end of the time, has nothing to be compared with.
+    """
     by_case: dict[str, dict[str, float]] = defaultdict(dict)
     timed = [row for row in rows if "median_s" in row]
     for row in timed:
@@ -59,6 +62,8 @@ def blocks(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
             by_case[f"{row['name']} {row['phase']} batch {row['shape'][0]}"].setdefault(row["variant"], row["median_s"])
     found = {}
     for case, seconds in by_case.items():
+        if "eager" not in seconds:
+            continue
         taken = {way: s for way, s in seconds.items() if way == "eager" or way in WAYS}
         best = min(taken, key=lambda way: taken[way])
         found[case] = {"way": best, "eager_over_best": seconds["eager"] / taken[best], "seconds": seconds}
