@@ -18,7 +18,7 @@ from fusedres.dispatch import Entry, Shape, Table
 from fusedres.dispatch.store import cache_folder, family, file_name, read, update, versions, writable
 from fusedres.tune.shapes import subjects
 from fusedres.tune.timing import Timer
-from fusedres.tune.ways import DTYPES, Bench, Case, fastest
+from fusedres.tune.ways import DTYPES, Bench, Case, Found, fastest
 
 if TYPE_CHECKING:
     from fusedres.tune.configs import Configs
@@ -99,7 +99,15 @@ def main(options: argparse.Namespace) -> int:
     print(f"{name}, backend {backend}; writing {path}", flush=True)
     print(f"{'':<52}     eager ms  over fused  way", flush=True)
     tuning = Tuning(device, backend, path, seconds=seconds)
-    tuning.run(cases)
+    try:
+        tuning.run(cases)
+    except KeyboardInterrupt:
+        tuning.finish(len(cases))
+        raise
+    except BrokenPipeError:  # whoever reads the output is gone
+        raise
+    except OSError as error:
+        raise ValueError(f"tune: {path} cannot be written, got {error}; make room or choose --out") from error
     return tuning.finish(len(cases))
 
 
@@ -149,10 +157,9 @@ class Tuning:
             if self.left() <= 0:
                 break
             installed = dispatch.table(self.device)
+            found = None
             try:
-                self._measure(case)
-            except OSError:  # what is found cannot be kept
-                raise
+                found = self._found(case)
             except Exception as error:  # out of memory above all: the others may fit
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -160,13 +167,16 @@ class Tuning:
                 self._leave_out(f"{case}: {type(error).__name__}: {error}".partition("\n")[0])
             finally:
                 dispatch.install(self.device, installed)
+            if found is not None:
+                self._keep(case, found)
 
     def _tile_sizes(self) -> Configs:
         from fusedres.tune.configs import Configs  # imports Triton
 
         return Configs(self.device, self.rounds, self.left, self.configs)
 
-    def _measure(self, case: Case) -> None:
+    def _found(self, case: Case) -> Found:
+        """Measures a case."""
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
         bench = Bench(case, self.device, self.backend)
@@ -179,6 +189,10 @@ class Tuning:
         found = fastest(bench, self.configs, self._timer, self.rounds)
         for wrong in found.wrong:
             self._leave_out(f"{case}: {wrong}")
+        return found
+
+    def _keep(self, case: Case, found: Found) -> None:
+        """Writes what was found; raises OSError where it cannot be kept."""
         update(self.path, self.table({case.shape: found.entry}))
         self.entries[case.shape] = found.entry
         gain = found.entry.eager_over_way
