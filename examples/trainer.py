@@ -1,6 +1,8 @@
 """The training run of train.py: model, optimizer, schedule, loss scaler, and a checkpoint that resumes exactly."""
 
 import argparse
+import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from data import Data, UsageError, View
+from data import Data, UsageError, View, shown
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -58,6 +60,11 @@ def build_model(arch: str, classes: int, channels: int, small_stem: bool) -> Res
         model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C goes to the whole group of processes: the main one ends those that load images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Trainer:
@@ -141,15 +148,28 @@ class Trainer:
 
     def restore(self) -> None:
         """Continue from the checkpoint if there is one; raises UsageError where it belongs to another run."""
-        if not self.path.exists():
+        try:
+            os.lstat(self.path)
+        except FileNotFoundError:
             return
+        except OSError:
+            pass  # reading it says why
         state = checkpoint.load(self.path)
         for key, value in self.settings.items():
             if state["settings"].get(key) != value:
                 was = state["settings"].get(key)
                 raise UsageError(
-                    f"{self.path} was made with {key} = {was}, not {value}: use another --out or omit --resume"
+                    f"{shown(self.path)} was made with {key} = {was}, not {value}: use another --out or omit --resume"
                 )
+        try:
+            self._restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UsageError(
+                f"{shown(self.path)} was made by another version of this script ({type(error).__name__}): use another "
+                "--out or omit --resume"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.history, self.epoch = state["history"], state["epoch"]
         if "model" not in state:
             return
@@ -180,6 +200,7 @@ class Trainer:
             num_workers=self.args.workers,
             pin_memory=self.processes.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_leave_interrupts,
         )
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def read(path: Path, largest: int) -> bytes:
     return data
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file as a whole: readers, and whoever is killed meanwhile, leave the old content or the new.
 
     Any number of processes may write to one path. Where it is a link, the link is replaced and not what it points to.
