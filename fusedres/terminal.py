@@ -21,13 +21,13 @@ REFUSED, INTERRUPTED, READER_GONE = 2, 130, 141
 
 
 def begin() -> None:
-    """Makes Ctrl-C end the process at once and silently, until `run`; for the time of a script's imports.
+    """Makes Ctrl-C end the process at once and silently, until `run`: for the time of a script's imports.
 
     Also opens the null device in place of standard streams that the caller has closed: the next file that is opened
     would otherwise take a stream's number, and get what libraries print.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # elsewise it is ignored, or somebody's
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or somebody's
+        signal.signal(signal.SIGINT, _leave)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -45,7 +45,7 @@ def run(main: Callable[[], int | None], name: str, interrupted: str = "interrupt
         interrupted: what is said after Ctrl-C.
     """
     begin()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in _outputs():
         if stream.errors == "strict":  # an encoding that lacks ± or ² is no reason to fail
@@ -56,6 +56,10 @@ def run(main: Callable[[], int | None], name: str, interrupted: str = "interrupt
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is the interpreter's end
     return _flush(code, name)
+
+
+def _leave(number: int, frame: object) -> None:
+    os._exit(INTERRUPTED)
 
 
 def _code(main: Callable[[], int | None], name: str, interrupted: str) -> int:
