@@ -46,20 +46,26 @@ def run(main: Callable[[], int | None], name: str, interrupted: str = "interrupt
     """
     begin()
     if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     for stream in _outputs():
         if stream.errors == "strict":  # an encoding that lacks ± or ² is no reason to fail
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     try:
         code = _code(main, name, interrupted)
     finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is the interpreter's end
     return _flush(code, name)
 
 
 def _leave(number: int, frame: object) -> None:
     os._exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Ends the command; the second time at once, in whatever the first one has to clean up."""
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
 
 
 def _code(main: Callable[[], int | None], name: str, interrupted: str) -> int:

@@ -94,6 +94,16 @@ def test_an_interruption_says_one_line() -> None:
     assert toy(ignored) == (0, "on\n", "")
 
 
+def test_a_second_interruption_ends_what_the_first_one_waits_for() -> None:
+    once = "os.kill(os.getpid(), signal.SIGINT)"
+    code = f"""
+    try:
+        {once}; time.sleep(9)
+    finally:
+        {once}; time.sleep(9)"""
+    assert toy(code) == (130, "", "")
+
+
 @pytest.mark.parametrize(("leaving", "code", "err"), [("sys.exit(3)", 3, ""), ("sys.exit('why')", 1, "why\n"),
                                                       ("sys.exit()", 0, ""), ("return None", 0, "")])  # fmt: skip
 def test_exit_codes_pass(leaving: str, code: int, err: str) -> None:

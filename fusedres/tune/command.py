@@ -104,10 +104,6 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         tuning.finish(len(cases))
         raise
-    except BrokenPipeError:  # whoever reads the output is gone
-        raise
-    except OSError as error:
-        raise ValueError(f"tune: {path} cannot be written, got {error}; make room or choose --out") from error
     return tuning.finish(len(cases))
 
 
@@ -192,8 +188,11 @@ class Tuning:
         return found
 
     def _keep(self, case: Case, found: Found) -> None:
-        """Writes what was found; raises OSError where it cannot be kept."""
-        update(self.path, self.table({case.shape: found.entry}))
+        """Writes what was found, and says it; raises ValueError where it cannot be kept."""
+        try:
+            update(self.path, self.table({case.shape: found.entry}))
+        except OSError as error:
+            raise ValueError(f"tune: {self.path} cannot be written, got {error}; make room or choose --out") from error
         self.entries[case.shape] = found.entry
         gain = found.entry.eager_over_way
         times = "" if gain is None or found.eager_s is None else f"{1e3 * found.eager_s:13.3f}  {gain:10.2f}"
