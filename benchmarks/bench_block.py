@@ -23,6 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import blocks
 import counting
 import harness
@@ -390,4 +395,4 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "bench_block.py"))

@@ -14,6 +14,11 @@ import copy
 import time
 from collections.abc import Callable
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import blocks
 import harness
 import torch
@@ -107,4 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main, "bench_host.py"))

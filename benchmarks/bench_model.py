@@ -17,6 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import harness
 import torch
 from launched import WAYS
@@ -114,4 +119,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "bench_model.py"))

@@ -25,6 +25,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import torch
 from suite.journal import Journal
 
@@ -145,8 +150,10 @@ def supervise(step: str, options: argparse.Namespace, seconds: float, log: Path)
     crashes: dict[str, int] = {}
     while time.time() < until:
         child = Child(command, log, environment)
-        why = _watch(child, journal, until)
-        child.kill()
+        try:
+            why = _watch(child, journal, until)
+        finally:  # after Ctrl-C too, which does not reach it
+            child.kill()
         if why is None:
             return "finished" if journal.finished() else "time was up"
         if why == "time was up":
@@ -248,4 +255,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "gpu_suite.py"))

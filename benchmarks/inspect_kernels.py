@@ -32,6 +32,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import torch
 import triton
 from candidates import (
@@ -297,4 +302,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "inspect_kernels.py"))

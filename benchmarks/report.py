@@ -15,6 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import plots
 from plots import Row
 from tables import blocks_table, goals_table, models_table, ops_table
@@ -183,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "report.py"))

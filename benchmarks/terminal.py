@@ -1,9 +1,20 @@
-"""What is shown while a benchmark runs, and after."""
+"""What is shown while a benchmark runs, and after; and how a script ends where its reader or Ctrl-C ends it.
+
+`begin` and `run` are those of fusedres/terminal.py, loaded by its path: importing the package would import torch first.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+_spec = spec_from_file_location("shared_terminal", Path(__file__).resolve().parent.parent / "fusedres" / "terminal.py")
+assert _spec is not None and _spec.loader is not None
+_shared = module_from_spec(_spec)
+_spec.loader.exec_module(_shared)
+begin, run = _shared.begin, _shared.run
 
 
 class Progress:

@@ -33,6 +33,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 from counting import CountBytes
 from networks import Block, Convolution, Stem, resnet_blocks
 
@@ -346,12 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--block", help="list the kernels of one block: layer1.0 of ResNet-50, 18:layer2.0 of ResNet-18"
     )
-    parser.add_argument(
-        "--launched",
-        nargs="*",
-        metavar="WAY",
-        help="count the launches of the triton backend instead, on meta tensors (all ways of launched.py)",
-    )
+    parser.add_argument("--launched", nargs="*", metavar="WAY", help="count the launches of the triton backend "
+        "instead, on meta tensors (all ways of launched.py)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=256, help="images of a step that is launched (256)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     options = parser.parse_args(argv)
@@ -395,4 +396,4 @@ def _print_launched(options: argparse.Namespace, parser: argparse.ArgumentParser
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main, "traffic.py"))

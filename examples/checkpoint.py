@@ -1,38 +1,86 @@
-"""Checkpoints for train.py: written whole or not at all, read without running code from the file."""
+"""Checkpoints for train.py: written whole or not at all, checked bit by bit, read without running code from the file.
 
+A checkpoint is what torch.save writes, a zip archive, whose comment is a checksum of all that goes before it.
+"""
+
+import hashlib
+import io
 import os
-import pickle
 import random
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from data import UsageError
+from data import UsageError, shown
+from shared import files
+
+_MARK = b"sha256 of train.py's checkpoint: "
+_CHECKSUM = len(_MARK) + 64
+_LENGTH = 2  # bytes at the end of a zip archive without a comment, which say how long its comment is
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write state to path by way of a temporary file: whoever is killed meanwhile leaves the old checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write state to path; whoever is killed meanwhile, or finds the disk full, leaves the old checkpoint.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    buffer = io.BytesIO()  # in memory first: torch.save tells of a full disk in other words each time
+    torch.save(state, buffer)
+    buffer.seek(-_LENGTH, os.SEEK_END)
+    buffer.write(struct.pack("<H", _CHECKSUM))
+    buffer.write(_checksum(buffer.getbuffer()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, buffer.getbuffer())
+    except OSError as error:
+        raise UsageError(
+            f"{shown(path)} cannot be written ({error.strerror}): make room there or pass another --out"
+        ) from error
+
+
+def _checksum(data: Any) -> bytes:
+    return _MARK + hashlib.sha256(data).hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; raises UsageError where the file is not one."""
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        UsageError: the file cannot be read, is damaged, or is no checkpoint.
+    """
+    remedy = "delete it or omit --resume"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): delete it or omit --resume"
-        ) from error
-    if not isinstance(state, dict) or "settings" not in state:
-        raise UsageError(f"{path} is not a checkpoint of this script: delete it or omit --resume")
+        state = _state(path)
+    except OSError as error:
+        raise UsageError(f"{shown(path)} cannot be read as a checkpoint ({error.strerror}): {remedy}") from error
+    except Exception as error:  # whatever unpickling strange bytes may raise
+        raise UsageError(f"{shown(path)} cannot be read as a checkpoint ({type(error).__name__}): {remedy}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        raise UsageError(f"{shown(path)} is not a checkpoint of this script: {remedy}")
     return state
+
+
+def _state(path: Path) -> Any:
+    """What was saved; None where the file is no checkpoint of this script."""
+    with files.opened(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _CHECKSUM))
+        checksum = file.read()
+        file.seek(0)
+        if not checksum.startswith(_MARK):
+            if file.read(4) == b"PK\x03\x04":  # a whole archive, by another program or cut
+                return None
+            raise ValueError("no archive")
+        data = file.read(size - _CHECKSUM)
+    if _checksum(data) != checksum:
+        raise ValueError("damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data + checksum), map_location="cpu", weights_only=True)
 
 
 def seed_all(seed: int) -> None:

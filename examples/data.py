@@ -4,6 +4,7 @@ Augmentation draws from a generator seeded by (seed, epoch, index of the image),
 epoch whichever worker loads it and wherever a resumed run starts.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
+from shared import files
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_SIZE = {"digits": 8, "cifar10": 32}
 FOLDER_SIZE = 224
+_LONGEST = 16  # sides of a held-out image that are used: the longer over the shorter one
 
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message is one sentence and says what to do instead."""
+
+
+def shown(path: str | Path) -> str:
+    """A path in one line of text, whatever characters its name has."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(path))
 
 
 class Images(Protocol):
@@ -96,11 +105,14 @@ class FolderImages:
         """A crop of 35-100% of the image where rng is given, else its centre; (3, size, size)."""
         path = self.folder.samples[index][0]
         try:
-            picture: Any = self.folder.loader(path)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read as an image: repair or remove it") from error
+            picture = _decoded(Path(path))
+        except Exception as error:  # Pillow's decoders raise what they happen upon in a broken file
+            raise UsageError(f"{shown(path)} cannot be read as an image: repair or remove it") from error
         width, height = picture.size
         if rng is None:
+            if max(width, height) > _LONGEST * min(width, height):  # scaled, a hair of an image would fill the memory
+                side = _LONGEST * min(width, height)
+                picture = TF.center_crop(picture, [min(height, side), min(width, side)])
             scaled = TF.resize(picture, [round(self.size * 256 / 224)])
             picture = TF.center_crop(scaled, [self.size, self.size])
         else:
@@ -112,6 +124,19 @@ class FolderImages:
             if rng.random() < 0.5:
                 picture = TF.hflip(picture)
         return TF.normalize(TF.to_tensor(picture), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def _decoded(path: Path) -> Any:
+    """The image in RGB; a pipe in the place of a file is refused and not waited for."""
+    with (
+        files.opened(path) as descriptor,
+        os.fdopen(descriptor, "rb", closefd=False) as file,
+        Image.open(file) as found,
+    ):
+        picture = found.convert("RGB")
+    if min(picture.size) < 1:
+        raise ValueError(f"it has {picture.size} pixels")
+    return picture
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -149,9 +174,9 @@ def _cifar10(root: Path, download: bool, size: int) -> Data:
     for train in (True, False):
         try:
             sets.append(torchvision.datasets.CIFAR10(str(root), train=train, download=download))
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # besides OSError and RuntimeError what unpacking and unpickling raise
             remedy = "pass --data-root or --download" if not download else f"the download failed ({error})"
-            raise UsageError(f"cifar10 is not complete under {root}: {remedy}") from error
+            raise UsageError(f"cifar10 is not complete under {shown(root)}: {remedy}") from error
     pixels = [torch.from_numpy(np.ascontiguousarray(s.data)).permute(0, 3, 1, 2).float() / 255 for s in sets]
     if size != 32:
         pixels = [F.interpolate(p, size=(size, size), mode="bilinear", antialias=True) for p in pixels]
@@ -167,19 +192,20 @@ def _cifar10(root: Path, download: bool, size: int) -> Data:
 def _image_folder(path: Path) -> torchvision.datasets.ImageFolder:
     try:
         return torchvision.datasets.ImageFolder(str(path))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{path} must hold one sub-folder a class, each with images: {str(error).strip()}") from error
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{shown(path)} must hold one sub-folder a class, each with images: {reason}") from error
 
 
 def _folder(path: Path, size: int, holdout: float, split_seed: int) -> Data:
     """path/train with path/val or path/test where they exist, else a split of path itself."""
-    if not path.is_dir():
-        raise UsageError(f"--data must be digits, cifar10 or a folder of images, and there is no folder {path}")
-    held = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    if (path / "train").is_dir() and held is not None:
+    if not os.path.isdir(path):  # Path's own raises for names that are too long
+        raise UsageError(f"--data must be digits, cifar10 or a folder of images, and there is no folder {shown(path)}")
+    held = next((path / name for name in ("val", "test") if os.path.isdir(path / name)), None)
+    if os.path.isdir(path / "train") and held is not None:
         train_folder, test_folder = _image_folder(path / "train"), _image_folder(held)
         if train_folder.classes != test_folder.classes:
-            raise UsageError(f"{path / 'train'} and {held} must hold the same classes")
+            raise UsageError(f"{shown(path / 'train')} and {shown(held)} must hold the same classes")
         train, test = list(range(len(train_folder))), list(range(len(test_folder)))
     else:
         train_folder = test_folder = _image_folder(path)

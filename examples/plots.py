@@ -1,5 +1,6 @@
 """Curves of train.py as PNG files."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from compare import Comparison, interval95
+from data import UsageError, shown
+from shared import files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,9 +32,16 @@ def _axis(axis: Axes, title: str, unit: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
     plt.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, picture.getbuffer())
+    except OSError as error:
+        raise UsageError(
+            f"{shown(path)} cannot be written ({error.strerror}): make room there or pass another --out"
+        ) from error
 
 
 def _values(history: History, key: str) -> np.ndarray:

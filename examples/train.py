@@ -7,23 +7,32 @@ torchrun --nproc_per_node 2 examples/train.py --data cifar10 --data-root data --
 
 A run that was killed continues with --resume. On the CPU, with the same number of threads and at most two processes, it
 then ends with the bits of a run that was never killed: the checkpoint holds the weights, the optimizer, the schedule,
-the loss scaler, every random generator, the position in the epoch and the sums behind the metrics.
+the loss scaler, every random generator, the position in the epoch and the sums that the metrics are made of.
+
+Exit codes: 0; 2 for what the user must change, in one sentence on standard error; 130 after Ctrl-C; 141 where whoever
+reads the output is gone, as in `... | head -1`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from shared import files, terminal
+
+if __name__ == "__main__":
+    terminal.begin()  # before the imports that take long
+
 import torch
 import torch.distributed as dist
 from compare import Comparison
-from data import Data, UsageError, load_data
+from data import Data, UsageError, load_data, shown
 from trainer import AMP_TYPES, ARCHITECTURES, SETTINGS, Processes, Trainer
 
 
@@ -164,7 +173,13 @@ def train_one(
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--out: {out} cannot be made a folder ({error.strerror}): pass another") from error
+            raise UsageError(f"--out: {shown(out)} cannot be made a folder ({error.strerror}): pass another") from error
+        try:
+            files.require_writable(trainer.path)
+        except OSError as error:
+            raise UsageError(
+                f"--out: {shown(trainer.path)} cannot be written ({error.strerror}): make room there or pass another"
+            ) from error
     if args.resume:
         trainer.restore()
     steps = trainer.batches_per_epoch
@@ -246,6 +261,42 @@ def _check_packages(args: argparse.Namespace) -> None:
         raise UsageError(f"a package is missing: run pip install {' '.join(missing)} in the root of the checkout")
 
 
+def _json_file(name: str) -> Path:
+    """What --json names: of a link to a file the file, so that the link stays."""
+    return Path(name if name.startswith(("/dev/", "/proc/")) else os.path.realpath(name))
+
+
+def _check_json(path: Path) -> None:
+    """Say before anything is trained that the results could not be written."""
+    if not os.path.isdir(path.parent):
+        raise UsageError(f"--json: there is no folder {shown(path.parent)} to write to")
+    with _json_errors(path):
+        if os.path.isdir(path) or _replaced(path):
+            files.require_writable(path)
+
+
+def _write_json(text: str, path: Path) -> None:
+    with _json_errors(path):
+        if _replaced(path):
+            files.write(path, text.encode())
+        else:
+            path.write_text(text)
+
+
+def _replaced(path: Path) -> bool:
+    """Whether it is a file, which is replaced as a whole; what is a device or a pipe, as /dev/stdout, is written to."""
+    return not str(path).startswith(("/dev/", "/proc/")) and (os.path.isfile(path) or not os.path.exists(path))
+
+
+@contextlib.contextmanager
+def _json_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"{shown(path)} cannot be written ({error.strerror})"
+        raise UsageError(f"--json: {reason}: make room there or pass another") from error
+
+
 def train(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     _check_packages(args)
@@ -253,8 +304,9 @@ def train(args: argparse.Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
-        raise UsageError(f"--json: there is no folder {Path(args.json).parent} to write to")
+    json_file = _json_file(args.json) if args.json not in (None, "-") else None
+    if json_file is not None:
+        _check_json(json_file)
     processes = start_processes(args.device)
     try:
         data = prepare_data(args, processes)
@@ -266,14 +318,14 @@ def train(args: argparse.Namespace) -> None:
         about = {"torch": torch.__version__, "device": str(processes.device), "processes": processes.world}
         about |= {"threads": torch.get_num_threads(), "settings": {key: getattr(args, key) for key in SETTINGS}}
         text = json.dumps(about | result, indent=2)
-        if args.json == "-":
+        if json_file is None:
             print(text)
         else:
-            Path(args.json).write_text(text + "\n")
+            _write_json(text + "\n", json_file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; 2 for what the user must change, 130 when interrupted."""
+    """Run the script; 2 for what the user must change."""
     args = parse(argv)
     try:
         train(args)
@@ -283,11 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.UsageError: ")
         print(f"train.py: error: {'' if rank == '0' else f'process {rank}: '}{sentence}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume continues", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main, "train.py", "interrupted: the same command with --resume continues"))

@@ -1,7 +1,12 @@
 """The training run of train.py: model, optimizer, schedule, loss scaler, and a checkpoint that resumes exactly."""
 
 import argparse
+import contextlib
+import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from data import Data, UsageError, View
+from data import Data, UsageError, View, shown
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -58,6 +63,27 @@ def build_model(arch: str, classes: int, channels: int, small_stem: bool) -> Res
         model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C goes to the whole group of processes: the main one ends those that load images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C while processes are started is raised when they are, and does nothing in them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 class Trainer:
@@ -141,15 +167,28 @@ class Trainer:
 
     def restore(self) -> None:
         """Continue from the checkpoint if there is one; raises UsageError where it belongs to another run."""
-        if not self.path.exists():
+        try:
+            os.lstat(self.path)
+        except FileNotFoundError:
             return
+        except OSError:
+            pass  # reading it says why
         state = checkpoint.load(self.path)
         for key, value in self.settings.items():
             if state["settings"].get(key) != value:
                 was = state["settings"].get(key)
                 raise UsageError(
-                    f"{self.path} was made with {key} = {was}, not {value}: use another --out or omit --resume"
+                    f"{shown(self.path)} was made with {key} = {was}, not {value}: use another --out or omit --resume"
                 )
+        try:
+            self._restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UsageError(
+                f"{shown(self.path)} was made by another version of this script ({type(error).__name__}): use another "
+                "--out or omit --resume"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.history, self.epoch = state["history"], state["epoch"]
         if "model" not in state:
             return
@@ -172,15 +211,18 @@ class Trainer:
         if self.processes.first:
             print(line, file=self.log, flush=True)
 
-    def loader(self, view: View, batches: list[list[int]]) -> DataLoader[Any]:
+    def loaded(self, view: View, batches: list[list[int]]) -> Iterator[Any]:
         """Batches of the view; its own generator, so that loading leaves the global one alone."""
-        return DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             view,
             batch_sampler=batches,
             num_workers=self.args.workers,
             pin_memory=self.processes.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_ignore_interrupts,
         )
+        with _interrupts_wait():
+            return iter(loader)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Move a batch, the images in the memory format of the model."""
@@ -222,7 +264,7 @@ class Trainer:
         batches = [order[i * size : (i + 1) * size] for i in range(self.batch, self.batches_per_epoch)]
         self.replica.train()
         started = time.perf_counter() - self.seconds
-        for x, y in self.loader(View(data.train, (self.seed, self.epoch)), batches):
+        for x, y in self.loaded(View(data.train, (self.seed, self.epoch)), batches):
             self.step(*self.to_device(x, y))
             self.batch += 1
             bar.update()
@@ -242,7 +284,7 @@ class Trainer:
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         self.model.eval()
         sums = torch.zeros_like(self.sums)
-        for x, y in self.loader(View(self.data.test), batches):
+        for x, y in self.loaded(View(self.data.test), batches):
             sums += self.forward(self.model, *self.to_device(x, y))[1]
         return self.total(sums)
 

@@ -45,6 +45,11 @@ def _use_installed_copy() -> None:
 
 _use_installed_copy()
 
+from fusedres import terminal
+
+if getattr(sys, "argv", [])[:1] == ["-m"]:  # `python -m fusedres`, which Python is about to find
+    terminal.begin()
+
 from fusedres._version import __version__
 from fusedres.backends import use_backend
 from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse

@@ -1,5 +1,8 @@
 """`python -m fusedres info [--json]`: what is installed, what was built for what, what runs where and why;
 `python -m fusedres tune`: what is fastest here, measured for "auto" to follow.
+
+Exit codes besides 0 and 1: 2 for wrong arguments and what the system refuses, 130 after Ctrl-C, 141 where the reader of
+the output is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 import torchvision
 
 import fusedres
-from fusedres import _C, backends, cuda_support, dispatch
+from fusedres import _C, backends, cuda_support, dispatch, terminal
 from fusedres.kernels import table
 from fusedres.ops._library import OPS, Op
 from fusedres.tune import command as tune
@@ -150,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main, "python -m fusedres"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,3 +45,22 @@ def benchmark_scripts() -> Iterator[None]:
     sys.path.insert(0, folder)
     yield
     sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[SimpleNamespace]:
+    """The modules of examples/train.py, imported as the script imports them and forgotten afterwards; one thread."""
+    folder = Path(__file__).resolve().parent.parent / "examples"
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        torch.set_num_threads(threads)
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)

@@ -167,6 +167,23 @@ def test_time_ends_a_step_and_its_rows_stay(tmp_path, monkeypatch):
     assert rows == ["good", "crashes once"] and not journal.finished()
 
 
+def test_ctrl_c_ends_the_step_too(tmp_path, monkeypatch):
+    """It runs in a session of its own, which the terminal does not interrupt."""
+    import gpu_suite
+
+    children = []
+
+    def interrupted(child, journal, until):
+        children.append(child)
+        assert child.running()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_suite, "_watch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.supervise("ops", Namespace(out=tmp_path, device="cpu", tiny=True), 60, tmp_path / "log.txt")
+    assert [child.running() for child in children] == [False]
+
+
 def test_a_line_cut_by_a_kill_costs_only_itself(tmp_path):
     from suite.journal import Journal
 

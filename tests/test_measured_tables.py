@@ -41,12 +41,13 @@ def test_the_users_table_is_read_once_and_goes_before_the_packages(
     packaged = tmp_path / "packaged"
     monkeypatch.setattr(store, "PACKAGED", packaged)
     a, b, c = (bottleneck(batch=batch) for batch in (16, 64, 256))
-    old = replace(table({a: Way("triton"), b: Way("triton")}, "triton", {"x": "1", "y": "1"}), versions={"torch": "0"})
+    reference = Way("reference", FPROP)
+    old = replace(table({a: reference, b: reference}, "reference", {"x": "1", "y": "1"}), versions={"torch": "0"})
     store.update(packaged / cache.name, old)
     assert set(store.load(CPU).blocks) == {a, b}  # whatever versions the package's was measured with
     store.update(cache, table({b: UNFUSED, c: Way("cpu")}, "cpu", {"y": "2"}))
     found = dispatch.table(CPU)
-    assert {shape: entry.way for shape, entry in found.blocks.items()} == {a: Way("triton"), b: UNFUSED, c: Way("cpu")}
+    assert {shape: entry.way for shape, entry in found.blocks.items()} == {a: reference, b: UNFUSED, c: Way("cpu")}
     assert (found.backend, found.configs) == ("cpu", {"x": "1", "y": "2"})
     cache.unlink()
     assert dispatch.table(CPU) is found
@@ -63,7 +64,8 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.cache_folder() == Path("/c/.cache/fusedres")
 
 
-GOOD = as_json(table({bottleneck(): Way("cpu", FPROP, one_pass=True)}))
+GPU = "NVIDIA H100 80GB HBM3, sm_90"
+GOOD = as_json(table({bottleneck(): Way("reference", FPROP, one_pass=True)}))
 BLOCK = GOOD["blocks"][0]
 BROKEN = {
     "cut": json.dumps(GOOD)[:-40],
@@ -71,7 +73,7 @@ BROKEN = {
     "binary": b"\xff\xfe\x00",
     "a list": "[1]",
     "an older format": json.dumps(GOOD | {"format": 0}),
-    "another device": json.dumps(GOOD | {"device": "NVIDIA H100 80GB HBM3, sm_90"}),
+    "another device": json.dumps(GOOD | {"device": GPU}),
     "other versions": json.dumps(GOOD | {"versions": {"torch": "1.0"}}),
     "no entries": json.dumps({key: value for key, value in GOOD.items() if key != "blocks"}),
     "a size that is none": json.dumps(GOOD | {"blocks": [BLOCK | {"height": 0}]}),
@@ -104,10 +106,12 @@ def test_a_file_that_cannot_be_used_is_told_once_and_ignored(cache: Path, conten
 
 
 def test_a_table_that_needs_triton_is_told_where_there_is_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "family", lambda device: GPU)
     monkeypatch.setitem(sys.modules, "triton", None)
-    store.update(cache, table({bottleneck(): Way("cpu")}))
+    path = cache.with_name(store.file_name(GPU))
+    store.update(path, replace(table({bottleneck(): Way("reference")}, "reference"), device=GPU))
     assert store.load(CPU) is not None
-    store.update(cache, table({bottleneck(batch=16): Way("triton")}))
+    store.update(path, replace(table({bottleneck(batch=16): Way("triton")}, "triton"), device=GPU))
     with pytest.warns(UserWarning, match="it needs Triton"):
         assert store.load(CPU) is None
 
@@ -139,15 +143,16 @@ def test_another_backends_entry_gives_way_to_what_gains_more(cache: Path) -> Non
 
     def gains(backend: str, **found: tuple[Way, float]) -> Table:
         shapes = {"a": a, "b": b, "c": c, "d": d}
-        return replace(table({}, backend), blocks={shapes[name]: Entry(*entry) for name, entry in found.items()})
+        blocks = {shapes[name]: Entry(*entry) for name, entry in found.items()}
+        return replace(table({}, backend), blocks=blocks, device=GPU)
 
     triton, cuda = Way("triton"), Way("cuda")
     store.update(cache, gains("triton", a=(triton, 1.5), b=(triton, 1.1), c=(triton, 1.2), d=(UNFUSED, 0.9)))
     store.update(cache, gains("cuda", a=(cuda, 1.3), b=(cuda, 1.4), c=(UNFUSED, 0.8), d=(cuda, 0.99)))
-    ways = {shape: entry.way for shape, entry in store.read(cache, HERE).blocks.items()}
+    ways = {shape: entry.way for shape, entry in store.read(cache, GPU).blocks.items()}
     assert ways == {a: triton, b: cuda, c: triton, d: cuda}
     store.update(cache, gains("triton", a=(triton, 1.0), c=(UNFUSED, 0.9)))  # of one backend the newest holds
-    ways = {shape: entry.way for shape, entry in store.read(cache, HERE).blocks.items()}
+    ways = {shape: entry.way for shape, entry in store.read(cache, GPU).blocks.items()}
     assert ways == {a: triton, b: cuda, c: UNFUSED, d: cuda}
 
 

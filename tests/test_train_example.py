@@ -1,13 +1,11 @@
 """examples/train.py: trains, resumes exactly after SIGKILL, runs under torchrun, compares, says what is wrong."""
 
-import importlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,27 +21,9 @@ pytest.importorskip("matplotlib", reason="the curves are drawn with matplotlib")
 pytest.importorskip("tqdm", reason="the progress bar is tqdm's")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-MODULES = ("train", "trainer", "data", "checkpoint", "compare", "plots")
 # One thread each: the processes of a test share the machine's cores, and threads that wait for a core spin.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ["--arch", "resnet10", "--image-size", "8", "--batch", "8"]
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[SimpleNamespace]:
-    """The example's modules, imported as the script imports them and forgotten afterwards; one thread as below."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        torch.set_num_threads(threads)
-        sys.path.remove(str(EXAMPLES))
-        for name in MODULES:
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -229,22 +209,6 @@ def test_eager_and_fused_start_from_the_same_weights_and_see_the_same_images(
         first.append((trainer.model.state_dict(), torch.cat(seen)))
     assert first_difference(first[0][0], first[1][0]) is None
     assert torch.equal(first[0][1], first[1][1])
-
-
-def test_a_write_that_fails_leaves_the_old_checkpoint(
-    example: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "checkpoint.pt"
-    example.checkpoint.save({"settings": {}, "value": torch.arange(3)}, path)
-
-    def half(state: object, file: Any) -> None:
-        file.write(b"half a file")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
-        example.checkpoint.save({"settings": {}, "value": torch.zeros(3)}, path)
-    assert example.checkpoint.load(path)["value"].tolist() == [0, 1, 2]
 
 
 def test_random_states_come_back(example: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -105,6 +106,12 @@ def test_faster_is_faster_in_four_of_five_rounds() -> None:
     assert faster([0.9] * 8 + [1.1] * 2, base)
     assert not faster([0.5] * 7 + [1.1] * 3, base)
     assert not faster(base, base)
+
+
+def command_options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def found_with(monkeypatch: pytest.MonkeyPatch, seconds, subject=None, phase="train", backend="reference"):
@@ -236,6 +243,41 @@ def test_what_the_file_lacks_comes_first_and_the_time_is_kept(tmp_path: Path, ke
     assert tuned(cases) == [4, 6, 5]
     assert tuned(cases, 1e-9) == []
     assert {shape.height for shape in store.read(path, HERE).blocks} == {4, 5, 6}
+
+
+def test_a_full_disk_ends_the_command_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: None, capsys
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(sys, "argv", ["fusedres", "tune", "--device", "cpu", "--out", str(path)])
+    monkeypatch.setattr(command, "subjects", lambda models, size: [meta(BasicBlock(8, 8), 8)])
+    monkeypatch.setattr(ways, "interleave", Synthetic(lambda name: 1.0))
+    monkeypatch.setattr(store.files, "write", full)
+    with pytest.raises(SystemExit) as left:
+        main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and f"tune: {path} cannot be written" in last and "choose --out" in last
+
+
+def test_an_interruption_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
+    said: list[str] = []
+    options = command_options(["--device", "cpu", "--out", str(tmp_path / "table.json"), "--phase", "infer", "train"])
+    monkeypatch.setattr(command, "subjects", lambda models, size: [meta(BasicBlock(8, 8), 8)])
+    monkeypatch.setattr(ways, "interleave", Synthetic(lambda name: 1.0))
+    monkeypatch.setattr(Tuning, "finish", lambda self, of: said.append(f"{len(self.entries)} of {of}"))
+    right = Tuning._keep
+
+    def keep(self: Tuning, case: Case, found: ways.Found) -> None:
+        right(self, case, found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuning, "_keep", keep)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(options)
+    assert said == ["1 of 2"] and len(store.read(tmp_path / "table.json", HERE).blocks) == 1
 
 
 @interpreted

@@ -1,16 +1,19 @@
 """Where tables of measured choices lie: in the package, by device, and in the user's cache folder, which goes before.
 
-Writers take turns under a lock and replace the file as a whole, so that readers see the old one or the new one.
+Writers take turns under a lock and replace the file as a whole, so that readers see the old one or the new one. What
+lies where a table is expected and is none is told in one warning, and blocks run as without a table.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import json
 import os
 import platform
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +23,15 @@ from pathlib import Path
 
 import torch
 
+from fusedres import files
 from fusedres._version import __version__
-from fusedres.dispatch.table import Entry, Table, as_json, parse
+from fusedres.dispatch.table import Entry, Table, as_json, decode, parse
 
 PACKAGED = Path(__file__).parent / "measured"
+LARGEST = 16 << 20  # bytes of a file that is read: some 50,000 shapes
+_INTERPRETED = ", Triton interpreted"
+_CAPABILITY = re.compile(r", sm_\d+$")
+_LONGEST_REASON = 300  # of a warning, which may quote what is in the file
 
 
 def family(device: torch.device) -> str | None:
@@ -32,9 +40,16 @@ def family(device: torch.device) -> str | None:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, sm_{properties.major}{properties.minor}"
     if device.type == "cpu":
-        interpreted = ", Triton interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+        interpreted = _INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else ""
         return f"{_cpu_name()}, {torch.get_num_threads()} threads{interpreted}"
     return None
+
+
+def serving(device: str) -> frozenset[str]:
+    """The backends whose kernels take the tensors of a device family."""
+    if _CAPABILITY.search(device):
+        return frozenset({"reference", "triton", "cuda"})
+    return frozenset({"reference", "cpu", *(["triton"] if device.endswith(_INTERPRETED) else [])})
 
 
 def _cpu_name() -> str:
@@ -86,8 +101,7 @@ def _with_triton(table: Table | None) -> Table | None:
     """The table, if what it says can run: Triton may not be installed."""
     if table is None or importlib.util.find_spec("triton") is not None:
         return table
-    backends = {table.backend, *(entry.way.backend for entry in table.blocks.values())}
-    if "triton" not in backends:
+    if "triton" not in table.backends:
         return table
     warnings.warn("fusedres: what was measured on this device is ignored: it needs Triton; install it", stacklevel=2)
     return None
@@ -96,17 +110,26 @@ def _with_triton(table: Table | None) -> Table | None:
 def read(path: Path, device: str) -> Table | None:
     """The table in a file; None where there is no file, or none that can be used, which is a warning."""
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")), device)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
-        _ignore(path, str(error))
-        return None
+        table = parse(decode(files.read(path, LARGEST)), device)
+        foreign = table.backends - serving(device)
+        if foreign:
+            raise ValueError(f"it names the backend {', '.join(sorted(foreign))}, which does not serve this device")
+        return table
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.lexists(path):
+            return None
+        _ignore(path, f"it is a link that leads nowhere ({error.strerror})")
+    except Exception as error:  # nothing that a file holds may stop a block
+        _ignore(path, str(error) or type(error).__name__)
+    return None
 
 
 def _ignore(path: Path, reason: str) -> None:
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}..."
     warnings.warn(
-        f"fusedres: {path} is ignored: {reason}; measure anew with `python -m fusedres tune`, or delete it",
+        f"fusedres: {path} is ignored: {' '.join(reason.split())}; measure anew with `python -m fusedres tune`, or "
+        "delete it",
         stacklevel=2,
     )
 
@@ -117,10 +140,10 @@ def _listed(found: dict[str, str | None]) -> str:
 
 def writable(path: Path) -> None:
     """Raises OSError where `update` could not write there."""
+    files.require_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        if path.exists():
-            path.open("r+").close()
+        files.require_writable(path)
 
 
 def update(path: Path, table: Table) -> None:
@@ -138,12 +161,7 @@ def update(path: Path, table: Table) -> None:
                 if old.way.backend not in (None, table.backend) and _gain(old) > _gain(table.blocks[shape]):
                     blocks[shape] = old
             table = replace(table, blocks=blocks, configs=before.configs | table.configs)
-        unfinished = path.with_name(path.name + ".new")  # whoever holds the lock may overwrite a killed process's
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(_as_text(table))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        files.write(path, _as_text(table).encode())
 
 
 def _gain(entry: Entry) -> float:
@@ -162,7 +180,13 @@ def _as_text(table: Table) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a killed one leaves no lock."""
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One process at a time; a killed one leaves no lock. The lock's file is neither written nor followed as a link."""
+    lock = path.with_name(path.name + ".lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "the lock is no regular file", str(lock))
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

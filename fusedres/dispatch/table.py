@@ -12,14 +12,20 @@ products for kernels of 1x1 and for larger ones, and whether BatchNorm statistic
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log2
+from math import isfinite, log2
+from reprlib import repr as _short
 from typing import Any, NamedTuple
 
 FORMAT = 1
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+SHORTCUTS = ("identity", "projection", "zero_pad", "none")
+DTYPES = ("float32", "tf32", "bfloat16", "float16", "float64")
 PHASES = ("train", "infer")
+LARGEST_SIZE = 2**63 - 1  # what a tensor's sizes are at most
 
 
 class Directions(NamedTuple):
@@ -91,14 +97,19 @@ class Table:
     blocks: dict[Shape, Entry]
     configs: dict[str, str]
 
+    @property
+    def backends(self) -> frozenset[str]:
+        """Those that it names."""
+        return frozenset({self.backend, *(e.way.backend for e in self.blocks.values() if e.way.backend is not None)})
+
     def way(self, shape: Shape) -> Way:
         """The entry of this shape, else a likely one: see `_nearest`."""
         return _nearest(self, shape)
 
 
 def batch_class(batch: int) -> int:
-    """The power of two nearest to a batch."""
-    return 1 << round(log2(batch))
+    """The power of two nearest to a batch; an empty one counts as one image."""
+    return 1 << round(log2(max(1, batch)))
 
 
 # An entry of other sizes is taken up to this distance, in factors of two over channels, pixels and batch together.
@@ -130,8 +141,9 @@ def _sizes(shape: Shape) -> tuple[int, ...]:
 
 
 def _distance(a: Shape, b: Shape) -> float:
-    """In factors of two."""
-    return sum(abs(log2(x / y)) for x, y in zip((*_sizes(a), a.batch), (*_sizes(b), b.batch), strict=True))
+    """In factors of two; sizes of 0, which a call may have, count as 1."""
+    pairs = zip((*_sizes(a), a.batch), (*_sizes(b), b.batch), strict=True)
+    return sum(abs(log2(max(1, x)) - log2(max(1, y))) for x, y in pairs)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -147,6 +159,22 @@ def as_json(table: Table) -> dict[str, Any]:
     return about | {"backend": table.backend, "blocks": blocks, "configs": dict(sorted(table.configs.items()))}
 
 
+def decode(data: bytes) -> Any:
+    """JSON as the standard has it: UTF-8, no NaN, and no name twice in an object.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def parse(data: Any, device: str) -> Table:
     """The table of `device`.
 
@@ -155,16 +183,18 @@ def parse(data: Any, device: str) -> Table:
     """
     if not isinstance(data, dict):
         raise ValueError("it holds no JSON object")
-    if data.get("format") != FORMAT:
-        raise ValueError(f"its format is {data.get('format')!r}, expected {FORMAT}")
-    if data.get("device") != device:
-        raise ValueError(f"it was measured on {data.get('device')!r}, this is {device!r}")
+    version, measured_on = data.get("format"), data.get("device")
+    if type(version) is not int or version != FORMAT:
+        raise ValueError(f"its format is {_short(version)}, expected {FORMAT}")
+    if measured_on != device:
+        raise ValueError(f"it was measured on {_short(measured_on)}, this is {device!r}")
     try:
-        blocks = dict(_block(block) for block in data["blocks"])
-        configs = {_text(problem): _text(label) for problem, label in data["configs"].items()}
-        versions = {_text(name): None if found is None else _text(found) for name, found in data["versions"].items()}
+        blocks = _once(_block(_object(block)) for block in _list(data["blocks"]))
+        configs = {_text(problem): _text(label) for problem, label in _object(data["configs"]).items()}
+        found = _object(data["versions"])
+        versions = {_text(name): None if version is None else _text(version) for name, version in found.items()}
         return Table(device, _one_of(data["backend"], BACKENDS), versions, _text(data["date"]), blocks, configs)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise ValueError(f"it is broken: {type(error).__name__}: {error}") from error
 
 
@@ -180,39 +210,77 @@ def _way_as_json(way: Way) -> Any:
 
 
 def _block(data: dict[str, Any]) -> tuple[Shape, Entry]:
-    texts = ("kind", "shortcut", "dtype", "phase")
-    fields = [_text(data[name]) if name in texts else _size(data[name]) for name in Shape._fields]
-    ratio = data["eager_over_way"]
-    return Shape._make(fields), Entry(_way(data["way"]), None if ratio is None else float(ratio))
+    allowed = {"shortcut": SHORTCUTS, "dtype": DTYPES, "phase": PHASES}
+    fields = [
+        _one_of(data[name], allowed[name]) if name in allowed
+        else _text(data[name]) if name == "kind"
+        else _size(data[name])
+        for name in Shape._fields
+    ]  # fmt: skip
+    return Shape._make(fields), Entry(_way(data["way"]), _ratio(data["eager_over_way"]))
 
 
 def _way(data: Any) -> Way:
     if data == "unfused":
         return UNFUSED
-    one_pass = data["one_pass"]
+    data = _object(data)
+    backend, one_pass = _one_of(data["backend"], BACKENDS), data["one_pass"]
     if not isinstance(one_pass, bool):
-        raise ValueError(f"one_pass is {one_pass!r}")
-    return Way(_one_of(data["backend"], BACKENDS), _directions(data["1x1"]), _directions(data["larger"]), one_pass)
+        raise ValueError(f"one_pass is {_short(one_pass)}")
+    way = Way(backend, _directions(data["1x1"]), _directions(data["larger"]), one_pass)
+    if backend == "cpu" and (any(way.pixelwise) or any(way.larger)):
+        raise ValueError("the cpu backend has no products of its own")
+    return way
 
 
-def _directions(names: list[str]) -> Directions:
-    found = {_one_of(name, Directions._fields) for name in names}
+def _directions(names: Any) -> Directions:
+    found = _once((_one_of(name, Directions._fields), True) for name in _list(names))
     return Directions(*(name in found for name in Directions._fields))
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A dict of them, of which none may come twice."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{_short(name)} is there twice")
+        found[name] = value
+    return found
 
 
 def _one_of(value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise ValueError(f"expected one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"expected one of {', '.join(allowed)}, got {_short(value)}")
     return str(value)
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"expected a positive integer, got {value!r}")
+    if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+        raise ValueError(f"expected a positive integer of at most 63 bits, got {_short(value)}")
+    return value
+
+
+def _ratio(value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not (isfinite(value) and value >= 0):
+        raise ValueError(f"eager_over_way is {_short(value)}")
+    return float(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {_short(value)}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list, got {_short(value)}")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"expected a string, got {value!r}")
+        raise ValueError(f"expected a string, got {_short(value)}")
     return value

@@ -18,7 +18,7 @@ from fusedres.dispatch import Entry, Shape, Table
 from fusedres.dispatch.store import cache_folder, family, file_name, read, update, versions, writable
 from fusedres.tune.shapes import subjects
 from fusedres.tune.timing import Timer
-from fusedres.tune.ways import DTYPES, Bench, Case, fastest
+from fusedres.tune.ways import DTYPES, Bench, Case, Found, fastest
 
 if TYPE_CHECKING:
     from fusedres.tune.configs import Configs
@@ -99,7 +99,11 @@ def main(options: argparse.Namespace) -> int:
     print(f"{name}, backend {backend}; writing {path}", flush=True)
     print(f"{'':<52}     eager ms  over fused  way", flush=True)
     tuning = Tuning(device, backend, path, seconds=seconds)
-    tuning.run(cases)
+    try:
+        tuning.run(cases)
+    except KeyboardInterrupt:
+        tuning.finish(len(cases))
+        raise
     return tuning.finish(len(cases))
 
 
@@ -149,10 +153,9 @@ class Tuning:
             if self.left() <= 0:
                 break
             installed = dispatch.table(self.device)
+            found = None
             try:
-                self._measure(case)
-            except OSError:  # what is found cannot be kept
-                raise
+                found = self._found(case)
             except Exception as error:  # out of memory above all: the others may fit
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -160,13 +163,16 @@ class Tuning:
                 self._leave_out(f"{case}: {type(error).__name__}: {error}".partition("\n")[0])
             finally:
                 dispatch.install(self.device, installed)
+            if found is not None:
+                self._keep(case, found)
 
     def _tile_sizes(self) -> Configs:
         from fusedres.tune.configs import Configs  # imports Triton
 
         return Configs(self.device, self.rounds, self.left, self.configs)
 
-    def _measure(self, case: Case) -> None:
+    def _found(self, case: Case) -> Found:
+        """Measures a case."""
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
         bench = Bench(case, self.device, self.backend)
@@ -179,7 +185,14 @@ class Tuning:
         found = fastest(bench, self.configs, self._timer, self.rounds)
         for wrong in found.wrong:
             self._leave_out(f"{case}: {wrong}")
-        update(self.path, self.table({case.shape: found.entry}))
+        return found
+
+    def _keep(self, case: Case, found: Found) -> None:
+        """Writes what was found, and says it; raises ValueError where it cannot be kept."""
+        try:
+            update(self.path, self.table({case.shape: found.entry}))
+        except OSError as error:
+            raise ValueError(f"tune: {self.path} cannot be written, got {error}; make room or choose --out") from error
         self.entries[case.shape] = found.entry
         gain = found.entry.eager_over_way
         times = "" if gain is None or found.eager_s is None else f"{1e3 * found.eager_s:13.3f}  {gain:10.2f}"
