@@ -1,15 +1,17 @@
-"""The torch.library namespace of the ops. Each op file defines its ops: schema, checks, fake."""
+"""The torch.library namespace of the ops. Each op file defines its ops: schema, table of arguments, fake."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from fusedres.kernels import table
+from fusedres.ops._arguments import Call, Relations, Row, check_one_device, check_written
 
 _LIBRARY = torch.library.Library("fusedres", "DEF")
+_UNLISTED = ("bool", "Optional[float]", "float", "str")  # types of arguments that no memory depends on
 
 OPS: dict[str, Op] = {}  # every op by its name
 
@@ -18,17 +20,38 @@ class Op:
     """An op of the namespace fusedres whose last argument names the backend.
 
     Called, it goes through torch's dispatcher and checks its arguments; see launch.py for callers that have.
+
+    Args:
+        schema: torch's; what may be None and what is written.
+        folder: of the kernels.
+        rows: what the arguments have to be, see _arguments.py, in the order of the checks.
+        fake: the results' shapes and dtypes.
+        relations: checks what no row can say.
     """
 
-    def __init__(self, schema: str, folder: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        schema: str,
+        folder: str,
+        rows: Mapping[str, Row],
+        fake: Callable[..., Any],
+        relations: Relations | None = None,
+    ) -> None:
         self.name = schema.partition("(")[0]
-        self.folder = folder
-        self._check = check
+        self.folder, self.rows, self._fake, self._relations = folder, rows, fake, relations
         self._kernels: dict[str, Callable[..., Any]] = {}
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self._checked, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedres::{self.name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"fusedres::{self.name}", self._faked, lib=_LIBRARY)
         self._overload = getattr(torch.ops.fusedres, self.name).default
+        arguments = self._overload._schema.arguments
+        self.arguments = tuple(a.name for a in arguments)
+        self.written = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        missing = [a.name for a in arguments if a.name not in rows and str(a.type) not in _UNLISTED]
+        if missing:
+            raise ValueError(
+                f"{self.name}: rows must have every argument that memory depends on, got none of {missing}"
+            )
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -39,8 +62,22 @@ class Op:
         return lambda *args: self(*args, backend)
 
     def _checked(self, *args: Any) -> Any:
-        self._check(*args)
+        self.check(*args)
         return self.kernel(args[-1])(*args[:-1])
+
+    def _faked(self, *args: Any) -> Any:
+        check_one_device(self.name, dict(zip(self.arguments, args, strict=True)))
+        return self._fake(*args)
+
+    def check(self, *args: Any) -> None:
+        """Raises where the arguments are not what the table says; reads no values of tensors."""
+        call = Call(self.name, dict(zip(self.arguments, args, strict=True)), self.serving(args[-1]))
+        for name, row in self.rows.items():
+            row.check(call, name)
+        if self.written:
+            check_written(call, self.written)
+        if self._relations is not None:
+            self._relations(call)
 
     def serving(self, backend: str) -> str:
         """The backend whose kernel runs where `backend` is selected."""
