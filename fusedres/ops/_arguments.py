@@ -8,8 +8,7 @@ A table has a row for each argument that decides what memory is touched, in the 
 
 The shapes' language is that of _shapes.py. Which arguments may be None, and which are written, the op's schema says
 (`Tensor?`, `Tensor(a!)`); an argument that is written is read too, except where its op says otherwise. All tensors of a
-call are on one device, which the backend serves; none is sparse, quantized, nested or lazily negated; their storages
-hold what their sizes and strides reach; what is written shares no memory with any other argument.
+call are on one device, which the backend serves. Their memory is the matter of _memory.py.
 
 Messages: op and argument, expected, got, remedy. TypeErrors for the kind, ValueErrors for the value (both of them
 RuntimeErrors as well where torch raises those, see errors.py), RuntimeErrors for device and storage.
@@ -17,7 +16,7 @@ RuntimeErrors as well where torch raises those, see errors.py), RuntimeErrors fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from fusedres import backends
 from fusedres.errors import DtypeError, ShapeError
+from fusedres.ops._memory import fail
 from fusedres.ops._shapes import Scope, Shape
 from fusedres.ops._sizes import FLOATING, WIDE, wide_dtype
 
@@ -52,7 +52,7 @@ class Call:
 
     def fail(self, error: type[Exception], argument: str, expected: str, got: object, remedy: str = "") -> NoReturn:
         """Raises the error: `op: argument must expected, got what it is; remedy`."""
-        raise error(f"{self.op}: {argument} must {expected}, got {got}" + (f"; {remedy}" if remedy else ""))
+        fail(error, self.op, argument, expected, got, remedy)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ class Argument:
 
     def check_tensor(self, call: Call, name: str, tensor: Tensor, scope: Scope) -> None:
         """Raises where a tensor is not what this row says."""
-        _check_kind(call, name, tensor)
         _check_device(call, name, tensor)
         self._check_dtype(call, name, tensor, scope)
         if self.shape is not None:
@@ -101,7 +100,6 @@ class Argument:
             call.fail(ShapeError, name, "be dense and channels_last", got, _MAKE_CHANNELS_LAST)
         if self.layout == "contiguous" and not tensor.is_contiguous():
             call.fail(ShapeError, name, "be contiguous", f"strides {tensor.stride()}", "call .contiguous()")
-        _check_storage(call, name, tensor)
 
     def _check_dtype(self, call: Call, name: str, tensor: Tensor, scope: Scope) -> None:
         dtype, wanted = tensor.dtype, self.dtype
@@ -123,14 +121,14 @@ class Argument:
             set_dtype(scope, dtype, name, activations=wanted == "x")
 
     def _check_shape(self, call: Call, name: str, tensor: Tensor, shape: Shape, scope: Scope) -> None:
-        got = tuple(tensor.shape)
+        got = tensor.shape
         if not shape.fits(got, scope, name):
-            call.fail(ShapeError, name, shape.expected(scope, name), got, self.remedy)
-        if 0 in got and any(
+            call.fail(ShapeError, name, shape.expected(scope, name), tuple(got), self.remedy)
+        if tensor.numel() == 0 and any(
             n == 0 and not (self.empty and s.word == "N") for n, s in zip(got, shape.sizes, strict=True)
         ):
             exception = ", only N may be 0" if self.empty and shape.sizes[0].word == "N" else ""
-            call.fail(ShapeError, name, f"have shape {shape.text} and not be empty{exception}", got)
+            call.fail(ShapeError, name, f"have shape {shape.text} and not be empty{exception}", tuple(got))
 
 
 def set_dtype(scope: Scope, dtype: torch.dtype, setter: str, activations: bool) -> None:
@@ -146,17 +144,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_kind(call: Call, name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = "a quantized" if tensor.is_quantized else "a nested" if tensor.is_nested else f"a {tensor.layout}"
-        call.fail(DtypeError, name, "be a plain strided tensor", f"{kind} tensor", "convert it first")
-    if tensor.is_neg() or tensor.is_conj():
-        got = "a view that is still to be negated or conjugated"
-        call.fail(DtypeError, name, "hold its values", got, "call .resolve_neg() or .resolve_conj()")
-    if tensor._is_zerotensor():
-        call.fail(DtypeError, name, "hold its values", "a tensor of zeros without memory", "call .clone()")
-
-
 def _check_device(call: Call, name: str, tensor: Tensor) -> None:
     device = tensor.device
     if call.device is None:
@@ -167,78 +154,6 @@ def _check_device(call: Call, name: str, tensor: Tensor) -> None:
         call.device, call.first = device, name
     elif device != call.device:
         call.fail(RuntimeError, name, f"be on {call.device} like {call.first}", device, "move one of them")
-
-
-def reach(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last one, of all that its strides reach."""
-    if tensor.numel() == 0:
-        return 0
-    if tensor.is_contiguous():
-        return tensor.numel() * tensor.itemsize
-    last: int = sum(int((size - 1) * stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
-
-
-def _check_storage(call: Call, name: str, tensor: Tensor) -> None:
-    """The memory is there, all of it, and aligned. Those of meta tensors are not."""
-    needed = reach(tensor)
-    if needed == 0 or tensor.is_meta:
-        return
-    needed += int(tensor.storage_offset()) * tensor.itemsize
-    held = tensor.untyped_storage().nbytes()
-    if held < needed:
-        remedy = "its storage was freed or resized; pass a tensor that has its values"
-        call.fail(RuntimeError, name, f"have a storage of at least {needed} bytes", f"one of {held}", remedy)
-    if tensor.data_ptr() % tensor.itemsize:
-        expected = f"start at a multiple of {tensor.itemsize} bytes in memory"
-        call.fail(RuntimeError, name, expected, f"address {tensor.data_ptr():#x}", "call .clone()")
-
-
-def check_written(call: Call, names: tuple[str, ...]) -> None:
-    """Raises where an argument may not be written, as in torch, or shares memory with another one."""
-    tensors = dict(_tensors(call.values))
-    for name in names:
-        written = tensors.get(name)
-        if written is None:
-            continue
-        if written.is_inference() and not torch.is_inference_mode_enabled():
-            got = "an inference tensor"
-            call.fail(RuntimeError, name, "be a normal tensor to be written outside of inference mode", got, "clone it")
-        if written.requires_grad and written.is_leaf and torch.is_grad_enabled():
-            expected = "not be a leaf that requires grad, as it is written"
-            call.fail(RuntimeError, name, expected, "one", "use torch.no_grad()")
-        begin, end = _span(written)
-        for other, tensor in tensors.items():
-            start, stop = _span(tensor)
-            if other != name and start < end and begin < stop:
-                expected = f"share no memory with {other}, as it is written"
-                call.fail(RuntimeError, name, expected, "views of the same memory", "clone one of them")
-
-
-def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, list | tuple):
-            yield from ((f"{name}[{i}]", item) for i, item in enumerate(value) if isinstance(item, Tensor))
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor reaches; none for meta tensors."""
-    begin = 0 if tensor.is_meta else tensor.data_ptr()
-    return begin, begin + (0 if tensor.is_meta else reach(tensor))
-
-
-def check_one_device(op: str, values: Mapping[str, Any]) -> None:
-    """Raises where tensors are on several devices; all that is checked of tensors without memory."""
-    first = None
-    for name, tensor in _tensors(values):
-        if first is None:
-            first = name, tensor.device
-        elif tensor.device != first[1]:
-            raise RuntimeError(
-                f"{op}: {name} must be on {first[1]} like {first[0]}, got {tensor.device}; move one of them"
-            )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from fusedres.errors import DtypeError
 from fusedres.kernels import table
-from fusedres.ops._arguments import Call, Relations, Row, check_one_device, check_written
+from fusedres.ops._arguments import Call, Relations, Row
+from fusedres.ops._memory import check_kinds, check_memory, check_one_device, signature, tensors_of
 
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 _UNLISTED = ("bool", "Optional[float]", "float", "str")  # types of arguments that no memory depends on
+_MOST_SIGNATURES = 4096
 
 OPS: dict[str, Op] = {}  # every op by its name
 
@@ -40,6 +43,7 @@ class Op:
         self.name = schema.partition("(")[0]
         self.folder, self.rows, self._fake, self._relations = folder, rows, fake, relations
         self._kernels: dict[str, Callable[..., Any]] = {}
+        self._right: set[Any] = set()  # signatures of calls that are what the table says
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self._checked, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{self.name}", self._faked, lib=_LIBRARY)
@@ -47,6 +51,8 @@ class Op:
         arguments = self._overload._schema.arguments
         self.arguments = tuple(a.name for a in arguments)
         self.written = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        # The dispatcher takes None for these too, as a tensor that is not defined.
+        self._required = tuple(a.name for a in arguments if str(a.type) == "Tensor")
         missing = [a.name for a in arguments if a.name not in rows and str(a.type) not in _UNLISTED]
         if missing:
             raise ValueError(
@@ -66,16 +72,28 @@ class Op:
         return self.kernel(args[-1])(*args[:-1])
 
     def _faked(self, *args: Any) -> Any:
-        check_one_device(self.name, dict(zip(self.arguments, args, strict=True)))
+        check_one_device(self.name, tensors_of(self.arguments, args))
         return self._fake(*args)
 
     def check(self, *args: Any) -> None:
         """Raises where the arguments are not what the table says; reads no values of tensors."""
+        tensors = tuple(tensors_of(self.arguments, args))
+        check_kinds(self.name, tensors)
+        known = signature(args)
+        if known not in self._right:
+            self._check_table(args)
+            if len(self._right) >= _MOST_SIGNATURES:
+                self._right.clear()
+            self._right.add(known)
+        check_memory(self.name, tensors, self.written)
+
+    def _check_table(self, args: tuple[Any, ...]) -> None:
         call = Call(self.name, dict(zip(self.arguments, args, strict=True)), self.serving(args[-1]))
+        for name in self._required:
+            if call[name] is None:
+                call.fail(DtypeError, name, "be a tensor", "None", "only arguments that are optional may be None")
         for name, row in self.rows.items():
             row.check(call, name)
-        if self.written:
-            check_written(call, self.written)
         if self._relations is not None:
             self._relations(call)
 

@@ -102,7 +102,11 @@ class Shape:
         scope.shapes[setter] = got
         if len(got) != len(self.sizes):
             return False
-        return all(size.fits(number, scope, setter) for size, number in zip(self.sizes, got, strict=True))
+        sizes = scope.sizes
+        for size, number in zip(self.sizes, got, strict=True):
+            if sizes.get(size.word) != number and not size.fits(number, scope, setter):
+                return False
+        return True
 
     def expected(self, scope: Scope, argument: str) -> str:
         """`have shape (2, 8, 5, 5) for x (2, 8, 5, 5)`: with what other arguments set, and which."""
