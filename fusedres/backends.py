@@ -23,7 +23,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")}
 
 
-def _devices(name: str, device_type: str) -> tuple[str, ...]:
+def served_devices(name: str, device_type: str) -> tuple[str, ...]:
+    """The device types that a backend serves; this one too where it serves all."""
     return cuda_support.devices if name == "cuda" else _DEVICES.get(name, (device_type,))
 
 
@@ -89,9 +90,9 @@ def backend_for(device: torch.device | str) -> str | None:
     name = _current()
     if name == "auto":
         return _VERIFIED.get(device_type) or dispatch.backend(torch.device(device))
-    if device_type not in _devices(name, device_type):
+    if device_type not in served_devices(name, device_type):
         _require(name, "use_backend")
-        served = ", ".join(_devices(name, device_type))
+        served = ", ".join(served_devices(name, device_type))
         remedy = "select 'auto' or 'reference'"
         if name == "triton":
             remedy += ", or start Python with TRITON_INTERPRET=1 to interpret the kernels on CPU tensors"

@@ -244,7 +244,7 @@ def test_errors():
         ValueError, match="shortcut_state must be given with shortcut_x, got None; pass both or neither"
     ):
         ops.bn_backward_reduce(grad, gate, x, affine, "reference", shortcut_x=other)
-    with pytest.raises(ValueError, match="bn_backward_apply: shortcut_coefficients must be given with shortcut_x"):
+    with pytest.raises(ValueError, match="bn_backward_apply: shortcut_coefficients must be None without shortcut_x"):
         ops.bn_backward_apply(grad, gate, x, affine, "reference", shortcut_coefficients=affine)
     with pytest.raises(TypeError, match=r"bn_backward_apply: coefficients must be torch\.float32"):
         ops.bn_backward_apply(grad, gate, x, affine.double(), "reference")

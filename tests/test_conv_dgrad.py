@@ -300,20 +300,25 @@ def test_errors():
     coefficients, halved = torch.zeros(4, 8), activation((2, 4, 3, 3), torch.float32)
     same = {"padding": (1, 1)}
     cases = [
-        (ValueError, "grad must have shape .* were stride, padding and dilation", (dy, weight), {}),
+        (ValueError, "grad must have 4x4 pixels.* do stride, padding and dilation", (dy, weight), {}),
         (ValueError, "grad must be dense and channels_last", (dy.contiguous(), weight), same),
         (ValueError, "weight must be dense and channels_last", (dy, weight.contiguous()), same),
         (TypeError, "weight must be torch.float32 like grad", (dy, weight.double()), same),
         (ValueError, "weight must have shape .* grouped convolutions", (dy, _weight(8, 2, 3, torch.float32)), same),
-        (ValueError, "stride must be two numbers of at least 1", (dy, weight), same | {"stride": (1, 0)}),
-        (ValueError, "y must be None unless the weight is 1x1", (dy, weight), same | {"y": dy}),
+        (ValueError, "stride must be two integers of at least 1", (dy, weight), same | {"stride": (1, 0)}),
+        (
+            ValueError,
+            "y must be None unless the weight is 1x1",
+            (dy, weight),
+            same | {"y": dy, "coefficients": coefficients},
+        ),
         (ValueError, "gate must be None without y", (dy, pointwise), {"gate": bits}),
         (ValueError, "coefficients must be None without y", (dy, pointwise), {"coefficients": coefficients}),
         (ValueError, "coefficients must be given with y", (dy, pointwise), {"y": dy}),
         (ValueError, "coefficients must have shape", (dy, pointwise), {"y": dy, "coefficients": torch.zeros(3, 8)}),
         (ValueError, "input must have shape", (dy, weight), same | {"input": raw[:1], "input_state": norm}),
         (ValueError, "input_state must be given with input", (dy, weight), same | {"input": raw}),
-        (ValueError, "input must be given with input_state", (dy, weight), same | {"input_state": norm}),
+        (ValueError, "input_state must be None without input", (dy, weight), same | {"input_state": norm}),
         (ValueError, "shortcut_grad must .*was the downsample", (dy, weight), same | {"shortcut_grad": halved}),
         (ValueError, "shortcut_gate must be None without", (dy, weight), same | {"shortcut_gate": bits}),
         (

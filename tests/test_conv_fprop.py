@@ -388,15 +388,15 @@ def test_conv_fprop_errors():
     cases = [
         (ValueError, "x must be dense and channels_last", (x.contiguous(), weight, None, one, one, one)),
         (TypeError, r"weight must be torch\.float32 like x", (x, weight.double(), None, one, one, one)),
-        (ValueError, r"weight must have shape \(K, 8, R, S\) for the 8", (x, _tensor(4, 4, 3, 3), None, one, one, one)),
+        (ValueError, r"weight must have shape \(K, 8, R, S\) for x", (x, _tensor(4, 4, 3, 3), None, one, one, one)),
         (ValueError, "weight must be dense and channels_last", (x, weight.contiguous(), None, one, one, one)),
-        (ValueError, "weight must not be empty", (x, _tensor(0, 8, 3, 3), None, one, one, one)),
+        (ValueError, "weight must have shape .* and not be empty", (x, _tensor(0, 8, 3, 3), None, one, one, one)),
         (ValueError, r"state must have shape \(4, 8\)", (x, weight, torch.zeros(4, 4), one, one, one)),
         (TypeError, r"state must be torch\.float32", (x, weight, torch.zeros(4, 8).double(), one, one, one)),
         (ValueError, r"stride must be two integers of at least 1, got \(0, 1\)", (x, weight, None, (0, 1), one, one)),
         (ValueError, "padding must be two integers of at least 0", (x, weight, None, one, (0, -1), one)),
         (ValueError, "dilation must be two integers of at least 1", (x, weight, None, one, one, (1, 0))),
-        (ValueError, "at least as large as the dilated weight", (x, weight, None, one, none, (3, 1))),
+        (ValueError, "x must be at least as large as the dilated weight", (x, weight, None, one, none, (3, 1))),
     ]  # fmt: skip
     for error, message, arguments in cases:
         with pytest.raises(error, match=f"conv_fprop: .*{message}"):
@@ -413,7 +413,7 @@ def test_conv_bn_add_relu_errors():
         (ValueError, "was the downsample branch skipped", (affine, _tensor(2, 4, 6, 6), None, 1)),
         (ValueError, "was the downsample branch skipped", (affine, _tensor(2, 5, 3, 3), None, 1)),
         (ValueError, "neither strided nor padded", (affine, _tensor(2, 4, 6, 6), affine, 2)),
-        (ValueError, "shortcut_state must be None without a shortcut", (affine, None, affine, 1)),
+        (ValueError, "shortcut_state must be None without shortcut", (affine, None, affine, 1)),
         (TypeError, r"shortcut must be torch\.float32 like x", (affine, _tensor(2, 4, 3, 3).double(), None, 1)),
         (ValueError, "stride must be at least 1", (affine, _tensor(2, 4, 3, 3), None, 0)),
     ]

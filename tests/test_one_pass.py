@@ -209,7 +209,7 @@ def test_errors():
     before = (weight, torch.ones(4), torch.ones(4, dtype=torch.float64), gram, 18, None, None)
     running = vectors.clone()
     for error, message, rest in (
-        (ValueError, "one_pass_statistics: momentum must be a number", (running, running, None, None)),
+        (ValueError, "one_pass_statistics: momentum must be a number", (running, running.clone(), None, None)),
         (TypeError, "one_pass_statistics: num_batches_tracked must be torch.int64", (None, None, torch.ones(()), 0.1)),
         (ValueError, "one_pass_statistics: running_var must have shape", (running, running[:2], None, 0.1)),
     ):

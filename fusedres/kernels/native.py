@@ -28,8 +28,8 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def empty_channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised channels_last tensor of this shape and another's dtype."""
-    return _advised(torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last))
+    """An uninitialised channels_last tensor of this shape and another's dtype and device."""
+    return _advised(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last))
 
 
 def _advised(tensor: Tensor) -> Tensor:

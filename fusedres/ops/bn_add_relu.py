@@ -5,33 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.errors import ShapeError
+from fusedres.ops._arguments import Call, Integer, Row, activation, wide
 from fusedres.ops._library import Op
+from fusedres.ops._sizes import mask_shape
+
+_TAIL: dict[str, Row] = {
+    "stride": Integer(1),
+    "x": activation("N C P Q"),
+    "state": wide("4 C"),
+    "shortcut": activation("N L<=C P*stride Q*stride", remedy="was the downsample branch skipped?"),
+    "shortcut_state": wide("4 C"),
+}
 
 
-def _check_tail(
-    x: Tensor,
-    state: Tensor,
-    shortcut: Tensor,
-    shortcut_state: Tensor | None,
-    stride: int,
-    with_mask: bool,
-    backend: str,
-) -> None:
-    _checks.activation("bn_add_relu", "x", x, backend)
-    _checks.state("bn_add_relu", "state", state, x)
-    _checks.same_kind("bn_add_relu", "shortcut", shortcut, "x", x)
-    if shortcut_state is not None:
-        _checks.state("bn_add_relu", "shortcut_state", shortcut_state, x)
-        _checks.same("bn_add_relu", "shortcut", shortcut, "x", x, "a normalised shortcut is neither strided nor padded")
-    _checks.positive_stride("bn_add_relu", stride)
-    n, c, h, w = shortcut.shape
-    reached = (n, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
-    if reached != (x.shape[0], x.shape[2], x.shape[3]) or c > x.shape[1]:
-        raise ValueError(
-            f"bn_add_relu: shortcut must reach shape {tuple(x.shape)} of x with stride {stride} and zero channels "
-            f"appended, got {tuple(shortcut.shape)}; was the downsample branch skipped?"
-        )
+def _check_normalised_shortcut(call: Call) -> None:
+    x, shortcut = call["x"], call["shortcut"]
+    if call["shortcut_state"] is not None and shortcut.shape != x.shape:
+        remedy = "a normalised shortcut is neither strided nor padded"
+        call.fail(ShapeError, "shortcut", f"have shape {tuple(x.shape)} like x", tuple(shortcut.shape), remedy)
 
 
 def _fake(
@@ -43,7 +35,7 @@ def _fake(
     with_mask: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = x.new_empty(_checks.mask_shape(x) if with_mask else (0,), dtype=torch.uint8)
+    mask = x.new_empty(mask_shape(x) if with_mask else (0,), dtype=torch.uint8)
     return torch.empty_like(x, memory_format=torch.channels_last), mask
 
 
@@ -51,8 +43,9 @@ BN_ADD_RELU = Op(
     "bn_add_relu(Tensor x, Tensor state, Tensor shortcut, Tensor? shortcut_state, int stride, bool with_mask, "
     "str backend) -> (Tensor, Tensor)",
     "bn_add_relu",
-    _check_tail,
+    _TAIL,
     _fake,
+    _check_normalised_shortcut,
 )
 
 
@@ -94,10 +87,11 @@ BN_ADD_RELU_ = Op(
     "bn_add_relu_(Tensor(a!) x, Tensor state, Tensor shortcut, Tensor? shortcut_state, int stride, bool with_mask, "
     "str backend) -> Tensor",
     "bn_add_relu",
-    _check_tail,
+    _TAIL,
     lambda x, state, shortcut, shortcut_state, stride, with_mask, backend: x.new_empty(
-        _checks.mask_shape(x) if with_mask else (0,), dtype=torch.uint8
+        mask_shape(x) if with_mask else (0,), dtype=torch.uint8
     ),
+    _check_normalised_shortcut,
 )
 
 
@@ -115,19 +109,13 @@ def bn_add_relu_(
     return mask
 
 
-def _check_out(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor, backend: str
-) -> None:
-    _check_tail(x, state, shortcut, shortcut_state, stride, False, backend)
-    _checks.same("bn_add_relu_out", "out", out, "x", x)
-
-
 BN_ADD_RELU_OUT = Op(
     "bn_add_relu_out(Tensor x, Tensor state, Tensor shortcut, Tensor? shortcut_state, int stride, Tensor(a!) out, "
     "str backend) -> ()",
     "bn_add_relu",
-    _check_out,
+    {**_TAIL, "out": activation("N C P Q")},  # written, not read
     lambda *_: None,
+    _check_normalised_shortcut,
 )
 
 

@@ -5,32 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Row, activation, gate, wide
 from fusedres.ops._library import Op
 
-
-def _check_bn_add_relu_backward(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
-    backend: str,
-) -> None:
-    op = "bn_add_relu_backward"
-    _checks.activation(op, "grad", grad, backend)
-    _checks.gate(op, "gate", gate, grad)
-    _checks.same(op, "x", x, "grad", grad)
-    _checks.state(op, "state", state, x)
-    if shortcut_x is not None:
-        _checks.same(op, "shortcut_x", shortcut_x, "grad", grad)
-        if shortcut_state is None:
-            raise ValueError(f"{op}: shortcut_state must be given with shortcut_x, got None; pass the shortcut's state")
-        _checks.state(op, "shortcut_state", shortcut_state, shortcut_x)
+_BRANCHES: dict[str, Row] = {
+    "grad": activation("N C H W"),
+    "gate": gate("N C H W"),
+    "x": activation("N C H W"),
+    "state": wide("4 C"),
+    "shortcut_x": activation("N C H W"),
+    "shortcut_state": wide("4 C", given_with="shortcut_x"),
+}
 
 
 def _fake(
@@ -46,7 +31,7 @@ BN_ADD_RELU_BACKWARD = Op(
     "Tensor? shortcut_x, Tensor? shortcut_state, bool shortcut_batch_statistics, bool with_sums, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     "bn_add_relu_backward",
-    _check_bn_add_relu_backward,
+    _BRANCHES,
     _fake,
 )
 
@@ -106,7 +91,7 @@ BN_ADD_RELU_BACKWARD_ = Op(
     "Tensor(b!)? shortcut_x, Tensor? shortcut_state, bool shortcut_batch_statistics, bool with_sums, str backend) "
     "-> Tensor",
     "bn_add_relu_backward",
-    _check_bn_add_relu_backward,
+    _BRANCHES,
     lambda grad, gate, x, state, *_: state.new_empty((3, x.shape[1])),
 )
 
@@ -140,15 +125,6 @@ def bn_add_relu_backward_(
     return sums
 
 
-def _check_bn_relu_backward_(
-    grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool, backend: str
-) -> None:
-    op = "bn_relu_backward_"
-    _checks.activation(op, "grad", grad, backend)
-    _checks.same(op, "x", x, "grad", grad)
-    _checks.state(op, "state", state, x)
-
-
 def _fake_in_place(grad: Tensor, x: Tensor, state: Tensor, *_: object) -> Tensor:
     return state.new_empty((3, x.shape[1]))
 
@@ -157,7 +133,7 @@ BN_RELU_BACKWARD_ = Op(
     "bn_relu_backward_(Tensor(a!) grad, Tensor x, Tensor state, bool gated, bool batch_statistics, bool with_sums, "
     "str backend) -> Tensor",
     "bn_add_relu_backward",
-    _check_bn_relu_backward_,
+    {"grad": activation("N C H W"), "x": activation("N C H W"), "state": wide("4 C")},
     _fake_in_place,
 )
 

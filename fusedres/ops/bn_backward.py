@@ -10,41 +10,16 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.errors import ShapeError
+from fusedres.ops._arguments import Call, Integer, Row, activation, gate, wide
 from fusedres.ops._library import Op
 
-
-def _check_branches(
-    op: str, grad: Tensor, gate: Tensor | None, x: Tensor, shortcut_x: Tensor | None, backend: str
-) -> None:
-    _checks.activation(op, "grad", grad, backend)
-    _checks.gate(op, "gate", gate, grad)
-    _checks.same(op, "x", x, "grad", grad)
-    if shortcut_x is not None:
-        _checks.same(op, "shortcut_x", shortcut_x, "grad", grad)
-
-
-def _check_both(op: str, argument: str, tensor: Tensor | None, shortcut_x: Tensor | None) -> None:
-    if (tensor is None) != (shortcut_x is None):
-        got = "None" if tensor is None else "one without the other"
-        raise ValueError(f"{op}: {argument} must be given with shortcut_x, got {got}; pass both or neither")
-
-
-def _check_reduce(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    backend: str,
-) -> None:
-    op = "bn_backward_reduce"
-    _check_branches(op, grad, gate, x, shortcut_x, backend)
-    _check_both(op, "shortcut_state", shortcut_state, shortcut_x)
-    _checks.state(op, "state", state, x)
-    if shortcut_state is not None:
-        _checks.state(op, "shortcut_state", shortcut_state, x)
+_BRANCHES: dict[str, Row] = {
+    "grad": activation("N C H W"),
+    "gate": gate("N C H W"),
+    "x": activation("N C H W"),
+    "shortcut_x": activation("N C H W"),
+}
 
 
 def _tiles(x: Tensor, backend: str) -> int:
@@ -63,7 +38,7 @@ BN_BACKWARD_REDUCE = Op(
     "bn_backward_reduce(Tensor grad, Tensor? gate, Tensor x, Tensor state, Tensor? shortcut_x, "
     "Tensor? shortcut_state, str backend) -> Tensor",
     "bn_backward",
-    _check_reduce,
+    {**_BRANCHES, "state": wide("4 C"), "shortcut_state": wide("4 C", given_with="shortcut_x")},
     lambda grad, gate, x, state, shortcut_x, shortcut_state, backend: state.new_empty(
         (_tiles(x, backend), 2 if shortcut_x is None else 3, x.shape[1])
     ),
@@ -101,29 +76,11 @@ def bn_backward_reduce(
     return partials
 
 
-def _check_coefficients(
-    partials: Tensor,
-    count: int,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    backend: str,
-) -> None:
-    op = "bn_backward_coefficients"
-    if partials.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: partials must be float32 or float64, got {partials.dtype}")
-    rows = 2 if shortcut_state is None else 3
-    if partials.dim() != 3 or partials.shape[1] != rows:
-        wanted = f"(T, {rows}, C) {'without' if shortcut_state is None else 'with'} a shortcut"
-        raise ValueError(f"{op}: partials must have shape {wanted}, got {tuple(partials.shape)}")
-    _checks.dense(op, "partials", partials, tuple(partials.shape), partials.dtype, partials)
-    if count < 1:
-        raise ValueError(f"{op}: count must be at least 1, got {count}; it is N·H·W")
-    shape = (4, partials.shape[2])
-    _checks.dense(op, "state", state, shape, partials.dtype, partials)
-    if shortcut_state is not None:
-        _checks.dense(op, "shortcut_state", shortcut_state, shape, partials.dtype, partials)
+def _check_rows(call: Call) -> None:
+    rows, kind = (2, "without") if call["shortcut_state"] is None else (3, "with")
+    if call["partials"].shape[1] != rows:
+        expected = f"have shape (T, {rows}, C) {kind} a shortcut"
+        call.fail(ShapeError, "partials", expected, tuple(call["partials"].shape))
 
 
 def _fake_coefficients(
@@ -137,8 +94,14 @@ BN_BACKWARD_COEFFICIENTS = Op(
     "bn_backward_coefficients(Tensor partials, int count, Tensor state, bool batch_statistics, "
     "Tensor? shortcut_state, bool shortcut_batch_statistics, str backend) -> (Tensor, Tensor, Tensor)",
     "bn_backward",
-    _check_coefficients,
+    {
+        "partials": wide("T B C"),
+        "count": Integer(1, 2**62),
+        "state": wide("4 C"),
+        "shortcut_state": wide("4 C"),
+    },
     _fake_coefficients,
+    _check_rows,
 )
 
 
@@ -176,23 +139,6 @@ def bn_backward_coefficients(
     return sums, coefficients, shortcut_coefficients
 
 
-def _check_apply(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    coefficients: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_coefficients: Tensor | None,
-    backend: str,
-) -> None:
-    op = "bn_backward_apply"
-    _check_branches(op, grad, gate, x, shortcut_x, backend)
-    _check_both(op, "shortcut_coefficients", shortcut_coefficients, shortcut_x)
-    _checks.state(op, "coefficients", coefficients, x)
-    if shortcut_coefficients is not None:
-        _checks.state(op, "shortcut_coefficients", shortcut_coefficients, x)
-
-
 def _fake_apply(
     grad: Tensor, gate: Tensor | None, x: Tensor, coefficients: Tensor, shortcut_x: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor]:
@@ -204,7 +150,7 @@ BN_BACKWARD_APPLY = Op(
     "bn_backward_apply(Tensor grad, Tensor? gate, Tensor x, Tensor coefficients, Tensor? shortcut_x, "
     "Tensor? shortcut_coefficients, str backend) -> (Tensor, Tensor)",
     "bn_backward",
-    _check_apply,
+    {**_BRANCHES, "coefficients": wide("4 C"), "shortcut_coefficients": wide("4 C", given_with="shortcut_x")},
     _fake_apply,
 )
 

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import channels, wide
 from fusedres.ops._library import Op
-from fusedres.ops.bn_statistics import check_channel_arguments
-
-
-def _check(
-    partials: Tensor,
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    backend: str,
-) -> None:
-    op = "bn_finalize"
-    if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[1] != 2:
-        raise ValueError(f"{op}: partials must have shape (T, 2, C), T at least 1, got {tuple(partials.shape)}")
-    if partials.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: partials must be float32 or float64, got {partials.dtype}; keep statistics wide")
-    tiles, _, channels = partials.shape
-    _checks.dense(op, "partials", partials, (tiles, 2, channels), partials.dtype, partials)
-    _checks.dense(op, "rows", rows, (tiles,), partials.dtype, partials)
-    running = (running_mean, running_var, num_batches_tracked)
-    check_channel_arguments(op, weight, bias, *running, momentum, channels, partials)
+from fusedres.ops.bn_statistics import check_momentum
 
 
 def _fake(partials: Tensor, *_: object) -> Tensor:
@@ -42,8 +17,9 @@ BN_FINALIZE = Op(
     "bn_finalize(Tensor partials, Tensor rows, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str backend) -> Tensor",
     "bn_statistics",
-    _check,
+    {"partials": wide("T 2 C"), "rows": wide("T"), **channels("C")},
     _fake,
+    check_momentum,
 )
 
 

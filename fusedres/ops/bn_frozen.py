@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import dense, strided
 from fusedres.ops._library import Op
-
-
-def _check_bn_frozen(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    backend: str,
-) -> None:
-    channels = running_mean.shape[0]
-    _checks.channel_vector("bn_frozen", "weight", weight, channels, x)
-    _checks.channel_vector("bn_frozen", "bias", bias, channels, x)
-    _checks.channel_vector("bn_frozen", "running_mean", running_mean, channels, x)
-    _checks.channel_vector("bn_frozen", "running_var", running_var, channels, x)
+from fusedres.ops._sizes import arithmetic_dtype
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, *_: object) -> Tensor:
-    return x.new_empty((4, running_mean.shape[0]), dtype=_checks.arithmetic_dtype(x))
+    return x.new_empty((4, running_mean.shape[0]), dtype=arithmetic_dtype(x))
 
 
 BN_FROZEN = Op(
     "bn_frozen(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
     "str backend) -> Tensor",
     "bn_statistics",
-    _check_bn_frozen,
+    {
+        "x": strided(None, "x"),  # its dtype and device alone
+        "running_mean": dense("C", "floating"),
+        "running_var": dense("C", "floating"),
+        "weight": dense("C", "floating"),
+        "bias": dense("C", "floating"),
+    },
     _fake,
 )
 

@@ -5,29 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Integer, activation, wide
 from fusedres.ops._library import Op
-
-
-def _check_bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, backend: str) -> None:
-    _checks.activation("bn_relu", "x", x, backend)
-    if state is not None:
-        _checks.state("bn_relu", "state", state, x)
-    if pivot is not None:
-        _checks.dense("bn_relu", "pivot", pivot, (x.shape[1],), _checks.arithmetic_dtype(x), x)
-    _checks.positive_stride("bn_relu", stride)
+from fusedres.ops._sizes import subsampled
 
 
 def _fake(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, backend: str) -> Tensor:
     n, c, h, w = x.shape
-    shape = (n, c, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
+    shape = (n, c, subsampled(h, stride), subsampled(w, stride))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 BN_RELU = Op(
     "bn_relu(Tensor x, Tensor? state, Tensor? pivot, int stride, str backend) -> Tensor",
     "bn_relu",
-    _check_bn_relu,
+    {"x": activation("N C H W"), "state": wide("4 C"), "pivot": wide("C"), "stride": Integer(1)},
     _fake,
 )
 
@@ -52,12 +44,12 @@ def bn_relu(x: Tensor, state: Tensor | None, backend: str, pivot: Tensor | None 
     return out
 
 
-def _check_bn_relu_(x: Tensor, state: Tensor, backend: str) -> None:
-    _checks.activation("bn_relu_", "x", x, backend)
-    _checks.state("bn_relu_", "state", state, x)
-
-
-BN_RELU_ = Op("bn_relu_(Tensor(a!) x, Tensor state, str backend) -> ()", "bn_relu", _check_bn_relu_, lambda *_: None)
+BN_RELU_ = Op(
+    "bn_relu_(Tensor(a!) x, Tensor state, str backend) -> ()",
+    "bn_relu",
+    {"x": activation("N C H W"), "state": wide("4 C")},
+    lambda *_: None,
+)
 
 
 def bn_relu_(x: Tensor, state: Tensor, backend: str) -> None:

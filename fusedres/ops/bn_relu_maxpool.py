@@ -8,21 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Integers, Row, activation, convolution, wide
 from fusedres.ops._library import Op
-from fusedres.ops.conv_wgrad import check_geometry
+from fusedres.ops._shapes import Shape
+from fusedres.ops._sizes import subsampled
+from fusedres.ops.conv_wgrad import check_pixels
 
 
 def _pooled(x: Tensor) -> tuple[int, int, int, int]:
     n, c, h, w = x.shape
-    return n, c, _checks.subsampled(h, 2), _checks.subsampled(w, 2)
+    return n, c, subsampled(h, 2), subsampled(w, 2)
 
 
-def _check_bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool, backend: str) -> None:
-    _checks.activation("bn_relu_maxpool", "x", x, backend)
-    _checks.state("bn_relu_maxpool", "state", state, x)
-    if 0 in x.shape[1:]:
-        raise ValueError(f"bn_relu_maxpool: x must have channels and pixels, got {tuple(x.shape)}; use larger images")
+_POOLED = "pass the gradient of the pooled output"
+_WITH_ARGMAX = "call bn_relu_maxpool with with_argmax=True"
+_WINDOWS: dict[str, Row] = {
+    "grad": activation("N C H/2 W/2", remedy=_POOLED),
+    "argmax": activation("N C H/2 W/2", torch.uint8, remedy=_WITH_ARGMAX),
+}
 
 
 def _fake(x: Tensor, state: Tensor, with_argmax: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -33,7 +36,7 @@ def _fake(x: Tensor, state: Tensor, with_argmax: bool, backend: str) -> tuple[Te
 BN_RELU_MAXPOOL = Op(
     "bn_relu_maxpool(Tensor x, Tensor state, bool with_argmax, str backend) -> (Tensor, Tensor)",
     "bn_relu_maxpool",
-    _check_bn_relu_maxpool,
+    {"x": activation("N C H W"), "state": wide("4 C")},
     _fake,
 )
 
@@ -61,39 +64,6 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, backend: str, with_argmax: bool = 
     return out, argmax
 
 
-def _check_windows(op: str, grad: Tensor, argmax: Tensor, name: str, x: Tensor, backend: str) -> None:
-    """grad and argmax are those of the windows over x, called `name`."""
-    _checks.activation(op, name, x, backend)
-    _checks.same_kind(op, "grad", grad, name, x)
-    if grad.shape != _pooled(x):
-        raise ValueError(
-            f"{op}: grad must have shape {_pooled(x)} for {name} {tuple(x.shape)}, got {tuple(grad.shape)}; "
-            "pass the gradient of the pooled output"
-        )
-    if argmax.dtype is not torch.uint8:
-        raise TypeError(f"{op}: argmax must be torch.uint8, got {argmax.dtype}; pass that of bn_relu_maxpool")
-    if argmax.shape != grad.shape or not argmax.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{op}: argmax must have shape {tuple(grad.shape)} like grad and be channels_last, got "
-            f"{tuple(argmax.shape)} with strides {argmax.stride()}; call bn_relu_maxpool with with_argmax=True"
-        )
-    if argmax.device != x.device:
-        raise RuntimeError(f"{op}: argmax must be on {x.device} like {name}, got {argmax.device}; move one of them")
-
-
-def _check_backward(
-    grad: Tensor,
-    argmax: Tensor,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    with_sums: bool,
-    backend: str,
-) -> None:
-    _check_windows("bn_relu_maxpool_backward", grad, argmax, "x", x, backend)
-    _checks.state("bn_relu_maxpool_backward", "state", state, x)
-
-
 def _fake_backward(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.channels_last), state.new_empty((2, x.shape[1]))
 
@@ -102,7 +72,7 @@ BN_RELU_MAXPOOL_BACKWARD = Op(
     "bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor state, bool batch_statistics, "
     "bool with_sums, str backend) -> (Tensor, Tensor)",
     "bn_relu_maxpool",
-    _check_backward,
+    {"x": activation("N C H W"), **_WINDOWS, "state": wide("4 C")},
     _fake_backward,
 )
 
@@ -145,7 +115,7 @@ BN_RELU_MAXPOOL_BACKWARD_ = Op(
     "bn_relu_maxpool_backward_(Tensor grad, Tensor argmax, Tensor(a!) x, Tensor state, "
     "bool batch_statistics, bool with_sums, str backend) -> Tensor",
     "bn_relu_maxpool",
-    _check_backward,
+    {"x": activation("N C H W"), **_WINDOWS, "state": wide("4 C")},
     lambda grad, argmax, x, state, *_: state.new_empty((2, x.shape[1])),
 )
 
@@ -165,13 +135,6 @@ def bn_relu_maxpool_backward_(
     return sums
 
 
-def _check_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, backend: str) -> None:
-    _check_windows("bn_relu_maxpool_reduce", grad, argmax, "x", x, backend)
-    _checks.state("bn_relu_maxpool_reduce", "state", state, x)
-    if x.numel() == 0:
-        raise ValueError(f"bn_relu_maxpool_reduce: x must not be empty, got {tuple(x.shape)}")
-
-
 def _fake_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, backend: str) -> Tensor:
     tiles = 1
     if backend == "triton":
@@ -184,7 +147,7 @@ def _fake_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, backend
 BN_RELU_MAXPOOL_REDUCE = Op(
     "bn_relu_maxpool_reduce(Tensor grad, Tensor argmax, Tensor x, Tensor state, str backend) -> Tensor",
     "bn_relu_maxpool",
-    _check_reduce,
+    {"x": activation("N C H W", empty=False), **_WINDOWS, "state": wide("4 C")},
     _fake_reduce,
 )
 
@@ -204,25 +167,6 @@ def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tenso
     """
     partials: Tensor = BN_RELU_MAXPOOL_REDUCE(grad, argmax, x, state, backend)
     return partials
-
-
-def _check_wgrad(
-    grad: Tensor,
-    argmax: Tensor,
-    y: Tensor,
-    coefficients: Tensor,
-    input: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> None:
-    op = "bn_relu_maxpool_wgrad"
-    _check_windows(op, grad, argmax, "y", y, backend)
-    _checks.state(op, "coefficients", coefficients, y)
-    _checks.same_kind(op, "input", input, "y", y)
-    check_geometry(op, "y", y, input, kernel, stride, padding, dilation)
 
 
 def _fake_wgrad(
@@ -249,8 +193,17 @@ BN_RELU_MAXPOOL_WGRAD = Op(
     "bn_relu_maxpool_wgrad(Tensor grad, Tensor argmax, Tensor y, Tensor coefficients, Tensor input, int[2] kernel, "
     "int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor",
     "bn_relu_maxpool",
-    _check_wgrad,
+    {
+        "y": activation("N C P Q", empty=False),
+        "grad": activation("N C P/2 Q/2", remedy=_POOLED),
+        "argmax": activation("N C P/2 Q/2", torch.uint8, remedy=_WITH_ARGMAX),
+        "coefficients": wide("4 C"),
+        "input": activation("N D H W"),
+        "kernel": Integers(2, 1, Shape("R S")),
+        **convolution("H W", "R S"),
+    },
     _fake_wgrad,
+    check_pixels("y", "input"),
 )
 
 

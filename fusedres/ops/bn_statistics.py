@@ -2,70 +2,39 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Call, activation, channels
 from fusedres.ops._library import Op
+from fusedres.ops._sizes import arithmetic_dtype
 
 
-def _check_bn_statistics(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    backend: str,
-) -> None:
-    _checks.activation("bn_statistics", "x", x, backend)
-    channels = x.shape[1]
-    count = x.numel() // max(channels, 1)
-    if count <= 1:
+def _check_values(call: Call) -> None:
+    x = call["x"]
+    if x.numel() // x.shape[1] <= 1:
         # torch's own words, so that callers which match them go on working
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    check_channel_arguments(
-        "bn_statistics", weight, bias, running_mean, running_var, num_batches_tracked, momentum, channels, x
-    )
+    check_momentum(call)
 
 
-def check_channel_arguments(
-    op: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    channels: int,
-    like: Tensor,
-) -> None:
-    """What BatchNorm keeps per channel, and how it averages."""
-    _checks.channel_vector(op, "weight", weight, channels, like)
-    _checks.channel_vector(op, "bias", bias, channels, like)
-    _checks.channel_vector(op, "running_mean", running_mean, channels, like)
-    _checks.channel_vector(op, "running_var", running_var, channels, like)
-    if num_batches_tracked is not None:
-        _checks.dense(op, "num_batches_tracked", num_batches_tracked, (), torch.int64, like)
-    elif momentum is None and running_mean is not None:
-        raise ValueError(
-            f"{op}: momentum must be a number where num_batches_tracked is None, got None; "
-            "pass num_batches_tracked for the cumulative average"
-        )
+def check_momentum(call: Call) -> None:
+    """There is something to average the running statistics with."""
+    if call["momentum"] is None and call["running_mean"] is not None and call["num_batches_tracked"] is None:
+        expected = "be a number where num_batches_tracked is None"
+        call.fail(ValueError, "momentum", expected, "None", "pass num_batches_tracked for the cumulative average")
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty((4, x.shape[1]), dtype=_checks.arithmetic_dtype(x))
+    return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x))
 
 
 BN_STATISTICS = Op(
     "bn_statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str backend) -> Tensor",
     "bn_statistics",
-    _check_bn_statistics,
+    {"x": activation("N C H W"), **channels("C")},
     _fake,
+    _check_values,
 )
 
 

@@ -7,121 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.errors import ShapeError
+from fusedres.ops._arguments import Call, Integer, Integers, activation, bits, convolution, wide
 from fusedres.ops._library import Op
-
-_OP = "conv_dgrad"
-
-
-def _check_conv_dgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    coefficients: Tensor | None,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    input: Tensor | None,
-    input_state: Tensor | None,
-    shortcut_grad: Tensor | None,
-    shortcut_gate: Tensor | None,
-    shortcut_stride: int,
-    backend: str,
-) -> None:
-    _checks.activation(_OP, "grad", grad, backend)
-    _checks.same_kind(_OP, "weight", weight, "grad", grad)
-    _check_sizes(grad, weight, input_size, stride, padding, dilation)
-    _check_on_load(grad, gate, y, coefficients, weight)
-    if input is not None:
-        if shortcut_grad is not None:
-            raise ValueError(f"{_OP}: shortcut_grad must be None with input, got both; pass one of the two")
-        _checks.same_kind(_OP, "input", input, "grad", grad)
-        if list(input.shape) != list(input_size):
-            raise ValueError(f"{_OP}: input must have shape {tuple(input_size)}, got {tuple(input.shape)}")
-        if input_state is None:
-            raise ValueError(f"{_OP}: input_state must be given with input, got None; pass the state of its BatchNorm")
-        _checks.state(_OP, "input_state", input_state, input)
-    elif input_state is not None:
-        raise ValueError(f"{_OP}: input must be given with input_state, got None; pass the raw output of that layer")
-    _check_shortcut(grad, input_size, shortcut_grad, shortcut_gate, shortcut_stride)
+from fusedres.ops._shapes import Shape
+from fusedres.ops._sizes import arithmetic_dtype
 
 
-def _check_sizes(
-    grad: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> None:
-    for name, sizes, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(sizes) != 2 or min(sizes) < least:
-            raise ValueError(f"{_OP}: {name} must be two numbers of at least {least}, got {tuple(sizes)}")
-    if len(input_size) != 4:
-        raise ValueError(f"{_OP}: input_size must be (N, C, H, W), got {tuple(input_size)}")
-    out_size = [
-        (size + 2 * pad - step * (taps - 1) - 1) // s + 1
-        for size, taps, s, pad, step in zip(input_size[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    expected = [input_size[0], weight.shape[0], *out_size]
-    if input_size[1] != weight.shape[1]:
-        raise ValueError(
-            f"{_OP}: weight must have shape (K, {input_size[1]}, R, S) for input_size {tuple(input_size)}, "
-            f"got {tuple(weight.shape)}; grouped convolutions are not supported"
+def _check_on_load(call: Call) -> None:
+    shape = tuple(call["weight"].shape)
+    if call["y"] is not None and shape[2:] != (1, 1):
+        remedy = "store the gradient of the convolution's output first"
+        call.fail(
+            ShapeError, "y", "be None unless the weight is 1x1", f"a tensor with a weight of shape {shape}", remedy
         )
-    if list(grad.shape) != expected:
-        raise ValueError(
-            f"{_OP}: grad must have shape {tuple(expected)}, the output of a convolution of {tuple(input_size)} with "
-            f"weight {tuple(weight.shape)}, got {tuple(grad.shape)}; were stride, padding and dilation the forward's?"
-        )
-
-
-def _check_on_load(
-    grad: Tensor, gate: Tensor | None, y: Tensor | None, coefficients: Tensor | None, weight: Tensor
-) -> None:
-    if y is None:
-        for name, tensor in (("coefficients", coefficients), ("gate", gate)):
-            if tensor is not None:
-                raise ValueError(f"{_OP}: {name} must be None without y, got a tensor; pass y or mask grad first")
-        return
-    if weight.shape[2:].numel() != 1:
-        raise ValueError(
-            f"{_OP}: y must be None unless the weight is 1x1, got a weight of shape {tuple(weight.shape)}; "
-            "store the gradient of the convolution's output first"
-        )
-    _checks.same(_OP, "y", y, "grad", grad)
-    if coefficients is None:
-        raise ValueError(f"{_OP}: coefficients must be given with y, got None; pass rows a, c1, mean, k")
-    _checks.dense(_OP, "coefficients", coefficients, (4, grad.shape[1]), _checks.arithmetic_dtype(grad), grad)
-    if gate is not None:
-        _checks.dense(_OP, "gate", gate, _checks.mask_shape(grad), torch.uint8, grad)
-
-
-def _check_shortcut(
-    grad: Tensor,
-    input_size: Sequence[int],
-    shortcut_grad: Tensor | None,
-    shortcut_gate: Tensor | None,
-    stride: int,
-) -> None:
-    if shortcut_grad is None:
-        if shortcut_gate is not None:
-            raise ValueError(f"{_OP}: shortcut_gate must be None without shortcut_grad, got a tensor; pass both")
-        return
-    _checks.positive_stride(_OP, stride)
-    _checks.same_kind(_OP, "shortcut_grad", shortcut_grad, "grad", grad)
-    n, channels, h, w = input_size
-    reached = (n, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
-    got = shortcut_grad.shape
-    if reached != (got[0], got[2], got[3]) or channels > got[1]:
-        raise ValueError(
-            f"{_OP}: shortcut_grad must have the shape that {tuple(input_size)} reaches with stride {stride} and "
-            f"channels appended, got {tuple(got)}; was the downsample branch skipped?"
-        )
-    if shortcut_gate is not None:
-        _checks.dense(_OP, "shortcut_gate", shortcut_gate, _checks.mask_shape(shortcut_grad), torch.uint8, grad)
 
 
 def _fake(
@@ -142,7 +41,7 @@ def _fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty(tuple(input_size), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    dtype = _checks.arithmetic_dtype(grad)
+    dtype = arithmetic_dtype(grad)
     if input is None:
         return grad_x, grad.new_empty(0, dtype=dtype)
     tiles = 1
@@ -160,8 +59,24 @@ CONV_DGRAD = Op(
     "int[2] stride, int[2] padding, int[2] dilation, Tensor? input, Tensor? input_state, Tensor? shortcut_grad, "
     "Tensor? shortcut_gate, int shortcut_stride, str backend) -> (Tensor, Tensor)",
     "conv_dgrad",
-    _check_conv_dgrad,
+    {
+        "grad": activation("N K P Q"),
+        "input_size": Integers(4, 0, Shape("N C H W")),
+        "weight": activation("K C R S", remedy="grouped convolutions are not supported"),
+        **convolution("H W", "R S"),
+        "y": activation("N K P Q"),
+        "gate": bits("N K P Q", only_with="y"),
+        "coefficients": wide("4 K", given_with="y"),
+        "input": activation("N C H W"),
+        "input_state": wide("4 C", given_with="input"),
+        "shortcut_stride": Integer(1),
+        "shortcut_grad": activation(
+            "N D>=C H/shortcut_stride W/shortcut_stride", not_with="input", remedy="was the downsample branch skipped?"
+        ),
+        "shortcut_gate": bits("N D H/shortcut_stride W/shortcut_stride", only_with="shortcut_grad"),
+    },
     _fake,
+    _check_on_load,
 )
 
 

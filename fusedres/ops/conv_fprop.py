@@ -6,55 +6,32 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusedres.kernels.conv_fprop.geometry import empty_output, output_shape
-from fusedres.ops import _checks
+from fusedres.errors import ShapeError
+from fusedres.kernels.conv_fprop.geometry import empty_output
+from fusedres.ops._arguments import Call, Integer, Row, activation, convolution, wide
 from fusedres.ops._library import Op
+from fusedres.ops._sizes import arithmetic_dtype
+
+_CONVOLUTION: dict[str, Row] = {
+    "x": activation("N C H W"),
+    "weight": activation("K C R S", remedy="grouped convolutions are not supported"),
+    **convolution("H W", "R S"),
+}
 
 
-def _check_convolution(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    backend: str,
-) -> None:
-    _checks.activation(op, "x", x, backend)
-    _checks.same_kind(op, "weight", weight, "x", x)
-    if weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{op}: weight must have shape (K, {x.shape[1]}, R, S) for the {x.shape[1]} channels of x, "
-            f"got {tuple(weight.shape)}; grouped convolutions are not supported"
-        )
-    if weight.numel() == 0:
-        raise ValueError(f"{op}: weight must not be empty, got shape {tuple(weight.shape)}")
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{op}: {name} must be two integers of at least {least}, got {tuple(pair)}")
-    shape = output_shape(x, weight, stride, padding, dilation)
-    if min(shape[2:]) < 1:
-        raise ValueError(
-            f"{op}: x must be at least as large as the dilated weight, got an output of {shape[2]}x{shape[3]} pixels "
-            f"for x {tuple(x.shape)} and weight {tuple(weight.shape)}"
-        )
-    if shape[0] * shape[2] * shape[3] > 2**31 - 2**10:
-        raise ValueError(f"{op}: the output must have fewer than 2^31 pixels, got N·P·Q of {shape[0]}x{shape[2:]}")
+def _check_pixels(call: Call) -> None:
+    n, p, q = (call.scope.sizes[name] for name in "NPQ")
+    if n * p * q > 2**31 - 2**10:
+        call.fail(ShapeError, "x", "give an output of fewer than 2³¹ pixels", f"{n}x{p}x{q}", "split the batch")
 
 
-def _check_conv_fprop(
-    x: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    with_statistics: bool,
-    backend: str,
-) -> None:
-    _check_convolution("conv_fprop", x, weight, stride, padding, dilation, backend)
-    if state is not None:
-        _checks.state("conv_fprop", "state", state, x)
+def _check_normalised_shortcut(call: Call) -> None:
+    _check_pixels(call)
+    out = tuple(call.scope.sizes[name] for name in "NKPQ")
+    shortcut = call["shortcut"]
+    if call["shortcut_state"] is not None and shortcut.shape != out:
+        remedy = "a normalised shortcut is neither strided nor padded"
+        call.fail(ShapeError, "shortcut", f"have shape {out} like the output", tuple(shortcut.shape), remedy)
 
 
 def _fake_conv_fprop(
@@ -68,7 +45,7 @@ def _fake_conv_fprop(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = empty_output(x, weight, stride, padding, dilation)
-    dtype = _checks.arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     if not with_statistics:
         return y, x.new_empty((0,), dtype=dtype), x.new_empty((0,), dtype=dtype)
     tiles = 1
@@ -83,8 +60,9 @@ CONV_FPROP = Op(
     "conv_fprop(Tensor x, Tensor weight, Tensor? state, int[2] stride, int[2] padding, int[2] dilation, "
     "bool with_statistics, str backend) -> (Tensor, Tensor, Tensor)",
     "conv_fprop",
-    _check_conv_fprop,
+    {**_CONVOLUTION, "state": wide("4 C")},
     _fake_conv_fprop,
+    _check_pixels,
 )
 
 
@@ -127,50 +105,21 @@ def conv_fprop(
     return y, partials, rows
 
 
-def _check_conv_bn_add_relu(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    state: Tensor,
-    shortcut: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_stride: int,
-    backend: str,
-) -> None:
-    op = "conv_bn_add_relu"
-    _check_convolution(op, x, weight, stride, padding, dilation, backend)
-    out = output_shape(x, weight, stride, padding, dilation)
-    _checks.dense(op, "state", state, (4, out[1]), _checks.arithmetic_dtype(x), x)
-    if shortcut is None:
-        if shortcut_state is not None:
-            raise ValueError(f"{op}: shortcut_state must be None without a shortcut, got a tensor")
-        return
-    _checks.same_kind(op, "shortcut", shortcut, "x", x)
-    if shortcut_state is not None:
-        _checks.dense(op, "shortcut_state", shortcut_state, (4, out[1]), _checks.arithmetic_dtype(x), x)
-        if shortcut.shape != out:
-            raise ValueError(
-                f"{op}: shortcut must have shape {out} like the output, got {tuple(shortcut.shape)}; "
-                "a normalised shortcut is neither strided nor padded"
-            )
-    _checks.positive_stride(op, shortcut_stride)
-    n, c, h, w = shortcut.shape
-    reached = (n, _checks.subsampled(h, shortcut_stride), _checks.subsampled(w, shortcut_stride))
-    if reached != (out[0], out[2], out[3]) or c > out[1]:
-        raise ValueError(
-            f"{op}: shortcut must reach shape {out} of the output with stride {shortcut_stride} and zero channels "
-            f"appended, got {tuple(shortcut.shape)}; was the downsample branch skipped?"
-        )
-
-
 CONV_BN_ADD_RELU = Op(
     "conv_bn_add_relu(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, Tensor state, "
     "Tensor? shortcut, Tensor? shortcut_state, int shortcut_stride, str backend) -> Tensor",
     "conv_fprop",
-    _check_conv_bn_add_relu,
+    {
+        **_CONVOLUTION,
+        "state": wide("4 K"),
+        "shortcut_stride": Integer(1),
+        "shortcut": activation(
+            "N L<=K P*shortcut_stride Q*shortcut_stride", remedy="was the downsample branch skipped?"
+        ),
+        "shortcut_state": wide("4 K", only_with="shortcut"),
+    },
     lambda x, weight, stride, padding, dilation, *_: empty_output(x, weight, stride, padding, dilation),
+    _check_normalised_shortcut,
 )
 
 

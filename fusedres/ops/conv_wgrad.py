@@ -5,74 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.errors import ShapeError
+from fusedres.ops._arguments import Call, Integers, Items, Relations, activation, bits, convolution, strided, wide
 from fusedres.ops._library import Op
-
-_MOST_WEIGHTS = 4  # one launch of conv_wgrad_finalize takes
-
-
-def check_geometry(
-    op: str,
-    name: str,
-    grad: Tensor,
-    input: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> None:
-    """The sizes of a convolution's output, or its gradient, called `name`, are those of its input and geometry."""
-    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
-        raise ValueError(
-            f"{op}: kernel, stride and dilation must be at least 1 and padding at least 0, got "
-            f"{tuple(kernel)}, {tuple(stride)}, {tuple(dilation)} and {tuple(padding)}"
-        )
-    if input.numel() == 0 or grad.numel() == 0:
-        raise ValueError(f"{op}: input and {name} must not be empty, got {tuple(input.shape)}, {tuple(grad.shape)}")
-    if grad.numel() // grad.shape[1] >= 2**31 or input.numel() // input.shape[1] >= 2**31:
-        raise ValueError(
-            f"{op}: input and {name} must have fewer than 2³¹ pixels, got "
-            f"{tuple(input.shape)}, {tuple(grad.shape)}; split the batch"
-        )
-    reached = [
-        (size + 2 * pad - step * (taps - 1) - 1) // by + 1
-        for size, pad, step, taps, by in zip(input.shape[2:], padding, dilation, kernel, stride, strict=True)
-    ]
-    if (grad.shape[0], *grad.shape[2:]) != (input.shape[0], *reached):
-        raise ValueError(
-            f"{op}: {name} must have shape ({input.shape[0]}, K, {reached[0]}, {reached[1]}), what the convolution "
-            f"of input {tuple(input.shape)} gives, got {tuple(grad.shape)}; do stride and padding belong to this one?"
-        )
+from fusedres.ops._shapes import Shape
+from fusedres.ops._sizes import arithmetic_dtype
 
 
-def _check_conv_wgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    coefficients: Tensor | None,
-    input: Tensor,
-    input_state: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> None:
-    _checks.activation("conv_wgrad", "grad", grad, backend)
-    _checks.same_kind("conv_wgrad", "input", input, "grad", grad)
-    if (y is None) != (coefficients is None) or (gate is not None and y is None):
-        got = ", ".join(
-            name for name, it in (("gate", gate), ("y", y), ("coefficients", coefficients)) if it is not None
-        )
-        raise ValueError(f"conv_wgrad: y and coefficients must be given together, and gate only with them, got {got}")
-    if y is not None and coefficients is not None:
-        _checks.same("conv_wgrad", "y", y, "grad", grad)
-        _checks.state("conv_wgrad", "coefficients", coefficients, grad)
-    if gate is not None:
-        _checks.dense("conv_wgrad", "gate", gate, _checks.mask_shape(grad), torch.uint8, grad)
-    if input_state is not None:
-        _checks.state("conv_wgrad", "input_state", input_state, input)
-    check_geometry("conv_wgrad", "grad", grad, input, kernel, stride, padding, dilation)
+def check_pixels(grad: str, input: str) -> Relations:
+    """The kernels count the pixels of either argument in 32 bits."""
+
+    def check(call: Call) -> None:
+        for name in (grad, input):
+            shape = tuple(call[name].shape)
+            if shape[0] * shape[2] * shape[3] >= 2**31:
+                call.fail(ShapeError, name, "have fewer than 2³¹ pixels", shape, "split the batch")
+
+    return check
+
+
+def _check_lengths(call: Call) -> None:
+    lengths = len(call["partials"]), len(call["weights"])
+    if lengths[0] != lengths[1]:
+        call.fail(ShapeError, "partials", "be a list as long as weights", f"{lengths[0]} and {lengths[1]} tensors")
 
 
 def _fake_conv_wgrad(
@@ -94,15 +49,25 @@ def _fake_conv_wgrad(
 
         splits = plan(grad, gate, y, input, input_state, kernel).splits
     shape = (splits, grad.shape[1], *kernel, input.shape[1])
-    return grad.new_empty(shape, dtype=_checks.arithmetic_dtype(grad))
+    return grad.new_empty(shape, dtype=arithmetic_dtype(grad))
 
 
 CONV_WGRAD = Op(
     "conv_wgrad(Tensor grad, Tensor? gate, Tensor? y, Tensor? coefficients, Tensor input, Tensor? input_state, "
     "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, str backend) -> Tensor",
     "conv_wgrad",
-    _check_conv_wgrad,
+    {
+        "grad": activation("N K P Q", empty=False),
+        "input": activation("N C H W"),
+        "y": activation("N K P Q"),
+        "coefficients": wide("4 K", given_with="y"),
+        "gate": bits("N K P Q", only_with="y"),
+        "input_state": wide("4 C"),
+        "kernel": Integers(2, 1, Shape("R S")),
+        **convolution("H W", "R S"),
+    },
     _fake_conv_wgrad,
+    check_pixels("grad", "input"),
 )
 
 
@@ -150,36 +115,15 @@ def conv_wgrad(
     return partials
 
 
-def _check_conv_wgrad_finalize(partials: list[Tensor], weights: list[Tensor], backend: str) -> None:
-    if not 1 <= len(weights) <= _MOST_WEIGHTS or len(partials) != len(weights):
-        raise ValueError(
-            f"conv_wgrad_finalize: partials and weights must be lists of one length, 1 to {_MOST_WEIGHTS}, "
-            f"got {len(partials)} and {len(weights)}"
-        )
-    for i, (partial, weight) in enumerate(zip(partials, weights, strict=True)):
-        if weight.dim() != 4 or weight.dtype not in _checks.FLOATING:
-            raise TypeError(
-                f"conv_wgrad_finalize: weights[{i}] must be a floating-point (K, C, R, S) tensor, got {weight.dtype} "
-                f"{tuple(weight.shape)}"
-            )
-        k, c, r, s = weight.shape
-        if partial.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"conv_wgrad_finalize: partials[{i}] must be float32 or float64, got {partial.dtype}")
-        splits = partial.shape[0] if partial.dim() else 0
-        shape = (max(splits, 1), k, r, s, c)
-        _checks.dense("conv_wgrad_finalize", f"partials[{i}]", partial, shape, partial.dtype, weights[0])
-        if weight.device != weights[0].device:
-            raise RuntimeError(
-                f"conv_wgrad_finalize: weights[{i}] must be on {weights[0].device} like weights[0], got "
-                f"{weight.device}; move one of them"
-            )
-
-
 CONV_WGRAD_FINALIZE = Op(
     "conv_wgrad_finalize(Tensor[] partials, Tensor[] weights, str backend) -> Tensor[]",
     "conv_wgrad",
-    _check_conv_wgrad_finalize,
+    {
+        "weights": Items(strided("K C R S", "floating"), most=4),  # neither read nor written: the results are like them
+        "partials": Items(wide("T K R S C"), most=4),
+    },
     lambda partials, weights, backend: [torch.empty_like(weight) for weight in weights],
+    _check_lengths,
 )
 
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Integer, activation
 from fusedres.ops._library import Op
-
-
-def _check(like: Tensor, batch: int, backend: str) -> None:
-    _checks.activation("empty_batch", "like", like, backend)
-    if batch < 0:
-        raise ValueError(f"empty_batch: batch must not be negative, got {batch}")
 
 
 def _fake(like: Tensor, batch: int, backend: str) -> Tensor:
@@ -20,7 +14,12 @@ def _fake(like: Tensor, batch: int, backend: str) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-EMPTY_BATCH = Op("empty_batch(Tensor like, int batch, str backend) -> Tensor", "empty_batch", _check, _fake)
+EMPTY_BATCH = Op(
+    "empty_batch(Tensor like, int batch, str backend) -> Tensor",
+    "empty_batch",
+    {"like": activation("N C H W"), "batch": Integer(0)},
+    _fake,
+)
 
 
 def empty_batch(like: Tensor, batch: int, backend: str) -> Tensor:

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Integer, Row, activation, wide
 from fusedres.ops._library import Op
+from fusedres.ops._sizes import arithmetic_dtype, subsampled
 
-
-def _check(op: str, x: Tensor, state: Tensor | None, stride: int, backend: str) -> None:
-    _checks.activation(op, "x", x, backend)
-    if state is not None:
-        _checks.state(op, "state", state, x)
-    _checks.positive_stride(op, stride)
-    if x.numel() == 0:
-        raise ValueError(f"{op}: x must have at least one value a channel, got shape {tuple(x.shape)}")
+_ROWS: dict[str, Row] = {"x": activation("N C H W", empty=False), "state": wide("4 C"), "stride": Integer(1)}
 
 
 def _fake(x: Tensor, state: Tensor | None, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
-    shape = (n, c, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
+    shape = (n, c, subsampled(h, stride), subsampled(w, stride))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return out, *_fake_statistics(x)
 
 
 def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
-    pivot = x.new_empty(c, dtype=_checks.arithmetic_dtype(x))
+    pivot = x.new_empty(c, dtype=arithmetic_dtype(x))
     return pivot, pivot.new_empty(c, dtype=torch.float64), pivot.new_empty((c, c), dtype=torch.float64)
 
 
 GRAM = Op(
     "gram(Tensor x, Tensor? state, int stride, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "gram",
-    partial(_check, "gram"),
+    _ROWS,
     _fake,
 )
 
@@ -64,7 +56,7 @@ def gram(x: Tensor, state: Tensor | None, backend: str, stride: int = 1) -> tupl
 GRAM_STATISTICS = Op(
     "gram_statistics(Tensor x, Tensor? state, int stride, str backend) -> (Tensor, Tensor, Tensor)",
     "gram",
-    partial(_check, "gram_statistics"),
+    _ROWS,
     _fake_statistics,
 )
 

@@ -19,35 +19,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Call, Integer, activation, channels, dense, strided, wide
 from fusedres.ops._library import Op
-from fusedres.ops.bn_statistics import check_channel_arguments
+from fusedres.ops.bn_statistics import check_momentum
 
 
-def _check_statistics(
-    conv_weight: Tensor,
-    pivot: Tensor,
-    total: Tensor,
-    gram: Tensor,
-    count: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    backend: str,
-) -> None:
-    op = "one_pass_statistics"
-    channels, in_channels = conv_weight.shape[:2]
-    _checks.dense(op, "pivot", pivot, (in_channels,), pivot.dtype, conv_weight)
-    _checks.dense(op, "total", total, (in_channels,), torch.float64, conv_weight)
-    _checks.dense(op, "gram", gram, (in_channels, in_channels), torch.float64, conv_weight)
-    running = (running_mean, running_var, num_batches_tracked)
-    check_channel_arguments(op, weight, bias, *running, momentum, channels, conv_weight)
-    if count <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got {count} rows")
+def _check_count(call: Call) -> None:
+    if call["count"] <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got {call['count']} rows")
+    check_momentum(call)
 
 
 def _fake_statistics(conv_weight: Tensor, pivot: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -60,8 +40,16 @@ ONE_PASS_STATISTICS = Op(
     "Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
     "float? momentum, float eps, str backend) -> (Tensor, Tensor)",
     "one_pass",
-    _check_statistics,
+    {
+        "conv_weight": strided("K C 1 1", "floating"),
+        "pivot": wide("C"),
+        "total": dense("C", torch.float64),
+        "gram": dense("C C", torch.float64),
+        "count": Integer(0, 2**62),
+        **channels("K"),
+    },
     _fake_statistics,
+    _check_count,
 )
 
 
@@ -113,32 +101,6 @@ def one_pass_statistics(
     return state, projected
 
 
-def _check_backward(
-    d: Tensor,
-    sum_d: Tensor,
-    z: Tensor,
-    conv_weight: Tensor,
-    state: Tensor,
-    projected: Tensor,
-    total: Tensor,
-    backend: str,
-) -> None:
-    op = "one_pass_backward"
-    _checks.activation(op, "d", d, backend)
-    _checks.same_kind(op, "z", z, "d", d)
-    channels, in_channels = conv_weight.shape[:2]
-    dtype = _checks.arithmetic_dtype(d)
-    _checks.dense(op, "state", state, (4, channels), dtype, d)
-    _checks.dense(op, "projected", projected, (channels, in_channels), dtype, d)
-    _checks.dense(op, "total", total, (in_channels,), torch.float64, d)
-    _checks.dense(op, "sum_d", sum_d, (channels,), dtype, d)
-    if d.shape[1] != channels or z.shape[1] != in_channels or d.shape[2:] != z.shape[2:]:
-        raise ValueError(
-            f"{op}: d and z must have shapes (N, {channels}, H, W) and (N, {in_channels}, H, W) for the weight "
-            f"{tuple(conv_weight.shape)}, got {tuple(d.shape)} and {tuple(z.shape)}"
-        )
-
-
 def _fake_backward(
     d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, state: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +112,15 @@ ONE_PASS_BACKWARD = Op(
     "one_pass_backward(Tensor d, Tensor sum_d, Tensor z, Tensor conv_weight, Tensor state, Tensor projected, "
     "Tensor total, str backend) -> (Tensor, Tensor, Tensor)",
     "one_pass",
-    _check_backward,
+    {
+        "d": activation("N K H W", empty=False),
+        "sum_d": wide("K"),
+        "conv_weight": strided("K C 1 1", "floating"),
+        "z": activation("N C H W"),
+        "state": wide("4 K"),
+        "projected": wide("K C"),
+        "total": dense("C", torch.float64),
+    },
     _fake_backward,
 )
 

@@ -14,18 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks, _one_pass_checks
+from fusedres.errors import ShapeError
+from fusedres.ops._arguments import ActivationDtype, Call, Integer, activation, dense, strided, wide
 from fusedres.ops._library import Op
-
-
-def _check_fold(
-    conv_weight: Tensor, state: Tensor, total: Tensor, count: int, dtype: torch.dtype, backend: str
-) -> None:
-    op = "one_pass_fold"
-    channels, in_channels = _one_pass_checks.matrix_shape(op, conv_weight)
-    _checks.dense(op, "state", state, (4, channels), _one_pass_checks.wide_dtype(op, dtype), conv_weight)
-    _checks.dense(op, "total", total, (in_channels,), torch.float64, conv_weight)
-    _one_pass_checks.positive_count(op, count)
+from fusedres.ops._sizes import mask_shape, subsampled
 
 
 def _fake_fold(
@@ -39,7 +31,13 @@ ONE_PASS_FOLD = Op(
     "one_pass_fold(Tensor conv_weight, Tensor state, Tensor total, int count, ScalarType dtype, str backend) "
     "-> (Tensor, Tensor)",
     "one_pass_tail",
-    _check_fold,
+    {
+        "dtype": ActivationDtype(),
+        "conv_weight": strided("K C 1 1", "floating"),
+        "state": wide("4 K"),
+        "total": dense("C", torch.float64),
+        "count": Integer(1, 2**62),
+    },
     _fake_fold,
 )
 
@@ -66,67 +64,24 @@ def one_pass_fold(
     return folded, offset
 
 
-def _check_tail(
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    folded: Tensor,
-    offset: Tensor,
-    stride: int,
-    shortcut: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_stride: int,
-    x: Tensor | None,
-    x_pivot: Tensor | None,
-    x_folded: Tensor | None,
-    x_offset: Tensor | None,
-    x_stride: int,
-    with_mask: bool,
-    backend: str,
-) -> None:
-    op = "one_pass_tail"
-    _checks.activation(op, "z", z, backend)
-    _one_pass_checks.centred(op, "", z, state, pivot, stride)
-    channels = folded.shape[0]
-    wide = _checks.arithmetic_dtype(z)
-    _checks.dense(op, "folded", folded, (channels, z.shape[1]), z.dtype, z)
-    _checks.dense(op, "offset", offset, (channels,), wide, z)
-    grid = _one_pass_checks.grid(z, stride)
-    if (shortcut is None) == (x is None):
-        raise ValueError(f"{op}: exactly one of shortcut and x must be given, got {'none' if x is None else 'both'}")
-    if x is not None:
-        if x_pivot is None or x_folded is None or x_offset is None:
-            raise ValueError(f"{op}: x_pivot, x_folded and x_offset must be given with x, got None")
-        _checks.same_kind(op, "x", x, "z", z)
-        _one_pass_checks.centred(op, "x_", x, None, x_pivot, x_stride)
-        _checks.dense(op, "x_folded", x_folded, (channels, x.shape[1]), z.dtype, z)
-        _checks.dense(op, "x_offset", x_offset, (channels,), wide, z)
-        _one_pass_checks.same_grid(op, "x", _one_pass_checks.grid(x, x_stride), grid)
-    if shortcut is not None:
-        _checks.same_kind(op, "shortcut", shortcut, "z", z)
-        _checks.positive_stride(op, shortcut_stride)
-        _one_pass_checks.same_grid(op, "shortcut", _one_pass_checks.grid(shortcut, shortcut_stride), grid)
-        if shortcut_state is not None:
-            _checks.dense(op, "shortcut_state", shortcut_state, (4, channels), wide, z)
-            if shortcut.shape[1] != channels or shortcut_stride != 1:
-                raise ValueError(
-                    f"{op}: shortcut must have {channels} channels and shortcut_stride 1 with a shortcut_state, got "
-                    f"{shortcut.shape[1]} and {shortcut_stride}; a normalised shortcut is neither strided nor padded"
-                )
-        elif shortcut.shape[1] > channels:
-            raise ValueError(
-                f"{op}: shortcut must have at most {channels} channels like folded, got {shortcut.shape[1]}; was the "
-                "downsample branch skipped?"
-            )
+def _check_shortcut(call: Call) -> None:
+    shortcut, stride = call["shortcut"], call["shortcut_stride"]
+    if shortcut is None and call["x"] is None:
+        call.fail(ValueError, "shortcut", "be given where x is None", "None", "pass exactly one of the two")
+    if call["shortcut_state"] is not None and (shortcut.shape[1] != call.scope.sizes["K"] or stride != 1):
+        expected = f"have {call.scope.sizes['K']} channels and shortcut_stride 1 with a shortcut_state"
+        remedy = "a normalised shortcut is neither strided nor padded"
+        call.fail(ShapeError, "shortcut", expected, f"{shortcut.shape[1]} and {stride}", remedy)
 
 
 def _fake_tail(z: Tensor, state: Tensor | None, pivot: Tensor, folded: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     stride, with_mask = rest[1], rest[-2]
     assert isinstance(stride, int | torch.SymInt)
-    n, p, q = _one_pass_checks.grid(z, stride)  # type: ignore[arg-type]
+    n, _, h, w = z.shape
+    p, q = (subsampled(size, stride) for size in (h, w))  # type: ignore[arg-type]
     shape = (n, folded.shape[0], p, q)
     out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
-    return out, z.new_empty(_checks.mask_shape(out) if with_mask else (0,), dtype=torch.uint8)
+    return out, z.new_empty(mask_shape(out) if with_mask else (0,), dtype=torch.uint8)
 
 
 ONE_PASS_TAIL = Op(
@@ -134,8 +89,26 @@ ONE_PASS_TAIL = Op(
     "Tensor? shortcut_state, int shortcut_stride, Tensor? x, Tensor? x_pivot, Tensor? x_folded, Tensor? x_offset, "
     "int x_stride, bool with_mask, str backend) -> (Tensor, Tensor)",
     "one_pass_tail",
-    _check_tail,
+    {
+        "stride": Integer(1),
+        "z": activation("N C P*stride Q*stride"),
+        "state": wide("4 C"),
+        "pivot": wide("C"),
+        "folded": dense("K C", "x"),
+        "offset": wide("K"),
+        "shortcut_stride": Integer(1),
+        "shortcut": activation(
+            "N L<=K P*shortcut_stride Q*shortcut_stride", not_with="x", remedy="was the downsample branch skipped?"
+        ),
+        "shortcut_state": wide("4 K", only_with="shortcut"),
+        "x_stride": Integer(1),
+        "x": activation("N D P*x_stride Q*x_stride"),
+        "x_pivot": wide("D", given_with="x"),
+        "x_folded": dense("K D", "x", given_with="x"),
+        "x_offset": wide("K", given_with="x"),
+    },
     _fake_tail,
+    _check_shortcut,
 )
 
 

@@ -14,41 +14,27 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.one_pass_tail.reference import ROWS_A_PARTIAL
-from fusedres.ops import _checks, _one_pass_checks
+from fusedres.ops._arguments import (
+    ActivationDtype,
+    Call,
+    Integer,
+    Row,
+    activation,
+    bits,
+    dense,
+    strided,
+    wide,
+)
 from fusedres.ops._library import Op
 
-
-def _check_gradient(op: str, grad: Tensor, gate: Tensor, z: Tensor, stride: int, backend: str) -> None:
-    """d, on the grid of z's strided pixels."""
-    _checks.activation(op, "grad", grad, backend)
-    _checks.dense(op, "gate", gate, _checks.mask_shape(grad), torch.uint8, grad)
-    _checks.same_kind(op, "z", z, "grad", grad)
-    _checks.positive_stride(op, stride)
-    _one_pass_checks.same_grid(op, "z", _one_pass_checks.grid(z, stride), _one_pass_checks.grid(grad, 1))
-
-
-def _check_reduce(
-    grad: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    stride: int,
-    x: Tensor | None,
-    x_pivot: Tensor | None,
-    x_stride: int,
-    backend: str,
-) -> None:
-    op = "one_pass_reduce"
-    _check_gradient(op, grad, gate, z, stride, backend)
-    _one_pass_checks.centred(op, "", z, state, pivot, stride)
-    if x is None:
-        return
-    if x_pivot is None:
-        raise ValueError(f"{op}: x_pivot must be given with x, got None")
-    _checks.same_kind(op, "x", x, "grad", grad)
-    _one_pass_checks.centred(op, "x_", x, None, x_pivot, x_stride)
-    _one_pass_checks.same_grid(op, "x", _one_pass_checks.grid(x, x_stride), _one_pass_checks.grid(grad, 1))
+_GRADIENT: dict[str, Row] = {
+    "stride": Integer(1),
+    "grad": activation("N K P Q"),
+    "gate": bits("N K P Q"),
+    "z": activation("N C P*stride Q*stride"),
+    "state": wide("4 C"),
+    "pivot": wide("C"),
+}
 
 
 def _fake_reduce(
@@ -70,7 +56,12 @@ ONE_PASS_REDUCE = Op(
     "one_pass_reduce(Tensor grad, Tensor gate, Tensor z, Tensor? state, Tensor pivot, int stride, Tensor? x, "
     "Tensor? x_pivot, int x_stride, str backend) -> (Tensor, Tensor, Tensor)",
     "one_pass_tail",
-    _check_reduce,
+    {
+        **_GRADIENT,
+        "x_stride": Integer(1),
+        "x": activation("N D P*x_stride Q*x_stride"),
+        "x_pivot": wide("D", given_with="x"),
+    },
     _fake_reduce,
 )
 
@@ -106,30 +97,6 @@ def one_pass_reduce(
     return cross, x_cross, sum_d
 
 
-def _check_products(
-    cross: Tensor,
-    sum_d: Tensor,
-    conv_weight: Tensor,
-    folded: Tensor,
-    state: Tensor,
-    projected: Tensor,
-    total: Tensor,
-    count: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> None:
-    op = "one_pass_products"
-    shape = _one_pass_checks.matrix_shape(op, conv_weight)
-    wide = _one_pass_checks.wide_dtype(op, dtype)
-    _checks.dense(op, "cross", cross, shape, wide, conv_weight)
-    _checks.dense(op, "sum_d", sum_d, shape[:1], wide, conv_weight)
-    _checks.dense(op, "folded", folded, shape, dtype, conv_weight)
-    _checks.dense(op, "state", state, (4, shape[0]), wide, conv_weight)
-    _checks.dense(op, "projected", projected, shape, wide, conv_weight)
-    _checks.dense(op, "total", total, shape[1:], torch.float64, conv_weight)
-    _one_pass_checks.positive_count(op, count)
-
-
 def _fake_products(
     cross: Tensor,
     sum_d: Tensor,
@@ -151,7 +118,17 @@ ONE_PASS_PRODUCTS = Op(
     "one_pass_products(Tensor cross, Tensor sum_d, Tensor conv_weight, Tensor folded, Tensor state, Tensor projected, "
     "Tensor total, int count, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "one_pass_tail",
-    _check_products,
+    {
+        "dtype": ActivationDtype(),
+        "conv_weight": strided("K C 1 1", "floating"),
+        "cross": wide("K C"),
+        "sum_d": wide("K"),
+        "folded": dense("K C", "x"),
+        "state": wide("4 K"),
+        "projected": wide("K C"),
+        "total": dense("C", torch.float64),
+        "count": Integer(1, 2**62),
+    },
     _fake_products,
 )
 
@@ -190,28 +167,9 @@ def one_pass_products(
     return grad_conv, grad_weight, quadratic, constant
 
 
-def _check_dgrad(
-    grad: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    folded: Tensor,
-    quadratic: Tensor,
-    constant: Tensor,
-    stride: int,
-    masked: bool,
-    backend: str,
-) -> None:
-    op = "one_pass_dgrad"
-    _check_gradient(op, grad, gate, z, stride, backend)
-    _one_pass_checks.centred(op, "", z, state, pivot, stride)
-    channels = z.shape[1]
-    _checks.dense(op, "folded", folded, (grad.shape[1], channels), grad.dtype, grad)
-    _checks.dense(op, "quadratic", quadratic, (channels, channels), grad.dtype, grad)
-    _checks.dense(op, "constant", constant, (channels,), _checks.arithmetic_dtype(grad), grad)
-    if masked and state is None:
-        raise ValueError(f"{op}: masked must be False without a state, got True; there is no ReLU before z then")
+def _check_masked(call: Call) -> None:
+    if call["masked"] and call["state"] is None:
+        call.fail(ValueError, "masked", "be False without a state", "True", "there is no ReLU before z then")
 
 
 def _fake_dgrad(
@@ -238,8 +196,14 @@ ONE_PASS_DGRAD = Op(
     "one_pass_dgrad(Tensor grad, Tensor gate, Tensor z, Tensor? state, Tensor pivot, Tensor folded, Tensor quadratic, "
     "Tensor constant, int stride, bool masked, str backend) -> (Tensor, Tensor)",
     "one_pass_tail",
-    _check_dgrad,
+    {
+        **_GRADIENT,
+        "folded": dense("K C", "x"),
+        "quadratic": dense("C C", "x"),
+        "constant": wide("C"),
+    },
     _fake_dgrad,
+    _check_masked,
 )
 
 

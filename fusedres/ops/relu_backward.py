@@ -5,24 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import activation, gate
 from fusedres.ops._library import Op
-
-
-def _check_relu_backward(grad: Tensor, gate: Tensor, backend: str) -> None:
-    _checks.activation("relu_backward", "grad", grad, backend)
-    _checks.gate("relu_backward", "gate", gate, grad)
+from fusedres.ops._sizes import arithmetic_dtype
 
 
 def _fake(grad: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    sums = grad.new_empty(grad.shape[1], dtype=_checks.arithmetic_dtype(grad))
+    sums = grad.new_empty(grad.shape[1], dtype=arithmetic_dtype(grad))
     return torch.empty_like(grad, memory_format=torch.channels_last), sums
 
 
 RELU_BACKWARD = Op(
     "relu_backward(Tensor grad, Tensor gate, str backend) -> (Tensor, Tensor)",
     "relu_backward",
-    _check_relu_backward,
+    {"grad": activation("N C H W"), "gate": gate("N C H W")},
     _fake,
 )
 

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.ops import _checks
+from fusedres.ops._arguments import Integer, activation, gate
 from fusedres.ops._library import Op
-
-
-def _check_shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int, backend: str) -> None:
-    _checks.activation("shortcut_grad_", "grad_x", grad_x, backend)
-    _checks.same_kind("shortcut_grad_", "grad", grad, "grad_x", grad_x)
-    _checks.gate("shortcut_grad_", "gate", gate, grad)
-    _checks.positive_stride("shortcut_grad_", stride)
-    n, c, h, w = grad_x.shape
-    reached = (n, _checks.subsampled(h, stride), _checks.subsampled(w, stride))
-    if reached != (grad.shape[0], grad.shape[2], grad.shape[3]) or c > grad.shape[1]:
-        raise ValueError(
-            f"shortcut_grad_: grad must have the shape that grad_x {tuple(grad_x.shape)} reaches with stride {stride} "
-            f"and channels appended, got {tuple(grad.shape)}; was the downsample branch skipped?"
-        )
-
 
 SHORTCUT_GRAD_ = Op(
     "shortcut_grad_(Tensor(a!) grad_x, Tensor grad, Tensor? gate, int stride, str backend) -> ()",
     "shortcut_grad",
-    _check_shortcut_grad_,
+    {
+        "stride": Integer(1),
+        "grad_x": activation("N C H W"),
+        "grad": activation("N D>=C H/stride W/stride", remedy="was the downsample branch skipped?"),
+        "gate": gate("N D H/stride W/stride"),
+    },
     lambda *_: None,
 )
 

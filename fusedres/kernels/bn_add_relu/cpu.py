@@ -43,7 +43,7 @@ def _launch(
     channels = x.shape[1]
     n, shortcut_channels, h, w = shortcut.shape
     mask_shape = (n, x.shape[2], x.shape[3], (channels + 7) // 8) if with_mask else (0,)
-    mask = torch.empty(mask_shape, dtype=torch.uint8)
+    mask = x.new_empty(mask_shape, dtype=torch.uint8)
     _C.bn_add_relu(
         x.data_ptr(),
         DTYPE_CODE[x.dtype],

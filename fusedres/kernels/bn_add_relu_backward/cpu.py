@@ -22,7 +22,7 @@ def bn_add_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu_backward."""
     grad_x = empty_like(x)
-    grad_shortcut = torch.empty(0, dtype=x.dtype) if shortcut_x is None else empty_like(shortcut_x)
+    grad_shortcut = x.new_empty(0) if shortcut_x is None else empty_like(shortcut_x)
     sums = _launch(
         grad,
         gate_code(gate),
@@ -91,7 +91,7 @@ def _launch(
     with_sums: bool,
 ) -> Tensor:
     channels = x.shape[1]
-    sums = torch.empty((3, channels), dtype=state.dtype)
+    sums = state.new_empty((3, channels))
     _C.bn_add_relu_backward(
         grad.data_ptr(),
         DTYPE_CODE[grad.dtype],

@@ -13,7 +13,7 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
     """See fusedres.ops.bn_relu_maxpool."""
     n, c, h, w = x.shape
     out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x)
-    argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else torch.empty(0, dtype=torch.uint8)
+    argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
     _C.bn_relu_maxpool(
         x.data_ptr(),
         DTYPE_CODE[x.dtype],
@@ -54,7 +54,7 @@ def _launch(
     grad_x: Tensor,
 ) -> Tensor:
     n, c, h, w = x.shape
-    sums = (torch.empty if n else torch.zeros)((2, c), dtype=state.dtype)
+    sums = (state.new_empty if n else state.new_zeros)((2, c))
     _C.bn_relu_maxpool_backward(
         grad.data_ptr(),
         DTYPE_CODE[grad.dtype],

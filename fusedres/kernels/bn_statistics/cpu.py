@@ -21,7 +21,7 @@ def bn_statistics(
 ) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     channels = x.shape[1]
-    state = torch.empty((4, channels), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    state = x.new_empty((4, channels), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
     _C.bn_statistics(
         x.data_ptr(),
         DTYPE_CODE[x.dtype],
@@ -55,7 +55,7 @@ def bn_frozen(
 ) -> Tensor:
     """See fusedres.ops.bn_frozen."""
     channels = running_mean.shape[0]
-    state = torch.empty((4, channels), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    state = x.new_empty((4, channels), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
     _C.bn_frozen(
         DTYPE_CODE[x.dtype],
         channels,

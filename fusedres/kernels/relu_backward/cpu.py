@@ -13,7 +13,7 @@ def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.relu_backward."""
     channels = grad.shape[1]
     d = empty_like(grad)
-    sums = torch.empty(channels, dtype=torch.float64 if grad.dtype is torch.float64 else torch.float32)
+    sums = grad.new_empty(channels, dtype=torch.float64 if grad.dtype is torch.float64 else torch.float32)
     _C.relu_backward(
         grad.data_ptr(),
         DTYPE_CODE[grad.dtype],

@@ -1,0 +1,105 @@
+"""What is checked of the tensors of every call, whatever the op: that their memory is there, and may be written.
+
+What a table says (_arguments.py) depends on a call's signature alone and is checked once for each; this is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fusedres.errors import DtypeError
+
+
+def fail(error: type[Exception], op: str, argument: str, expected: str, got: object, remedy: str = "") -> NoReturn:
+    """Raises the error: `op: argument must expected, got what it is; remedy`."""
+    raise error(f"{op}: {argument} must {expected}, got {got}" + (f"; {remedy}" if remedy else ""))
+
+
+def tensors_of(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor among the arguments, those of lists too, with its name."""
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list):
+            yield from ((f"{name}[{i}]", item) for i, item in enumerate(value) if isinstance(item, Tensor))
+
+
+def check_kinds(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises where a tensor has no strides, or where memory does not hold its values."""
+    for name, tensor in tensors:
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+            fail(DtypeError, op, name, "be a plain strided tensor", f"a tensor that is {kind}", "convert it first")
+        if tensor.is_neg() or tensor.is_conj():
+            got = "a view that is still to be negated or conjugated"
+            fail(DtypeError, op, name, "hold its values", got, "call .resolve_neg() or .resolve_conj()")
+        if tensor._is_zerotensor():
+            fail(DtypeError, op, name, "hold its values", "a tensor of zeros without memory", "call .clone()")
+
+
+def signature(value: Any) -> Any:
+    """All of an argument that a table can speak of."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(signature(item) for item in value)
+    return float if isinstance(value, float) else value
+
+
+def check_memory(op: str, tensors: Iterable[tuple[str, Tensor]], written: tuple[str, ...]) -> None:
+    """Raises where a storage does not hold what its tensor reaches, or what is written shares memory, or may not be.
+
+    Meta tensors have no memory and none is checked.
+    """
+    spans = {name: _span(op, name, tensor) for name, tensor in tensors if tensor.numel() and not tensor.is_meta}
+    if not written:
+        return
+    for name, tensor in tensors:
+        if name in written:
+            _check_writable(op, name, tensor)
+    for name in written:
+        begin, end = spans.get(name, (0, 0))
+        for other, (start, stop) in spans.items():
+            if start < end and begin < stop and other != name:
+                expected = f"share no memory with {other}, as it is written"
+                fail(RuntimeError, op, name, expected, "views of the same memory", "clone one of them")
+
+
+def _span(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor reaches, from its first element to the end of its last: all there, and aligned."""
+    elements, itemsize, begin = tensor.numel(), tensor.itemsize, tensor.data_ptr()
+    if not (tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))):
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (int(tensor.storage_offset()) + elements) * itemsize
+    held = tensor.untyped_storage().nbytes()
+    if held < needed:
+        remedy = "its storage was freed or resized; pass a tensor that has its values"
+        fail(RuntimeError, op, name, f"have a storage of at least {needed} bytes", f"one of {held}", remedy)
+    if begin % itemsize:
+        expected = f"start at a multiple of {itemsize} bytes in memory"
+        fail(RuntimeError, op, name, expected, f"address {begin:#x}", "call .clone()")
+    return begin, begin + elements * itemsize
+
+
+def _check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """As in torch."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        expected = "be a normal tensor, as it is written outside of inference mode"
+        fail(RuntimeError, op, name, expected, "an inference tensor", "clone it")
+    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+        expected = "not be a leaf that requires grad, as it is written"
+        fail(RuntimeError, op, name, expected, "one", "use torch.no_grad()")
+
+
+def check_one_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises where tensors are on several devices: all that is checked of tensors that stand for others."""
+    first = None
+    for name, tensor in tensors:
+        if first is None:
+            first = name, tensor.device
+        elif tensor.device != first[1]:
+            fail(RuntimeError, op, name, f"be on {first[1]} like {first[0]}", tensor.device, "move one of them")
