@@ -1,7 +1,8 @@
 """Autograd of the fused blocks: which ops run in which order, and what is saved."""
 
 from fusedres.autograd.graph import wants_gradients
-from fusedres.autograd.layout import in_format, suggests_channels_last, to_channels_last
+from fusedres.autograd.layout import in_format, suggests_channels_last
+from fusedres.autograd.memory import to_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN
 from fusedres.autograd.residual_block import count_path, path_counts, run_block
 from fusedres.autograd.stem import StemPlan, run_stem

@@ -30,11 +30,6 @@ def suggests_channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def to_channels_last(x: Tensor) -> Tensor:
-    """x as dense channels_last; itself where it is."""
-    return x if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.contiguous(memory_format=_CHANNELS_LAST)
-
-
 def in_format(out: Tensor, channels_last: bool) -> Tensor:
     """A dense channels_last tensor in the format that torch would give it, strides of length-1 axes included."""
     if out.is_contiguous():

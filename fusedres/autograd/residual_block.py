@@ -25,9 +25,10 @@ from fusedres.autograd.conv_backward import ConvBackward
 from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
 from fusedres.autograd.graph import donate_saved, is_batched, materialized, used_gradients
-from fusedres.autograd.layout import in_format, suggests_channels_last, to_channels_last
+from fusedres.autograd.layout import in_format, suggests_channels_last
+from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved
-from fusedres.autograd.saved import check_saved, require_memory, statistics_kept_on_error
+from fusedres.autograd.saved import check_saved
 
 # How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused of the blocks;
 # stem_forward, stem_backward, stem_composite_backward, stem_unfused of the stems (stem.py).

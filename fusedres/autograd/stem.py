@@ -20,10 +20,11 @@ from fusedres.autograd.composite import composite_stem
 from fusedres.autograd.convolution import convolution, convolution_backward
 from fusedres.autograd.forward import Tensors, in_dtype, unit_state
 from fusedres.autograd.graph import donate_saved, is_batched, materialized, used_gradients
-from fusedres.autograd.layout import in_format, suggests_channels_last, to_channels_last
+from fusedres.autograd.layout import in_format, suggests_channels_last
+from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
 from fusedres.autograd.residual_block import as_saved, count_path
-from fusedres.autograd.saved import check_saved_stem, require_memory, statistics_kept_on_error
+from fusedres.autograd.saved import check_saved_stem
 from fusedres.ops.launch import launches
 
 _CHANNELS_LAST = torch.channels_last

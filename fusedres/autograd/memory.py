@@ -1,0 +1,70 @@
+"""Checks of the memory that a call reads, and running statistics that a failed call leaves as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, ConvBN
+
+_NAMES = ("convolution weight", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """x as dense channels_last; itself where it is. Raises where its memory is not there."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if not torch.compiler.is_compiling() and not has_memory(x):
+        _refuse("x", x)  # torch's own conversion would read it
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def require_memory(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Raises where the memory of a call's input, or of a tensor of its units, was freed or is too small."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return
+    for index, tensor in enumerate((x, *tensors)):
+        if tensor is not None and not has_memory(tensor):
+            name = "x" if index == 0 else f"a unit's {_NAMES[(index - 1) % UNIT_TENSORS]}"
+            _refuse(name, tensor)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's storage holds all of its elements."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= needed
+
+
+@contextmanager
+def statistics_kept_on_error(tensors: Sequence[Tensor | None], units: Sequence[ConvBN]) -> Iterator[None]:
+    """Puts the running statistics back where a forward fails half-way (out of memory, say), on the CPU.
+
+    On GPUs, where copies would cost launches, statistics updated before a failure stay updated, as torch's do.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    if not torch.compiler.is_compiling():
+        for index, unit in enumerate(units):
+            if unit.update:
+                running = tensors[index * UNIT_TENSORS + UNIT_PARAMS : (index + 1) * UNIT_TENSORS]
+                kept += [(tensor, tensor.clone()) for tensor in running if tensor is not None and tensor.is_cpu]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        raise
+
+
+def _refuse(name: str, tensor: Tensor) -> NoReturn:
+    raise RuntimeError(
+        f"fused block: {name} must have memory for its shape {tuple(tensor.shape)}, got a storage of "
+        f"{tensor.untyped_storage().nbytes()} bytes; allocate it before the call (it was freed or resized)"
+    )
