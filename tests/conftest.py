@@ -27,6 +27,11 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fuzz N`: how many random blocks test_fuzz.py tries, of other seeds each time."""
+    parser.addoption("--fuzz", type=int, metavar="N", help="random blocks to try (default: 300 of fixed seeds)")
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Every test starts from the same seed; the thread count, and whether oneDNN is used, stay as they were."""
