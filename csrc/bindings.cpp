@@ -268,15 +268,17 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
 
+  m.attr("ONE_PASS_NARROW") = kOnePassNarrow;
   m.def(
       "one_pass_grads",
       [](int dtype, int64_t rows, int64_t channels, int64_t in_channels, Address cross, Address sum_d, Address weight,
          Address state, Address projected, Address total, Address grad_conv, Address grad_weight, Address quadratic,
-         Address constant, int threads) {
+         Address constant, int threads, Address d, Address z) {
         one_pass_grads({dtype_of(dtype), rows, channels, in_channels, pointer<const void>(cross),
                         pointer<const void>(sum_d), pointer<const void>(weight), pointer<const void>(state),
                         pointer<const void>(projected), pointer<const double>(total), pointer(grad_conv),
-                        pointer(grad_weight), pointer(quadratic), pointer(constant), threads});
+                        pointer(grad_weight), pointer(quadratic), pointer(constant), threads, pointer<const void>(d),
+                        pointer<const void>(z)});
       },
       release);
 

@@ -13,7 +13,7 @@
 
 namespace fusedres {
 
-// Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
+// Up to this many multiplications Q is taken in float64: it costs little there.
 constexpr double kFloat64Products = 1 << 24;
 
 }  // namespace fusedres
@@ -38,9 +38,10 @@ void one_pass_statistics(const OnePassStatisticsParams& p) {
 }
 
 void one_pass_grads(const OnePassGradsParams& p) {
-  require(p.cross != nullptr && p.sum_d != nullptr && p.weight != nullptr && p.state != nullptr &&
-              p.projected != nullptr && p.total != nullptr && p.grad_conv != nullptr && p.grad_weight != nullptr &&
-              p.quadratic != nullptr && p.constant != nullptr,
+  require((p.in_channels <= kOnePassNarrow ? p.d != nullptr && p.z != nullptr : p.cross != nullptr) &&
+              p.sum_d != nullptr && p.weight != nullptr && p.state != nullptr && p.projected != nullptr &&
+              p.total != nullptr && p.grad_conv != nullptr && p.grad_weight != nullptr && p.quadratic != nullptr &&
+              p.constant != nullptr,
           "one_pass_grads", "null pointer");
   require(p.rows > 0 && p.channels > 0 && p.in_channels > 0, "one_pass_grads", "no rows or channels");
   FUSEDRES_SELECT_ISA(grads_of)(p);

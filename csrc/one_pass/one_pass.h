@@ -21,15 +21,19 @@ struct OnePassStatisticsParams {
 };
 
 // The state of the output's BatchNorm, its running statistics (of the data before they were centred), and W·Cov; the
-// product is taken in float64 where it is small.
+// product is taken in float64.
 void one_pass_statistics(const OnePassStatisticsParams& params);
+
+// A convolution of no more input channels takes G and Σd in float64 from d and z themselves: a value of few terms shows
+// how each of them was rounded, and eager adds up in float64 where there is one channel.
+constexpr int64_t kOnePassNarrow = 8;
 
 struct OnePassGradsParams {
   DType dtype;  // of the activations
   int64_t rows;
   int64_t channels;
   int64_t in_channels;
-  const void* cross;      // [channels, in_channels] arithmetic: G = dᵀz
+  const void* cross;      // [channels, in_channels] arithmetic: G = dᵀz; not read where in_channels <= kOnePassNarrow
   const void* sum_d;      // [channels] arithmetic
   const void* weight;     // [channels, in_channels] arithmetic
   const void* state;      // [4, channels] arithmetic: mean, invstd, scale, shift
@@ -40,6 +44,8 @@ struct OnePassGradsParams {
   void* quadratic;        // [in_channels, in_channels] arithmetic: -Q
   void* constant;         // [in_channels] arithmetic
   int threads;
+  const void* d;  // [rows, channels] arithmetic, like z read where in_channels <= kOnePassNarrow only
+  const void* z;  // [rows, in_channels] arithmetic
 };
 
 // With c1 = scale·Σd/rows, dγ = invstd·(rowsum(W⊙G) - mean·Σd) and c2 = scale·invstd·dγ/rows:

@@ -163,13 +163,15 @@ class Backward {
     grads.threads = block_.threads;
     const Tensor scaled = aten::empty({channels, inputs, 1, 1}, dtype);
     one_pass_scale(grads, scaled.data());
-    auto [grad_z, cross] = aten::convolution_backward(d, z, scaled, params, true, true);
+    auto [grad_z, cross] = aten::convolution_backward(d, z, scaled, params, true, inputs > kOnePassNarrow);
 
     Tensor grad_conv = aten::empty({channels, inputs, 1, 1}, dtype);
     Tensor grad_weight = aten::empty({channels}, dtype);
     const Tensor quadratic = aten::empty({inputs, inputs, 1, 1}, dtype);
     const Tensor constant = aten::empty({inputs}, dtype);
     grads.cross = cross.data();
+    grads.d = d.data();
+    grads.z = z.data();
     grads.sum_d = sum.data();
     grads.projected = saved.projected.data();
     grads.total = static_cast<const double*>(saved.total.data());

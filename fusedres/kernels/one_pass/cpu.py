@@ -74,8 +74,9 @@ def one_pass_backward(
     matrix = _matrix(conv_weight, state.dtype)
     scaled = torch.empty((channels, in_channels, 1, 1), dtype=state.dtype)
     _C.one_pass_scale(*sizes, matrix.data_ptr(), state.data_ptr(), scaled.data_ptr(), threads)
+    narrow = in_channels <= _C.ONE_PASS_NARROW
     grad_z, cross, _ = torch.ops.aten.convolution_backward(
-        d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
+        d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, not narrow, False)
     )
     grad_conv, grad_weight = torch.empty_like(projected), torch.empty_like(sum_d)
     quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype)
@@ -85,7 +86,7 @@ def one_pass_backward(
         z.numel() // in_channels,
         channels,
         in_channels,
-        cross.view(channels, in_channels).data_ptr(),
+        0 if narrow else cross.view(channels, in_channels).data_ptr(),
         sum_d.data_ptr(),
         matrix.data_ptr(),
         state.data_ptr(),
@@ -96,6 +97,8 @@ def one_pass_backward(
         quadratic.data_ptr(),
         constant.data_ptr(),
         threads,
+        d.data_ptr(),
+        z.data_ptr(),
     )
     # Not torch.conv2d, which autocast would round: what follows reads float32 by its address.
     correction = torch.convolution(z, quadratic, constant, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from fusedres.kernels.bn_statistics.reference import normalisation, update_running
 
-# Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
-FLOAT64_PRODUCTS = 1 << 24
-
 
 def one_pass_statistics(
     conv_weight: Tensor,
@@ -26,17 +23,13 @@ def one_pass_statistics(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
-    channels, in_channels = conv_weight.shape[:2]
-    dtype = torch.float64 if channels * in_channels * in_channels <= FLOAT64_PRODUCTS else pivot.dtype
-    matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
+    matrix = conv_weight.detach().reshape(conv_weight.shape[:2]).double()
     centre = total / count
-    cov = torch.addr(gram / count, centre, centre, alpha=-1).to(dtype)  # in float64: what cancels here cancels squared
-    projected = matrix @ cov
-    mean = matrix @ centre.to(dtype)
+    projected = matrix @ torch.addr(gram / count, centre, centre, alpha=-1)  # in float64: what cancels, cancels squared
+    mean = matrix @ centre
     var = (projected * matrix).sum(1).clamp_(min=0)
-    update_running(
-        mean + matrix @ pivot.to(dtype), var, count, running_mean, running_var, num_batches_tracked, momentum
-    )
+    moved = mean + matrix @ pivot.double()
+    update_running(moved, var, count, running_mean, running_var, num_batches_tracked, momentum)
     return normalisation(mean, var, weight, bias, eps).to(pivot.dtype), projected.to(pivot.dtype)
 
 

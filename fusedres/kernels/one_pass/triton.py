@@ -23,9 +23,12 @@ from torch import Tensor
 from fusedres.kernels.bn_statistics.triton import store_average, store_state
 from fusedres.kernels.launch import ceil_div, choose, launch
 from fusedres.kernels.one_pass import configs
-from fusedres.kernels.one_pass.reference import FLOAT64_PRODUCTS, one_pass_backward
+from fusedres.kernels.one_pass.reference import one_pass_backward
 
 __all__ = ["one_pass_backward", "one_pass_fold", "one_pass_statistics"]
+
+# Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
+FLOAT64_PRODUCTS = 1 << 24
 
 
 @triton.jit
