@@ -24,6 +24,7 @@ using Error = int32_t;
   X(get_sizes, Error, (Handle, int64_t**))                                                                          \
   X(get_strides, Error, (Handle, int64_t**))                                                                        \
   X(get_dtype, Error, (Handle, int32_t*))                                                                           \
+  X(get_device_type, Error, (Handle, int32_t*))                                                                     \
   X(get_storage_size, Error, (Handle, int64_t*))                                                                    \
   X(get_storage_offset, Error, (Handle, int64_t*))                                                                  \
   X(_reinterpret_tensor, Error, (Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*))                \
@@ -177,6 +178,9 @@ bool Tensor::has_dtype() const {
 
 bool Tensor::in_memory() const {
   if (handle_ == nullptr) return true;
+  int32_t device = 0;
+  check(torch.call.get_device_type(handle_, &device), "device");
+  if (device != torch.cpu) return false;
   const int64_t axes = dim();
   const int64_t* size = sizes();
   const int64_t* stride = strides();

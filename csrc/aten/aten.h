@@ -62,7 +62,7 @@ class Tensor {
   bool is_channels_last() const;
   bool is_matrix() const;              // (K, C, 1, 1), dense
   bool is_vector(int64_t size) const;  // (size,), contiguous
-  bool in_memory() const;              // its storage holds all of its elements; true where undefined
+  bool in_memory() const;              // its storage on the CPU holds all of its elements; true where undefined
   ChannelVector vector() const;        // of a contiguous vector, or undefined
 
  private:

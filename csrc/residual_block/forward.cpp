@@ -167,22 +167,53 @@ Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<Unit
 
 }  // namespace
 
+namespace {
+
+// A unit's tensors, whose input has the shape `input`; the shape of its output goes to `output`. What BatchNorm keeps
+// is of one dtype: that of the convolution, or float32 after one of 16 bits.
+bool serves_unit(const ConvBn& unit, const UnitTensors& tensors, int32_t dtype, const Shape& input, Shape* output) {
+  const Tensor& weight = tensors.conv_weight;
+  if (!weight.defined() || weight.torch_dtype() != dtype || weight.dim() != 4 || !weight.in_memory()) return false;
+  const int64_t channels = weight.sizes()[0];
+  if (weight.sizes()[1] * unit.convolution.groups != input.channels || channels % unit.convolution.groups != 0) {
+    return false;
+  }
+  *output = convolved_shape(input, weight, unit.convolution);
+  if (output->height < 1 || output->width < 1 || (unit.batch_statistics && output->rows() <= 1)) return false;
+  int32_t norm = -1;
+  for (const Tensor* vector : {&tensors.weight, &tensors.bias, &tensors.running_mean, &tensors.running_var}) {
+    if (!vector->defined()) continue;
+    const int32_t found = vector->torch_dtype();
+    if ((norm != -1 && found != norm) || !vector->is_vector(channels) || !vector->in_memory()) return false;
+    norm = found;
+  }
+  const bool wide = dtype == aten::torch_dtype(DType::kFloat32) || dtype == aten::torch_dtype(DType::kFloat64);
+  if (norm != -1 && norm != dtype && (wide || norm != aten::torch_dtype(DType::kFloat32))) return false;
+  const Tensor& batches = tensors.num_batches_tracked;
+  if (batches.defined() && (batches.torch_dtype() != aten::torch_int64() || batches.dim() != 0)) return false;
+  return batches.in_memory();
+}
+
+}  // namespace
+
 bool serves(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
   if (!x.has_dtype() || !x.is_channels_last() || !x.in_memory()) return false;
+  const Shape start = x.shape();
+  Shape shape = start, end = start, reached = start;
   for (size_t index = 0; index < tensors.size(); ++index) {
-    const UnitTensors& unit = tensors[index];
-    const Tensor& weight = unit.conv_weight;
-    if (weight.torch_dtype() != x.torch_dtype() || weight.dim() != 4 || !weight.in_memory()) return false;
-    for (const Tensor* vector : {&unit.weight, &unit.bias, &unit.running_mean, &unit.running_var}) {
-      if (!vector->defined()) continue;
-      if (!vector->has_dtype() || !vector->is_vector(weight.sizes()[0]) || !vector->in_memory()) return false;
+    const bool projection = index > block.last();
+    if (!serves_unit(block.units[index], tensors[index], x.torch_dtype(), projection ? start : shape, &shape)) {
+      return false;
     }
-    const Tensor& batches = unit.num_batches_tracked;
-    if (batches.defined() && (batches.torch_dtype() != aten::torch_int64() || batches.dim() != 0)) return false;
-    if (!batches.in_memory()) return false;
-    if (block.one_pass(index) && (x.dtype() != DType::kFloat32 || !weight.is_matrix())) return false;
+    if (block.one_pass(index) && (x.dtype() != DType::kFloat32 || !tensors[index].conv_weight.is_matrix())) {
+      return false;
+    }
+    (projection ? reached : end) = shape;
   }
-  return true;
+  if (block.projection) return reached == end;
+  const int64_t stride = block.pad_stride;
+  return start.batch == end.batch && (start.height + stride - 1) / stride == end.height &&
+         (start.width + stride - 1) / stride == end.width && start.channels <= end.channels;
 }
 
 ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock& block,

@@ -4,7 +4,7 @@ from fusedres.autograd.graph import wants_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import to_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN
-from fusedres.autograd.residual_block import count_path, path_counts, run_block
+from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import StemPlan, run_stem
 from fusedres.dispatch import LIBRARY, Directions
 
@@ -15,6 +15,7 @@ __all__ = [
     "ConvBN",
     "Directions",
     "StemPlan",
+    "UncheckedError",
     "count_path",
     "in_format",
     "path_counts",

@@ -40,6 +40,7 @@ class BlockPlan(NamedTuple):
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else the input's
     backend: str
     channels_last: bool = False  # the result's memory format, else contiguous NCHW
+    checked: bool = True  # else what the tensors' memory holds is for the C++ passes to check: no others may run
 
     @property
     def all_units(self) -> tuple[ConvBN, ...]:

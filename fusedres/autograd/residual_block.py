@@ -35,6 +35,10 @@ from fusedres.autograd.saved import check_saved
 path_counts: Counter[str] = Counter()
 
 
+class UncheckedError(Exception):
+    """The C++ passes do not serve a call of a plan that is not checked: read the block, and call with that plan."""
+
+
 def count_path(path: str) -> None:
     """Counts a path, outside compiled code."""
     if not torch.compiler.is_compiling():
@@ -46,16 +50,17 @@ def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], re
     if recorded:
         result: Tensor = ResidualBlockFunction.apply(x, plan, *tensors)
         return result
-    count_path("fused_forward")
     x = to_channels_last(x)
     if any(unit.batch_statistics for unit in plan.all_units):
         out = _forward(x, plan, tensors, with_mask=False)[0]
     else:
         out = _infer(x, plan, tensors)
+    count_path("fused_forward")
     return in_format(out, plan.channels_last)
 
 
 def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], with_mask: bool) -> tuple[Tensor, Saved]:
+    _require_checked(plan)
     require_memory(x, tensors)
     with statistics_kept_on_error(tensors, plan.all_units):
         if plan.own_convolutions:
@@ -63,10 +68,16 @@ def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], wit
         return forward_passes(x, plan, tensors, with_mask)
 
 
+def _require_checked(plan: BlockPlan) -> None:
+    if not plan.checked:
+        raise UncheckedError
+
+
 def _infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Tensor:
     found = native.infer(x, plan, tensors)
     if found is not None:
         return found
+    _require_checked(plan)
     require_memory(x, tensors)
     return ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
 
@@ -85,12 +96,12 @@ class ResidualBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: BlockPlan, *tensors: Tensor | None) -> Tensor:
         """Saves what backward needs through save_for_backward, nothing else."""
-        count_path("fused_forward")
         source = to_channels_last(x)
         found: Sequence[Tensor | None] | None = native.forward(source, plan, tensors)
         if found is None:
             out, saved = _forward(source, plan, tensors, with_mask=True)
             found = (out, *saved.flat())
+        count_path("fused_forward")
         params = [t for i in range(0, len(tensors), UNIT_TENSORS) for t in tensors[i : i + UNIT_PARAMS]]
         ctx.plan, ctx.nchw = plan, not suggests_channels_last(x)
         ctx.save_for_backward(x, *params, *found[1:])

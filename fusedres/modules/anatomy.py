@@ -69,7 +69,7 @@ def block_anatomy(block: nn.Module, cls: type[nn.Module], parts: Parts) -> Anato
     downsample = children.get("downsample")
     if downsample is None:
         return Anatomy(units)
-    reason = _touched("downsample", downsample)
+    reason = touched("downsample", downsample)
     if reason is not None:
         return reason
     if type(downsample) is ZeroPadShortcut:
@@ -110,10 +110,11 @@ def _common(
     relu = children.get("relu")
     if type(relu) is not nn.ReLU:
         return f"relu is a {type(relu).__name__}, not a ReLU"
-    return _touched("relu", relu) or (tuple(units), children, not_plain)
+    return touched("relu", relu) or (tuple(units), children, not_plain)
 
 
-def _touched(name: str, child: nn.Module) -> str | None:
+def touched(name: str, child: nn.Module) -> str | None:
+    """Which hook or method of its own a child has."""
     attributes = child.__dict__
     if (
         attributes["_forward_hooks"]
@@ -127,7 +128,7 @@ def _touched(name: str, child: nn.Module) -> str | None:
 
 def _of_type(name: str, child: nn.Module | None, expected: type[nn.Module]) -> str | None:
     if type(child) is expected:
-        return _touched(name, child)
+        return touched(name, child)
     if child is not None and hasattr(child, "parametrizations"):
         return f"a parametrization on {name}"
     return f"{name} is a {type(child).__name__}, not a {expected.__name__}"

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from typing_extensions import Self
 
-from fusedres.autograd import BlockPlan, count_path, run_block, wants_gradients
+from fusedres.autograd import BlockPlan, UncheckedError, count_path, run_block, wants_gradients
 from fusedres.backends import backend_for
 from fusedres.dispatch import Way, measured
 from fusedres.modules.anatomy import Anatomy, Parts, block_anatomy
 from fusedres.modules.choice import measured_way
 from fusedres.modules.frozen import Frozen, run_frozen
 from fusedres.modules.reading import FLOATING, Tensors, read_block, read_input, read_stem
+from fusedres.modules.remembered import recall, remember
 
+# Not copied with a block nor pickled: folds, and what the last call left.
+_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_call")
 _ORDINARY = 256  # a side of images, in pixels, that any block takes
 
 
@@ -63,11 +66,19 @@ class FusedBlock(nn.Module):
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
+        device = x.device
+        backend, way = backend_for(device), None
+        compiling = torch.compiler.is_compiling()
+        if backend == "cpu" and options.frozen is None and not compiling:
+            known = recall(self, cls, cls._parts, x, options[:2])
+            if known is not None:
+                try:
+                    return run_known(self, x, *known)
+                except UncheckedError:
+                    pass
         anatomy = block_anatomy(self, cls, cls._parts)
         if isinstance(anatomy, str):
             return run_unfused(cls, self, x, None)
-        device = x.device
-        backend, way = backend_for(device), None
         if backend is None:
             return run_unfused(cls, self, x, f"nothing was measured on {device.type} devices")
         if x.dim() == 4 and x.shape[0] == 0:
@@ -88,6 +99,8 @@ class FusedBlock(nn.Module):
         if holds_inference_tensors(x, tensors, recorded or any(unit.update for unit in plan.all_units)):
             return run_unfused(cls, self, x, "a tensor was made in inference mode")
         keep_reason(self, "")
+        if options.frozen is None and not compiling:
+            remember(self, cls._parts, x, options[:2], plan, tensors)
         if options.frozen is not None and not recorded and _is_constant(plan) and not torch.compiler.is_exporting():
             count_path("frozen_forward")
             return run_frozen(x, plan, options.frozen.folded(x, plan, tensors))
@@ -102,13 +115,13 @@ class FusedBlock(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle of a frozen block is not frozen: folds stay with the block that they were made for."""
         state = self.__dict__ if not hasattr(super(), "__getstate__") else super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("fused_frozen", "fused_last_reason")}
+        return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
     def _options(self) -> Options:
         settings = self.__dict__
         return Options(
-            settings.get("fused_memory", FusedBlock.fused_memory),
-            settings.get("fused_conv", FusedBlock.fused_conv),
+            settings.get("fused_memory") or FusedBlock.fused_memory,
+            settings.get("fused_conv") or FusedBlock.fused_conv,
             settings.get("fused_frozen"),
         )
 
@@ -139,6 +152,20 @@ def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
     except (RuntimeError, ValueError) as error:
         return f"it raises: {error}"
     return found if isinstance(found, str) else None
+
+
+def run_known(block: FusedBlock, x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
+    """A block with the plan of its last call.
+
+    Raises:
+        UncheckedError: the block must be read anew; nothing was computed.
+    """
+    recorded = wants_gradients(x, tensors)
+    if holds_inference_tensors(x, tensors, recorded or any(unit.update for unit in plan.all_units)):
+        raise UncheckedError
+    result = run_block(x, plan, tensors, recorded)
+    keep_reason(block, "")
+    return result
 
 
 def run_unfused(cls: Any, block: FusedBlock, x: Tensor, reason: str | None) -> Tensor:
