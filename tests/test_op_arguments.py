@@ -2,7 +2,7 @@
 
 An argument that is not what an op's table says reaches no pointer: the call raises TypeError, ValueError or
 RuntimeError, of ours with a sentence that names the op and the argument, and every argument's whole storage keeps its
-bits. A subset of these tests runs under AddressSanitizer as well (.ci/sanitized).
+bits. Those of the C++ core, `-k cpu`, run under AddressSanitizer as well (.ci/sanitized).
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _RANDOM = 60  # calls of each op with several arguments wrong at once
 def backend_of(name: str) -> str:
     """The backend with raw pointers where it has the op."""
     return "cpu" if table.find(OPS[name].folder, name, "cpu") is not None else "reference"
+
+
+EVERY_OP = pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}-{backend_of(name)}") for name in OPS])
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -70,7 +73,7 @@ def test_every_op_has_examples() -> None:
     assert set(examples()) == set(OPS)
 
 
-@pytest.mark.parametrize("name", OPS)
+@EVERY_OP
 def test_the_examples_are_right(name: str) -> None:
     for backend in {backend_of(name), "reference"}:
         for example in examples()[name]:
@@ -87,7 +90,7 @@ def test_there_are_many_wrong_calls() -> None:
     assert min(counts.values()) > 20, counts
 
 
-@pytest.mark.parametrize("name", OPS)
+@EVERY_OP
 def test_one_wrong_argument(name: str) -> None:
     for example, mutation in wrong(name):
         backend = mutation.value if mutation.argument == "backend" else backend_of(name)
@@ -95,7 +98,7 @@ def test_one_wrong_argument(name: str) -> None:
         refused(name, changed, backend, f"{mutation.argument}: {mutation.what}", mutation.lazy)
 
 
-@pytest.mark.parametrize("name", OPS)
+@EVERY_OP
 def test_several_wrong_arguments(name: str) -> None:
     """One that is wrong whatever the others are, and others: the first of them that is checked is the error."""
     generator = random.Random(name)
@@ -197,7 +200,7 @@ def test_views_of_a_larger_storage_are_right() -> None:
     assert torch.equal(batch[:2], want[:2]) and torch.equal(batch[4:], want[4:])
 
 
-@pytest.mark.parametrize("name", OPS)
+@EVERY_OP
 def test_results_are_on_the_inputs_device(name: str) -> None:
     """Whatever torch's default device is. The kernel runs as in a block: torch calls ops without its default device."""
     op = OPS[name]
