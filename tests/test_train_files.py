@@ -97,7 +97,11 @@ def test_strange_pickles_are_refused_and_never_run(example: SimpleNamespace, tmp
         refused(example, path)
 
 
-@pytest.mark.parametrize("content", [Raises("SystemExit(3)"), {"settings": 1}, {"some": 1}, [1], 3], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [Raises("SystemExit(3)"), {"settings": 1}, {"some": 1}, [1], 3],
+    ids=["raises", "settings", "another", "list", "number"],
+)
 def test_a_whole_file_of_something_else_is_refused(example: SimpleNamespace, tmp_path: Path, content: Any) -> None:
     """Its checksum is right: nothing was damaged."""
     example.checkpoint.save(content, tmp_path / "checkpoint.pt")
