@@ -16,7 +16,7 @@ from fusedres.modules.genuine import replaced_on_block
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
-_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "fused_call")
+_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "fused_calls")
 
 
 class BlockReport(NamedTuple):

@@ -203,5 +203,5 @@ def test_what_is_remembered_is_not_copied() -> None:
     block, x, _ = stock_case(SMALL)
     twin = fusedres.fuse(block)
     twin(x)
-    assert "fused_call" in twin.__dict__ and "fused_call" not in copy.deepcopy(twin).__dict__
-    assert "fused_call" not in fusedres.unfuse(twin).__dict__
+    assert "fused_calls" in twin.__dict__ and "fused_calls" not in copy.deepcopy(twin).__dict__
+    assert "fused_calls" not in fusedres.unfuse(twin).__dict__

@@ -19,7 +19,7 @@ from fusedres.modules.reading import FLOATING, Tensors, read_block, read_input, 
 from fusedres.modules.remembered import recall, remember
 
 # Not copied with a block nor pickled: folds, and what the last call left.
-_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_call")
+_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")
 _ORDINARY = 256  # a side of images, in pixels, that any block takes
 
 

@@ -1,4 +1,4 @@
-"""The last call of a block, so that one like it need not be read and checked anew in Python.
+"""The last call of a block in each mode, so that one like it need not be read and checked anew in Python.
 
 Reading a block takes as long as a tiny convolution. A call whose parts are the very objects of the last one, with an
 input of the same shape, takes that one's plan again (its tensors live that long). What may change in an object that
@@ -48,14 +48,16 @@ def remember(
     if found is None or any(type(part) is list for part in found):  # a list may change in place
         return
     unchecked = plan._replace(checked=False)
-    block.__dict__["fused_call"] = Remembered(found, x.shape, x.stride(), x.dtype, options, unchecked, tensors)
+    made = Remembered(found, x.shape, x.stride(), x.dtype, options, unchecked, tensors)
+    block.__dict__.setdefault("fused_calls", {})[block.training] = made
 
 
 def recall(
     block: nn.Module, cls: type[nn.Module], parts: Parts, x: Tensor, options: tuple[str, str]
 ) -> tuple[BlockPlan, Tensors] | None:
     """The plan and the tensors of the last call, where this one is like it; x is on the CPU and plain."""
-    last: Remembered | None = block.__dict__.get("fused_call")
+    calls: dict[bool, Remembered] | None = block.__dict__.get("fused_calls")
+    last = None if calls is None else calls.get(block.training)
     if (
         last is None
         or x.shape != last.shape
