@@ -14,8 +14,9 @@ def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, 
     n, c, h, w = x.shape
     out = empty_channels_last((n, c, (h + stride - 1) // stride, (w + stride - 1) // stride), x)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    pivot = torch.empty(c, dtype=dtype)
-    total, matrix = torch.empty(c, dtype=torch.float64), torch.empty((c, c), dtype=torch.float64)
+    pivot = torch.empty(c, dtype=dtype, device=x.device)
+    total = torch.empty(c, dtype=torch.float64, device=x.device)
+    matrix = torch.empty((c, c), dtype=torch.float64, device=x.device)
     _C.gram(
         x.data_ptr(),
         DTYPE_CODE[x.dtype],

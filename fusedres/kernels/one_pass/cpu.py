@@ -32,8 +32,8 @@ def one_pass_statistics(
     """See fusedres.ops.one_pass."""
     channels, in_channels = conv_weight.shape[:2]
     matrix = _matrix(conv_weight, pivot.dtype)
-    state = torch.empty((4, channels), dtype=pivot.dtype)
-    projected = torch.empty((channels, in_channels), dtype=pivot.dtype)
+    state = torch.empty((4, channels), dtype=pivot.dtype, device=pivot.device)
+    projected = torch.empty((channels, in_channels), dtype=pivot.dtype, device=pivot.device)
     _C.one_pass_statistics(
         matrix.data_ptr(),
         DTYPE_CODE[pivot.dtype],
@@ -72,15 +72,15 @@ def one_pass_backward(
     sizes = (DTYPE_CODE[d.dtype], channels, in_channels)
     threads = torch.get_num_threads()
     matrix = _matrix(conv_weight, state.dtype)
-    scaled = torch.empty((channels, in_channels, 1, 1), dtype=state.dtype)
+    scaled = torch.empty((channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
     _C.one_pass_scale(*sizes, matrix.data_ptr(), state.data_ptr(), scaled.data_ptr(), threads)
     narrow = in_channels <= _C.ONE_PASS_NARROW
     grad_z, cross, _ = torch.ops.aten.convolution_backward(
         d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, not narrow, False)
     )
     grad_conv, grad_weight = torch.empty_like(projected), torch.empty_like(sum_d)
-    quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype)
-    constant = torch.empty(in_channels, dtype=state.dtype)
+    quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
+    constant = torch.empty(in_channels, dtype=state.dtype, device=state.device)
     _C.one_pass_grads(
         DTYPE_CODE[d.dtype],
         z.numel() // in_channels,
