@@ -53,8 +53,9 @@ def fuse(
 
     The stem is conv1, bn1, relu and maxpool. Only the class of the blocks and of the ResNet changes: parameters and
     buffers keep their identity (an optimizer made before stays valid), hooks on the block, train/eval state, dtype,
-    device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Blocks and stems with unusual
-    parts are left to their stock forward; see `report`.
+    device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without a forward of
+    their own are switched too (isinstance of them stays), and so are modules that fully_shard wrapped. Blocks and stems
+    with unusual parts are left to their stock forward; see `report`.
 
     "auto" follows the device's table of measured choices (`python -m fusedres tune`) by shape of block, batch, dtype
     and whether gradients are recorded; with both options "auto" and no backend selected, a shape that is fastest
@@ -96,7 +97,9 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes `fuse`: every fused block and ResNet gets torchvision's class back. In place; returns model.
+    """Undoes `fuse`: every fused block and ResNet gets the class back that it had. In place; returns model.
+
+    A block that was built from a fused class gets torchvision's; subclasses of fused classes stay what they are.
 
     Raises:
         TypeError: model is not a module.
@@ -142,6 +145,8 @@ def freeze(model: nn.Module) -> nn.Module:
 def report(model: nn.Module) -> Report:
     """Each stem and residual block of a model: fused or not, and exactly why not. Looked up now, as each call does.
 
+    A block is not fused where its parts are unusual, where code that it would bypass was replaced, where a batch of
+    images would raise an error, or where its last input ran unfused (a tensor subclass, a transform of torch.func).
     Without an input no table of measured choices is asked, which may leave a shape unfused (see `fuse`).
     A ResNet's stem is named "<name> stem", its kind is "stem".
 
