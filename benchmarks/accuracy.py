@@ -26,6 +26,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from terminal import begin, run
+
+if __name__ == "__main__":
+    begin()  # before the imports that take long
+
 import torch
 from torch import Tensor, nn
 
@@ -214,4 +219,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main, "accuracy.py"))

@@ -10,7 +10,15 @@ from torchvision.models.resnet import ResNet
 
 from fusedres.modules import FusedBlock, FusedResNet
 from fusedres.modules.anatomy import SHARDED
-from fusedres.modules.classes import base_of, fused_class, is_fused, own_method, own_method_of_fused, stock_class
+from fusedres.modules.classes import (
+    base_of,
+    fused_class,
+    is_fused,
+    own_method,
+    own_method_of_fused,
+    refusals,
+    stock_class,
+)
 from fusedres.modules.frozen import Frozen
 from fusedres.modules.genuine import replaced_on_block
 
@@ -87,12 +95,14 @@ def fuse(
         if _unfusable(type(block)) is not None or (filter is not None and not filter(name, block)):
             continue
         if not is_fused(type(block)):
-            if replaced_on_block(block.__dict__) is not None:
+            base = base_of(type(block))
+            assert base is not None
+            fused = None if replaced_on_block(block.__dict__) is not None else fused_class(type(block), base)
+            if fused is None:
                 continue
-            block.__class__ = _fused(type(block))
+            block.__class__ = fused
         if isinstance(block, FusedBlock | FusedResNet):
-            block.fused_memory = memory
-            block.fused_conv = conv
+            block.__dict__ |= {"fused_memory": memory, "fused_conv": conv}
     return model
 
 
@@ -175,17 +185,7 @@ def _unfusable(cls: type[nn.Module]) -> str | None:
     method = own_method(cls, base)
     if method is not None:
         return _has_its_own(cls, method)
-    try:
-        fused_class(cls, base)
-    except TypeError as error:
-        return f"{cls.__module__}.{cls.__qualname__} cannot be subclassed: {error}"
-    return None
-
-
-def _fused(cls: type[nn.Module]) -> type[nn.Module]:
-    base = base_of(cls)
-    assert base is not None
-    return fused_class(cls, base)
+    return refusals.get(cls)
 
 
 def _reason(block: nn.Module) -> str | None:

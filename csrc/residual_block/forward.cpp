@@ -173,8 +173,10 @@ namespace {
 // is of one dtype: that of the convolution, or float32 after one of 16 bits.
 bool serves_unit(const ConvBn& unit, const UnitTensors& tensors, int32_t dtype, const Shape& input, Shape* output) {
   const Tensor& weight = tensors.conv_weight;
+  if (!is_sound(unit)) return false;
   if (!weight.defined() || weight.torch_dtype() != dtype || weight.dim() != 4 || !weight.in_memory()) return false;
   const int64_t channels = weight.sizes()[0];
+  if (unit.pixelwise && (weight.sizes()[2] != 1 || weight.sizes()[3] != 1)) return false;
   if (weight.sizes()[1] * unit.convolution.groups != input.channels || channels % unit.convolution.groups != 0) {
     return false;
   }

@@ -19,6 +19,15 @@ struct ConvBn {
   double eps;
 };
 
+// Whether a convolution's settings are ones that any convolution has.
+inline bool is_sound(const ConvBn& unit) {
+  const aten::ConvolutionParams& p = unit.convolution;
+  for (int axis = 0; axis < 2; ++axis) {
+    if (p.stride[axis] < 1 || p.padding[axis] < 0 || p.dilation[axis] < 1) return false;
+  }
+  return p.groups >= 1;
+}
+
 struct ResidualBlock {
   std::vector<ConvBn> units;  // of the branch in order, then the projection's
   bool projection;

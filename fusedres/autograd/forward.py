@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedres.autograd.convolution import convolution
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, OnePass, Saved
-from fusedres.ops.launch import Launches, launches
+from fusedres.ops.launch import Launches, direct, launches
 
 Tensors = tuple[Tensor | None, ...]  # UNIT_TENSORS of every unit, one after the other
 
@@ -82,11 +82,13 @@ def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool
         stride = 1
     shortcut_state = None if projection is None else projection.state
 
+    in_place = direct() or torch.compiler.is_compiling()
     # The result goes into a raw convolution output that nobody saves, where there is one.
-    if last.y is None:
+    # Not where a dispatch mode may have kept it, as selective checkpoints do.
+    if last.y is None and in_place:
         mask = launch.bn_add_relu_(y, last.state, shortcut, shortcut_state, stride, with_mask)
         return y, Saved(ys, states, last, projection, mask)
-    if projection is not None and projection.y is None:
+    if projection is not None and projection.y is None and in_place:
         mask = launch.bn_add_relu_(shortcut, projection.state, y, last.state, 1, with_mask)
         return shortcut, Saved(ys, states, last, projection, mask)
     out, mask = launch.bn_add_relu(y, last.state, shortcut, shortcut_state, stride, with_mask)

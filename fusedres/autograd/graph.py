@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _will_execute = torch._C._will_engine_execute_node
 
@@ -58,6 +59,20 @@ def materialized(grad: Tensor) -> Tensor:
     if grad.is_neg():
         return grad.resolve_neg()
     return grad.clone() if grad._is_zerotensor() else grad
+
+
+def all_materialized(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Saved tensors with their values in memory: hooks may hand back lazily negated ones, or lazy zeros."""
+    if torch.compiler.is_compiling() or not any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors):
+        return tensors
+    return tuple(None if tensor is None else materialized(tensor) for tensor in tensors)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether no tensor is of a subclass, which may have no memory of its own."""
+    if torch.compiler.is_compiling():
+        return True
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
 
 
 def is_batched(tensor: Tensor) -> bool:

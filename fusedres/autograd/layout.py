@@ -15,9 +15,9 @@ _CHANNELS_LAST = torch.channels_last
 def suggests_channels_last(tensor: Tensor) -> bool:
     """Whether torch's convolution takes a 4-dimensional tensor for channels_last."""
     channels_last = tensor.is_contiguous(memory_format=_CHANNELS_LAST)
-    if channels_last != tensor.is_contiguous():
-        return channels_last
     sizes, strides = tensor.shape, tensor.stride()
+    if channels_last != tensor.is_contiguous() and 1 not in sizes:
+        return channels_last
     least = 0
     if strides[1] == 0:
         return False
@@ -37,5 +37,5 @@ def in_format(out: Tensor, channels_last: bool) -> Tensor:
             return out
         _, c, h, w = out.shape
         strides = (c * h * w, 1, c * w, c) if channels_last else (c * h * w, h * w, w, 1)
-        return out if out.stride() == strides or out.numel() == 0 else out.as_strided(out.shape, strides)
+        return out if out.stride() == strides or out.numel() == 0 else out.as_strided(out.shape, strides).data
     return out if channels_last else out.contiguous()

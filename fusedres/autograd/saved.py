@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fusedres.autograd.graph import are_plain
 from fusedres.autograd.memory import has_memory
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Saved
 
@@ -30,10 +31,10 @@ def _check(what: str, device: torch.device, found: Iterator[_Found]) -> None:
     compiling = torch.compiler.is_compiling()
     for name, tensor, dtype, shape in found:
         wrong = tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device
-        if wrong or not (compiling or has_memory(tensor)):
+        if wrong or not are_plain(tensor) or not (compiling or has_memory(tensor)):
             raise RuntimeError(
                 f"{what}: {name} must be {dtype} of shape {shape} on {device}, in memory, got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)} on {tensor.device} in a storage of {tensor.untyped_storage().nbytes()} bytes; "
+                f"{tuple(tensor.shape)} on {tensor.device}, a {type(tensor).__name__}, or without its memory; "
                 "hooks on saved tensors must return what was packed"
             )
 
@@ -57,6 +58,7 @@ def _images(name: str, x: Tensor) -> _Found:
 
 def _weight(index: int, weight: Tensor, channels: int, unit: ConvBN) -> _Found:
     kernel = tuple(weight.shape[2:]) if weight.dim() == 4 else (-1, -1)
+    kernel = (1, 1) if unit.pixelwise else kernel
     return (
         f"unit {index}'s convolution weight",
         weight,

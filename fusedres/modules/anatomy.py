@@ -46,11 +46,25 @@ class Anatomy(NamedTuple):
     zero_pad: ZeroPadShortcut | None = None
 
 
+_BASIC = (("conv1", "bn1"), ("conv2", "bn2"))
+_NAMES_OF = {
+    (): (),
+    _BASIC[:1]: ("conv1", "bn1", "relu", "maxpool"),
+    _BASIC: ("conv1", "bn1", "conv2", "bn2", "relu"),
+    (*_BASIC, ("conv3", "bn3")): ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu"),
+}
+
+
 class Parts(NamedTuple):
     """torchvision's class of a block, and the names of its convolutions, each with its norm's."""
 
     base: type[nn.Module] | None
     units: tuple[tuple[str, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the children that every call reaches."""
+        return _NAMES_OF[self.units]
 
 
 _Common = tuple[tuple[Unit, ...], dict[str, Any], _Check]
@@ -96,7 +110,7 @@ def _common(
     """The units of the branch, all children, and what checks a tensor; or why not."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    reason = replaced_code(cls, parts.base) or replaced_on_block(block.__dict__)
+    reason = replaced_code(cls, parts.base) or replaced_on_block(block.__dict__) or shadowed(block, cls, parts)
     if reason is not None:
         return reason
     children = block.__dict__["_modules"]
@@ -111,6 +125,17 @@ def _common(
     if type(relu) is not nn.ReLU:
         return f"relu is a {type(relu).__name__}, not a ReLU"
     return touched("relu", relu) or (tuple(units), children, not_plain)
+
+
+def shadowed(block: nn.Module, cls: type[nn.Module], parts: Parts) -> str | None:
+    """Which child is not the one that Python finds by its name: an attribute of the instance or of the class is."""
+    attributes = block.__dict__
+    if attributes.get("downsample") is not None:  # None lies there where a block has none
+        return "downsample is no module"
+    for name in parts.names:
+        if name in attributes or hasattr(cls, name):
+            return f"{name} is an attribute of the {'instance' if name in attributes else 'class'}"
+    return "downsample is an attribute of the class" if hasattr(cls, "downsample") else None
 
 
 def touched(name: str, child: nn.Module) -> str | None:
@@ -168,6 +193,8 @@ def _unit(conv_name: str, conv: Any, norm_name: str, norm: Any, not_plain: _Chec
 def _convolution(name: str, attributes: dict[str, Any], not_plain: _Check) -> Any:
     """Weight, stride, padding, dilation, groups, and whether it is pixelwise; or a text: why it cannot be fused."""
     parameters = attributes["_parameters"]
+    if "weight" in attributes or "bias" in attributes:
+        return f"{name} has a weight or bias that is no parameter"
     if parameters.get("bias", name) is not None:
         return f"{name} has a bias" if "bias" in parameters else f"{name}.bias is not a parameter"
     if attributes["padding_mode"] != "zeros":
@@ -210,8 +237,10 @@ def _vectors(name: str, attributes: dict[str, Any], reads_statistics: bool, not_
     Running statistics that a call neither reads nor updates may be missing, as in torch.
     """
     parameters, buffers = attributes["_parameters"], attributes["_buffers"]
-    if "weight" not in parameters or "bias" not in parameters:
+    if "weight" not in parameters or "bias" not in parameters or "weight" in attributes or "bias" in attributes:
         return f"{name} has a weight or bias that is not a parameter"
+    if "running_mean" in attributes or "running_var" in attributes or "num_batches_tracked" in attributes:
+        return f"{name} has a running_mean, running_var or num_batches_tracked that is not a buffer"
     if "running_mean" not in buffers or "running_var" not in buffers:
         if reads_statistics:
             return f"{name} has a running_mean or running_var that is not a buffer"

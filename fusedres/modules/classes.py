@@ -22,7 +22,9 @@ Module = type[nn.Module]
 FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
 _of_subclasses: dict[Module, Module] = {}  # fused ones
 _of_sharded: dict[Module, Module] = {}  # stock ones, sharded
-_METHODS = ("forward", "_forward_impl", "__call__", "_call_impl")
+refusals: dict[Module, str] = {}  # classes that do not let themselves be subclassed, and why
+_METHODS = ("forward", "_forward_impl", "__call__", "_call_impl", "__getattr__", "__getattribute__")
+_OWN_NAMES = ("anatomy", "unfused_reason", "_options", "_parts", "_read", "_stem", "_stock")  # of the fused classes
 
 
 def base_of(cls: Module) -> Module | None:
@@ -32,7 +34,8 @@ def base_of(cls: Module) -> Module | None:
 
 def own_method(cls: Module, base: Module) -> str | None:
     """A method of a subclass's own that keeps it from being fused, where it has one."""
-    return next((name for name in _METHODS if getattr(cls, name, None) is not getattr(base, name, None)), None)
+    names = (*_METHODS, *(() if is_fused(base) else _OWN_NAMES))
+    return next((name for name in names if getattr(cls, name, None) is not getattr(base, name, None)), None)
 
 
 def own_method_of_fused(cls: Module) -> str | None:
@@ -46,17 +49,17 @@ def is_fused(cls: Module) -> bool:
     return issubclass(cls, FusedBlock | FusedStem)
 
 
-def fused_class(cls: Module, base: Module) -> Module:
-    """The fused class of base, or of a subclass of it without a forward of its own.
-
-    Raises:
-        TypeError: the subclass does not let itself be subclassed.
-    """
+def fused_class(cls: Module, base: Module) -> Module | None:
+    """The fused class of base, or of a subclass of it without a forward of its own; None where it cannot be made."""
     if cls is base or cls in _of_subclasses:
         return _of_subclasses.get(cls, FUSED[base])
     described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls}
     bases = (_OfSubclass, FUSED[base], cls)
-    made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
+    try:
+        made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
+    except Exception as error:  # of a metaclass or __init_subclass__: whatever they raise
+        refusals[cls] = f"{cls.__module__}.{cls.__qualname__} cannot be subclassed: {error}"
+        return None
     return _of_subclasses.setdefault(cls, made)
 
 
@@ -83,6 +86,7 @@ def _is_sharded(cls: Module) -> bool:
 def _rebuilt(stock: Module, base: Module) -> nn.Module:
     """An empty instance of a subclass's fused class."""
     cls = fused_class(stock, base)
+    assert cls is not None
     return cls.__new__(cls)
 
 
@@ -91,4 +95,6 @@ class _OfSubclass(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stock: Module = type(self)._stock  # type: ignore[attr-defined]
+        if stock.__reduce__ is not object.__reduce__ or stock.__reduce_ex__ is not object.__reduce_ex__:
+            return super().__reduce_ex__(protocol)  # its own, which may give back the stock class
         return _rebuilt, (stock, base_of(stock)), self.__getstate__()

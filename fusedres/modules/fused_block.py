@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, UncheckedError, count_path, run_block, wants_gradients
@@ -112,9 +113,11 @@ class FusedBlock(nn.Module):
             self.fused_frozen = None
         return super().train(mode)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         """A copy or a pickle of a frozen block is not frozen: folds stay with the block that they were made for."""
         state = self.__dict__ if not hasattr(super(), "__getstate__") else super().__getstate__()
+        if not isinstance(state, dict):  # a subclass's own
+            return state
         return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
     def _options(self) -> Options:
@@ -146,8 +149,11 @@ def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
     first = anatomy.units[0]
     size = (2, first.conv_weight.shape[1] * first.settings.groups, _ORDINARY, _ORDINARY)
     x = first.conv_weight.detach().new_empty(1).expand(size)
+    given = read_input(op, x, "reference", "library", None)
+    norm = next((v.dtype for v in (first.weight, first.running_mean) if v is not None), None)
+    if norm in (torch.float16, torch.bfloat16) and norm is not given.dtype:  # such a block is for autocast
+        given = given._replace(dtype=norm, autocast=True)
     try:
-        given = read_input(op, x, "reference", "library", None)
         found = read_stem(given, anatomy) if len(anatomy.units) == 1 else read_block(given, anatomy, "auto")
     except (RuntimeError, ValueError) as error:
         return f"it raises: {error}"
@@ -182,6 +188,12 @@ def keep_reason(block: nn.Module, reason: str | None) -> None:
         block.__dict__["fused_last_reason"] = reason
 
 
+def has_function_mode() -> bool:
+    """Whether a TorchFunctionMode is active other than torch.device's."""
+    modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
 def unusual_input(x: Any) -> str | None:
     """Why an input must run through torch's own operators: they are observed, or its values are not in its memory."""
     if type(x) not in (Tensor, nn.Parameter):
@@ -190,6 +202,8 @@ def unusual_input(x: Any) -> str | None:
         return "a transform of torch.func was active"
     if torch.compiler.is_compiling():
         return None
+    if torch._C._len_torch_function_stack() and has_function_mode():
+        return "a mode that sees torch's functions was active"
     if x.layout is not torch.strided or x.is_nested:
         return "the input was sparse or nested"
     if x.is_neg() or x._is_zerotensor():

@@ -8,12 +8,14 @@ stock forward. Classes are compared at every call with what they had when this m
 from __future__ import annotations
 
 from operator import attrgetter
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fusedres.modules.shortcut import ZeroPadShortcut
 
 _CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
 _FUNCTIONS = ("conv2d", "batch_norm", "relu", "max_pool2d")
@@ -25,6 +27,7 @@ class _Bypassed:
     Module = nn.Module
     functional = nn.functional
     torch = torch
+    ZeroPadShortcut = ZeroPadShortcut
     Conv2d, BatchNorm2d, ReLU, MaxPool2d, Sequential = _CLASSES
 
 
@@ -34,8 +37,13 @@ _NAMES = (
     "Conv2d._conv_forward",
     "BatchNorm2d._check_input_dim",
     *(f"functional.{function}" for function in _FUNCTIONS),
+    "functional._verify_batch_size",
     "torch.batch_norm",
     "torch.relu",
+    "torch.relu_",
+    "torch.max_pool2d",
+    "torch.Tensor.__iadd__",
+    "ZeroPadShortcut.forward",
 )
 _read = attrgetter(*_NAMES)
 
@@ -53,10 +61,16 @@ _CHILD_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward
 _BLOCK_METHODS = ("forward", "_call_impl", "_forward_impl")
 
 
+_BUILTIN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+
+
 def _own(function: Any) -> Any:
     """The function, or what equals nothing where somebody had replaced it before this module was imported."""
-    home = function.__globals__["__name__"] if isinstance(function, FunctionType) else "torch"
-    return function if home.partition(".")[0] in ("torch", "torchvision") else object()
+    if not isinstance(function, FunctionType):
+        return function if isinstance(function, _BUILTIN) else object()
+    homes = {function.__globals__["__name__"].partition(".")[0], function.__module__.partition(".")[0]}
+    own = homes <= {"torch", "torchvision", "fusedres"} and not hasattr(function, "__wrapped__")
+    return function if own else object()
 
 
 def _own_of(base: type[nn.Module] | None, names: tuple[str, ...]) -> tuple[Any, ...]:

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedres.autograd import BlockPlan
+from fusedres.autograd import UNIT_TENSORS, BlockPlan
 from fusedres.dispatch import measured
-from fusedres.modules.anatomy import Parts, touched
+from fusedres.modules.anatomy import Parts, shadowed, touched
 from fusedres.modules.genuine import replaced_code, replaced_on_block
 from fusedres.modules.reading import Tensors
+from fusedres.ops.launch import direct
 
 _ABSENT = object()
+_ATTRIBUTES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _of_convolution = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _of_norm = itemgetter("training", "track_running_stats", "momentum", "eps")
 
@@ -36,6 +39,7 @@ class Remembered(NamedTuple):
     options: tuple[str, str]  # memory and conv
     plan: BlockPlan
     tensors: Tensors
+    layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]  # shape and strides of the convolutions' weights
 
 
 def remember(
@@ -47,9 +51,14 @@ def remember(
     found = _parts_of(block, parts)
     if found is None or any(type(part) is list for part in found):  # a list may change in place
         return
+    if not all(tensor is None or tensor.is_leaf for tensor in tensors):  # a graph is not to be kept alive
+        return
     unchecked = plan._replace(checked=False)
-    made = Remembered(found, x.shape, x.stride(), x.dtype, options, unchecked, tensors)
-    block.__dict__.setdefault("fused_calls", {})[block.training] = made
+    made = Remembered(found, x.shape, x.stride(), x.dtype, options, unchecked, tensors, _layouts(tensors))
+    others = block.__dict__.get("fused_calls", {}).items()
+    # A call with tensors that the block no longer has is forgotten, so that their memory is free.
+    kept = {mode: call for mode, call in others if all(map(is_, call.tensors, tensors))}
+    block.__dict__["fused_calls"] = kept | {block.training: made}
 
 
 def recall(
@@ -65,6 +74,7 @@ def recall(
         or options != last.options
         or x.stride() != last.strides
         or torch.is_autocast_enabled("cpu")
+        or not direct()
         or measured(x.device)
         or replaced_code(cls, parts.base) is not None
         or replaced_on_block(block.__dict__) is not None
@@ -75,16 +85,22 @@ def recall(
     if found is None or len(found) != len(last.parts) or not all(map(is_, found, last.parts)):
         return None
     for tensor in last.tensors:
-        if tensor is not None and tensor.is_neg():
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return None
+    if _layouts(last.tensors) != last.layouts:
+        return None
     return last.plan, last.tensors
+
+
+def _layouts(tensors: Tensors) -> tuple[tuple[torch.Size, tuple[int, ...]], ...]:
+    return tuple((weight.shape, weight.stride()) for weight in tensors[::UNIT_TENSORS] if weight is not None)
 
 
 def _parts_of(block: nn.Module, parts: Parts) -> tuple[Any, ...] | None:
     """Every object that a plan is made of; None where a child has a hook or a method of its own."""
     children = block.__dict__["_modules"]
     relu, downsample = children.get("relu"), children.get("downsample")
-    if relu is None or touched("relu", relu) is not None:
+    if relu is None or touched("relu", relu) is not None or shadowed(block, type(block), parts) is not None:
         return None
     found: list[Any] = [type(relu), downsample, type(downsample)]
     units: Iterable[tuple[Any, Any]] = [(children.get(conv), children.get(norm)) for conv, norm in parts.units]
@@ -104,6 +120,8 @@ def _parts_of(block: nn.Module, parts: Parts) -> tuple[Any, ...] | None:
             return None
         settings, state = conv.__dict__, norm.__dict__
         weights, parameters, buffers = settings["_parameters"], state["_parameters"], state["_buffers"]
+        if not _ATTRIBUTES.isdisjoint(settings) or not _ATTRIBUTES.isdisjoint(state):
+            return None
         found += (conv, norm, weights.get("weight"), weights.get("bias", _ABSENT))
         found += _of_convolution(settings)
         found += _of_norm(state)

@@ -46,6 +46,10 @@ class FusedStem(nn.Module):
             return anatomy
         return without_kernels(anatomy.units[0].conv_weight) or reason_of_shapes(type(self).__name__, anatomy)
 
+    def _stem(self, x: Tensor) -> Tensor | None:
+        """maxpool(relu(bn1(conv1(x)))) where it can run fused, else None."""
+        return run_fused_stem(type(self), self, x)
+
 
 def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     """maxpool(relu(bn1(conv1(x)))) of a module of the class cls, a FusedStem, where it can run fused, else None."""

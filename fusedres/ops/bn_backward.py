@@ -95,7 +95,7 @@ BN_BACKWARD_COEFFICIENTS = Op(
     "Tensor? shortcut_state, bool shortcut_batch_statistics, str backend) -> (Tensor, Tensor, Tensor)",
     "bn_backward",
     {
-        "partials": wide("T B C"),
+        "partials": wide("N B C"),  # of N tiles: none where a batch is empty
         "count": Integer(1, 2**62),
         "state": wide("4 C"),
         "shortcut_state": wide("4 C"),

@@ -14,7 +14,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedStem
 from fusedres.modules.choice import shape_of
-from fusedres.modules.resnet import run_fused_stem
 
 
 class Stem(nn.Module):
@@ -35,7 +34,7 @@ class FusedStemAlone(FusedStem, Stem):
 
     def forward(self, x: Tensor) -> Tensor:
         """See Stem."""
-        out = run_fused_stem(type(self), self, x)
+        out = self._stem(x)
         return super().forward(x) if out is None else out
 
 
