@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from reference import run
 from shapes import CORE, Case, case
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
@@ -209,6 +211,34 @@ def test_saved_tensors_in_another_layout(block_case: Case, memory: str) -> None:
         assert value is not None
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("memory", ["auto", "min"])
+def test_saved_tensors_that_are_lazily_negated(memory: str) -> None:
+    block, x, grad = stock_case(BOTTLENECK, memory_format=torch.channels_last)
+    twin = fusedres.fuse(block, memory=memory)
+    expected = gradients(copy.deepcopy(twin), x, grad, -1, strided)
+    got = gradients(copy.deepcopy(twin), x, grad, None, lambda t: torch._neg_view(-t) if t.is_floating_point() else t)
+    for value, right in zip(got, expected, strict=True):
+        assert value is not None and right is not None
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
+
+
+def test_selective_checkpoints_keep_what_the_tail_would_overwrite() -> None:
+    def policy(_: object, op: object, *args: object, **options: object) -> CheckpointPolicy:
+        convolution = op is torch.ops.aten.convolution.default
+        return CheckpointPolicy.MUST_SAVE if convolution else CheckpointPolicy.PREFER_RECOMPUTE
+
+    block, x, grad = stock_case(BOTTLENECK, torch.float64, torch.channels_last)
+    grads = []
+    for memory in ("auto", "min"):
+        twin = fusedres.fuse(copy.deepcopy(block), memory=memory)
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        checkpoint(twin, leaf, use_reentrant=False, context_fn=contexts).backward(grad)
+        grads.append([leaf.grad, *(p.grad for p in twin.parameters())])
+    for got, value in zip(*grads, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-9)
 
 
 def test_torchs_default_device_is_not_the_blocks() -> None:

@@ -15,6 +15,7 @@ from fusion import expect_paths, stock_case
 from reference import run
 from shapes import case
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fusedres
@@ -74,6 +75,65 @@ def test_what_is_replaced_on_a_class_runs(what: str, before: bool, monkeypatch: 
     assert fusedres.report(twin)[0].fused
     with expect_paths(fused_forward=1, fused_backward=1):
         run(twin, x, grad)
+
+
+SHADOWS: dict[str, Callable[[nn.Module], object]] = {
+    "downsample is no module": lambda b: b.__dict__.update(downsample=lambda x: x.mean()),
+    "relu is an attribute of the instance": lambda b: b.__dict__.update(relu=nn.functional.gelu),
+    "conv1 has a weight": lambda b: b.conv1.__dict__.update(weight=b.conv1.weight.detach() * 2),
+    "bn2 has a weight or bias": lambda b: b.bn2.__dict__.update(bias=b.bn2.bias.detach() + 1),
+    "bn1 has a running_mean": lambda b: b.bn1.__dict__.update(running_mean=b.bn1.running_mean + 1),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
+@pytest.mark.parametrize("what", SHADOWS)
+def test_attributes_that_hide_parts(what: str, before: bool) -> None:
+    """Python finds them first."""
+    block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
+    twin = copy.deepcopy(block)
+    if not before:
+        fusedres.fuse(twin)(x)
+    for model in (block, twin):
+        SHADOWS[what](model)
+    assert what in fusedres.report(fusedres.fuse(twin))[0].reason
+    with torch.no_grad(), expect_paths(unfused=1):
+        assert torch.equal(twin(x), block(x))
+
+
+def test_a_class_attribute_that_hides_a_part() -> None:
+    class Gelu(BasicBlock):
+        relu = staticmethod(nn.functional.gelu)
+
+    block = Gelu(4, 4).eval()
+    x = torch.randn(2, 4, 5, 5)
+    expected = block(x)
+    assert "relu is an attribute of the class" in fusedres.report(fusedres.fuse(block))[0].reason
+    assert torch.equal(block(x), expected)
+
+
+def test_a_mode_that_sees_functions() -> None:
+    class Twice(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            return out * 2 if function is nn.functional.conv2d else out
+
+    block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
+    twin = fusedres.fuse(copy.deepcopy(block))
+    with torch.no_grad(), Twice(), expect_paths(unfused=1):
+        assert torch.equal(twin(x), block(x))
+    with torch.no_grad(), torch.device("meta"), expect_paths(fused_forward=1):
+        twin(x)
+
+
+def test_a_class_that_refuses_subclasses_stays() -> None:
+    class Final(BasicBlock):
+        def __init_subclass__(cls, **options: Any) -> None:
+            raise ValueError("final")
+
+    block = fusedres.fuse(Final(4, 4))
+    assert type(block) is Final
+    assert "cannot be subclassed: final" in fusedres.report(block)[0].reason
 
 
 @pytest.mark.parametrize("name", ["forward", "_forward_impl"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -72,6 +73,11 @@ CHANGES: dict[str, Change] = {
     "weight of another dtype": data("conv1.weight", lambda t: t.float()),
     "norm of another dtype": data("bn1.weight", lambda t: t.float()),
     "norm of another width": data("downsample.1.bias", lambda t: t[:-1].clone()),
+    "projection of another kernel": data("downsample.0.weight", lambda t: t.repeat(1, 1, 2, 2)),
+    "weights in channels_last": lambda b: b.to(memory_format=torch.channels_last),
+    "a function for a shortcut": lambda b: b.__dict__.update(downsample=lambda x: x.mean()),
+    "an attribute for a child": lambda b: b.__dict__.update(relu=nn.functional.gelu),
+    "an attribute for a weight": lambda b: b.conv1.__dict__.update(weight=b.conv1.weight.detach() * 3),
     "three dimensions": data("conv1.weight", lambda t: t[0]),
     "freed weight": data("conv2.weight", freed),
     "freed statistics": data("bn1.running_mean", freed),
@@ -197,6 +203,34 @@ def test_a_call_like_the_last_one_is_not_read_again(block_case: Case, monkeypatc
         twin(x)
     fusedres.fuse(twin, memory="min")
     assert twin._read(x, "cpu")[0].checked
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_model_that_was_converted_to_channels_last(memory_format: torch.memory_format) -> None:
+    block, x, _ = stock_case(SMALL, memory_format=memory_format)
+    twin = fusedres.fuse(copy.deepcopy(block))
+    strides = []
+    for model in (block, twin):
+        model(x)
+        model.to(memory_format=torch.channels_last)
+        strides.append(model(x).stride())
+    assert strides[0] == strides[1]
+
+
+def test_old_tensors_are_not_kept_alive() -> None:
+    block, x, _ = stock_case(SMALL)
+    twin = fusedres.fuse(block)
+    twin.eval()(x)
+    old = weakref.ref(twin.conv1.weight)
+    twin.load_state_dict({name: value.clone() for name, value in twin.state_dict().items()}, assign=True)
+    twin.train()(x)
+    assert old() is None
+    leaf = twin.conv1.weight.detach().clone().requires_grad_()
+    made = leaf * 2
+    graph = weakref.ref(made)
+    torch.func.functional_call(twin, {"conv1.weight": made}, (x,))
+    del made
+    assert graph() is None
 
 
 def test_what_is_remembered_is_not_copied() -> None:
