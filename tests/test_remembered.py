@@ -205,6 +205,16 @@ def test_a_call_like_the_last_one_is_not_read_again(block_case: Case, monkeypatc
     assert twin._read(x, "cpu")[0].checked
 
 
+def test_calls_in_either_mode_by_turns_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x, _ = stock_case(SMALL)
+    twin = fusedres.fuse(block)
+    for mode in (True, False):
+        twin.train(mode)(x)
+    monkeypatch.setattr(fused_block, "read_block", lambda *_: pytest.fail("read again"))
+    for mode in (True, False, True):
+        twin.train(mode)(x)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_model_that_was_converted_to_channels_last(memory_format: torch.memory_format) -> None:
     block, x, _ = stock_case(SMALL, memory_format=memory_format)

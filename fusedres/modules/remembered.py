@@ -57,7 +57,7 @@ def remember(
     made = Remembered(found, x.shape, x.stride(), x.dtype, options, unchecked, tensors, _layouts(tensors))
     others = block.__dict__.get("fused_calls", {}).items()
     # A call with tensors that the block no longer has is forgotten, so that their memory is free.
-    kept = {mode: call for mode, call in others if all(map(is_, call.tensors, tensors))}
+    kept = {mode: call for mode, call in others if all(map(_same_or_unread, call.tensors, tensors))}
     block.__dict__["fused_calls"] = kept | {block.training: made}
 
 
@@ -90,6 +90,11 @@ def recall(
     if _layouts(last.tensors) != last.layouts:
         return None
     return last.plan, last.tensors
+
+
+def _same_or_unread(old: Tensor | None, new: Tensor | None) -> bool:
+    """A mode that does not read a tensor (the counter in eval mode) has None for it."""
+    return old is new or old is None or new is None
 
 
 def _layouts(tensors: Tensors) -> tuple[tuple[torch.Size, tuple[int, ...]], ...]:
