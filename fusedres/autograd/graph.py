@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _will_execute = torch._C._will_engine_execute_node
 
@@ -27,8 +27,11 @@ def used_gradients(ctx: Any) -> tuple[bool, ...]:
     if torch.compiler.is_compiling():
         return needed
     nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for every True in needed, in order
-    if len(nodes) != sum(needed):
-        return needed
+    try:
+        if all(map(_will_execute, nodes)):
+            return needed
+    except RuntimeError:  # see _is_used
+        pass
     following = iter(nodes)
     return tuple(need and _is_used(next(following)) for need in needed)
 
@@ -52,27 +55,22 @@ def donate_saved(ctx: Any) -> bool:
     return True
 
 
-def materialized(grad: Tensor) -> Tensor:
-    """A gradient with its values in memory: not lazily negated, no lazy zero."""
+def materialized(tensor: Tensor) -> Tensor:
+    """A tensor with its values in memory: not lazily negated, no lazy zero."""
     if torch.compiler.is_compiling():
-        return grad
-    if grad.is_neg():
-        return grad.resolve_neg()
-    return grad.clone() if grad._is_zerotensor() else grad
-
-
-def all_materialized(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Saved tensors with their values in memory: hooks may hand back lazily negated ones, or lazy zeros."""
-    if torch.compiler.is_compiling() or not any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors):
-        return tensors
-    return tuple(None if tensor is None else materialized(tensor) for tensor in tensors)
+        return tensor
+    if tensor.is_neg():
+        return tensor.resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether no tensor is of a subclass, which may have no memory of its own."""
+    """Whether no tensor is of a subclass, which may have no memory of its own, or lazily negated."""
     if torch.compiler.is_compiling():
         return True
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return not any(map(Tensor.is_neg, [tensor for tensor in tensors if tensor is not None]))
 
 
 def is_batched(tensor: Tensor) -> bool:

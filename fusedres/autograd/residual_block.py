@@ -24,7 +24,7 @@ from fusedres.autograd.composite import composite_block
 from fusedres.autograd.conv_backward import ConvBackward
 from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
-from fusedres.autograd.graph import all_materialized, are_plain, donate_saved, is_batched, materialized, used_gradients
+from fusedres.autograd.graph import are_plain, donate_saved, is_batched, materialized, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved
@@ -118,7 +118,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         needs = [used[0]]
         for first in range(2, len(used), UNIT_TENSORS):
             needs += used[first : first + UNIT_PARAMS]
-        tensors = all_materialized(ctx.saved_tensors)
+        tensors = ctx.saved_tensors
         grad_out = materialized(grad_out)
         if torch.is_grad_enabled() or is_batched(grad_out) or not are_plain(grad_out):
             count_path("composite_backward")
@@ -144,6 +144,7 @@ class ResidualBlockFunction(torch.autograd.Function):
 def _backward(
     grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool], donated: bool
 ) -> list[Tensor | None]:
+    tensors = tuple(None if tensor is None else materialized(tensor) for tensor in tensors)
     x, params, flat = tensors[0], tensors[1 : len(needs)], tensors[len(needs) :]
     assert x is not None
     mask, *rest = flat

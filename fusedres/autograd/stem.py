@@ -19,7 +19,7 @@ from torch import Tensor
 from fusedres.autograd.composite import composite_stem
 from fusedres.autograd.convolution import convolution, convolution_backward
 from fusedres.autograd.forward import Tensors, in_dtype, unit_state
-from fusedres.autograd.graph import all_materialized, are_plain, donate_saved, is_batched, materialized, used_gradients
+from fusedres.autograd.graph import are_plain, donate_saved, is_batched, materialized, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
@@ -99,7 +99,8 @@ class StemFunction(torch.autograd.Function):
         plan: StemPlan = ctx.plan
         used = used_gradients(ctx)
         needs = (used[0], *used[2 : 2 + UNIT_PARAMS])
-        x, *params, y, state, argmax = all_materialized(ctx.saved_tensors)
+        tensors: list[Any] = [t if t is None else materialized(t) for t in ctx.saved_tensors]
+        x, *params, y, state, argmax = tensors
         grad_out = materialized(grad_out)
         if torch.is_grad_enabled() or is_batched(grad_out) or not are_plain(grad_out):
             count_path("stem_composite_backward")
