@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))  # classes of tensors with memory of their own
+_PLAIN_OR_NONE = PLAIN | {type(None)}
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _will_execute = torch._C._will_engine_execute_node
 
@@ -68,7 +69,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
     """Whether no tensor is of a subclass, which may have no memory of its own, or lazily negated."""
     if torch.compiler.is_compiling():
         return True
-    if not _PLAIN.issuperset(map(type, tensors)):
+    if not _PLAIN_OR_NONE.issuperset(map(type, tensors)):
         return False
     return not any(map(Tensor.is_neg, [tensor for tensor in tensors if tensor is not None]))
 

@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from fusedres import dispatch
 from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
 from fusedres.backends import automatic
-from fusedres.dispatch import Way
+from fusedres.dispatch import Way, measured
 from fusedres.modules.anatomy import Anatomy
 
 # The products of the Gram matrix with the weight do not shrink with the batch. Below this many rows an input channel
@@ -23,6 +23,28 @@ _PART_BYTES = 8 << 20
 
 
 _OWN = Directions(True, True, True)
+
+
+FASTER_UNFUSED = "measured faster unfused"
+
+
+def chosen_way(
+    backend: str | None, anatomy: Anatomy, x: Tensor, conv: str, memory: str
+) -> tuple[str, Way | None] | str:
+    """The backend that a call runs on, with its measured way if there is one; or why it runs unfused.
+
+    backend: the one that serves x's device, None where nothing does.
+    """
+    if backend is None:
+        return f"nothing was measured on {x.device.type} devices"
+    if x.dim() != 4:  # what reads the input refuses it
+        return backend, None
+    if x.shape[0] == 0:
+        return "the batch was empty"
+    way = measured_way(anatomy, x, backend, conv, memory) if measured(x.device) else None
+    if way is None:
+        return backend, None
+    return FASTER_UNFUSED if way.backend is None else (way.backend, way)
 
 
 def measured_way(anatomy: Anatomy, x: Tensor, backend: str, conv: str, memory: str) -> Way | None:

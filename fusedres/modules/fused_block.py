@@ -12,9 +12,9 @@ from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, UncheckedError, count_path, run_block, wants_gradients
 from fusedres.backends import backend_for
-from fusedres.dispatch import Way, measured
-from fusedres.modules.anatomy import Anatomy, Parts, block_anatomy
-from fusedres.modules.choice import measured_way
+from fusedres.dispatch import Way
+from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
+from fusedres.modules.choice import FASTER_UNFUSED, chosen_way
 from fusedres.modules.frozen import Frozen, run_frozen
 from fusedres.modules.reading import FLOATING, Tensors, read_block, read_input, read_stem
 from fusedres.modules.remembered import recall, remember
@@ -44,11 +44,12 @@ class FusedBlock(nn.Module):
     fused_frozen: Frozen | None = None
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
-    _parts: Parts = Parts(None, ())
+    _parts: Parts = Parts(None, (), ())
 
     def anatomy(self) -> Anatomy | str:
         """The block's parts, or why it runs unfused whatever the input."""
-        return block_anatomy(self, type(self), self._parts)
+        gathered = gather(self, type(self), self._parts)
+        return gathered if isinstance(gathered, str) else anatomy_of(gathered, self._parts)
 
     def unfused_reason(self) -> str | None:
         """Why the stock forward runs on the parameters' device, or None where the block is fused."""
@@ -67,45 +68,32 @@ class FusedBlock(nn.Module):
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
-        device = x.device
-        backend, way = backend_for(device), None
-        compiling = torch.compiler.is_compiling()
-        if backend == "cpu" and options.frozen is None and not compiling:
-            known = recall(self, cls, cls._parts, x, options[:2])
-            if known is not None:
-                try:
-                    return run_known(self, x, *known)
-                except UncheckedError:
-                    pass
-        anatomy = block_anatomy(self, cls, cls._parts)
+        gathered = gather(self, cls, cls._parts)
+        if isinstance(gathered, str):
+            return run_unfused(cls, self, x, None)
+        backend = backend_for(x.device)
+        remembers = backend == "cpu" and options.frozen is None and not torch.compiler.is_compiling()
+        known = recall(self, gathered, x, options[:2]) if remembers else None
+        if known is not None:
+            try:
+                return run_plan(cls, self, x, known.plan, known.tensors, None)
+            except UncheckedError:
+                pass
+        anatomy = anatomy_of(gathered, cls._parts)
         if isinstance(anatomy, str):
             return run_unfused(cls, self, x, None)
-        if backend is None:
-            return run_unfused(cls, self, x, f"nothing was measured on {device.type} devices")
-        if x.dim() == 4 and x.shape[0] == 0:
-            return run_unfused(cls, self, x, "the batch was empty")
-        if measured(device) and x.dim() == 4:
-            way = measured_way(anatomy, x, backend, options.conv, options.memory)
-            if way is not None and way.backend is not None:
-                backend = way.backend
-            elif way is not None:
-                if options.frozen is None or not x.is_cpu:
-                    return run_unfused(cls, self, x, "measured faster unfused")
-                way = None  # freeze() asked for it, and the CPU's kernels are verified
-        found = read_block(read_input(cls.__name__, x, backend, options.conv, way), anatomy, options.memory)
+        chosen = chosen_way(backend, anatomy, x, options.conv, options.memory)
+        if chosen == FASTER_UNFUSED and options.frozen is not None and x.is_cpu and backend is not None:
+            chosen = backend, None  # freeze() asked for it, and the CPU's kernels are verified
+        if isinstance(chosen, str):
+            return run_unfused(cls, self, x, chosen)
+        given = read_input(cls.__name__, x, chosen[0], options.conv, chosen[1])
+        found = read_block(given, anatomy, options.memory)
         if isinstance(found, str):
             return run_unfused(cls, self, x, found)
-        plan, tensors = found
-        recorded = wants_gradients(x, tensors)
-        if holds_inference_tensors(x, tensors, recorded or any(unit.update for unit in plan.all_units)):
-            return run_unfused(cls, self, x, "a tensor was made in inference mode")
-        keep_reason(self, "")
-        if options.frozen is None and not compiling:
-            remember(self, cls._parts, x, options[:2], plan, tensors)
-        if options.frozen is not None and not recorded and _is_constant(plan) and not torch.compiler.is_exporting():
-            count_path("frozen_forward")
-            return run_frozen(x, plan, options.frozen.folded(x, plan, tensors))
-        return run_block(x, plan, tensors, recorded)
+        if remembers:
+            remember(self, gathered, x, options[:2], *found)
+        return run_plan(cls, self, x, *found, options.frozen)
 
     def train(self, mode: bool = True) -> Self:
         """Also drops what fusedres.freeze kept, where mode is True."""
@@ -160,16 +148,22 @@ def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def run_known(block: FusedBlock, x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
-    """A block with the plan of its last call.
+def run_plan(
+    cls: Any, block: FusedBlock, x: Tensor, plan: BlockPlan, tensors: Tensors, frozen: Frozen | None
+) -> Tensor:
+    """A block of a fused class by the plan of a call.
 
     Raises:
-        UncheckedError: the block must be read anew; nothing was computed.
+        UncheckedError: the plan is of an earlier call and does not fit; nothing was computed.
     """
     recorded = wants_gradients(x, tensors)
     if holds_inference_tensors(x, tensors, recorded or any(unit.update for unit in plan.all_units)):
-        raise UncheckedError
-    result = run_block(x, plan, tensors, recorded)
+        return run_unfused(cls, block, x, "a tensor was made in inference mode")
+    if frozen is not None and not recorded and _is_constant(plan) and not torch.compiler.is_exporting():
+        count_path("frozen_forward")
+        result = run_frozen(x, plan, frozen.folded(x, plan, tensors))
+    else:
+        result = run_block(x, plan, tensors, recorded)
     keep_reason(block, "")
     return result
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from fusedres.autograd import BlockPlan, ConvBN, StemPlan, suggests_channels_last
 from fusedres.dispatch import Way
 from fusedres.errors import DtypeError, ShapeError
-from fusedres.modules.anatomy import Anatomy, Unit
+from fusedres.modules.anatomy import Anatomy, Unit, ZeroPad
 from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
-from fusedres.modules.shortcut import ZeroPadShortcut
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
@@ -114,7 +113,7 @@ def _input_format(given: Input) -> bool:
     return suggests_channels_last(given.x)
 
 
-def _zero_padded(op: str, x: Tensor, shortcut: ZeroPadShortcut) -> Shape:
+def _zero_padded(op: str, x: Tensor, shortcut: ZeroPad) -> Shape:
     if x.shape[1] != shortcut.in_channels:
         raise ShapeError(
             f"{op}: x must have {shortcut.in_channels} channels for downsample, got shape {tuple(x.shape)}; "
@@ -140,9 +139,8 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
         )
     _check_norm(given, part, reached)
     unit = part.settings
-    if given.backend != "cpu":
-        kernel = (weight.shape[2], weight.shape[3])
-        unit = unit._replace(own=own_products(given.conv, given.backend, unit.groups, kernel, given.way))
+    own = own_products(given.conv, given.backend, unit.groups, (weight.shape[2], weight.shape[3]), given.way)
+    unit = unit if own == unit.own else unit._replace(own=own)
     tensors = (weight, part.weight, part.bias, part.running_mean, part.running_var, part.num_batches_tracked)
     channels_last = channels_last or suggests_channels_last(weight)
     if reached[1] == 1 or reached[2] == reached[3] == 1 or (given.dtype is torch.float64 and x.is_cuda):

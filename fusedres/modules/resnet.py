@@ -10,9 +10,8 @@ from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import count_path, run_stem, wants_gradients
 from fusedres.backends import backend_for
-from fusedres.dispatch import measured
-from fusedres.modules.anatomy import Anatomy, Parts, stem_anatomy
-from fusedres.modules.choice import measured_way
+from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
+from fusedres.modules.choice import chosen_way
 from fusedres.modules.fused_block import (
     holds_inference_tensors,
     keep_reason,
@@ -33,11 +32,12 @@ class FusedStem(nn.Module):
     fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
-    _parts: Parts = Parts(None, (("conv1", "bn1"),))
+    _parts: Parts = Parts(None, (("conv1", "bn1"),), ("relu", "maxpool"))
 
     def anatomy(self) -> Anatomy | str:
         """The stem's parts, or why it runs unfused whatever the input."""
-        return stem_anatomy(self, type(self), self._parts)
+        gathered = gather(self, type(self), self._parts)
+        return gathered if isinstance(gathered, str) else anatomy_of(gathered, self._parts)
 
     def stem_unfused_reason(self) -> str | None:
         """Why the stem runs unfused on its parameters' device, or None where it is fused."""
@@ -56,26 +56,16 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     settings = model.__dict__
     conv, memory = settings.get("fused_conv", "auto"), settings.get("fused_memory", "auto")
     reason = unusual_input(x)
-    anatomy = reason or stem_anatomy(model, cls, cls._parts)
+    gathered = reason or gather(model, cls, cls._parts)
+    anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered, cls._parts)
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
-    device = x.device
-    backend, way = backend_for(device), None
-    if backend is None:
-        keep_reason(model, f"nothing was measured on {device.type} devices")
+    chosen = chosen_way(backend_for(x.device), anatomy, x, conv, memory)
+    if isinstance(chosen, str):
+        keep_reason(model, chosen)
         return None
-    if x.dim() == 4 and x.shape[0] == 0:
-        keep_reason(model, "the batch was empty")
-        return None
-    if measured(device) and x.dim() == 4:
-        way = measured_way(anatomy, x, backend, conv, memory)
-        if way is not None:
-            backend = way.backend
-            if backend is None:
-                keep_reason(model, "measured faster unfused")
-                return None
-    plan, tensors = read_stem(read_input(cls.__name__, x, backend, conv, way), anatomy)
+    plan, tensors = read_stem(read_input(cls.__name__, x, chosen[0], conv, chosen[1]), anatomy)
     recorded = wants_gradients(x, tensors)
     if holds_inference_tensors(x, tensors, recorded or plan.unit.update):
         keep_reason(model, "a tensor was made in inference mode")
@@ -101,7 +91,7 @@ class FusedResNet(FusedStem, ResNet):
     """
 
     _stock = ResNet
-    _parts = Parts(ResNet, (("conv1", "bn1"),))
+    _parts = Parts(ResNet, (("conv1", "bn1"),), ("relu", "maxpool"))
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)
