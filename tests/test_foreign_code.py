@@ -78,7 +78,7 @@ def test_what_is_replaced_on_a_class_runs(what: str, before: bool, monkeypatch: 
 
 
 SHADOWS: dict[str, Callable[[nn.Module], object]] = {
-    "downsample is no module": lambda b: b.__dict__.update(downsample=lambda x: x.mean()),
+    "downsample is an attribute of the instance": lambda b: b.__dict__.update(downsample=lambda x: x.mean()),
     "relu is an attribute of the instance": lambda b: b.__dict__.update(relu=nn.functional.gelu),
     "conv1 has a weight": lambda b: b.conv1.__dict__.update(weight=b.conv1.weight.detach() * 2),
     "bn2 has a bias": lambda b: b.bn2.__dict__.update(bias=b.bn2.bias.detach() + 1),

@@ -74,8 +74,16 @@ def are_plain(*tensors: Tensor | None) -> bool:
     return not any(map(Tensor.is_neg, [tensor for tensor in tensors if tensor is not None]))
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Inside a transform of torch.func, or a batch of gradients of autograd.grad(is_grads_batched=True)."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
+def needs_composite(grad_out: Tensor) -> bool:
+    """Whether a backward must run through torch's own operators.
+
+    It must where its gradients are to be differentiated again, and where its own is of a tensor subclass, inside a
+    transform of torch.func, or a batch of gradients (autograd.grad(is_grads_batched=True)).
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return (
+        type(grad_out) not in PLAIN
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(grad_out)
+    )

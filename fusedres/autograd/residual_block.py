@@ -24,7 +24,7 @@ from fusedres.autograd.composite import composite_block
 from fusedres.autograd.conv_backward import ConvBackward
 from fusedres.autograd.conv_forward import ConvForward
 from fusedres.autograd.forward import forward_passes, infer
-from fusedres.autograd.graph import are_plain, donate_saved, is_batched, materialized, used_gradients
+from fusedres.autograd.graph import are_plain, donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved
@@ -111,7 +111,7 @@ class ResidualBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
+        """Fused; through the composite where torch's own operators must see it."""
         plan: BlockPlan = ctx.plan
         used = used_gradients(ctx)
         # What each slot of the result needs: x, then the parameters of every unit.
@@ -119,13 +119,12 @@ class ResidualBlockFunction(torch.autograd.Function):
         for first in range(2, len(used), UNIT_TENSORS):
             needs += used[first : first + UNIT_PARAMS]
         tensors = ctx.saved_tensors
-        grad_out = materialized(grad_out)
-        if torch.is_grad_enabled() or is_batched(grad_out) or not are_plain(grad_out):
+        if needs_composite(grad_out):
             count_path("composite_backward")
             grads = _differentiable(grad_out, plan, tensors, needs)
         else:
             count_path("fused_backward")
-            x = tensors[0]
+            x, grad_out = tensors[0], materialized(grad_out)
             donated = donate_saved(ctx)
             found = native.backward(grad_out, plan, tensors, needs, donated) if are_plain(*tensors) else None
             grads = _backward(grad_out, plan, tensors, needs, donated) if found is None else found

@@ -19,7 +19,7 @@ from torch import Tensor
 from fusedres.autograd.composite import composite_stem
 from fusedres.autograd.convolution import convolution, convolution_backward
 from fusedres.autograd.forward import Tensors, in_dtype, unit_state
-from fusedres.autograd.graph import are_plain, donate_saved, is_batched, materialized, used_gradients
+from fusedres.autograd.graph import donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
@@ -95,19 +95,18 @@ class StemFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Fused; through the composite where the gradients are to be differentiated again, or come batched by vmap."""
+        """Fused; through the composite where torch's own operators must see it."""
         plan: StemPlan = ctx.plan
         used = used_gradients(ctx)
         needs = (used[0], *used[2 : 2 + UNIT_PARAMS])
         tensors: list[Any] = [t if t is None else materialized(t) for t in ctx.saved_tensors]
         x, *params, y, state, argmax = tensors
-        grad_out = materialized(grad_out)
-        if torch.is_grad_enabled() or is_batched(grad_out) or not are_plain(grad_out):
+        if needs_composite(grad_out):
             count_path("stem_composite_backward")
             grads = _differentiable(grad_out, x, plan, params, state, needs)
         else:
             count_path("stem_backward")
-            donated = donate_saved(ctx)
+            grad_out, donated = materialized(grad_out), donate_saved(ctx)
             saved = (as_saved(argmax), as_saved(y), as_saved(state))
             grads = _backward(grad_out, x, plan, params, saved, needs, donated)
             if grads[0] is not None and ctx.nchw:

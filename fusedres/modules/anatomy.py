@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.utils import _pair
 
 from fusedres.autograd import LIBRARY, PLAIN, ConvBN
-from fusedres.modules.genuine import replaced_code, replaced_on_block, replaced_on_child
+from fusedres.modules.genuine import replaced_code, replaced_on_block, touched
 from fusedres.modules.shortcut import ZeroPadShortcut
 
 SHARDED = "is a DTensor"  # the end of a reason that holds between calls only, where fully_shard gathers parameters
@@ -35,6 +35,12 @@ class Parts(NamedTuple):
     base: type[nn.Module] | None
     units: tuple[tuple[str, str], ...]
     others: tuple[str, ...]
+    names: frozenset[str]  # of all children
+
+    @staticmethod
+    def of(base: type[nn.Module] | None, units: tuple[tuple[str, str], ...], *others: str) -> Parts:
+        """The parts of a class."""
+        return Parts(base, units, others, frozenset((*chain(*units), *others, "downsample")))
 
 
 class RawUnit(NamedTuple):
@@ -116,37 +122,31 @@ def gather(block: nn.Module, cls: type[nn.Module], parts: Parts) -> Gathered | s
     """
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    reason = replaced_code(cls, parts.base) or replaced_on_block(block.__dict__)
+    reason = replaced_code(cls, parts.base) or replaced_on_block(block.__dict__) or _hidden(block, cls, parts.names)
     if reason is not None:
         return reason
     children = block.__dict__["_modules"]
     units: list[RawUnit] = []
     for names in parts.units:
-        unit = _gather_unit(block, cls, names, tuple(map(children.get, names)))
+        unit = _gather_unit(names, children.get(names[0]), children.get(names[1]))
         if isinstance(unit, str):
             return unit
         units.append(unit)
     for name in parts.others:
-        reason = _shadowed(block, cls, name) or _OTHERS[name](children.get(name))
+        reason = _OTHERS[name](children.get(name))
         if reason is not None:
             return reason
-    return _gather_shortcut(block, cls, tuple(units), children.get("downsample"))
+    return _gather_shortcut(tuple(units), children.get("downsample"))
 
 
-def _gather_unit(
-    block: nn.Module, cls: type[nn.Module], names: tuple[str, str], found: tuple[Any, ...]
-) -> RawUnit | str:
-    """A convolution and its norm of the branch, or of the projection's names."""
-    reason = None
-    if names is not _PROJECTION:
-        reason = _shadowed(block, cls, names[0]) or _shadowed(block, cls, names[1])
-    conv, norm = found
-    reason = reason or _of_type(names[0], conv, nn.Conv2d) or _of_type(names[1], norm, nn.BatchNorm2d)
+def _gather_unit(names: tuple[str, str], conv: Any, norm: Any) -> RawUnit | str:
+    """A convolution and its norm."""
+    reason = _of_type(names[0], conv, nn.Conv2d) or _of_type(names[1], norm, nn.BatchNorm2d)
     if reason is not None:
         return reason
     settings, state = conv.__dict__, norm.__dict__
-    for name, attributes in zip(names, (settings, state), strict=True):
-        if not _TENSORS.isdisjoint(attributes):
+    for name, attributes in ((names[0], settings), (names[1], state)):
+        if not attributes.keys().isdisjoint(_TENSORS):
             hidden = next(iter(_TENSORS.intersection(attributes)))
             return f"{name} has a {hidden} that is no parameter or buffer"
     weights, parameters, buffers = settings["_parameters"], state["_parameters"], state["_buffers"]
@@ -170,15 +170,10 @@ def _gather_unit(
     )
 
 
-def _gather_shortcut(
-    block: nn.Module, cls: type[nn.Module], units: tuple[RawUnit, ...], downsample: Any
-) -> Gathered | str:
-    attributes = block.__dict__
-    if attributes.get("downsample") is not None or hasattr(cls, "downsample"):  # None lies there where there is none
-        return "downsample is no module of the block"
+def _gather_shortcut(units: tuple[RawUnit, ...], downsample: Any) -> Gathered | str:
     if downsample is None:
         return Gathered(units)
-    reason = _touched("downsample", downsample)
+    reason = touched("downsample", downsample)
     if reason is not None:
         return reason
     if type(downsample) is ZeroPadShortcut:
@@ -186,33 +181,26 @@ def _gather_shortcut(
     inner = tuple(downsample.__dict__["_modules"].values()) if type(downsample) is nn.Sequential else ()
     if len(inner) != 2:
         return f"downsample is a {type(downsample).__name__} other than convolution + BatchNorm or ZeroPadShortcut"
-    projection = _gather_unit(block, cls, _PROJECTION, inner)
+    projection = _gather_unit(_PROJECTION, *inner)
     return projection if isinstance(projection, str) else Gathered(units, projection)
 
 
-def _shadowed(block: nn.Module, cls: type[nn.Module], name: str) -> str | None:
-    """Why a child is not what Python finds by its name: an attribute of the instance or of the class is."""
-    if name in block.__dict__ or hasattr(cls, name):
-        return f"{name} is an attribute of the {'instance' if name in block.__dict__ else 'class'}"
+def _hidden(block: nn.Module, cls: type[nn.Module], names: frozenset[str]) -> str | None:
+    """A child that is not what Python finds by its name: an attribute of the instance or of a class is."""
+    attributes = block.__dict__
+    if not attributes.keys().isdisjoint(names):
+        found = [name for name in names.intersection(attributes) if attributes[name] is not None]
+        if found:  # None lies there where a block has no downsample
+            return f"{found[0]} is an attribute of the instance, and no module"
+    for owner in cls.__mro__:
+        if not owner.__dict__.keys().isdisjoint(names):
+            return f"{next(iter(names.intersection(owner.__dict__)))} is an attribute of the class {owner.__qualname__}"
     return None
-
-
-def _touched(name: str, child: nn.Module) -> str | None:
-    """Which hook or method of its own a child has."""
-    attributes = child.__dict__
-    if (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    ):
-        return f"a hook on {name}"
-    return replaced_on_child(name, attributes)
 
 
 def _of_type(name: str, child: nn.Module | None, expected: type[nn.Module]) -> str | None:
     if type(child) is expected:
-        return _touched(name, child)
+        return touched(name, child)
     if child is not None and hasattr(child, "parametrizations"):
         return f"a parametrization on {name}"
     return f"{name} is a {type(child).__name__}, not a {expected.__name__}"

@@ -27,4 +27,4 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
     """
 
     _stock = BasicBlock
-    _parts = Parts(BasicBlock, (("conv1", "bn1"), ("conv2", "bn2")), ("relu",))
+    _parts = Parts.of(BasicBlock, (("conv1", "bn1"), ("conv2", "bn2")), "relu")

@@ -27,4 +27,4 @@ class FusedBottleneck(FusedBlock, Bottleneck):
     """
 
     _stock = Bottleneck
-    _parts = Parts(Bottleneck, (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")), ("relu",))
+    _parts = Parts.of(Bottleneck, (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")), "relu")

@@ -44,7 +44,7 @@ class FusedBlock(nn.Module):
     fused_frozen: Frozen | None = None
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
-    _parts: Parts = Parts(None, (), ())
+    _parts: Parts = Parts.of(None, ())
 
     def anatomy(self) -> Anatomy | str:
         """The block's parts, or why it runs unfused whatever the input."""

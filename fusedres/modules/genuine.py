@@ -17,35 +17,35 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fusedres.modules.shortcut import ZeroPadShortcut
 
-_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
-_FUNCTIONS = ("conv2d", "batch_norm", "relu", "max_pool2d")
-
 
 class _Bypassed:
     """Where the code lies that calling the children of a block or of a stem reaches: one read of all."""
 
-    Module = nn.Module
-    functional = nn.functional
-    torch = torch
-    ZeroPadShortcut = ZeroPadShortcut
-    Conv2d, BatchNorm2d, ReLU, MaxPool2d, Sequential = _CLASSES
+    Module, Conv2d, BatchNorm2d, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU
+    MaxPool2d, Sequential, ZeroPadShortcut = nn.MaxPool2d, nn.Sequential, ZeroPadShortcut
+    functional, torch = nn.functional, torch
 
 
-_NAMES = (
+def _methods(*classes: str) -> tuple[str, ...]:
+    return tuple(f"{cls}.{method}" for cls in classes for method in ("forward", "__call__"))
+
+
+_OF_UNITS = (
     "Module._call_impl",
-    *(f"{cls.__name__}.{method}" for cls in _CLASSES for method in ("forward", "__call__")),
+    *_methods("Conv2d", "BatchNorm2d", "ReLU"),
     "Conv2d._conv_forward",
     "BatchNorm2d._check_input_dim",
-    *(f"functional.{function}" for function in _FUNCTIONS),
+    "functional.conv2d",
+    "functional.batch_norm",
     "functional._verify_batch_size",
+    "functional.relu",
     "torch.batch_norm",
     "torch.relu",
     "torch.relu_",
-    "torch.max_pool2d",
-    "torch.Tensor.__iadd__",
-    "ZeroPadShortcut.forward",
 )
-_read = attrgetter(*_NAMES)
+_OF_STEMS = (*_OF_UNITS, *_methods("MaxPool2d"), "functional.max_pool2d", "torch.max_pool2d")
+_OF_BLOCKS = (*_OF_UNITS, *_methods("Sequential"), "ZeroPadShortcut.forward", "torch.Tensor.__iadd__")
+_BYPASSED = {None: _OF_STEMS, BasicBlock: _OF_BLOCKS, Bottleneck: _OF_BLOCKS, ResNet: _OF_STEMS}
 
 # What a block's or a ResNet's own call reaches, from the fused class: its call, and the stock class's methods.
 _CALL = ("__call__", "_call_impl")
@@ -57,7 +57,7 @@ _STOCK_METHODS = {
 }
 
 # What an instance may have replaced: a child, and a block.
-_CHILD_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim")
+_CHILD_METHODS = frozenset(("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim"))
 _BLOCK_METHODS = ("forward", "_call_impl", "_forward_impl")
 
 
@@ -78,7 +78,8 @@ def _own_of(base: type[nn.Module] | None, names: tuple[str, ...]) -> tuple[Any, 
     return tuple(_own(getattr(owner, name.removeprefix("_stock."))) for name in names)
 
 
-_OWN = tuple(map(_own, _read(_Bypassed)))
+_read = {base: attrgetter(*names) for base, names in _BYPASSED.items()}
+_OWN = {base: tuple(map(_own, read(_Bypassed))) for base, read in _read.items()}
 _read_stock = {base: attrgetter(*names) for base, names in _STOCK_METHODS.items()}
 _OWN_STOCK = {base: _own_of(base, names) for base, names in _STOCK_METHODS.items()}
 
@@ -90,7 +91,11 @@ def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | N
         cls: the fused block's class; its attribute _stock is the class of the forward that runs unfused.
         base: torchvision's BasicBlock, Bottleneck or ResNet, from which both descend, if they do.
     """
-    if not torch.compiler.is_compiling() and _read(_Bypassed) == _OWN and _read_stock[base](cls) == _OWN_STOCK[base]:
+    if (
+        not torch.compiler.is_compiling()
+        and _read[base](_Bypassed) == _OWN[base]
+        and _read_stock[base](cls) == _OWN_STOCK[base]
+    ):
         return None
     return _first_replaced(cls, base)
 
@@ -98,7 +103,7 @@ def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | N
 @torch.compiler.assume_constant_result
 def _first_replaced(cls: Any, base: type[nn.Module] | None) -> str | None:
     """What was replaced, in words; compiled code keeps what it was compiled with."""
-    found = _named(_Bypassed, _NAMES, _OWN)
+    found = _named(_Bypassed, _BYPASSED[base], _OWN[base])
     if found is not None:
         return found
     found = _named(cls, _STOCK_METHODS[base], _OWN_STOCK[base])
@@ -115,18 +120,20 @@ def _named(owner: Any, names: tuple[str, ...], own: tuple[Any, ...]) -> str | No
     return None
 
 
-def replaced_on_child(name: str, attributes: dict[str, Any]) -> str | None:
-    """Which method of a child is replaced on the instance, of its __dict__."""
+def touched(name: str, child: nn.Module) -> str | None:
+    """Which hook a child has, or which of its methods is replaced on the instance."""
+    attributes = child.__dict__
     if (
-        "forward" in attributes
-        or "_call_impl" in attributes
-        or "_compiled_call_impl" in attributes
-        or "_conv_forward" in attributes
-        or "_check_input_dim" in attributes
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
     ):
-        found = next(method for method in _CHILD_METHODS if method in attributes)
-        return f"{name}.{found} is replaced on the instance"
-    return None
+        return f"a hook on {name}"
+    if attributes.keys().isdisjoint(_CHILD_METHODS):
+        return None
+    found = next(iter(_CHILD_METHODS.intersection(attributes)))
+    return f"{name}.{found} is replaced on the instance"
 
 
 def replaced_on_block(attributes: dict[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ class FusedStem(nn.Module):
     fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
-    _parts: Parts = Parts(None, (("conv1", "bn1"),), ("relu", "maxpool"))
+    _parts: Parts = Parts.of(None, (("conv1", "bn1"),), "relu", "maxpool")
 
     def anatomy(self) -> Anatomy | str:
         """The stem's parts, or why it runs unfused whatever the input."""
@@ -91,7 +91,7 @@ class FusedResNet(FusedStem, ResNet):
     """
 
     _stock = ResNet
-    _parts = Parts(ResNet, (("conv1", "bn1"),), ("relu", "maxpool"))
+    _parts = Parts.of(ResNet, (("conv1", "bn1"),), "relu", "maxpool")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)
