@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres.dispatch import LIBRARY, Directions
+from fusedres.ops._sizes import output_size
 
 UNIT_TENSORS = 6  # conv weight, BN weight, BN bias, running_mean, running_var, num_batches_tracked
 UNIT_PARAMS = 3  # the first of them
@@ -27,6 +28,12 @@ class ConvBN(NamedTuple):
     momentum: float | None
     eps: float
     own: Directions = LIBRARY
+
+    def output_shape(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
+        """That of the convolution of an input of this shape with a weight of that one."""
+        axes = zip(shape[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
+        height, width = (output_size(*axis) for axis in axes)
+        return shape[0], weight[0], height, width
 
 
 class BlockPlan(NamedTuple):

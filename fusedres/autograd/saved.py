@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedres.autograd.graph import are_plain
 from fusedres.autograd.memory import has_memory
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Saved
+from fusedres.ops._sizes import wide_dtype
 
 _Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # what it is, and what it must be
 
@@ -37,17 +38,6 @@ def _check(what: str, device: torch.device, found: Iterator[_Found]) -> None:
                 f"{tuple(tensor.shape)} on {tensor.device}, a {type(tensor).__name__}, or without its memory; "
                 "hooks on saved tensors must return what was packed"
             )
-
-
-def convolved(shape: tuple[int, ...], weight: tuple[int, ...], unit: ConvBN) -> tuple[int, int, int, int]:
-    """The shape of a convolution's output."""
-    sizes = [
-        (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for n, kernel, stride, padding, dilation in zip(
-            shape[2:], weight[2:], unit.stride, unit.padding, unit.dilation, strict=True
-        )
-    ]
-    return shape[0], weight[0], sizes[0], sizes[1]
 
 
 def _images(name: str, x: Tensor) -> _Found:
@@ -86,7 +76,7 @@ def _of_block(
         weight = params[UNIT_PARAMS * index]
         assert weight is not None
         yield _weight(index, weight, given[1], unit)
-        shape = convolved(given, tuple(weight.shape), unit)
+        shape = unit.output_shape(given, weight.shape)
         branch = ends[index - last] if index >= last else Branch(saved.ys[index], saved.states[index], None)
         assert branch is not None
         yield from _of_branch(f"unit {index}'s", branch, plan.dtype, given[1], shape)
@@ -104,7 +94,7 @@ def _of_branch(
     whose: str, branch: Branch, dtype: torch.dtype, channels: int, shape: tuple[int, int, int, int]
 ) -> Iterator[_Found]:
     """Of a convolution with this many input channels and this output."""
-    wide = _arithmetic(dtype)
+    wide = wide_dtype(dtype)
     yield f"{whose} state", branch.state, wide, (4, shape[1])
     if branch.y is not None:
         yield f"{whose} raw output", branch.y, dtype, shape
@@ -125,15 +115,11 @@ def _of_stem(
     assert weight is not None
     yield _images("x", x)
     yield _weight(0, weight, x.shape[1], unit)
-    shape = convolved(tuple(x.shape), tuple(weight.shape), unit)
+    shape = unit.output_shape(x.shape, weight.shape)
     n, channels, height, width = shape
     pooled = (n, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
     yield "the raw output", y, grad_out.dtype, shape
     yield "the argmax", argmax, torch.uint8, pooled
-    yield "the state", state, _arithmetic(y.dtype), (4, channels)
+    yield "the state", state, wide_dtype(y.dtype), (4, channels)
     yield "grad_out", grad_out, grad_out.dtype, pooled
     yield from _vectors(params, channels)
-
-
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -18,13 +18,13 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.utils import _pair
 
 from fusedres.autograd import LIBRARY, PLAIN, ConvBN
-from fusedres.modules.genuine import replaced_code, replaced_on_block, touched
+from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
 from fusedres.modules.shortcut import ZeroPadShortcut
 
 SHARDED = "is a DTensor"  # the end of a reason that holds between calls only, where fully_shard gathers parameters
 _ABSENT = object()  # what a module does not have, not even as None
 _PROJECTION = ("downsample.0", "downsample.1")
-_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _Pair = tuple[int, int]
 _Check = Callable[[Any], str | None]  # of a tensor: why kernels cannot read it, None where they can
 
@@ -35,12 +35,12 @@ class Parts(NamedTuple):
     base: type[nn.Module] | None
     units: tuple[tuple[str, str], ...]
     others: tuple[str, ...]
-    names: frozenset[str]  # of all children
+    names: tuple[str, ...]  # of all children
 
     @staticmethod
     def of(base: type[nn.Module] | None, units: tuple[tuple[str, str], ...], *others: str) -> Parts:
         """The parts of a class."""
-        return Parts(base, units, others, frozenset((*chain(*units), *others, "downsample")))
+        return Parts(base, units, others, (*chain(*units), *others, "downsample"))
 
 
 class RawUnit(NamedTuple):
@@ -146,9 +146,9 @@ def _gather_unit(names: tuple[str, str], conv: Any, norm: Any) -> RawUnit | str:
         return reason
     settings, state = conv.__dict__, norm.__dict__
     for name, attributes in ((names[0], settings), (names[1], state)):
-        if not attributes.keys().isdisjoint(_TENSORS):
-            hidden = next(iter(_TENSORS.intersection(attributes)))
-            return f"{name} has a {hidden} that is no parameter or buffer"
+        for field in _TENSORS:
+            if field in attributes:
+                return f"{name} has a {field} that is no parameter or buffer"
     weights, parameters, buffers = settings["_parameters"], state["_parameters"], state["_buffers"]
     return RawUnit(
         weights.get("weight"),
@@ -185,17 +185,13 @@ def _gather_shortcut(units: tuple[RawUnit, ...], downsample: Any) -> Gathered | 
     return projection if isinstance(projection, str) else Gathered(units, projection)
 
 
-def _hidden(block: nn.Module, cls: type[nn.Module], names: frozenset[str]) -> str | None:
+def _hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
     """A child that is not what Python finds by its name: an attribute of the instance or of a class is."""
     attributes = block.__dict__
-    if not attributes.keys().isdisjoint(names):
-        found = [name for name in names.intersection(attributes) if attributes[name] is not None]
-        if found:  # None lies there where a block has no downsample
-            return f"{found[0]} is an attribute of the instance, and no module"
-    for owner in cls.__mro__:
-        if not owner.__dict__.keys().isdisjoint(names):
-            return f"{next(iter(names.intersection(owner.__dict__)))} is an attribute of the class {owner.__qualname__}"
-    return None
+    for name in names:
+        if name in attributes and attributes[name] is not None:  # None lies there where a block has no downsample
+            return f"{name} is an attribute of the instance, and no module"
+    return class_attribute(cls, names)
 
 
 def _of_type(name: str, child: nn.Module | None, expected: type[nn.Module]) -> str | None:

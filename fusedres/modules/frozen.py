@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -88,18 +87,12 @@ def fold(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Froz
             folded = torch.ops.mkldnn._reorder_convolution_weight(
                 folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, list(size)
             )
-        size = (size[0], conv_weight.shape[0], *_output_size(size[2:], conv_weight.shape[2:], unit))
+        size = unit.output_shape(size, conv_weight.shape)
         convs.append(FrozenConv(folded, state[3].to(plan.dtype), packed, unit))
         identity = torch.zeros_like(state)
         identity[1:3] = 1
         identities.append(identity)
     return FrozenBlock(input_kind(x, plan), tuple(convs), tuple(identities))
-
-
-def _output_size(size: tuple[int, ...], kernel: tuple[int, ...], unit: ConvBN) -> Iterator[int]:
-    """Height and width behind a convolution."""
-    for n, k, stride, padding, dilation in zip(size, kernel, unit.stride, unit.padding, unit.dilation, strict=True):
-        yield (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
 
 
 def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:

@@ -16,8 +16,9 @@ from fusedres.dispatch import Way
 from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
 from fusedres.modules.choice import FASTER_UNFUSED, chosen_way
 from fusedres.modules.frozen import Frozen, run_frozen
-from fusedres.modules.reading import FLOATING, Tensors, read_block, read_input, read_stem
+from fusedres.modules.reading import Tensors, read_block, read_input, read_stem
 from fusedres.modules.remembered import recall, remember
+from fusedres.ops._sizes import FLOATING
 
 # Not copied with a block nor pickled: folds, and what the last call left.
 _OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")

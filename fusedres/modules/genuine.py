@@ -57,7 +57,7 @@ _STOCK_METHODS = {
 }
 
 # What an instance may have replaced: a child, and a block.
-_CHILD_METHODS = frozenset(("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim"))
+_CHILD_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim")
 _BLOCK_METHODS = ("forward", "_call_impl", "_forward_impl")
 
 
@@ -130,15 +130,25 @@ def touched(name: str, child: nn.Module) -> str | None:
         or attributes["_backward_pre_hooks"]
     ):
         return f"a hook on {name}"
-    if attributes.keys().isdisjoint(_CHILD_METHODS):
-        return None
-    found = next(iter(_CHILD_METHODS.intersection(attributes)))
-    return f"{name}.{found} is replaced on the instance"
+    for method in _CHILD_METHODS:
+        if method in attributes:
+            return f"{name}.{method} is replaced on the instance"
+    return None
 
 
 def replaced_on_block(attributes: dict[str, Any]) -> str | None:
     """Which method of a block or a ResNet is replaced on the instance, of its __dict__."""
-    if "forward" in attributes or "_call_impl" in attributes or "_forward_impl" in attributes:
-        found = next(method for method in _BLOCK_METHODS if method in attributes)
-        return f"{found} is replaced on the instance"
+    for method in _BLOCK_METHODS:
+        if method in attributes:
+            return f"{method} is replaced on the instance"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def class_attribute(cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
+    """Which of these names, of children, is an attribute of a class: Python finds it before the child."""
+    for owner in cls.__mro__:
+        if not owner.__dict__.keys().isdisjoint(names):
+            name = next(name for name in names if name in owner.__dict__)
+            return f"{name} is an attribute of the class {owner.__qualname__}"
     return None

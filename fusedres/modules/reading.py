@@ -12,8 +12,8 @@ from fusedres.dispatch import Way
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.modules.anatomy import Anatomy, Unit, ZeroPad
 from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
+from fusedres.ops._sizes import FLOATING
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 
 Shape = tuple[int, int, int, int]
@@ -150,7 +150,7 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
 
 def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:
     op, unit = given.op, part.settings
-    out_channels, in_channels, *kernel = part.conv_weight.shape
+    out_channels, in_channels = part.conv_weight.shape[:2]
     if shape[1] != in_channels * unit.groups:
         raise ShapeError(
             f"{op}: {'x' if shape == given.x.shape else 'its input'} must have {in_channels * unit.groups} channels "
@@ -162,14 +162,12 @@ def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:
             f"{op}: {part.conv_name} must have output channels that {unit.groups} groups divide, got {out_channels}; "
             "set groups to a divisor"
         )
-    (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = unit.stride, unit.padding, unit.dilation
-    height = (shape[2] + 2 * padding_h - dilation_h * (kernel[0] - 1) - 1) // stride_h + 1
-    width = (shape[3] + 2 * padding_w - dilation_w * (kernel[1] - 1) - 1) // stride_w + 1
-    if height < 1 or width < 1 or shape[2] < 1 or shape[3] < 1:
+    reached = unit.output_shape(shape, part.conv_weight.shape)
+    if min(*reached[2:], *shape[2:]) < 1:
         raise ShapeError(
             f"{op}: the input of {part.conv_name} must be larger than its kernel, got shape {shape}; use larger images"
         )
-    return shape[0], out_channels, height, width
+    return reached
 
 
 def _check_norm(given: Input, part: Unit, shape: Shape) -> None:

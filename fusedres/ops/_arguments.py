@@ -27,7 +27,7 @@ from fusedres import backends
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.ops._memory import fail
 from fusedres.ops._shapes import Scope, Shape
-from fusedres.ops._sizes import FLOATING, WIDE, wide_dtype
+from fusedres.ops._sizes import FLOATING, WIDE, output_size, wide_dtype
 
 _LARGEST = 2**31 - 1  # of an int argument: products of a few of them and a tensor's size stay inside of 64 bits
 _MAKE_CHANNELS_LAST = "call .contiguous(memory_format=torch.channels_last)"
@@ -244,7 +244,7 @@ class Convolved:
         sizes, outputs = call.scope.sizes, tuple(name.split())
         image, kernel = (tuple(sizes[n] for n in names) for names in (self.image, self.kernel))
         numbers = zip(image, kernel, call["stride"], call["padding"], call["dilation"], strict=True)
-        reached = tuple((size + 2 * pad - by * (taps - 1) - 1) // step + 1 for size, taps, step, pad, by in numbers)
+        reached = tuple(output_size(*axis) for axis in numbers)
         of_what = f"a convolution of {image[0]}x{image[1]} pixels with a kernel of {kernel[0]}x{kernel[1]}"
         setter = call.scope.setters[self.image[0]]
         if min(reached) < 1:

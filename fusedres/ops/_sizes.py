@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres.kernels.conv_fprop.geometry import output_size
+
+__all__ = ["FLOATING", "WIDE", "arithmetic_dtype", "mask_shape", "output_size", "subsampled", "wide_dtype"]
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 
