@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, ConvBN
+from fusedres.ops._memory import needed_bytes
 
 _NAMES = ("convolution weight", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -35,11 +36,7 @@ def require_memory(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor's storage holds all of its elements."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return True
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return tensor.untyped_storage().nbytes() >= needed
+    return tensor.numel() == 0 or tensor.is_meta or tensor.untyped_storage().nbytes() >= needed_bytes(tensor)
 
 
 @contextmanager

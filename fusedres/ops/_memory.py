@@ -69,20 +69,25 @@ def check_memory(op: str, tensors: Iterable[tuple[str, Tensor]], written: tuple[
                 fail(RuntimeError, op, name, expected, "views of the same memory", "clone one of them")
 
 
-def _span(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor reaches, from its first element to the end of its last: all there, and aligned."""
-    elements, itemsize, begin = tensor.numel(), tensor.itemsize, tensor.data_ptr()
+def needed_bytes(tensor: Tensor) -> int:
+    """The bytes of a storage up to the end of its tensor's last element; the tensor is not empty."""
+    elements = tensor.numel()
     if not (tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))):
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (int(tensor.storage_offset()) + elements) * itemsize
-    held = tensor.untyped_storage().nbytes()
+    return (int(tensor.storage_offset()) + elements) * tensor.itemsize
+
+
+def _span(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor reaches, from its first element to the end of its last: all there, and aligned."""
+    needed, held = needed_bytes(tensor), tensor.untyped_storage().nbytes()
+    begin, itemsize = tensor.data_ptr(), tensor.itemsize
     if held < needed:
         remedy = "its storage was freed or resized; pass a tensor that has its values"
         fail(RuntimeError, op, name, f"have a storage of at least {needed} bytes", f"one of {held}", remedy)
     if begin % itemsize:
         expected = f"start at a multiple of {itemsize} bytes in memory"
         fail(RuntimeError, op, name, expected, f"address {begin:#x}", "call .clone()")
-    return begin, begin + elements * itemsize
+    return begin, begin + needed - int(tensor.storage_offset()) * itemsize
 
 
 def _check_writable(op: str, name: str, tensor: Tensor) -> None:
