@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from data import UsageError, shown
+from outputs import write
 from shared import files
 
 _MARK = b"sha256 of train.py's checkpoint: "
@@ -33,13 +34,7 @@ def save(state: dict[str, Any], path: Path) -> None:
     buffer.seek(-_LENGTH, os.SEEK_END)
     buffer.write(struct.pack("<H", _CHECKSUM))
     buffer.write(_checksum(buffer.getbuffer()))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, buffer.getbuffer())
-    except OSError as error:
-        raise UsageError(
-            f"{shown(path)} cannot be written ({error.strerror}): make room there or pass another --out"
-        ) from error
+    write(path, buffer.getbuffer())
 
 
 def _checksum(data: Any) -> bytes:

@@ -8,8 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from compare import Comparison, interval95
-from data import UsageError, shown
-from shared import files
+from outputs import write
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,13 +34,7 @@ def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
     plt.close(figure)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, picture.getbuffer())
-    except OSError as error:
-        raise UsageError(
-            f"{shown(path)} cannot be written ({error.strerror}): make room there or pass another --out"
-        ) from error
+    write(path, picture.getbuffer())
 
 
 def _values(history: History, key: str) -> np.ndarray:

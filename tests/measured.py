@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
 import torch
 
 from fusedres import dispatch
@@ -23,6 +25,14 @@ def bottleneck(size: int = 56, batch: int = 64, **more: object) -> Shape:
     return Shape("bottleneck", "identity", 256, 64, 256, 1, 1, 1, size, size, batch, "bfloat16", "train")._replace(
         **more
     )
+
+
+def empty_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """The path of this device's table in a cache folder that is empty; nothing is read yet."""
+    monkeypatch.setattr(dispatch, "_tables", {})
+    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(folder / "cache"))
+    (folder / "cache").mkdir()
+    return folder / "cache" / store.file_name(HERE)
 
 
 @contextmanager

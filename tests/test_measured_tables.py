@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from fusion import expect_paths, fused_twin, stock_case
-from measured import CPU, HERE, bottleneck, table
+from measured import CPU, HERE, bottleneck, empty_cache, table
 from shapes import case
 
 from fusedres import dispatch
@@ -28,11 +28,7 @@ BASIC = case("basic", "identity", planes=8, batch=2, height=5, width=6)
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache folder, and nothing read yet; the path of this device's table."""
-    monkeypatch.setattr(dispatch, "_tables", {})
-    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    return tmp_path / "cache" / store.file_name(HERE)
+    return empty_cache(monkeypatch, tmp_path)
 
 
 def test_the_users_table_is_read_once_and_goes_before_the_packages(

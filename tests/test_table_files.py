@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 from fusion import expect_paths, fused_twin, stock_case
-from measured import CPU, HERE, bottleneck, following, table
+from measured import CPU, HERE, bottleneck, empty_cache, following, table
 from shapes import case
 
-from fusedres import dispatch
 from fusedres.dispatch import LIBRARY, Directions, Shape, Table, Way, store
 from fusedres.dispatch.table import as_json, batch_class
 
@@ -39,11 +38,7 @@ BLOCK = next(block for block in GOOD["blocks"] if isinstance(block["way"], dict)
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The path of this device's table in a cache folder that is empty; nothing is read yet."""
-    monkeypatch.setattr(dispatch, "_tables", {})
-    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    return tmp_path / "cache" / store.file_name(HERE)
+    return empty_cache(monkeypatch, tmp_path)
 
 
 def loaded() -> tuple[Table | None, list[str]]:
