@@ -89,7 +89,7 @@ def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple
     module = fusedres.fuse(make_block(what), **WAYS[way][0]).to("meta", dtype)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
-            child.float()  # as under autocast, where it stays float32; the weights are still to be converted
+            child.to(dtype=torch.promote_types(dtype, torch.float32))  # float32 as under autocast
     x = torch.empty((batch, what.in_channels, what.size, what.size), dtype=dtype, device="meta")
     return module, x.to(memory_format=torch.channels_last).requires_grad_(not isinstance(what, Stem))
 

@@ -70,6 +70,15 @@ def test_every_block_and_model_has_a_row_a_way(run, rows, launched, traffic):
         assert sum(line.split()[:1] == [name] for line in table.splitlines()) == len(launched.WAYS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_blocks_run_in_every_dtype(traffic, launched, dtype):
+    """BatchNorm is float32 beside half precision, else of the block's dtype."""
+    for what in (traffic.resnet_blocks(50)["layer2.0"], traffic.Stem()):
+        for way in launched.WAYS:
+            phases = launched.train_step(what, way, 2, dtype)
+            assert all(count.kernels and not count.missing for count in phases.values())
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_model_is_the_sum_of_its_blocks(rows, traffic, launched, depth):
     blocks = traffic.resnet_blocks(depth)
