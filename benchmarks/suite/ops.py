@@ -266,7 +266,7 @@ def _visit(
 
 def _visit_stem(settings: Settings, seen: set[str], case: str, way: str, batch: int) -> None:
     visit = Visit(seen, Measure(settings, case))
-    size = 32 if settings.tiny else 224
+    size = 16 if settings.tiny else 224
     model = torchvision.models.resnet18().to(settings.device, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=settings.device, dtype=settings.dtype)
     x = x.to(memory_format=torch.channels_last)
