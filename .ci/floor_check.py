@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -32,27 +29,21 @@ def check(what: str, fused: list[torch.Tensor], eager: list[torch.Tensor]) -> No
     print(f"{what}: {len(fused)} tensors equal eager's")
 
 
-def compile_kernels(root: Path, dtype: torch.dtype, arch: int) -> str:
-    """Every Triton kernel that a block launches, as it is launched there; what there is to say of them."""
+def check_kernels(root: Path) -> None:
+    """Every Triton kernel that a block launches, as it is launched there; in float64, too, for gradcheck."""
     sys.path.insert(0, str(root / "benchmarks"))
     import inspect_kernels
 
-    runs = inspect_kernels.cases("resnet50.layer2.0", ("library", "fused", "fused min"), dtype=dtype).values()
-    made = [launch for run in runs for launch in inspect_kernels.record(run, arch)]
-    rows = inspect_kernels.inspect_launches(made, arch, limit=1)
-    found = [row for row in rows if row.problems]
-    if found:
-        raise ValueError(inspect_kernels.table(found))
-    kernels = len({row.kernel for row in rows})
-    return f"{kernels} kernels, {len(rows)} times compiled for sm_{arch} by Triton {triton.__version__}, {dtype}"
-
-
-def check_kernels(root: Path) -> None:
-    """For two architectures; in float64, too, for gradcheck."""
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        chosen = product((torch.bfloat16, torch.float64), (90, 80))
-        for done in [pool.submit(compile_kernels, root, *one) for one in chosen]:
-            print(done.result(), flush=True)
+    ways = ("library", "fused", "fused min")
+    for dtype, arch in product((torch.bfloat16, torch.float64), (90, 80)):
+        runs = inspect_kernels.cases("resnet50.layer2.0", ways, dtype=dtype).values()
+        made = [launch for run in runs for launch in inspect_kernels.record(run, arch)]
+        rows = inspect_kernels.inspect_launches(made, arch, limit=1)
+        found = [row for row in rows if row.problems]
+        if found:
+            raise SystemExit(inspect_kernels.table(found))
+        kernels = len({row.kernel for row in rows})
+        print(f"{kernels} kernels, {len(rows)} times compiled for sm_{arch} by Triton {triton.__version__}, {dtype}")
 
 
 def main() -> None:
