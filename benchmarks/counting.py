@@ -28,8 +28,8 @@ _EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
     # grad, gate, x, ..., shortcut_x: sums first, unless statistics are frozen and nobody wants the sums
     "fusedres::bn_add_relu_backward": lambda a: [a[0], a[1], a[2], a[5]] if a[4] or a[7] or a[8] else [],
     "fusedres::bn_relu_backward_": lambda a: [a[0], a[1]] if a[4] or a[5] else [],
-    # d and z enter two products each, and dz (like z) is read and written once more to add the second one
-    "fusedres::one_pass_backward": lambda a: [a[0], a[2], a[2], a[2]],
+    # with dz, d and z enter two products each, and dz (like z) is read and written once more to add the second one
+    "fusedres::one_pass_backward": lambda a: [a[0], a[2], a[2], a[2]] if a[7] else [],
 }
 
 

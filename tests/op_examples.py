@@ -197,7 +197,7 @@ def examples() -> dict[str, list[Example]]:
         "empty_batch": [{"like": _like(N, C, H, W), "batch": 3}],
         "gram": [x | {"stride": 2}],
         "gram_statistics": [x | {"stride": 2}],
-        "one_pass_backward": [backward],
+        "one_pass_backward": [backward | {"with_input": wanted} for wanted in (True, False)],
         "one_pass_dgrad": [
             _reduction() | {"folded": _rows(K, C), "quadratic": _rows(C, C), "constant": vector(C), "masked": True}
         ],

@@ -127,6 +127,13 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     )
     for name, got, leaf in zip(("z", "conv", "weight"), (grad_z, grad_conv, grad_weight), leaves, strict=False):
         close(f"grad_{name}", got, leaf.grad, 10.0)
+    empty, *others = ops.one_pass_backward(
+        d.to(where), d.sum((0, 2, 3)).to(where), centred, on_device[0], got_state, projected, total, backend,
+        with_input=False,
+    )  # fmt: skip
+    assert empty.numel() == 0
+    for name, got, leaf in zip(("conv", "weight"), others, leaves[1:], strict=False):
+        close(f"grad_{name} alone", got, leaf.grad, 10.0)
 
 
 def test_errors():

@@ -40,8 +40,8 @@ void one_pass_statistics(const OnePassStatisticsParams& p) {
 void one_pass_grads(const OnePassGradsParams& p) {
   require((p.in_channels <= kOnePassNarrow ? p.d != nullptr && p.z != nullptr : p.cross != nullptr) &&
               p.sum_d != nullptr && p.weight != nullptr && p.state != nullptr && p.projected != nullptr &&
-              p.total != nullptr && p.grad_conv != nullptr && p.grad_weight != nullptr && p.quadratic != nullptr &&
-              p.constant != nullptr,
+              p.total != nullptr && p.grad_conv != nullptr && p.grad_weight != nullptr &&
+              (p.quadratic == nullptr) == (p.constant == nullptr),
           "one_pass_grads", "null pointer");
   require(p.rows > 0 && p.channels > 0 && p.in_channels > 0, "one_pass_grads", "no rows or channels");
   FUSEDRES_SELECT_ISA(grads_of)(p);

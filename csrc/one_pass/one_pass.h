@@ -41,7 +41,7 @@ struct OnePassGradsParams {
   const double* total;    // [in_channels]: Σz
   void* grad_conv;        // [channels, in_channels] arithmetic
   void* grad_weight;      // [channels] arithmetic
-  void* quadratic;        // [in_channels, in_channels] arithmetic: -Q
+  void* quadratic;        // [in_channels, in_channels] arithmetic: -Q; null with constant: not wanted
   void* constant;         // [in_channels] arithmetic
   int threads;
   const void* d;  // [rows, channels] arithmetic, like z read where in_channels <= kOnePassNarrow only

@@ -32,12 +32,13 @@ class Backward {
     Tensor h;
     // Where the last unit was one-pass, grad is already that of its input.
     for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
+      if (!grad.defined() || !needs_first(index + 1)) return std::move(grads_);
       if (index < last) below(index, grad, GateKind::kRecompute);
       h = index > 0 ? bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], std::move(h), block_.threads)
                     : Tensor();
-      grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_input(index));
-      if (!grad.defined()) return std::move(grads_);
+      grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_first(index));
     }
+    if (!grad.defined()) return std::move(grads_);
     if (!block_.projection) {
       add_shortcut(grad, saved_.grad_out, {GateKind::kBits, saved_.mask.data()}, block_.pad_stride);
     } else {
@@ -52,9 +53,9 @@ class Backward {
  private:
   static size_t slot(size_t index) { return 1 + kUnitParams * index; }
 
-  // Whether anything in front of a unit needs the gradient of the unit's input.
-  bool needs_input(size_t index) const {
-    for (size_t i = 0; i < slot(index); ++i) {
+  // Whether the gradient of x, or of a parameter of the branch's first `units` units, is asked for.
+  bool needs_first(size_t units) const {
+    for (size_t i = 0; i < slot(units); ++i) {
       if (saved_.needs[i]) return true;
     }
     return false;
@@ -108,7 +109,7 @@ class Backward {
     return grad;
   }
 
-  // The same with one-pass units, whose gradient is that of their input.
+  // The same with one-pass units, whose gradient is that of their input, undefined where that is not asked for.
   Tensor tail_one_pass(Tensor* grad_projection) {
     const size_t last = block_.last();
     const Shape shape = saved_.grad_out.shape();
@@ -124,11 +125,12 @@ class Backward {
                    block_.threads});
     Tensor grad;
     if (block_.one_pass_last) {
-      grad = one_pass(last, d, sum, saved_.outputs[last - 1], &saved_.states[last - 1], 1, saved_.last);
+      grad =
+          one_pass(last, d, sum, saved_.outputs[last - 1], &saved_.states[last - 1], 1, saved_.last, needs_first(last));
     }
     if (block_.one_pass_projection) {
       const int64_t stride = block_.units.back().convolution.stride[0];
-      *grad_projection = one_pass(last + 1, d, sum, saved_.x, nullptr, stride, saved_.projection);
+      *grad_projection = one_pass(last + 1, d, sum, saved_.x, nullptr, stride, saved_.projection, needs_first(0));
     }
     // An ordinary branch turns d into its own gradient in place, last, when nobody else reads it.
     if (!block_.one_pass_last) {
@@ -144,7 +146,8 @@ class Backward {
 
   // The gradient of a one-pass unit's input, which is relu(BN(h)) of every stride-th pixel, without a state h.
   Tensor one_pass(size_t index, const Tensor& d, const Tensor& sum, const Tensor& h, const Tensor* h_state,
-                  int64_t stride, const OnePass& saved) {
+                  int64_t stride, const OnePass& saved, bool needs_input) {
+    if (!(needs_input || saved_.needs[slot(index)] || needs_sums(index))) return Tensor();
     const ConvBn& unit = block_.units[index];
     const aten::ConvolutionParams params = dense(unit.convolution);
     const Tensor& weight = saved_.params[kUnitParams * index];
@@ -163,7 +166,7 @@ class Backward {
     grads.threads = block_.threads;
     const Tensor scaled = aten::empty({channels, inputs, 1, 1}, dtype);
     one_pass_scale(grads, scaled.data());
-    auto [grad_z, cross] = aten::convolution_backward(d, z, scaled, params, true, inputs > kOnePassNarrow);
+    auto [grad_z, cross] = aten::convolution_backward(d, z, scaled, params, needs_input, inputs > kOnePassNarrow);
 
     Tensor grad_conv = aten::empty({channels, inputs, 1, 1}, dtype);
     Tensor grad_weight = aten::empty({channels}, dtype);
@@ -177,11 +180,13 @@ class Backward {
     grads.total = static_cast<const double*>(saved.total.data());
     grads.grad_conv = grad_conv.data();
     grads.grad_weight = grad_weight.data();
-    grads.quadratic = quadratic.data();
-    grads.constant = constant.data();
+    grads.quadratic = needs_input ? quadratic.data() : nullptr;
+    grads.constant = needs_input ? constant.data() : nullptr;
     one_pass_grads(grads);
-    const Tensor correction = aten::convolution(z, quadratic, params, constant);
-    add_shortcut(grad_z, correction, {GateKind::kNone, nullptr}, 1);
+    if (needs_input) {
+      const Tensor correction = aten::convolution(z, quadratic, params, constant);
+      add_shortcut(grad_z, correction, {GateKind::kNone, nullptr}, 1);
+    }
 
     if (saved_.needs[slot(index)]) grads_[slot(index)] = std::move(grad_conv);
     if (saved_.needs[slot(index) + 1]) grads_[slot(index) + 1] = std::move(grad_weight);

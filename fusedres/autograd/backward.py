@@ -54,6 +54,8 @@ class Backward:
         last = len(plan.units) - 1
         # Where the last unit was one-pass, grad is already that of its input.
         for index in range(last - 1 if saved.last.one_pass else last, -1, -1):
+            if grad is None or not self._needs_first(index + 1):
+                return self.grads
             unit = plan.units[index]
             if index < last:
                 sums = self.launch.bn_relu_backward_(
@@ -62,14 +64,12 @@ class Backward:
                 self._set_norm_grads(index, sums)
             if index > 0:
                 h = self.launch.bn_relu(saved.ys[index - 1], saved.states[index - 1], None, 1)
-                need_h = any(self.needs[: 1 + UNIT_PARAMS * index])
             else:
-                h, need_h = self.entry, self.needs[0]
-            previous = self._convolution(index, unit, grad, h, need_h)
+                h = self.entry
+            grad = self._convolution(index, unit, grad, h, self._needs_first(index))
             del h
-            if previous is None:
-                return self.grads
-            grad = previous
+        if grad is None:
+            return self.grads
         if plan.projection is None:
             grad = in_dtype(grad, self.x_dtype)  # under autocast x may be wider: both terms are added in its dtype
             grad_out = in_dtype(self.grad_out, self.x_dtype)
@@ -83,6 +83,10 @@ class Backward:
         weight = self.params[UNIT_PARAMS * index]
         assert weight is not None
         return weight
+
+    def _needs_first(self, units: int) -> bool:
+        """Whether the gradient of x, or of a parameter of the branch's first `units` units, is asked for."""
+        return any(self.needs[: 1 + UNIT_PARAMS * units])
 
     def _needs_sums(self, index: int) -> bool:
         return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
@@ -105,10 +109,11 @@ class Backward:
         )
         return grad_h
 
-    def _tail(self) -> tuple[Tensor, Tensor | None]:
+    def _tail(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients behind the last ReLU: of the last unit and of the projection.
 
-        Each is that of the convolution's output, or of the convolution's input where the unit is one-pass.
+        Each is that of the convolution's output, or of the convolution's input where the unit is one-pass; then it is
+        None where it leads to nothing that is asked for.
         """
         plan, saved = self.plan, self.saved
         last, projection = saved.last, saved.projection
@@ -140,7 +145,7 @@ class Backward:
         self._set_norm_grads(index + 1, (sums[0].clone(), sums[2]))  # no two gradients share memory
         return grad, grad_projection
 
-    def _tail_one_pass(self) -> tuple[Tensor, Tensor | None]:
+    def _tail_one_pass(self) -> tuple[Tensor | None, Tensor | None]:
         plan, saved = self.plan, self.saved
         index = len(plan.units) - 1
         d, sum_d = self.launch.relu_backward(self.grad_out, saved.mask)
@@ -149,15 +154,19 @@ class Backward:
         source: tuple[Tensor, Tensor | None, Tensor, int]
         if saved.last.one_pass:
             source = (saved.ys[-1], saved.states[-1], saved.last.one_pass.pivot, 1)
-            grad = self._one_pass(index, d, sum_d, source, saved.last.state, saved.last.one_pass)
+            needed = self._needs_first(index)
+            grad = self._one_pass(index, d, sum_d, source, saved.last.state, saved.last.one_pass, needed)
         if saved.projection is not None and saved.projection.one_pass and plan.projection is not None:
             source = (self.entry, None, saved.projection.one_pass.pivot, plan.projection.stride[0])
             branch = saved.projection
-            grad_projection = self._one_pass(index + 1, d, sum_d, source, branch.state, saved.projection.one_pass)
+            needed = self._needs_first(0)
+            grad_projection = self._one_pass(
+                index + 1, d, sum_d, source, branch.state, saved.projection.one_pass, needed
+            )
         # An ordinary branch turns d into its own gradient in place, last, when nobody else reads it.
-        if grad is None:
+        if not saved.last.one_pass:
             grad = self._ordinary(index, d, saved.last.y, saved.last.state, plan.units[-1])
-        if grad_projection is None and saved.projection is not None and plan.projection is not None:
+        if saved.projection is not None and not saved.projection.one_pass and plan.projection is not None:
             branch = saved.projection
             grad_projection = self._ordinary(index + 1, d, branch.y, branch.state, plan.projection)
         return grad, grad_projection
@@ -170,15 +179,19 @@ class Backward:
         source: tuple[Tensor, Tensor | None, Tensor, int],  # of ops.bn_relu: what to centre, state, pivot, stride
         state: Tensor,
         one_pass: OnePass,
-    ) -> Tensor:
+        needs_input: bool,
+    ) -> Tensor | None:
+        slot = 1 + UNIT_PARAMS * index
+        if not (needs_input or self.needs[slot] or self._needs_sums(index)):
+            return None
         z = self.launch.bn_relu(*source)
         grad_z, grad_conv, grad_weight = self.launch.one_pass_backward(
-            d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total
+            d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total, needs_input
         )
         self._set_norm_grads(index, (sum_d.clone(), grad_weight))  # the other branch may hand out sum_d too
-        if self.needs[1 + UNIT_PARAMS * index]:
-            self.grads[1 + UNIT_PARAMS * index] = grad_conv
-        return grad_z
+        if self.needs[slot]:
+            self.grads[slot] = grad_conv
+        return grad_z if needs_input else None
 
     def _ordinary(self, index: int, d: Tensor, y: Tensor | None, state: Tensor, unit: ConvBN) -> Tensor:
         assert y is not None

@@ -74,7 +74,9 @@ class ConvBackward:
         del of_projection
         last = len(self.plan.units) - 1
         for index in range(last - 1 if self.plan.one_pass[0] else last, -1, -1):
-            if index > 0 and not any(self.needs[: 1 + UNIT_PARAMS * index]):
+            if gradient is None:
+                break
+            if index > 0 and not self._needs_first(index):
                 self._weight_gradient(index, gradient, self._input(index))
                 break
             if index == 0:
@@ -83,6 +85,10 @@ class ConvBackward:
                 gradient = self._through(index, gradient)
         self._finalize_weights()
         return self.grads
+
+    def _needs_first(self, units: int) -> bool:
+        """Whether the gradient of x, or of a parameter of the branch's first `units` units, is asked for."""
+        return any(self.needs[: 1 + UNIT_PARAMS * units])
 
     def _input(self, index: int) -> Raw:
         """What a unit of the branch reads."""
@@ -107,34 +113,36 @@ class ConvBackward:
 
     # --- the tail ----------------------------------------------------------------------------------------------------
 
-    def _tail(self) -> tuple[Gradient, Gradient | Tensor | None]:
+    def _tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
         """Gradients behind the last ReLU: of the last unit (the one before where that is one-pass), of the projection.
 
-        The projection's is that of its convolution's output, or that of x on its pixels where it is one-pass.
+        The projection's is that of its convolution's output, or that of x on its pixels where it is one-pass. A
+        one-pass unit's is None where it leads to nothing that is asked for.
         """
         plan, saved = self.plan, self.saved
         if not any(plan.one_pass):
             return self._ordinary_tail()
         last = len(plan.units) - 1
         joined = saved.projection if plan.one_pass[1] else None
-        gradient: Gradient
+        gradient: Gradient | None = None
         of_projection: Gradient | Tensor | None = None
         if plan.one_pass[0]:
             h = self._input(last)
             cross, x_cross, sum_d = self._reduce(h, 1, saved.last, joined)
-            dz, partials = self._one_pass(last, h, 1, cross, sum_d, saved.last)
-            gradient = self._behind_norm(last - 1, dz, partials)
+            found = self._one_pass(last, h, 1, cross, sum_d, saved.last)
+            if found is not None:
+                gradient = self._behind_norm(last - 1, *found)
             if joined is not None:
-                of_projection, _ = self._one_pass(
-                    last + 1, Raw(self.entry, None), self._x_stride(), x_cross, sum_d, joined
-                )
+                found = self._one_pass(last + 1, Raw(self.entry, None), self._x_stride(), x_cross, sum_d, joined)
+                of_projection = None if found is None else found[0]
             elif saved.projection is not None:
                 of_projection = self._ordinary(last + 1, saved.projection)
         else:
             assert joined is not None
             x = Raw(self.entry, None)
             cross, _, sum_d = self._reduce(x, self._x_stride(), joined, None)
-            of_projection, _ = self._one_pass(last + 1, x, self._x_stride(), cross, sum_d, joined)
+            found = self._one_pass(last + 1, x, self._x_stride(), cross, sum_d, joined)
+            of_projection = None if found is None else found[0]
             gradient = self._ordinary(last, saved.last).stored(self.launch)
         return gradient, of_projection
 
@@ -208,8 +216,11 @@ class ConvBackward:
 
     def _one_pass(
         self, index: int, h: Raw, stride: int, cross: Tensor, sum_d: Tensor, branch: Branch
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of a one-pass unit's input, masked with its ReLU where it has one, and the sums behind that."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """The gradient of a one-pass unit's input, masked with its ReLU where it has one, and the sums behind that.
+
+        None where that gradient is not asked for.
+        """
         one, weight = branch.one_pass, self.params[UNIT_PARAMS * index]
         assert one is not None
         grad_conv, grad_norm, quadratic, constant = self.launch.one_pass_products(
@@ -227,6 +238,8 @@ class ConvBackward:
             self.grads[1 + UNIT_PARAMS * index] = grad_conv
         both = all(self.plan.one_pass)  # one sum is the gradient of the last unit's and the projection's bias
         self._set_norm_grads(index, sum_d, grad_norm, copy=both and index == len(self.plan.units))
+        if not self._needs_first(0 if index == len(self.plan.units) else index):
+            return None
         masked = h.state is not None
         dz, partials = self.launch.one_pass_dgrad(
             self.grad_out, self.saved.mask, h.y, h.state, one.pivot, one.folded, quadratic, constant, stride, masked
@@ -304,9 +317,10 @@ class ConvBackward:
         unit = self.plan.projection
         if unit is None:
             return ShortcutGradient(self.grad_out, self.saved.mask, self.plan.pad_stride)
+        if of_projection is None:
+            return None
         if isinstance(of_projection, Tensor):
             return ShortcutGradient(of_projection, None, unit.stride[0])
-        assert of_projection is not None
         index, h = len(self.plan.units), Raw(self.entry, None)
         if not self.needs[0]:
             self._weight_gradient(index, of_projection, h)

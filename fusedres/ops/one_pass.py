@@ -102,15 +102,23 @@ def one_pass_statistics(
 
 
 def _fake_backward(
-    d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, state: Tensor, *_: object
+    d: Tensor,
+    sum_d: Tensor,
+    z: Tensor,
+    conv_weight: Tensor,
+    state: Tensor,
+    projected: Tensor,
+    total: Tensor,
+    with_input: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_conv = torch.empty_like(conv_weight, memory_format=torch.contiguous_format)
-    return torch.empty_like(z, memory_format=torch.channels_last), grad_conv, torch.empty_like(sum_d)
+    grad_z = torch.empty_like(z, memory_format=torch.channels_last) if with_input else z.new_empty(0)
+    return grad_z, torch.empty_like(conv_weight, memory_format=torch.contiguous_format), torch.empty_like(sum_d)
 
 
 ONE_PASS_BACKWARD = Op(
     "one_pass_backward(Tensor d, Tensor sum_d, Tensor z, Tensor conv_weight, Tensor state, Tensor projected, "
-    "Tensor total, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor total, bool with_input, str backend) -> (Tensor, Tensor, Tensor)",
     "one_pass",
     {
         "d": activation("N K H W", empty=False),
@@ -134,6 +142,7 @@ def one_pass_backward(
     projected: Tensor,
     total: Tensor,
     backend: str,
+    with_input: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of BatchNorm(conv1x1(z)) with batch statistics, without the convolution's output.
 
@@ -142,12 +151,15 @@ def one_pass_backward(
         z: (N, C, H, W) channels_last, z' of ops.gram.
         conv_weight: (K, C, 1, 1).
         state, projected: of one_pass_statistics. total: (C,), s of ops.gram.
+        with_input: also make grad_z, which takes two of the three large products.
 
     Returns:
-        grad_z like z; the gradient of conv_weight; dγ (K,). dβ is sum_d.
+        grad_z like z, an empty tensor without with_input; the gradient of conv_weight; dγ (K,). dβ is sum_d.
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    grad_z, grad_conv, grad_weight = ONE_PASS_BACKWARD(d, sum_d, z, conv_weight, state, projected, total, backend)
+    grad_z, grad_conv, grad_weight = ONE_PASS_BACKWARD(
+        d, sum_d, z, conv_weight, state, projected, total, with_input, backend
+    )
     return grad_z, grad_conv, grad_weight

@@ -63,11 +63,18 @@ def one_pass_statistics(
 
 
 def one_pass_backward(
-    d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, state: Tensor, projected: Tensor, total: Tensor
+    d: Tensor,
+    sum_d: Tensor,
+    z: Tensor,
+    conv_weight: Tensor,
+    state: Tensor,
+    projected: Tensor,
+    total: Tensor,
+    with_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
     if d.dtype is not torch.float32:
-        return reference.one_pass_backward(d, sum_d, z, conv_weight, state, projected, total)
+        return reference.one_pass_backward(d, sum_d, z, conv_weight, state, projected, total, with_input)
     channels, in_channels = conv_weight.shape[:2]
     sizes = (DTYPE_CODE[d.dtype], channels, in_channels)
     threads = torch.get_num_threads()
@@ -75,9 +82,12 @@ def one_pass_backward(
     scaled = torch.empty((channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
     _C.one_pass_scale(*sizes, matrix.data_ptr(), state.data_ptr(), scaled.data_ptr(), threads)
     narrow = in_channels <= _C.ONE_PASS_NARROW
-    grad_z, cross, _ = torch.ops.aten.convolution_backward(
-        d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, not narrow, False)
-    )
+    grad_z: Tensor | None = None
+    cross: Tensor | None = None
+    if with_input or not narrow:
+        grad_z, cross, _ = torch.ops.aten.convolution_backward(
+            d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (with_input, not narrow, False)
+        )
     grad_conv, grad_weight = torch.empty_like(projected), torch.empty_like(sum_d)
     quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
     constant = torch.empty(in_channels, dtype=state.dtype, device=state.device)
@@ -86,7 +96,7 @@ def one_pass_backward(
         z.numel() // in_channels,
         channels,
         in_channels,
-        0 if narrow else cross.view(channels, in_channels).data_ptr(),
+        0 if cross is None else cross.view(channels, in_channels).data_ptr(),
         sum_d.data_ptr(),
         matrix.data_ptr(),
         state.data_ptr(),
@@ -94,17 +104,20 @@ def one_pass_backward(
         total.data_ptr(),
         grad_conv.data_ptr(),
         grad_weight.data_ptr(),
-        quadratic.data_ptr(),
-        constant.data_ptr(),
+        quadratic.data_ptr() if with_input else 0,
+        constant.data_ptr() if with_input else 0,
         threads,
         d.data_ptr(),
         z.data_ptr(),
     )
+    grad_conv = grad_conv.view(conv_weight.shape).to(conv_weight.dtype)
+    if grad_z is None:
+        return z.new_empty(0), grad_conv, grad_weight
     # Not torch.conv2d, which autocast would round: what follows reads float32 by its address.
     correction = torch.convolution(z, quadratic, constant, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
     grad_z = grad_z.contiguous(memory_format=torch.channels_last)
     shortcut_grad_(grad_z, correction.contiguous(memory_format=torch.channels_last), None, 1)
-    return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
+    return grad_z, grad_conv, grad_weight
 
 
 def _matrix(conv_weight: Tensor, dtype: torch.dtype) -> Tensor:

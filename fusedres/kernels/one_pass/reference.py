@@ -34,7 +34,14 @@ def one_pass_statistics(
 
 
 def one_pass_backward(
-    d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, state: Tensor, projected: Tensor, total: Tensor
+    d: Tensor,
+    sum_d: Tensor,
+    z: Tensor,
+    conv_weight: Tensor,
+    state: Tensor,
+    projected: Tensor,
+    total: Tensor,
+    with_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
     channels, in_channels = conv_weight.shape[:2]
@@ -45,9 +52,12 @@ def one_pass_backward(
     grad_conv, grad_weight, quadratic, constant = small_products(
         rows_d.T @ rows_z, sum_d, matrix, state, projected, total, rows_z.shape[0]
     )
-    grad_z = torch.addmm(constant, rows_d, state[2].unsqueeze(1) * matrix).addmm_(rows_z, quadratic, alpha=-1)
-    n, _, h, w = z.shape
-    grad_z = grad_z.to(z.dtype).view(n, h, w, in_channels).permute(0, 3, 1, 2)
+    if with_input:
+        grad_z = torch.addmm(constant, rows_d, state[2].unsqueeze(1) * matrix).addmm_(rows_z, quadratic, alpha=-1)
+        n, _, h, w = z.shape
+        grad_z = grad_z.to(z.dtype).view(n, h, w, in_channels).permute(0, 3, 1, 2)
+    else:
+        grad_z = z.new_empty(0)
     return grad_z, grad_conv.view(conv_weight.shape).to(conv_weight.dtype), grad_weight
 
 
