@@ -32,13 +32,13 @@ class Backward {
     Tensor h;
     // Where the last unit was one-pass, grad is already that of its input.
     for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
-      if (!grad.defined() || !needs_first(index + 1)) return std::move(grads_);
+      if (!needs_first(index + 1)) return std::move(grads_);
       if (index < last) below(index, grad, GateKind::kRecompute);
       h = index > 0 ? bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], std::move(h), block_.threads)
                     : Tensor();
       grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_first(index));
     }
-    if (!grad.defined()) return std::move(grads_);
+    if (!needs_first(0)) return std::move(grads_);
     if (!block_.projection) {
       add_shortcut(grad, saved_.grad_out, {GateKind::kBits, saved_.mask.data()}, block_.pad_stride);
     } else {
@@ -170,8 +170,8 @@ class Backward {
 
     Tensor grad_conv = aten::empty({channels, inputs, 1, 1}, dtype);
     Tensor grad_weight = aten::empty({channels}, dtype);
-    const Tensor quadratic = aten::empty({inputs, inputs, 1, 1}, dtype);
-    const Tensor constant = aten::empty({inputs}, dtype);
+    const Tensor quadratic = needs_input ? aten::empty({inputs, inputs, 1, 1}, dtype) : Tensor();
+    const Tensor constant = needs_input ? aten::empty({inputs}, dtype) : Tensor();
     grads.cross = cross.data();
     grads.d = d.data();
     grads.z = z.data();
@@ -180,8 +180,8 @@ class Backward {
     grads.total = static_cast<const double*>(saved.total.data());
     grads.grad_conv = grad_conv.data();
     grads.grad_weight = grad_weight.data();
-    grads.quadratic = needs_input ? quadratic.data() : nullptr;
-    grads.constant = needs_input ? constant.data() : nullptr;
+    grads.quadratic = quadratic.data();
+    grads.constant = constant.data();
     one_pass_grads(grads);
     if (needs_input) {
       const Tensor correction = aten::convolution(z, quadratic, params, constant);
