@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusedres
 from fusedres.kernels import launch as launching
@@ -75,6 +76,25 @@ class Specialised:
     def name(self) -> str:
         """The same whenever this is compiled again: of the sources, the key and Triton's version."""
         return hashlib.sha256(repr((self.source.hash(), self.key, triton.__version__)).encode()).hexdigest()[:16]
+
+    @property
+    def arguments(self) -> list[int]:
+        """What the compiled kernel is given, as numbers: pointers are aligned ones, floating-point numbers are 0."""
+        found: list[int] = []
+        given = {**self.launch.arguments, **self.config.blocks}
+        for name, kind in self.source.signature.items():
+            if kind == "constexpr":
+                continue
+            value = given[name]
+            if isinstance(value, TensorDescriptor):
+                found += [_pointer(len(found)), *map(int, value.shape), *map(int, value.strides)]
+            else:
+                found.append(_pointer(len(found)) if isinstance(value, Tensor) else int(value))
+        return [*found, 0, 0]  # scratch memory of Triton's own
+
+
+def _pointer(index: int) -> int:
+    return (index + 1) << 33
 
 
 def specialise(launch: Launch, config: Config, arch: int) -> Specialised:

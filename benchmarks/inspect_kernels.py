@@ -5,6 +5,7 @@ its candidate configs, specialised as Triton's JIT would for these arguments, an
 usage. Nothing is timed. Needs a process without TRITON_INTERPRET.
 
     python benchmarks/inspect_kernels.py --arch 90 --kernel bn_relu --json rows.json
+    python benchmarks/inspect_kernels.py --hazards
 
 As a library:
 
@@ -13,8 +14,9 @@ As a library:
     row = inspect_launch(launch, config, arch=90)
 
 The verdict holds products of 16-bit operands to tensor cores (wgmma on sm_90) and to a full pipeline; pipelines.py says
-where a kernel's design has it otherwise. The end of the command names products with fewer than FEWEST candidates that
-nothing is wrong with.
+where a kernel's design has it otherwise. No kernel may touch what a wgmma in flight uses: hazards.py reads registers,
+ptx.py shared memory, and --hazards prints what they found, candidate by candidate. The end of the command names
+products with fewer than FEWEST candidates that nothing is wrong with.
 """
 
 from __future__ import annotations
@@ -51,9 +53,11 @@ from candidates import (
     record,
     specialise,
 )
-from harness import machine
+from harness import Progress, machine, print_table
+from hazards import overwrites
 from launched import WAYS
-from pipelines import COPIES, STORES, WAIT, lacks
+from pipelines import COPIES, STORES, lacks
+from ptx import races
 from sass import TENSOR_CORE, Binary
 
 from fusedres.kernels import launch as launching
@@ -85,6 +89,8 @@ class Row:
     loop_async_copies: int | None  # fewest of any main loop: cp.async or TMA
     loop_shared_stores: int | None  # most of any main loop
     wgmma_waits: tuple[int, ...]  # of every wait in main loops: how many groups of wgmma may stay in flight
+    overwrites: int  # instructions that touch registers of a wgmma in flight
+    races: int  # writes to shared memory that a wgmma may still read
     loads: int  # from global memory, asynchronous ones included
     loads_16: int  # of these, 16 bytes a thread
     stores: int
@@ -159,6 +165,8 @@ def _inspect(what: Specialised, known: dict[str, Any] | None = None) -> Row:
         loop_async_copies=binary.async_copies,
         loop_shared_stores=binary.shared_stores,
         wgmma_waits=tuple(sorted(binary.wgmma_waits)),
+        overwrites=len({hazard.by.address for hazard in overwrites(binary.instructions)}),
+        races=_races(compiled.asm["ptx"], what),
         loads=len(loads),
         loads_16=sum(".128" in op for op in loads),
         stores=len(stores),
@@ -166,6 +174,13 @@ def _inspect(what: Specialised, known: dict[str, Any] | None = None) -> Row:
         compile_s=round(seconds, 3),
     )
     return _judged(row)
+
+
+def _races(ptx: str, what: Specialised) -> int:
+    """Of a thread of each warpgroup."""
+    if "wgmma" not in ptx:
+        return 0
+    return sum(len(races(ptx, what.arguments, 128 * group)) for group in range(what.config.num_warps // 4))
 
 
 def _judged(row: Row) -> Row:
@@ -182,6 +197,10 @@ def _problems(row: Row) -> Iterator[str]:
     limit = GPUS[row.arch].shared_memory
     if row.shared > limit:
         yield f"shared memory {row.shared:,} over {limit:,}"
+    if row.overwrites:
+        yield f"{row.overwrites} instructions touch registers of a wgmma in flight"
+    if row.races:
+        yield f"{row.races} writes to shared memory that a wgmma may still read"
     if not row.product:
         return
     if row.arch >= 90 and "HGMMA" not in (row.tensor_core or ""):
@@ -192,7 +211,6 @@ def _problems(row: Row) -> Iterator[str]:
     missed = {
         COPIES: row.loop_async_copies == 0 and not row.unrolled,
         STORES: bool(row.loop_shared_stores) and not (row.unrolled and row.tensor_core == "HMMA"),
-        WAIT: 0 in row.wgmma_waits,
     }
     yield from (what for what, found in missed.items() if found and what not in row.lacks)
 
@@ -230,7 +248,7 @@ def line(row: Row) -> str:
     cells = (
         row.config, row.registers, row.spilled, f"{row.shared:,}", row.resident,
         f"{row.tensor_core_count} {row.tensor_core}" if row.tensor_core else "-", loop,
-        ",".join(map(str, row.wgmma_waits)) or "-", f"{row.loads_16}/{row.loads}",
+        _waits([row]), f"{row.overwrites}/{row.races}", f"{row.loads_16}/{row.loads}",
         f"{row.stores_16}/{row.stores}", f"{row.compile_s:.1f}", row.verdict,
     )  # fmt: skip
     return "  ".join(f"{c!s:>{w}}" for c, (_, w) in zip(cells, _COLUMNS, strict=True))
@@ -238,8 +256,28 @@ def line(row: Row) -> str:
 
 _COLUMNS = (
     ("config", 44), ("regs", 4), ("spill", 5), ("shared", 8), ("res", 3), ("tensor core", 11), ("copy/sts", 8),
-    ("waits", 5), ("ld16", 7), ("st16", 7), ("s", 5), ("verdict", 7),
+    ("waits", 5), ("hazards", 7), ("ld16", 7), ("st16", 7), ("s", 5), ("verdict", 7),
 )  # fmt: skip
+
+
+def _waits(rows: Iterable[Row]) -> str:
+    return ",".join(map(str, sorted({wait for row in rows for wait in row.wgmma_waits}))) or "-"
+
+
+def hazards(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: what a wgmma in flight meets, by kernel and candidate, the worst of its compilations."""
+    named = ((row.kernel, row.config, row) for row in rows if "HGMMA" in (row.tensor_core or ""))
+    by_candidate: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for kernel, config, row in sorted(named, key=lambda found: found[:2]):
+        by_candidate[kernel, config].append(row)
+    header = ["kernel", "candidate", "Triton", "compiled", "overwrites", "races", "waits", "registers"]
+    cells = []
+    for (kernel, config), same in by_candidate.items():
+        worst = (max(getattr(row, name) for row in same) for name in ("overwrites", "races", "registers"))
+        overwritten, raced, registers = map(str, worst)
+        counts = [str(len(same)), overwritten, raced, _waits(same), registers]
+        cells.append([kernel, config, triton.__version__, *counts])
+    return header, cells
 
 
 def live(launches: Iterable[Launch], rows: Iterable[Row], arch: int = 90) -> dict[tuple[str, str], int]:
@@ -259,7 +297,8 @@ def live(launches: Iterable[Launch], rows: Iterable[Row], arch: int = 90) -> dic
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
-    return {row["key"]: row for row in map(json.loads, lines)}
+    rows = map(json.loads, lines)
+    return {row["key"]: row for row in rows if row.keys() >= Row.__dataclass_fields__.keys()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="tf32 and fp32 are float32 (bf16)")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--limit", type=int, help="only the first candidates of each launch")
+    parser.add_argument("--hazards", action="store_true", help="print only what a wgmma in flight meets, by candidate")
     parser.add_argument("--json", metavar="FILE", help="add the rows, one a line; what it has is not compiled again")
     options = parser.parse_args(argv)
     if launching.INTERPRETED:
@@ -283,16 +323,23 @@ def main(argv: list[str] | None = None) -> int:
     known = _read(path)
     where = {key: machine(torch.device("cpu"))[key] for key in ("versions", "commit", "date")}
     rows: list[Row] = []
+    bar = Progress(len(todo) if options.hazards else 0)
     with path.open("a") as file:
         for what in todo:
             row = _inspect(what, known.get(what.name))
-            if not rows or heading(row) != heading(rows[-1]):
-                print("", *heading(row), sep="\n")
-            print(line(row), flush=True)
+            if options.hazards:
+                bar.step(row.kernel)
+            else:
+                if not rows or heading(row) != heading(rows[-1]):
+                    print("", *heading(row), sep="\n")
+                print(line(row), flush=True)
             rows.append(row)
             if row.key not in known:
                 file.write(json.dumps(asdict(row) | {"verdict": row.verdict} | where) + "\n")
                 file.flush()
+    if options.hazards:
+        bar.close()
+        print_table(*hazards(rows))
     bad = [row for row in rows if row.problems]
     few = {} if options.limit else {key: n for key, n in live(wanted, rows, options.arch).items() if n < FEWEST}
     print(f"\n{len(rows)} compilations of {len({r.kernel for r in rows})} kernels, {len(bad)} with a problem")

@@ -1,7 +1,7 @@
 """What the main loop of a product may lack by the design of its kernel, and why.
 
-A product of 16-bit operands is held to a full pipeline: operands are copied ahead asynchronously, nothing is stored to
-shared memory in the loop, and some wgmma stays in flight. LACKS names where the design has it otherwise.
+A product of 16-bit operands is held to a full pipeline: operands are copied ahead asynchronously, and nothing is stored
+to shared memory in the loop. LACKS names where the design has it otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from fusedres.kernels.launch import Config, Launch
 
 COPIES = "no asynchronous copies in the main loop"
 STORES = "shared-memory stores in the main loop"
-WAIT = "wgmma wait 0 in the main loop"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def _always(arguments: Mapping[str, Any], config: Config, arch: int) -> bool:
 LACKS = (
     Lack(
         ("conv_fprop_kernel", "conv_bn_add_relu_kernel"),
-        (COPIES, STORES, WAIT),
+        (COPIES, STORES),
         lambda arguments, config, arch: config["FLAT"],
         "neighbours in a tile of x are of other taps: single elements, and the least that is copied is 4 bytes",
     ),
@@ -50,19 +49,19 @@ LACKS = (
     ),
     Lack(
         ("bn_relu_maxpool_wgrad_kernel",),
-        (STORES, WAIT),
+        (STORES,),
         _always,
         "x is loaded by single elements for the same reason, and dy is formed from windows",
     ),
     Lack(
         ("gram_tiles_kernel", "one_pass_reduce_kernel"),
-        (STORES, WAIT),
+        (STORES,),
         _always,
         "both operands are computed on load, and the second one can only come from shared memory",
     ),
     Lack(
         ("conv_wgrad_kernel",),
-        (STORES, WAIT),
+        (STORES,),
         lambda arguments, *_: (
             arguments["y_ptr"] is not None and (arguments["state_ptr"] is not None or arguments["gate_ptr"] is not None)
         ),
@@ -70,7 +69,7 @@ LACKS = (
     ),
     Lack(
         ("one_pass_tail_kernel",),
-        (STORES, WAIT),
+        (STORES,),
         lambda arguments, config, arch: 0 < arguments["X_C"] <= config["BLOCK_C"] >= arguments["C"],
         "two products of one step each, behind each other: there is no loop",
     ),

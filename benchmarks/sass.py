@@ -11,13 +11,43 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import triton
 
 _ASYNC = ("LDGSTS", "UBLKCP", "UTMALDG")
 TENSOR_CORE = ("HGMMA", "HMMA", "DMMA")
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_INSTRUCTION = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);\s*"
+    r"/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, and of its control word what tells the scoreboards."""
+
+    address: int
+    predicate: str  # "" where there is none
+    opcode: str  # with its modifiers
+    operands: str
+    control: int  # the upper half of the encoding
+
+    @property
+    def text(self) -> str:
+        """Opcode and operands."""
+        return f"{self.opcode} {self.operands}".rstrip()
+
+    @property
+    def read_scoreboard(self) -> int:
+        """The scoreboard that tells when its operands have been read; 7: none."""
+        return self.control >> 49 & 7
+
+    @property
+    def waits(self) -> int:
+        """A bit for each scoreboard that it waits for."""
+        return self.control >> 52 & 63
 
 
 class Binary:
@@ -42,14 +72,17 @@ class Binary:
         return int(found["REG"]), (int(found["STACK"]) + int(found["LOCAL"])) * touched
 
     @cached_property
-    def instructions(self) -> list[tuple[int, str, str]]:
-        """(address, opcode with its modifiers, operands)."""
-        return [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self._text)]
+    def instructions(self) -> list[Instruction]:
+        """All of them, in order."""
+        return [
+            Instruction(int(address, 16), predicate, opcode, operands.strip(), int(control, 16))
+            for address, predicate, opcode, operands, control in _INSTRUCTION.findall(self._text)
+        ]
 
     @property
     def opcodes(self) -> list[str]:
         """Of every instruction."""
-        return [op for _, op, _ in self.instructions]
+        return [line.opcode for line in self.instructions]
 
     def count(self, opcode: str) -> int:
         """Instructions of this opcode, whatever its modifiers."""
@@ -58,23 +91,18 @@ class Binary:
     @cached_property
     def lines(self) -> list[str]:
         """Every instruction as text."""
-        return [op + operands for _, op, operands in self.instructions]
+        return [line.text for line in self.instructions]
 
     @cached_property
     def loops(self) -> list[list[str]]:
         """The instructions of every innermost loop."""
         spans = []
-        for address, op, operands in self.instructions:
-            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-            if op.startswith("BRA") and target and int(target[1], 16) < address:
-                spans.append((int(target[1], 16), address))
+        for line in self.instructions:
+            target = re.search(r"0x([0-9a-f]+)$", line.operands)
+            if line.opcode.startswith("BRA") and target and int(target[1], 16) < line.address:
+                spans.append((int(target[1], 16), line.address))
         return [
-            [
-                line
-                for (address, _, _), line in zip(self.instructions, self.lines, strict=True)
-                if low <= address <= high
-            ]
-            for low, high in _innermost(spans)
+            [line.text for line in self.instructions if low <= line.address <= high] for low, high in _innermost(spans)
         ]
 
     @cached_property

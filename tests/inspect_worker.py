@@ -7,6 +7,7 @@ wrong on purpose. One JSON object on stdout.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from fusedres.kernels.launch import Config, Launch, ceil_div, launch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import candidates
 import inspect_kernels
+import ptx
 
 M, N, K = 65536, 256, 512
 
@@ -119,6 +121,29 @@ def fewest(products: set[str]) -> list[tuple[int, str, str, int]]:
     return [(*key, len(configs)) for key, configs in found.items()]
 
 
+def compiled_by_batch(blocks: tuple[str, ...], batches: tuple[int, ...]) -> dict[int, tuple[int, int]]:
+    """Batch → compilations that the blocks launch, and how many of them the first batch did not launch."""
+    found: dict[int, set] = {}
+    for batch in batches:
+        made = [made for block in blocks for run in candidates.cases(block, batch=batch).values()
+                for made in candidates.record(run)]  # fmt: skip
+        found[batch] = {candidates.specialise(launch, launch.config, 90).key for launch in made}
+    return {batch: (len(keys), len(keys - found[batches[0]])) for batch, keys in found.items()}
+
+
+def races_without_barriers() -> list[int]:
+    """Of two products of several warpgroups: writes that come too early as compiled, and without any barrier."""
+    counts = []
+    for name in ("good", "drained"):
+        (made,) = candidates.record(PRODUCTS[name])
+        what = candidates.specialise(made, made.config, 90)
+        text = triton.compile(what.source, target=what.target, options=what.options).asm["ptx"]
+        bare = re.sub(r"\b(bar\.sync|barrier\.cta\.sync)\b[^;]*;", "", text)
+        assert bare != text
+        counts += [len(ptx.races(each, what.arguments, 0)) for each in (text, bare)]
+    return counts
+
+
 def main(wide: str, narrow: str) -> None:
     """Every kernel as block `wide` launches it first, and every kernel with a product as `narrow` does."""
     rows = inspect_kernels.inspect_launches(first_of(wide), limit=1)
@@ -130,6 +155,8 @@ def main(wide: str, narrow: str) -> None:
         "rows": [asdict(row) for row in rows],
         "candidates": fewest(products),
         "specialised": specialised(),
+        "by_batch": compiled_by_batch((wide, narrow, "resnet50.layer4.1", "stem"), (256, 250, 64, 7, 1)),
+        "races": races_without_barriers(),
         "products": {name: asdict(row) for name, row in written.items()},
     }
     print(json.dumps(record))

@@ -84,6 +84,18 @@ def test_candidates_fit_the_shared_memory(monkeypatch, gpu):
             assert max(map(shared_bytes, found)) <= gpu.shared_memory, case
 
 
+@pytest.mark.usefixtures("compiled", "_precision")
+@pytest.mark.parametrize("_precision", ["ieee"], indirect=True)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_true_float32_runs_in_four_warps_over_taps(monkeypatch, gpu):
+    """Eight were seen to compute wrong sums elsewhere, in a flat loop over taps (pytorch#173068)."""
+    monkeypatch.setattr(launching, "assumed", gpu)
+    for k, c, extra in product(CHANNELS, CHANNELS, (False, True)):
+        for kernel, _, found in _everything(gpu, torch.float32, k, c, extra):
+            if kernel.startswith("conv"):
+                assert {config.num_warps for config in found} == {4}, (kernel, k, c)
+
+
 @pytest.mark.usefixtures("compiled")
 def test_what_spills_without_wgmma_is_left_out(monkeypatch):
     bf16 = torch.bfloat16

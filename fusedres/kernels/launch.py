@@ -10,6 +10,7 @@ them, so the bytes that a launch moves can be summed from its arguments.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -44,6 +45,20 @@ class Gpu(NamedTuple):
 
 H100 = Gpu(90, 132, 232_448)
 assumed = H100  # where there is no GPU to ask
+
+
+# Sizes and counts that follow the batch, as kernels name them.
+_OF_THE_BATCH = {"M", "N", "rows", "tile_rows", "tiles", "steps", "T", "S", "count", *(f"splits_{i}" for i in range(4))}
+
+
+def jit_for_any_batch(kernel: Callable[..., None]) -> Any:
+    """triton.jit of a kernel that is compiled once for every batch: a smaller last one finds it compiled."""
+    names = [
+        name
+        for name, parameter in inspect.signature(kernel).parameters.items()
+        if name in _OF_THE_BATCH and parameter.annotation is parameter.empty
+    ]
+    return triton.jit(kernel, do_not_specialize=names)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,15 @@ x and the pixels of the shortcut that are used, writes out and, where asked for,
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_add_relu import configs
-from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch
 from fusedres.kernels.tiles import affine, pixel_offsets, pixels, relu, tile
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_add_relu_kernel(
     x_ptr,  # (M, C)
     state_ptr,  # (4, C) float32 or float64

@@ -31,7 +31,7 @@ def reduction(rows: int, channels: int, itemsize: int) -> Sequence[Config]:
         tiles = [Config({"BLOCK_M": size // 2, "BLOCK_C": _interpreted(channels)})]
     else:
         tiles = _tiles(channels, itemsize, ((4, 32, 64), (8, 32, 128), (8, 32, 64), (4, 32, 32), (4, 16, 64)), size)
-    return tuple(Config({**tile.blocks, "STEPS": size // tile["BLOCK_M"]}, tile.num_warps) for tile in tiles)
+    return tuple(tiles)
 
 
 @cache
@@ -45,19 +45,15 @@ def elementwise(channels: int, itemsize: int, branches: int) -> Sequence[Config]
     return tuple(_tiles(channels, itemsize, shapes, 1 << 20))
 
 
-@lru_cache(1024)
-def merge(tiles: int, channels: int) -> Sequence[Config]:
+@cache
+def merge(channels: int) -> Sequence[Config]:
     """Candidates of a kernel that sums partials (T, rows, C) over T."""
     blocks: tuple[tuple[int, int, int], ...] = ((512, 8, 8), (1024, 4, 8), (256, 16, 8), (256, 8, 4), (128, 32, 8))
     if INTERPRETED:
         blocks = ((256, 256, 4),)
     elif channels >= 1024:
         blocks = ((256, 16, 8), (512, 8, 8), (128, 32, 8), (256, 8, 4))
-    configs = []
-    for block_t, block_c, warps in blocks:
-        steps = int(triton.next_power_of_2(ceil_div(tiles, block_t))) if tiles else 0
-        configs.append(Config({"BLOCK_T": block_t, "BLOCK_C": block_c, "STEPS": steps}, warps))
-    return tuple(configs)
+    return tuple(Config({"BLOCK_T": block_t, "BLOCK_C": block_c}, warps) for block_t, block_c, warps in blocks)
 
 
 def _interpreted(channels: int) -> int:

@@ -15,7 +15,7 @@ from fusedres.kernels.bn_backward.triton_kernels import (
     bn_backward_reduce_kernel,
 )
 from fusedres.kernels.gate import gate_kind
-from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.launch import ceil_div, choose, launch, loop_bound
 
 
 def reduce_launch(
@@ -44,6 +44,7 @@ def reduce_launch(
         "out_ptr": partials,
         "M": rows,
         "C": channels,
+        "steps": loop_bound(configs.row_tile(rows, channels) // config["BLOCK_M"]),
         "GATE": kind,
     }
     grid = (tiles * ceil_div(channels, config["BLOCK_C"]),)
@@ -74,7 +75,7 @@ def coefficients_launch(
 ) -> tuple[Tensor, Tensor | None]:
     """Coefficients of both branches, each (4, C); the merged sums are written to the first rows of `sums`."""
     tiles, _, channels = partials.shape
-    candidates = configs.merge(tiles, channels)
+    candidates = configs.merge(channels)
     config = choose(candidates)
     coefficients = torch.empty_like(state)
     shortcut = None if shortcut_state is None else torch.empty_like(shortcut_state)
@@ -88,6 +89,7 @@ def coefficients_launch(
         "T": tiles,
         "C": channels,
         "count": count,
+        "steps": loop_bound(ceil_div(tiles, config["BLOCK_T"])),
         "BATCH_STATISTICS": batch_statistics,
         "SHORTCUT_BATCH_STATISTICS": shortcut_batch_statistics,
     }

@@ -5,7 +5,7 @@
 
 the same for the branch of a normalised shortcut, whose gradient at its output is d too. Activations are (M, C) rows.
 
-bn_backward_reduce        a program: BLOCK_M·STEPS rows of BLOCK_C channels, summed elementwise and then over rows.
+bn_backward_reduce        a program: BLOCK_M·steps rows of BLOCK_C channels, summed elementwise and then over rows.
                           Reads grad, the gate, x (and the shortcut's x); writes (T, 2 or 3, C).
 bn_backward_coefficients  a program: BLOCK_C channels of all T partials, in fixed order. Reads them; writes (C,) each.
 bn_backward_apply         a program: a tile. Reads grad, the gate and each x again; writes each dx.
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedres.kernels.gate import load_gated
+from fusedres.kernels.launch import jit_for_any_batch
 from fusedres.kernels.tiles import tile
 
 
@@ -29,7 +30,7 @@ def close_affine(d, x, state_ptr, columns, inside, C):
     return tl.where(scale[None, :] * x + shift[None, :] <= 0, 0.0, d)
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_backward_reduce_kernel(
     grad_ptr,  # (M, C)
     gate_ptr,  # packed bits (M, ceil(C / 8)) uint8, or like grad, or None
@@ -40,13 +41,13 @@ def bn_backward_reduce_kernel(
     out_ptr,  # (T, 2 or 3, C) of state's dtype
     M,
     C,
+    steps,
     GATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     dtype = state_ptr.dtype.element_ty
-    first, column = tile(tl.program_id(0), C, BLOCK_M * STEPS, BLOCK_C)
+    first, column = tile(tl.program_id(0), C, BLOCK_M * steps, BLOCK_C)
     rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
     channel = columns < C
     mean = tl.load(state_ptr + columns, mask=channel, other=0)
@@ -55,7 +56,7 @@ def bn_backward_reduce_kernel(
     if shortcut_x_ptr is not None:
         shortcut_mean = tl.load(shortcut_state_ptr + columns, mask=channel, other=0)
         shortcut_product = tl.zeros([BLOCK_M, BLOCK_C], dtype)
-    for step in range(STEPS):
+    for step in range(steps):
         row = first + step * BLOCK_M
         inside = (row + rows < M)[:, None] & channel[None, :]
         offsets = row * C + rows[:, None] * C + columns[None, :]
@@ -70,7 +71,7 @@ def bn_backward_reduce_kernel(
             shortcut_product += d * (shortcut_x - shortcut_mean[None, :])
     # x̂ is (x − μ)·r, and r is the channel's: once is enough
     invstd = tl.load(state_ptr + C + columns, mask=channel, other=0)
-    index = first // (BLOCK_M * STEPS)
+    index = first // (BLOCK_M * steps)
     if shortcut_x_ptr is not None:
         out_ptr += index * 3 * C
         shortcut_invstd = tl.load(shortcut_state_ptr + C + columns, mask=channel, other=0)
@@ -97,7 +98,7 @@ def store_coefficients(out_ptr, state_ptr, sum_d, product, count, columns, insid
     tl.store(out_ptr + 3 * C + columns, k, mask=inside)
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_backward_coefficients_kernel(
     partials_ptr,  # (T, 2 or 3, C) float32 or float64
     state_ptr,  # (4, C) of partials' dtype
@@ -108,11 +109,11 @@ def bn_backward_coefficients_kernel(
     T,
     C,
     count,
+    steps,
     BATCH_STATISTICS: tl.constexpr,
     SHORTCUT_BATCH_STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = columns < C
@@ -122,7 +123,7 @@ def bn_backward_coefficients_kernel(
     if shortcut_state_ptr is not None:
         width = 3 * C
         shortcut_product = tl.zeros([BLOCK_T, BLOCK_C], partials_ptr.dtype.element_ty)
-    for step in range(STEPS):
+    for step in range(steps):
         tiles = step * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         inside = (tiles < T)[:, None] & channel[None, :]
         partial_ptrs = partials_ptr + tiles[:, None] * width + columns[None, :]
@@ -154,7 +155,7 @@ def branch_grad(d, x, coefficients_ptr, columns, inside, C):
     return a[None, :] * d
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_backward_apply_kernel(
     grad_ptr,  # (M, C)
     gate_ptr,  # packed bits (M, ceil(C / 8)) uint8, or like grad, or None

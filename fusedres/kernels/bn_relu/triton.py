@@ -9,16 +9,15 @@ coefficients are loaded once. Reads the pixels of x that are used, writes out, e
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_relu import configs
-from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch
 from fusedres.kernels.tiles import affine, pixel_offsets, pixels, relu, tile
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_relu_kernel(
     x_ptr,  # (N, P, Q, C), strides (stride_n, stride_h, stride_w, 1)
     state_ptr,  # (4, C) float32 or float64, or None: neither affine map nor ReLU

@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedres.kernels.launch import jit_for_any_batch
+
 CLOSED = tl.constexpr(9)  # a place that no pixel of a window has
 
 
@@ -114,7 +116,7 @@ def quad_gradients(grad_ptr, argmax_ptr, offsets, inside, below, right, Q, C, dt
     return d00, d01, d10, d11
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_relu_maxpool_reduce_kernel(
     grad_ptr,  # (N, P, Q, C)
     argmax_ptr,  # (N, P, Q, C) uint8

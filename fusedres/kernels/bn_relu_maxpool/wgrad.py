@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fusedres.kernels.bn_relu_maxpool import configs
 from fusedres.kernels.bn_relu_maxpool.triton_kernels import quad_gradients, window_tile
-from fusedres.kernels.launch import ceil_div, input_precision, launch, loop_bound
+from fusedres.kernels.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
+from fusedres.kernels.product import add_product
 from fusedres.kernels.reference import arithmetic_dtype
 
 FAR = tl.constexpr(1 << 29)  # a row outside of every image
@@ -49,10 +50,10 @@ def add_pixel(
     dy = tl.where(y_inside, dy, 0.0)  # in float16 it may be inf, and 0 times that is NaN
     in_image = inside & (h.to(tl.uint32) < H) & (w.to(tl.uint32) < W)
     x = tl.load(x_ptr + x_offsets, mask=in_image, other=0)
-    return tl.dot(dy, x, acc, input_precision=PRECISION, out_dtype=d.dtype)
+    return add_product(acc, dy, x, True, PRECISION)
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_relu_maxpool_wgrad_kernel(
     grad_ptr,  # (N, P, Q, K)
     argmax_ptr,  # (N, P, Q, K) uint8; int32 for float64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -20,19 +20,22 @@ def bn_partials(channels: int, dtype: torch.dtype) -> Sequence[Config]:
     return row_tiles(channels, dtype, ((4, v), (8, v), (4, v * 2), (8, v // 2), (4, v // 2)))
 
 
-@lru_cache(1024)  # as many shapes come by
-def bn_finalize(tiles: int, channels: int, dtype: torch.dtype) -> Sequence[Config]:
-    """Candidates, best guess first: few programs, so each is wide, up to 4 vectors of 16 bytes a thread and operand."""
+@cache
+def bn_finalize(channels: int, dtype: torch.dtype) -> Sequence[Config]:
+    """Candidates, best guess first: few programs, so each is wide, up to 4 vectors of 16 bytes a thread and operand.
+
+    As wide for few tiles, whose number follows the batch.
+    """
     if INTERPRETED:
         return (Config({"BLOCK_T": 64, "BLOCK_C": 64}),)
     block_c = max(block for block in (8, 16, 32) if block == 8 or block * 64 <= channels)  # 64 programs where it can
-    block_t = min(32_768 // dtype.itemsize // block_c, max(64, 1 << (tiles - 1).bit_length()))
+    block_t = 32_768 // dtype.itemsize // block_c
     warps = min(16, max(4, block_t * block_c * dtype.itemsize // 2048))
     choices = (
         (block_t, warps),
         (block_t, max(4, warps // 2)),
-        (max(64, block_t // 2), warps),
-        (max(64, block_t // 4), 4),
+        (block_t // 2, warps),
+        (block_t // 4, 4),
     )
     return tuple(Config({"BLOCK_T": t, "BLOCK_C": block_c}, w) for t, w in dict.fromkeys(choices))
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_statistics import configs
-from fusedres.kernels.launch import ceil_div, choose, launch, multiprocessors
+from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch, multiprocessors
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.tiles import tile
 
@@ -61,7 +61,7 @@ def store_state(out_state_ptr, mean, var, weight_ptr, bias_ptr, eps, C, columns,
     tl.store(out_state_ptr + 3 * C + columns, shift, mask=inside)
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_partials_kernel(
     x_ptr,  # (M, C)
     pivot_ptr,  # (C,) like x
@@ -106,7 +106,7 @@ def bn_partials_kernel(
     tl.store(out_rows_ptr + index, rows, mask=column == 0)
 
 
-@triton.jit
+@jit_for_any_batch
 def bn_finalize_kernel(
     partials_ptr,  # (T, 2, C) float32 or float64: mean and M2
     rows_ptr,  # (T,) like the partials
@@ -260,7 +260,7 @@ def _finalize(
     averaged = running_mean is not None and running_var is not None
     cumulative = averaged and momentum is None
     snapshot = num_batches_tracked.clone() if cumulative and num_batches_tracked is not None else None
-    candidates = configs.bn_finalize(tiles, c, partials.dtype)
+    candidates = configs.bn_finalize(c, partials.dtype)
     config = choose(candidates)
     arguments = {
         "partials_ptr": partials,

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
 from fusedres.kernels.gate import before_product
-from fusedres.kernels.launch import ceil_div, input_precision, launch
+from fusedres.kernels.launch import ceil_div, input_precision, jit_for_any_batch, launch
+from fusedres.kernels.product import add_product
 
 
 @triton.constexpr_function
@@ -115,7 +116,7 @@ def _accumulate(
                 dy = _normalised_grad(dy, y, gate_ptr, coefficients_ptr, row, inside, k, K, BLOCK_K)
             tap_offset = (FIRST_R + tap // TAPS_S * STEP_R) * S + FIRST_S + tap % TAPS_S * STEP_S
             weight = tl.load(weight_ptr + (k * (R * S) + tap_offset) * C + weight_offsets, weight_mask, other=0)
-            acc = tl.dot(dy, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            acc = add_product(acc, dy, weight, y_ptr is not None, PRECISION)
     return acc
 
 
@@ -156,7 +157,7 @@ def _store(
     tl.store(out_ptr + offsets, dx.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@jit_for_any_batch
 def conv_dgrad_kernel(
     grad_ptr,  # (N, P, Q, K)
     gate_ptr,  # (N, P, Q, ceil(K / 8)) uint8, or None

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fusedres.kernels.conv_fprop.tile import affine, below, output_pixel
+from fusedres.kernels.product import add_product
 from fusedres.kernels.tiles import relu
 
 
@@ -92,5 +93,5 @@ def accumulate(
                     keep = x_inside
                 z = tl.where(keep, z, 0.0)
             x = z.to(weight.dtype)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        acc = add_product(acc, x, weight, state_ptr is not None, PRECISION)
     return acc

@@ -36,7 +36,8 @@ _AMPERE: dict[str, _Tiles] = {
 _ANY: dict[str, _Tiles] = {
     "half flat": ((64, 64, 32, 4, 1), (128, 64, 32, 8, 1), (64, 64, 32, 8, 1), (64, 64, 16, 4, 1)),
     "tf32 flat": ((64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
-    "ieee": ((128, 64, 16, 8, 3), (64, 32, 32, 4, 3), (32, 64, 16, 4, 3), (64, 64, 16, 8, 2)),
+    # Elsewhere eight warps were seen to compute wrong sums in a flat loop over taps (pytorch#173068).
+    "ieee": ((64, 64, 16, 4, 3), (64, 32, 32, 4, 3), (32, 64, 16, 4, 3), (64, 64, 16, 4, 2)),
     "double": ((64, 64, 16, 8, 2), (32, 64, 16, 4, 3), (32, 32, 16, 4, 2), (64, 32, 16, 4, 2)),
 }
 # The kernel by descriptors, on Hopper.
@@ -44,8 +45,6 @@ _DESCRIPTORS: dict[str, _Tiles] = {
     "half": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)),
     "tf32": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 32, 4, 3)),
 }
-
-_MOST_ROWS = 256  # of any tile
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,15 @@ def candidates(
     normalised: bool,
     aligned: bool = True,
 ) -> Sequence[Config]:
-    """Configs of y = conv(x, weight): those that fill the multiprocessors first, those by descriptors last.
+    """Configs of y = conv(x, weight), whatever the batch: those by pointers first, those by descriptors last.
 
     FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory. aligned: x and weight start
     at multiples of 16 bytes, as descriptors ask for.
     """
     k, c, r, s = (int(size) for size in weight.shape)  # a weight's sizes are no symbols
-    device = gpu(x.device)
-    rows, enough = y.shape[0] * y.shape[2] * y.shape[3], device.multiprocessors * _MOST_ROWS
-    rows = enough if rows >= enough else int(rows)  # more change nothing, and may stay a symbol
     shifted = aligned and tuple(stride) == (1, 1) and y.shape[2:] == x.shape[2:]
     precision = input_precision(x.dtype)
-    return _candidates(x.dtype, precision, rows, k, c, r * s, normalised, any(padding), shifted, device)
+    return _candidates(x.dtype, precision, k, c, r * s, normalised, any(padding), shifted, gpu(x.device))
 
 
 def chosen(
@@ -102,7 +98,6 @@ def row_tiles(
 def _candidates(
     dtype: torch.dtype,
     precision: str,
-    rows: int,
     k: int,
     c: int,
     taps: int,
@@ -111,14 +106,11 @@ def _candidates(
     shifted: bool,
     gpu: Gpu,
 ) -> Sequence[Config]:
-    def busy(config: Config) -> int:
-        return min(ceil_div(rows, config["BLOCK_M"]) * ceil_div(k, config["BLOCK_K"]), gpu.multiprocessors)
-
     def shared_bytes(config: Config) -> int:
         m, k, c = (config[block] for block in ("BLOCK_M", "BLOCK_K", "BLOCK_C"))
         return config.num_stages * ((m + k) * c * dtype.itemsize + 4 * m * (normalised and padded))
 
-    found = sorted(_pointers(dtype, precision, k, c, taps, normalised, padded, gpu), key=busy, reverse=True)
+    found = _pointers(dtype, precision, k, c, taps, normalised, padded, gpu)
     if shifted and not INTERPRETED:
         found += _descriptors(dtype, precision, c, gpu)
     return fitting(found, shared_bytes, gpu)

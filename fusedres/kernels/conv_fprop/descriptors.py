@@ -7,14 +7,15 @@ thread computes an address.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from fusedres.kernels.conv_fprop.tile import affine, store
+from fusedres.kernels.launch import jit_for_any_batch
+from fusedres.kernels.product import add_product
 from fusedres.kernels.tiles import relu
 
 
-@triton.jit
+@jit_for_any_batch
 def conv_fprop_descriptor_kernel(
     x_descriptor,  # (N·H·W, C)
     weight_descriptor,  # (K, R·S·C)
@@ -58,5 +59,6 @@ def conv_fprop_descriptor_kernel(
         if table_ptr is not None:
             keep = tl.load(table_ptr + tap * pixels + m % pixels, mask=m < rows, other=0.0)[:, None] != 0
             z = tl.where(keep, z, 0.0)  # not a product: a neighbour's NaN is no padding
-        acc = tl.dot(z.to(x.dtype), weight, acc, input_precision=PRECISION)
+        computed: tl.constexpr = state_ptr is not None or table_ptr is not None
+        acc = add_product(acc, z.to(x.dtype), weight, computed, PRECISION)
     store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, first_k, rows, K, BLOCK_M, BLOCK_K)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -25,12 +24,12 @@ from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, c
 from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
 from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
 from fusedres.kernels.conv_fprop.tile import affine, below, column_slices, output_pixel, store
-from fusedres.kernels.launch import Config, ceil_div, choose, input_precision, launch
+from fusedres.kernels.launch import Config, ceil_div, choose, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.tiles import pixels, relu
 
 
-@triton.jit
+@jit_for_any_batch
 def conv_fprop_kernel(
     x_ptr,  # (N, H, W, C), strides below
     weight_ptr,  # (K, R, S, C)
@@ -79,7 +78,7 @@ def conv_fprop_kernel(
     store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, first_k, rows, K, BLOCK_M, BLOCK_K)
 
 
-@triton.jit
+@jit_for_any_batch
 def conv_bn_add_relu_kernel(
     x_ptr,  # (N, H, W, C), strides below
     weight_ptr,  # (K, R, S, C)

@@ -39,7 +39,7 @@ def conv_wgrad(
     elif dtype is torch.float64:
         tiles = [(64, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)]
     elif dtype is torch.float32:
-        tiles = [(64, 64, 32, 4, 3), (64, 64, 16, 8, 3), (64, 32, 32, 4, 3), (32, 64, 32, 4, 3)]
+        tiles = [(64, 64, 32, 4, 3), (64, 64, 16, 4, 3), (64, 32, 32, 4, 3), (32, 64, 32, 4, 3)]
     elif dy_computed and (h_computed or gated):  # neither is pipelined, and both take registers
         if first <= 64:
             tiles = [(64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3)]

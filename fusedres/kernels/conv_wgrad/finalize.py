@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_wgrad import configs
-from fusedres.kernels.launch import ceil_div, choose, launch, loop_bound
+from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
 
 __all__ = ["conv_wgrad_finalize", "loop_bound"]
 
@@ -46,7 +46,7 @@ def sum_splits(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=element < size)
 
 
-@triton.jit
+@jit_for_any_batch
 def conv_wgrad_finalize_kernel(
     # of each weight: (S, K, R, S', C) sums and (K, C, R, S') of any dtype and strides; None for weights that lack
     partial_0_ptr, out_0_ptr, splits_0, size_0, C_0, taps_0, taps_w_0, k_0, c_0, h_0, w_0,

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fusedres.kernels.conv_wgrad import configs
 from fusedres.kernels.conv_wgrad.finalize import conv_wgrad_finalize
-from fusedres.kernels.launch import ceil_div, input_precision, launch, loop_bound
+from fusedres.kernels.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
+from fusedres.kernels.product import add_product
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.tiles import relu
 
@@ -70,7 +71,7 @@ def normalised(x, c, state_ptr, C):
     return relu(x.to(scale.dtype) * scale + shift)
 
 
-@triton.jit
+@jit_for_any_batch
 def conv_wgrad_kernel(
     grad_ptr,  # (M, K)
     gate_ptr,  # (M, ceil(K / 8)) uint8, or None
@@ -174,9 +175,9 @@ def conv_wgrad_kernel(
             if X_FIRST or dtype == tl.float16:
                 dy = tl.where(dy_inside, dy, 0.0)
         if X_FIRST:
-            acc = tl.dot(x, dy, acc, input_precision=PRECISION, out_dtype=wide)
+            acc = add_product(acc, x, dy, True, PRECISION)
         else:
-            acc = tl.dot(dy, x, acc, input_precision=PRECISION, out_dtype=wide)
+            acc = add_product(acc, dy, x, y_ptr is not None, PRECISION)
 
     out_offsets = ((split.to(tl.int64) * K + k) * TAPS + tap) * C + c
     tl.store(out_ptr + out_offsets, acc, mask=(k < K) & (c < C))

@@ -18,20 +18,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_activated, load_centred, pixel_offsets
 from fusedres.kernels.gram import configs
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch, loop_bound
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch, loop_bound
+from fusedres.kernels.product import add_product
 from fusedres.kernels.reference import arithmetic_dtype
 from fusedres.kernels.splits import merge
 
 _PIVOT_ROWS = 8
 
 
-@triton.jit
+@jit_for_any_batch
 def gram_pivot_kernel(
     x_ptr,  # (N, H, W, C)
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
@@ -55,7 +55,7 @@ def gram_pivot_kernel(
     tl.store(out_ptr + columns, total / tl.minimum(M, ROWS), mask=columns < C)
 
 
-@triton.jit
+@jit_for_any_batch
 def gram_tiles_kernel(
     x_ptr,  # (N, H, W, C)
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
@@ -98,7 +98,7 @@ def gram_tiles_kernel(
             a = tl.trans(b)
         else:
             a = load_centred(x_ptr, state_ptr, pivot_ptr, offsets, columns_a, C, C % BLOCK_A == 0, 0)
-        matrix = tl.dot(a, b, matrix, input_precision=PRECISION, out_dtype=dtype)
+        matrix = add_product(matrix, a, b, True, PRECISION)
         total += tl.sum(tl.reshape(b.to(dtype), [BLOCK_M // 16, 16, BLOCK_B]), 0)
     out_ptr += split.to(tl.int64) * (C + 1) * C
     inside = (columns_a < C)[:, None] & (columns_b < C)[None, :]
@@ -106,7 +106,7 @@ def gram_tiles_kernel(
     tl.store(out_ptr + C * C + columns_b, tl.sum(total, 0), mask=columns_b < once)
 
 
-@triton.jit
+@jit_for_any_batch
 def gram_finalize_kernel(
     splits_ptr,  # (S, C + 1, C) float32 or float64
     out_total_ptr,  # (C,) float64

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedres.kernels.launch import ceil_div, choose, launch
 from fusedres.kernels.one_pass import configs
-from fusedres.kernels.one_pass.triton import load_weight
+from fusedres.kernels.one_pass.statistics import load_weight
 
 
 @triton.jit

@@ -16,10 +16,11 @@ from torch import Tensor
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
 from fusedres.kernels.conv_fprop.tile import column_slices
 from fusedres.kernels.gate import before_product
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
 from fusedres.kernels.one_pass_tail.reference import ROWS_A_PARTIAL
+from fusedres.kernels.product import add_product
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def store_partials(out_ptr, d, normalised, tile, columns, M, C: tl.constexpr, PA
     tl.store(pointers + C, products, mask=inside)
 
 
-@triton.jit
+@jit_for_any_batch
 def one_pass_dgrad_kernel(
     grad_ptr,  # (M, K)
     gate_ptr,  # (M, ceil(K / 8)) uint8, or None
@@ -77,7 +78,7 @@ def one_pass_dgrad_kernel(
             weight = tl.load(pointers)
         else:
             weight = tl.load(pointers, mask=(k < K)[:, None] & (columns < C)[None, :], other=0)
-        acc = tl.dot(d, weight, acc, input_precision=PRECISION, out_dtype=dtype)
+        acc = add_product(acc, d, weight, True, PRECISION)
     acc = -acc
     offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
     for start in range(0, C, BLOCK_K):
@@ -88,7 +89,7 @@ def one_pass_dgrad_kernel(
             quadratic = tl.load(pointers)
         else:
             quadratic = tl.load(pointers, mask=(c < C)[:, None] & (columns < C)[None, :], other=0)
-        acc = tl.dot(z, quadratic, acc, input_precision=PRECISION, out_dtype=dtype)
+        acc = add_product(acc, z, quadratic, True, PRECISION)
     width: tl.constexpr = min(BLOCK_C, 32)
     slices = column_slices(acc, width)  # bounds the registers
     for i in tl.static_range(len(slices)):
@@ -111,7 +112,7 @@ def one_pass_dgrad_kernel(
 
 def one_pass_dgrad(
     grad: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     z: Tensor,
     state: Tensor | None,
     pivot: Tensor,

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, pixel_offsets
 from fusedres.kernels.gate import before_product
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch, loop_bound
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
+from fusedres.kernels.product import add_product
 from fusedres.kernels.splits import merge
 
 
@@ -56,13 +57,13 @@ def reduce_rows(
         d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
         z = load_centred(z_ptr, state_ptr, pivot_ptr, offsets, columns, C, C % BLOCK_C == 0, 1)
-        cross = tl.dot(d, z, cross, input_precision=PRECISION, out_dtype=dtype)
+        cross = add_product(cross, d, z, True, PRECISION)
         if WITH_SUM:
             sum_d += tl.sum(tl.reshape(d.to(dtype), [BLOCK_K, BLOCK_M // 16, 16]), 1)
     return cross, tl.sum(sum_d, 1)
 
 
-@triton.jit
+@jit_for_any_batch
 def one_pass_reduce_kernel(
     grad_ptr,  # (M, K)
     gate_ptr,  # (M, ceil(K / 8)) uint8, or None
@@ -123,7 +124,7 @@ def one_pass_reduce_kernel(
         tl.store(pointers, cross, mask=(k < K)[:, None] & (columns < X_C)[None, :])
 
 
-@triton.jit
+@jit_for_any_batch
 def one_pass_finalize_kernel(
     splits_ptr,  # (S, K·C + K·X_C + K) float32 or float64
     out_cross_ptr,  # (K, C), like all that follows of splits' dtype
@@ -152,7 +153,7 @@ def one_pass_finalize_kernel(
 
 def one_pass_reduce(
     grad: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     z: Tensor,
     state: Tensor | None,
     pivot: Tensor,

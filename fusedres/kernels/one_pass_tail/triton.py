@@ -16,18 +16,19 @@ from torch import Tensor
 
 from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
 from fusedres.kernels.conv_fprop.tile import column_slices
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, launch
+from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.one_pass.products import one_pass_products
-from fusedres.kernels.one_pass.triton import one_pass_fold
+from fusedres.kernels.one_pass.statistics import one_pass_fold
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.dgrad import one_pass_dgrad
 from fusedres.kernels.one_pass_tail.reduce import one_pass_reduce
+from fusedres.kernels.product import add_product
 
 __all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
 
 
 @triton.jit
-def add_product(
+def add_centred_product(
     acc,
     z_ptr,
     state_ptr,
@@ -51,7 +52,7 @@ def add_product(
             weight = tl.load(pointers)
         else:
             weight = tl.load(pointers, mask=(columns < C)[:, None] & (k < K)[None, :], other=0)
-        acc = tl.dot(z, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = add_product(acc, z, weight, True, PRECISION)
     return acc
 
 
@@ -84,7 +85,7 @@ def store_relu(z, out_ptr, out_mask_ptr, rows, first, k, M, K: tl.constexpr):
         tl.store(out_mask_ptr + wide * width + bytes_[None, :], packed, mask=inside)
 
 
-@triton.jit
+@jit_for_any_batch
 def one_pass_tail_kernel(
     z_ptr,  # (N, H, W, C)
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
@@ -129,10 +130,14 @@ def one_pass_tail_kernel(
     k = first_k + tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_K], dtype)
     offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
-    acc = add_product(acc, z_ptr, state_ptr, pivot_ptr, folded_ptr, offsets, k, C, K, even_k, PRECISION, BLOCK_C)
+    acc = add_centred_product(
+        acc, z_ptr, state_ptr, pivot_ptr, folded_ptr, offsets, k, C, K, even_k, PRECISION, BLOCK_C
+    )
     if x_ptr is not None:
         offsets = pixel_offsets(rows, M, P, Q, X_H, X_W, X_C, X_STRIDE)
-        acc = add_product(acc, x_ptr, None, x_pivot_ptr, x_folded_ptr, offsets, k, X_C, K, even_k, PRECISION, BLOCK_C)
+        acc = add_centred_product(
+            acc, x_ptr, None, x_pivot_ptr, x_folded_ptr, offsets, k, X_C, K, even_k, PRECISION, BLOCK_C
+        )
     if shortcut_ptr is not None:
         offsets = pixel_offsets(rows, M, P, Q, SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, SHORTCUT_STRIDE)
     width: tl.constexpr = min(BLOCK_K, 64)

@@ -8,17 +8,16 @@ writes the pixels of grad_x that the stride reaches once.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.gate import gate_kind, load_gated
-from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch
 from fusedres.kernels.shortcut_grad import configs
 from fusedres.kernels.tiles import pixel_offsets, pixels, tile
 
 
-@triton.jit
+@jit_for_any_batch
 def shortcut_grad_kernel(
     grad_x_ptr,  # (N, P, Q, C), strides (stride_n, stride_h, stride_w, 1)
     grad_ptr,  # (M, grad_C) like grad_x
