@@ -88,6 +88,8 @@ def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple
     """The module, fused, and an input, both on the meta device. Images need no gradient."""
     module = fusedres.fuse(make_block(what), **WAYS[way][0]).to("meta", dtype)
     for child in module.modules():
+        if isinstance(child, fusedres.FusedResNet) and WAYS[way][0]["conv"] == "fused":
+            child.fused_conv = "fused"  # fuse() leaves it to what was measured
         if isinstance(child, nn.BatchNorm2d):
             child.to(dtype=torch.promote_types(dtype, torch.float32))  # float32 as under autocast
     x = torch.empty((batch, what.in_channels, what.size, what.size), dtype=dtype, device="meta")

@@ -67,8 +67,8 @@ def fuse(
 
     "auto" follows the device's table of measured choices (`python -m fusedres tune`) by shape of block, batch, dtype
     and whether gradients are recorded; with both options "auto" and no backend selected, a shape that is fastest
-    unfused runs the stock forward. Without a table CPUs run the library's convolutions with the rest fused, GPUs the
-    stock forward.
+    unfused runs the stock forward. Without a table CPUs run the library's convolutions with the rest fused; GPUs run
+    what conv or memory ask for on Triton's kernels, and with both "auto" the stock forward, which is told in a warning.
 
     Args:
         model: any module; its BasicBlock, Bottleneck and ResNet descendants (itself included) are switched.
@@ -76,7 +76,7 @@ def fuse(
         memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass); "auto": where that
             was measured faster.
         conv: whose convolutions run: "library" (torch's), "fused" (this package's, with BatchNorm and ReLU on their
-            loads and stores; not on the cpu backend, which runs the library's), or
+            loads and stores; not on the cpu backend, nor in a stem unless it was measured faster there), or
             "auto" (product by product what was measured faster, see below; without measurements the library's).
 
     Returns:
@@ -101,8 +101,10 @@ def fuse(
             if fused is None:
                 continue
             block.__class__ = fused
-        if isinstance(block, FusedBlock | FusedResNet):
+        if isinstance(block, FusedBlock):
             block.__dict__ |= {"fused_memory": memory, "fused_conv": conv}
+        elif isinstance(block, FusedResNet):
+            block.__dict__ |= {"fused_memory": memory, "fused_conv": "measured" if conv == "fused" else conv}
     return model
 
 

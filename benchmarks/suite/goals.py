@@ -155,6 +155,8 @@ GOALS = (
     Goal("ResNet-18 peak training memory over eager's", False, 0.6, "x", partial(_memory, "resnet18")),
     Goal("each op without a product, of a copy's rate", True, 85, "%", _copy_share),
     Goal("auto over eager, slowest block", True, 0.98, "x", _auto),
+    Goal("ResNet-50 training on an H100", True, 8500, " images/s", partial(_images, "H100")),
+    Goal("ResNet-50 training on an H200", True, 9500, " images/s", partial(_images, "H200")),
     Goal("ResNet-50 training, MLPerf 4.0 on an H100", True, 7160, " images/s", partial(_images, "H100")),
     Goal("ResNet-50 training, MLPerf 4.0 on an H200", True, 7950, " images/s", partial(_images, "H200")),
 )

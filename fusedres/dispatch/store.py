@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -79,22 +81,70 @@ def versions() -> dict[str, str | None]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    return {"fusedres": __version__, "torch": torch.__version__, "triton": triton}
+    return {"fusedres": __version__, "torch": torch.__version__, "triton": triton, "kernels": _kernels()}
+
+
+@cache
+def _kernels() -> str:
+    """What changes when a kernel does."""
+    folder = Path(__file__).parents[1] / "kernels"
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def load(device: torch.device) -> Table | None:
-    """The device's table: the package's, with what the user measured in front; None where there is neither."""
+    """The device's table: the package's, with what the user measured in front; where there is neither, that of another
+    GPU of the same capability.
+    """
     name = family(device)
     if name is None:
         return None
-    packaged = read(PACKAGED / file_name(name), name)
-    users = read(cache_folder() / file_name(name), name)
-    if users is not None and users.versions != versions():
-        _ignore(cache_folder() / file_name(name), f"it was measured with {_listed(users.versions)}")
-        users = None
+    packaged = _packaged(PACKAGED / file_name(name), name)
+    users = _users(cache_folder() / file_name(name), name)
+    if packaged is None and users is None:
+        users = _of_a_sibling(name)
     if packaged is None or users is None:
         return _with_triton(users or packaged)
     return _with_triton(replace(users, blocks=packaged.blocks | users.blocks, configs=packaged.configs | users.configs))
+
+
+def _users(path: Path, device: str | None) -> Table | None:
+    found = read(path, device)
+    if found is None or found.versions == versions():
+        return found
+    _ignore(path, f"it was measured with {_listed(found.versions)}")
+    return None
+
+
+def _packaged(path: Path, device: str | None) -> Table | None:
+    """A table of the package: one of Triton's kernels holds while they or Triton's minor version are what they were."""
+    found, now = read(path, device), versions()
+    if found is None or found.backends.isdisjoint(("triton", "cuda")):
+        return found
+    if found.versions.get("kernels") == now["kernels"] or _minor(found.versions.get("triton")) == _minor(now["triton"]):
+        return found
+    _ignore(path, f"it was measured with {_listed(found.versions)}, this is {_listed(now)}")
+    return None
+
+
+def _minor(version: str | None) -> list[str]:
+    return (version or "").split(".")[:2]
+
+
+def _of_a_sibling(device: str) -> Table | None:
+    """What was measured on another GPU of the same capability, by the user before the package's."""
+    capability = _CAPABILITY.search(device)
+    if capability is None:
+        return None
+    pattern = "*" + file_name(capability[0])
+    for folder, read_table in ((cache_folder(), _users), (PACKAGED, _packaged)):
+        for path in sorted(folder.glob(pattern)):
+            found = None if path.name == file_name(device) else read_table(path, None)
+            if found is not None and found.device.endswith(capability[0]):
+                return found
+    return None
 
 
 def _with_triton(table: Table | None) -> Table | None:
@@ -107,11 +157,13 @@ def _with_triton(table: Table | None) -> Table | None:
     return None
 
 
-def read(path: Path, device: str) -> Table | None:
-    """The table in a file; None where there is no file, or none that can be used, which is a warning."""
+def read(path: Path, device: str | None) -> Table | None:
+    """The table of a device, of any where it is None; None where there is no file, or none that can be used, which is a
+    warning.
+    """
     try:
         table = parse(decode(files.read(path, LARGEST)), device)
-        foreign = table.backends - serving(device)
+        foreign = table.backends - serving(table.device)
         if foreign:
             raise ValueError(f"it names the backend {', '.join(sorted(foreign))}, which does not serve this device")
         return table

@@ -114,16 +114,21 @@ def batch_class(batch: int) -> int:
 
 # An entry of other sizes is taken up to this distance, in factors of two over channels, pixels and batch together.
 _FAR = 3.0
+_FAR_BATCH = 2.0  # of the batch alone, in factors of two: another one is another shape
 
 
 @lru_cache(maxsize=4096)
 def _nearest(table: Table, shape: Shape) -> Way:
-    """The way of the entry of these sizes with the nearest batch.
+    """The way of the entry of these sizes with the nearest batch, of those that are no more than _FAR_BATCH away.
 
     Where there is none, that of the entry nearest in sizes, of the same kind, shortcut, groups, stride, dilation, dtype
     and phase; beyond _FAR the table's backend with the library's convolutions, if a GPU's table has that anywhere.
     """
-    alike = [other for other in table.blocks if _kinds(other) == _kinds(shape)]
+    alike = [
+        other
+        for other in table.blocks
+        if _kinds(other) == _kinds(shape) and abs(log2(other.batch) - log2(shape.batch)) <= _FAR_BATCH
+    ]
     if alike:
         nearest = min(alike, key=lambda other: (_sizes(other) != _sizes(shape), _distance(other, shape)))
         if _sizes(nearest) == _sizes(shape) or _distance(nearest, shape) <= _FAR:
@@ -175,8 +180,8 @@ def decode(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def parse(data: Any, device: str) -> Table:
-    """The table of `device`.
+def parse(data: Any, device: str | None) -> Table:
+    """The table of `device`; None: of whichever it is.
 
     Raises:
         ValueError: it is another format's or another device's, or broken; why.
@@ -186,6 +191,8 @@ def parse(data: Any, device: str) -> Table:
     version, measured_on = data.get("format"), data.get("device")
     if type(version) is not int or version != FORMAT:
         raise ValueError(f"its format is {_short(version)}, expected {FORMAT}")
+    if device is None:
+        device = _text(measured_on)
     if measured_on != device:
         raise ValueError(f"it was measured on {_short(measured_on)}, this is {device!r}")
     try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from fusedres import dispatch
 from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
-from fusedres.backends import automatic
+from fusedres.backends import automatic, backend_for
 from fusedres.dispatch import Way, measured
 from fusedres.modules.anatomy import Anatomy
 
@@ -28,15 +32,54 @@ _OWN = Directions(True, True, True)
 FASTER_UNFUSED = "measured faster unfused"
 
 
+def serving_backend(device: torch.device, conv: str, memory: str) -> str | None:
+    """The backend that serves a device in this context; on a GPU that nothing was measured on, Triton's kernels where
+    fuse() was told conv or memory. None: what is fused runs unfused.
+    """
+    found = backend_for(device)
+    asked = found is None and (conv != "auto" or memory != "auto")
+    return "triton" if asked and device.type == "cuda" and _has_triton() else found
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def not_measured(device: torch.device) -> str:
+    """Why what is fused runs unfused on a device without a backend."""
+    if device.type != "cuda":
+        return f"nothing was measured on {device.type} devices: select a backend with use_backend"
+    if not _has_triton():
+        return "GPUs need Triton, which is not installed"
+    return (
+        "nothing was measured on this GPU: run `python -m fusedres tune`, "
+        'or choose with fuse(model, conv="fused") or use_backend'
+    )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(device: torch.device) -> None:
+    """That a GPU runs unfused, which nobody would see otherwise."""
+    if device.type in _warned or device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    _warned.add(device.type)
+    warnings.warn(f"fusedres: fused blocks run unfused, as {not_measured(device)}", stacklevel=2)
+
+
 def chosen_way(
     backend: str | None, anatomy: Anatomy, x: Tensor, conv: str, memory: str
 ) -> tuple[str, Way | None] | str:
     """The backend that a call runs on, with its measured way if there is one; or why it runs unfused.
 
-    backend: the one that serves x's device, None where nothing does.
+    backend: the one of serving_backend.
     """
     if backend is None:
-        return f"nothing was measured on {x.device.type} devices"
+        _warn_once(x.device)
+        return not_measured(x.device)
     if x.dim() != 4:  # what reads the input refuses it
         return backend, None
     if x.shape[0] == 0:
@@ -94,12 +137,12 @@ def shape_of(anatomy: Anatomy, x: Tensor) -> tuple[str | int, ...]:
 def own_products(conv: str, backend: str, groups: int, kernel: tuple[int, int], way: Way | None = None) -> Directions:
     """Which products of a convolution run in this package's own kernels.
 
-    The CPU's convolutions are always the library's, and so are grouped ones. "auto" takes those of the measured way,
-    without one the library's.
+    The CPU's convolutions are always the library's, and so are grouped ones. "auto" and "measured" take those of the
+    measured way, without one the library's.
     """
     if backend == "cpu" or groups != 1:
         return LIBRARY
-    if conv == "auto" and way is not None:
+    if conv in ("auto", "measured") and way is not None:
         return way.pixelwise if kernel == (1, 1) else way.larger
     return _OWN if conv == "fused" else LIBRARY
 

@@ -11,10 +11,9 @@ from torch.utils._device import DeviceContext
 from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, UncheckedError, count_path, run_block, wants_gradients
-from fusedres.backends import backend_for
 from fusedres.dispatch import Way
 from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
-from fusedres.modules.choice import FASTER_UNFUSED, chosen_way
+from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
 from fusedres.modules.frozen import Frozen, run_frozen
 from fusedres.modules.reading import Tensors, read_block, read_input, read_stem
 from fusedres.modules.remembered import recall, remember
@@ -57,7 +56,9 @@ class FusedBlock(nn.Module):
         anatomy = self.anatomy()
         if isinstance(anatomy, str):
             return anatomy
-        return without_kernels(anatomy.units[0].conv_weight) or reason_of_shapes(type(self).__name__, anatomy)
+        options = self._options()
+        without = without_kernels(anatomy.units[0].conv_weight, options.conv, options.memory)
+        return without or reason_of_shapes(type(self).__name__, anatomy)
 
     def forward(self, x: Tensor) -> Tensor:
         """relu(F(x) + S(x)); see the class."""
@@ -72,7 +73,7 @@ class FusedBlock(nn.Module):
         gathered = gather(self, cls, cls._parts)
         if isinstance(gathered, str):
             return run_unfused(cls, self, x, None)
-        backend = backend_for(x.device)
+        backend = serving_backend(x.device, options.conv, options.memory)
         remembers = backend == "cpu" and options.frozen is None and not torch.compiler.is_compiling()
         known = recall(self, gathered, x, options[:2]) if remembers else None
         if known is not None:
@@ -217,17 +218,11 @@ def holds_inference_tensors(x: Tensor, tensors: Tensors, written_or_saved: bool)
     return x.is_inference() or any(tensor is not None and tensor.is_inference() for tensor in tensors)
 
 
-def without_kernels(weight: Tensor) -> str | None:
+def without_kernels(weight: Tensor, conv: str, memory: str) -> str | None:
     """Why nothing runs fused on a weight's dtype and device, or None where it does."""
     if weight.dtype not in FLOATING:
         return f"weights are {weight.dtype}"
-    device = weight.device
-    if backend_for(device) is None:
-        return (
-            f"nothing was measured on this {device.type} device: `python -m fusedres tune` does, or select a backend "
-            "with use_backend"
-        )
-    return None
+    return None if serving_backend(weight.device, conv, memory) is not None else not_measured(weight.device)
 
 
 def _is_constant(plan: BlockPlan) -> bool:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import count_path, run_stem, wants_gradients
-from fusedres.backends import backend_for
 from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
-from fusedres.modules.choice import chosen_way
+from fusedres.modules.choice import chosen_way, serving_backend
 from fusedres.modules.fused_block import (
     holds_inference_tensors,
     keep_reason,
@@ -28,7 +27,7 @@ class FusedStem(nn.Module):
     Everything is read from the children once at each call.
     """
 
-    fused_conv: str = "auto"
+    fused_conv: str = "auto"  # as fuse()'s, which makes "fused" "measured": this package's where that was faster
     fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
@@ -44,7 +43,8 @@ class FusedStem(nn.Module):
         anatomy = self.anatomy()
         if isinstance(anatomy, str):
             return anatomy
-        return without_kernels(anatomy.units[0].conv_weight) or reason_of_shapes(type(self).__name__, anatomy)
+        without = without_kernels(anatomy.units[0].conv_weight, *_options(self))
+        return without or reason_of_shapes(type(self).__name__, anatomy)
 
     def _stem(self, x: Tensor) -> Tensor | None:
         """maxpool(relu(bn1(conv1(x)))) where it can run fused, else None."""
@@ -53,15 +53,14 @@ class FusedStem(nn.Module):
 
 def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     """maxpool(relu(bn1(conv1(x)))) of a module of the class cls, a FusedStem, where it can run fused, else None."""
-    settings = model.__dict__
-    conv, memory = settings.get("fused_conv", "auto"), settings.get("fused_memory", "auto")
+    conv, memory = _options(model)
     reason = unusual_input(x)
     gathered = reason or gather(model, cls, cls._parts)
     anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered, cls._parts)
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
-    chosen = chosen_way(backend_for(x.device), anatomy, x, conv, memory)
+    chosen = chosen_way(serving_backend(x.device, conv, memory), anatomy, x, conv, memory)
     if isinstance(chosen, str):
         keep_reason(model, chosen)
         return None
@@ -74,13 +73,19 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     return run_stem(x, plan, tensors, recorded)
 
 
+def _options(model: nn.Module) -> tuple[str, str]:
+    """fuse()'s conv and memory."""
+    settings = model.__dict__
+    return settings.get("fused_conv", "auto"), settings.get("fused_memory", "auto")
+
+
 class FusedResNet(FusedStem, ResNet):
     """torchvision's ResNet with its stem fused: same constructor, children, state_dict and numbers.
 
-    BatchNorm, ReLU and the 3x3 max-pool behind the convolution are one pass each way; fused_conv says, as fuse()'s
-    conv, whose convolution runs: with this package's own the statistics come with it, and no gradient of its output is
-    stored unless the images need one. The layers run as they are: fusedres.fuse switches their blocks, or build it from
-    FusedBasicBlock or FusedBottleneck.
+    BatchNorm, ReLU and the 3x3 max-pool behind the convolution are one pass each way. The convolution is the library's
+    unless this package's was measured faster, or fused_conv is set to "fused": the statistics come with it then, and no
+    gradient of its output is stored unless the images need one. The layers run as they are: fusedres.fuse switches
+    their blocks, or build it from FusedBasicBlock or FusedBottleneck.
 
     Saved for backward by the stem: its input, the raw convolution output, and one byte an element of the pooled output.
     Any part that is not plain (`stem_unfused_reason()`: CIFAR's Identity for maxpool, SyncBatchNorm, a hook) makes the
