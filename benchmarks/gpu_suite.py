@@ -4,7 +4,8 @@
     python benchmarks/gpu_suite.py --out DIR --only ops      these steps, anew
     python benchmarks/gpu_suite.py --out DIR --device cpu --tiny    the same path on toy shapes, to see that it runs
 
-Steps: facts (device, copy bandwidth, matrix product), tests (failures of the last run first), sanitizer
+Steps: facts (device, copy bandwidth, matrix product), right (every op at full size: all elements, and the same bits
+twenty times), tests (failures of the last run first), sanitizer
 (compute-sanitizer on a few), ops (every op and every candidate config), blocks, models, dispatch (the table of what was
 fastest, and blocks that follow it beside eager).
 Each runs in its own process with its share of the minutes and writes DIR/STEP.jsonl a row at a time; a crash or a
@@ -47,7 +48,8 @@ class Step:
 
 STEPS = {
     "facts": Step(3, "facts"),
-    "tests": Step(22, "checks"),
+    "right": Step(14, "right"),
+    "tests": Step(12, "checks"),
     "sanitizer": Step(9, "checks", "sanitizer_cases"),
     "ops": Step(30, "ops"),
     "blocks": Step(16, "block_rows"),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 MOST_STEPS = 20_000_000  # of a thread
+MOST_PROGRAMS = 64
 _WARPGROUP = 128  # threads
 _LABEL = re.compile(r"(\$?\w+):")
 _LINE = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);")
@@ -43,6 +44,14 @@ class _Line:
     operands: list[str]
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    lines: list[_Line | None]  # None: nothing that addresses or branches depend on
+    labels: dict[str, int]
+    tables: dict[str, list[str]]  # of indexed branches
+    alone: bool  # one warpgroup
+
+
 @dataclass
 class _Product:
     text: str
@@ -68,28 +77,43 @@ class _Thread:
 
 
 def races(ptx: str, arguments: Sequence[int], thread: int) -> list[Race]:
-    """What `thread` of program 0 writes too early; arguments: of the kernel, pointers as any aligned numbers.
+    """What `thread` writes too early, of the first programs that between them run every wgmma of the kernel.
+
+    arguments: of the kernel, pointers as any aligned numbers.
 
     Raises:
         NotImplementedError: an address or a branch depends on an instruction that is not known here.
-        RuntimeError: the thread does not end.
+        RuntimeError: the thread does not end, or none of the first MOST_PROGRAMS runs some wgmma.
     """
-    lines, labels, tables = _parse(ptx)
-    needed = _needed(lines)
-    kept = [
-        line if line.opcode.startswith((*_EVENTS, *_FLOW)) or set(line.written) & needed else None for line in lines
-    ]
-    threads = re.search(r"\.reqntid (\d+)", ptx)
-    assert threads is not None
-    at_start = {"%tid.x": thread, "%ctaid.x": 0, "%ctaid.y": 0, "%ctaid.z": 0, "%laneid": thread % 32}
-    state = _Thread(at_start, int(threads[1]) <= _WARPGROUP)
+    kernel = _parse(ptx)
+    left = {at for at, line in enumerate(kernel.lines) if line is not None and line.opcode.startswith("wgmma.mma")}
+    found: dict[tuple[str, str], Race] = {}
+    program = 0
+    while left:
+        if program == MOST_PROGRAMS:
+            raise RuntimeError(f"no program runs the wgmma of line {min(left)}")
+        ran, raced = _run(kernel, arguments, thread, program)
+        if ran & left:
+            left -= ran
+            found |= raced
+        program += 1
+    return list(found.values())
+
+
+def _run(
+    kernel: _Kernel, arguments: Sequence[int], thread: int, program: int
+) -> tuple[set[int], dict[tuple[str, str], Race]]:
+    """The places of the wgmmas that a thread runs, and its races."""
+    at_start = {"%tid.x": thread, "%ctaid.x": program, "%ctaid.y": 0, "%ctaid.z": 0, "%laneid": thread % 32}
+    state = _Thread(at_start, kernel.alone)
+    ran: set[int] = set()
     found: dict[tuple[str, str], Race] = {}
     at = steps = 0
-    while at < len(lines):
+    while at < len(kernel.lines):
         steps += 1
         if steps > MOST_STEPS:
             raise RuntimeError("the thread does not end")
-        line = kept[at]
+        line = kernel.lines[at]
         at += 1
         if line is None or (line.predicate and bool(state.value(line.predicate)) == line.negated):
             continue
@@ -97,19 +121,20 @@ def races(ptx: str, arguments: Sequence[int], thread: int) -> list[Race]:
         if kind in ("ret", "exit"):
             break
         if kind == "bra":
-            at = labels[line.operands[0]]
+            at = kernel.labels[line.operands[0]]
         elif kind == "brx":
-            at = labels[tables[line.operands[1]][state.value(line.operands[0])]]
+            at = kernel.labels[kernel.tables[line.operands[1]][state.value(line.operands[0])]]
         elif line.opcode.startswith(_EVENTS):
+            if line.opcode.startswith("wgmma.mma"):
+                ran.add(at - 1)
             for race in _event(state, line):
                 found.setdefault((race.write, race.product), race)
         else:
             _compute(state, line, arguments)
-    return list(found.values())
+    return ran, found
 
 
-def _parse(ptx: str) -> tuple[list[_Line], dict[str, int], dict[str, list[str]]]:
-    """The body's lines, its labels, and the tables of its indexed branches."""
+def _parse(ptx: str) -> _Kernel:
     body = ptx[ptx.index(".entry") :]
     body = re.sub(r"//[^\n]*", "", body[body.index("{") :])
     for number, scope in enumerate(re.findall(r"\{\s*\.reg \.pred complete;.*?\}", body, re.DOTALL)):
@@ -117,17 +142,23 @@ def _parse(ptx: str) -> tuple[list[_Line], dict[str, int], dict[str, list[str]]]
     lines: list[_Line] = []
     labels: dict[str, int] = {}
     tables: dict[str, list[str]] = {}
+    for table in re.findall(r"(\$?\w+):\s*\.branchtargets\s([^;]*);", body):
+        tables[table[0]] = re.findall(r"\$?\w+", table[1])
     for raw in body.splitlines():
         text = raw.strip()
         if label := _LABEL.match(text):
             labels[label[1]] = len(lines)
             text = text[label.end() :].strip()
-            if text.startswith(".branchtargets"):
-                tables[label[1]] = re.findall(r"\$\w+", text)
         found = _LINE.match(text)
         if found and not text.startswith("."):
             lines.append(_line(found))
-    return lines, labels, tables
+    needed = _needed(lines)
+    kept = [
+        line if line.opcode.startswith((*_EVENTS, *_FLOW)) or set(line.written) & needed else None for line in lines
+    ]
+    threads = re.search(r"\.reqntid (\d+)", ptx)
+    assert threads is not None
+    return _Kernel(kept, labels, tables, int(threads[1]) <= _WARPGROUP)
 
 
 def _line(found: re.Match[str]) -> _Line:

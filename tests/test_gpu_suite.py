@@ -42,7 +42,7 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     done = suite("--out", str(tmp_path), "--minutes", str(HANG / 60))
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
     assert len(done.stdout.splitlines()) < 100
-    names = ("facts", "tests", "sanitizer", "ops", "blocks", "models", "dispatch")
+    names = ("facts", "right", "tests", "sanitizer", "ops", "blocks", "models", "dispatch")
     files = [f"{name}.jsonl" for name in names] + ["log.txt", "dispatch.json", "dispatch.json.lock"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     rows = {name: Journal(tmp_path, name).rows() for name in names}
@@ -51,6 +51,9 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     outcomes = {row["outcome"] for row in rows["tests"] if "test" in row}
     assert "passed" in outcomes and "failed" not in outcomes
     assert [row["skipped"] for row in rows["sanitizer"]] == ["no GPU", "no GPU"]
+    assert {row["dtype"] for row in rows["right"]} == {"float32", "float16"}
+    assert all(row["right"] > 0 and row["wrong"] == 0 for row in rows["right"])
+    assert sum(row["right"] for row in rows["right"]) > 50 and "ops at full size\nfloat32: " in done.stdout
     ops = {row["op"] for row in rows["ops"]}
     assert {"conv_fprop", "conv_dgrad", "conv_wgrad", "gram_statistics", "one_pass_tail", "bn_relu_maxpool"} <= ops
     in_checkout = harness.commit() is not None
@@ -70,7 +73,7 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert {row["variant"] for row in skipped} == {"graphed eager", "graphed compile", "graphed library", "tensorrt"}
     assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
     assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
-    assert done.stdout.count("not measured") == 12  # goals: toy shapes on a CPU say nothing about them
+    assert done.stdout.count("not measured") == 14  # goals: toy shapes on a CPU say nothing about them
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
     auto = [row for row in rows["dispatch"] if row.get("variant") == "auto"]
     assert {(row["phase"], row["conv"], row["memory"]) for row in auto} == {
@@ -207,16 +210,6 @@ def test_failures_of_the_last_run_are_kept_for_the_next(tmp_path):
     gpu_suite.begin(tmp_path, "tests")
     settings = Settings("tests", tmp_path, torch.device("cpu"), True, 0.0)
     assert _before(settings) == ["tests/a.py::one"] and not journal.rows()
-
-
-def test_a_wrong_op_is_told():
-    from fusedres.tune.compare import disagreement
-
-    right = [torch.randn(100), torch.zeros(4, dtype=torch.uint8)]
-    assert disagreement([right[0] * (1 + 1e-6), right[1]], right, 1e-4) is None
-    assert "off by" in disagreement([right[0] * 1.01, right[1]], right, 1e-4)
-    assert "off by" in disagreement([right[0] * float("nan"), right[1]], right, 1e-4)
-    assert "differ" in disagreement([right[0], right[1] + 1], right, 1e-4)
 
 
 def test_choices_take_the_fastest_that_is_right():

@@ -6,30 +6,25 @@ Each op is checked against the reference backend and timed on the arguments with
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import blocks
 import harness
 import torch
-import torchvision
 import traffic
-from bench_block import Bench
-from bench_block import Case as BlockCase
-from bench_block import Settings as BlockSettings
 from harness import Variant
-from launched import WAYS
 from torch import Tensor
 
-import fusedres
 from fusedres import cuda_support
 from fusedres.kernels import launch as launching
 from fusedres.kernels import table
 from fusedres.kernels.launch import Launch
-from fusedres.tune.calls import BOUNDS, Call, Recorder, Visit, always, forced
-from fusedres.tune.compare import disagreement
+from fusedres.tune.calls import Call, Recorder, Visit, always, forced
+from fusedres.tune.compare import Expected
 from suite.settings import Case, Settings, first_lines, floor_seconds
+from suite.walk import TINY, walk_block, walk_stem
 
 _LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
 
@@ -108,12 +103,11 @@ class Measure:
         )
 
     def _measure(self, call: Call, backend: str) -> None:
-        bound = BOUNDS[call.dtype]
-        reference = call.results("reference")
+        expected = Expected(call)
         recorder = Recorder()
         with launching.choosing(recorder), launching.record_launches() as launches:
             ours = call.results(backend)
-        wrong = disagreement(ours, reference, bound)
+        wrong = expected.wrong(ours)
         if wrong:
             self._failed(call, backend, wrong)
             return
@@ -127,7 +121,7 @@ class Measure:
         if backend == "triton" and cuda_support.unsupported() is None and table.find(
             call.op.folder, call.op.name, "cuda"
         ):  # fmt: skip
-            wrong = disagreement(call.results("cuda"), reference, bound)
+            wrong = expected.wrong(call.results("cuda"))
             if wrong:
                 self._failed(call, "cuda", wrong)
             else:
@@ -147,11 +141,10 @@ class Measure:
                 shape=list(first.shape) if isinstance(first, Tensor) else None,
                 launches=[[launch.name, launch.config.label] for launch in launches] if name == backend else None,
             )  # fmt: skip
-        del reference
-        self._candidates(call, backend, recorder, ours, moved, operations)
+        self._candidates(call, backend, recorder, expected, moved, operations)
 
     def _candidates(
-        self, call: Call, backend: str, recorder: Recorder, ours: list[Tensor], moved: int, operations: int
+        self, call: Call, backend: str, recorder: Recorder, expected: Expected, moved: int, operations: int
     ) -> None:
         """A row a candidate of each problem that the op asked about."""
         for problem, candidates in recorder.problems.items():
@@ -166,7 +159,7 @@ class Measure:
                     continue
                 try:
                     with launching.choosing(pick):
-                        wrong = disagreement(call.results(backend), ours, BOUNDS[call.dtype])
+                        wrong = expected.wrong(call.results(backend))
                 except Exception as error:
                     self._failed(call, backend, error, config=config.label, **about)
                     continue
@@ -233,8 +226,7 @@ def cases(settings: Settings) -> list[Case]:
     torch.backends.cudnn.benchmark = settings.on_gpu
     seen = {row["name"] for row in settings.journal.lines() if row.get("event") == "measured"}
     if settings.tiny:
-        block = traffic.Block("bottleneck", 16, 8, 16, 2, "projection")  # large enough for a Gram matrix
-        chosen, ways, batches = {"tiny": block}, ("fused min", "library"), (2,)
+        chosen, ways, batches = {"tiny": TINY}, ("fused min", "library"), (2,)
     else:
         chosen = {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
         ways, batches = ("fused", "fused min", "library min", "library"), (256, 64)
@@ -243,49 +235,14 @@ def cases(settings: Settings) -> list[Case]:
         for way in ways:
             for name, block in chosen.items():
                 case = f"{name}, {way}, batch {batch}"
-                found.append(
-                    Case(
-                        case, lambda c=case, n=name, b=block, w=way, s=batch: _visit(settings, seen, c, n, b, w, s), 120
-                    )
-                )
+                walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=settings.dtype)
+                found.append(Case(case, partial(_measure, settings, seen, case, walk), 120))
         for way in ("fused", "library"):
             case = f"stem, {way}, batch {batch}"
-            found.append(Case(case, lambda c=case, w=way, s=batch: _visit_stem(settings, seen, c, w, s), 60))
+            walk = partial(walk_stem, way=way, batch=batch, dtype=settings.dtype)
+            found.append(Case(case, partial(_measure, settings, seen, case, walk), 60))
     return found
 
 
-def _visit(
-    settings: Settings, seen: set[str], case: str, name: str, block: traffic.Block, way: str, batch: int
-) -> None:
-    visit = Visit(seen, Measure(settings, case))
-    for phase in traffic.PHASES:
-        bench = Bench(BlockCase(name, block, batch, phase), BlockSettings(settings.device, settings.dtype))
-        module = fusedres.fuse(copy.deepcopy(bench.stock), **WAYS[way][0])
-        _walk(settings, visit, module, bench.x, bench.grad if phase == "train" else None)
-
-
-def _visit_stem(settings: Settings, seen: set[str], case: str, way: str, batch: int) -> None:
-    visit = Visit(seen, Measure(settings, case))
-    size = 16 if settings.tiny else 224
-    model = torchvision.models.resnet18().to(settings.device, memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, size, size, device=settings.device, dtype=settings.dtype)
-    x = x.to(memory_format=torch.channels_last)
-    module = blocks.StemOnly(fusedres.fuse(model, **WAYS[way][0]))
-    out = torch.empty(batch, 64, size // 4, size // 4, device=settings.device, dtype=settings.dtype)
-    grad = torch.randn_like(out).to(memory_format=torch.channels_last)
-    _walk(settings, visit, module, x, grad)
-    _walk(settings, visit, module.eval(), x, None)
-
-
-def _walk(settings: Settings, visit: Visit, module: torch.nn.Module, x: Tensor, grad: Tensor | None) -> None:
-    """Forward, and backward from `grad`, on this thread."""
-    around = BlockSettings(settings.device, settings.dtype).autocast
-    with fusedres.use_backend("triton"), torch.autograd.set_multithreading_enabled(False), visit:
-        if grad is None:
-            with torch.inference_mode(), around():
-                module(x)
-        else:
-            source = x.detach().requires_grad_(x.shape[1] > 3)
-            with around():
-                out = module(source)
-            out.backward(grad)
+def _measure(settings: Settings, seen: set[str], case: str, walk: partial) -> None:
+    walk(settings, Visit(seen, Measure(settings, case)))

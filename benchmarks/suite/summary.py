@@ -20,6 +20,7 @@ def print_summary(out: Path, steps: list[str]) -> int:
     lines: list[str] = []
     for title, part in (
         ("machine", _machine(rows["facts"])),
+        ("ops at full size", _right(rows["right"])),
         ("tests", _tests(rows["tests"])),
         ("sanitizer", _sanitizer(rows["sanitizer"])),
         ("errors", _errors({step: rows[step] for step in steps if step not in ("tests", "sanitizer")})),
@@ -63,6 +64,15 @@ def _machine(rows: list[Row]) -> list[str]:
             f"copy {row['copy_bytes_per_s'] / 1e12:.3g} TB/s, matmul {row['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s"
         )
     return lines
+
+
+def _right(rows: list[Row]) -> list[str]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for what in ("right", "wrong"):
+            counts["tf32" if row.get("tf32") else str(row.get("dtype")), what] += row.get(what, 0)
+    dtypes = dict.fromkeys(dtype for dtype, _ in counts if dtype != "None")
+    return [f"{dtype}: {counts[dtype, 'right']} right, {counts[dtype, 'wrong']} wrong" for dtype in dtypes]
 
 
 def _tests(rows: list[Row], shown: int = 12) -> list[str]:

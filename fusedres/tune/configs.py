@@ -11,8 +11,8 @@ import torch
 from fusedres import dispatch
 from fusedres.dispatch import Way
 from fusedres.kernels.launch import Config, choosing, problem_key
-from fusedres.tune.calls import BOUNDS, Call, Recorder, Visit, always, forced
-from fusedres.tune.compare import disagreement
+from fusedres.tune.calls import Call, Recorder, Visit, always, forced
+from fusedres.tune.compare import Expected
 from fusedres.tune.timing import Timer, Variant, interleave
 from fusedres.tune.ways import Bench, faster
 
@@ -54,11 +54,11 @@ class Configs:
             if len(candidates) < 2 or key in self._measured:
                 continue
             self._measured.add(key)
-            reference, timed = call.results("reference"), []
+            expected, timed = Expected(call), []
             for config in candidates:
                 pick = forced(problem, config)
                 with choosing(pick):
-                    wrong = self._wrong(call, backend, reference)
+                    wrong = self._wrong(call, backend, expected)
                 if wrong:
                     self.wrong.append(f"{key}, {config.label}: {wrong}")
                 else:
@@ -66,9 +66,9 @@ class Configs:
             if timed:
                 self.found[key] = self._fastest(timed, candidates[0])
 
-    def _wrong(self, call: Call, backend: str, reference: list[torch.Tensor]) -> str | None:
+    def _wrong(self, call: Call, backend: str, expected: Expected) -> str | None:
         try:
-            return disagreement(call.results(backend), reference, BOUNDS[call.dtype])
+            return expected.wrong(call.results(backend))
         except Exception as error:
             return self._said(error)
 

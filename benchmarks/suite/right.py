@@ -1,0 +1,84 @@
+"""Every op at every problem of ResNet-50 and ResNet-18, each of its elements checked, and its bits from call to call.
+
+Nothing is timed. An op is checked on the arguments with which a block first calls it, once a dtype; whoever is wrong
+has a row with an error, the others one that counts them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import blocks
+import torch
+from launched import WAYS
+
+from fusedres import cuda_support
+from fusedres.kernels import table
+from fusedres.tune.calls import Call, Visit
+from fusedres.tune.compare import Expected, repeats
+from suite.precision import PRECISIONS, Precision
+from suite.settings import Case, Settings, first_lines
+from suite.walk import TINY, walk_block, walk_stem
+
+REPEATS = 20
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Batch, dtype, way and block: batch 256 in bfloat16 first, then what else there is."""
+    seen: dict[str, set[str]] = {name: set() for name in PRECISIONS}
+    for row in settings.journal.lines():
+        if row.get("event") == "checked":
+            seen[row["precision"]].add(row["name"])
+    if settings.tiny:
+        chosen, ways, batches, precisions = {"tiny": TINY}, ["fused min", "library min"], (2,), ["float32", "float16"]
+    else:
+        chosen, ways, batches, precisions = blocks.stage_blocks(), list(WAYS), (256, 64), list(PRECISIONS)
+    found = []
+    for batch in batches:
+        for precision in (PRECISIONS[name] for name in precisions):
+            for way in ways:
+                for name, block in chosen.items():
+                    case = f"{name}, {way}, batch {batch}, {precision.name}"
+                    walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=precision.dtype)
+                    found.append(Case(case, partial(_check, settings, case, precision, seen, walk)))
+            for way in ("fused", "library"):
+                case = f"stem, {way}, batch {batch}, {precision.name}"
+                walk = partial(walk_stem, way=way, batch=batch, dtype=precision.dtype)
+                found.append(Case(case, partial(_check, settings, case, precision, seen, walk)))
+    return found
+
+
+def _check(settings: Settings, case: str, precision: Precision, seen: dict[str, set[str]], walk: partial) -> None:
+    counts = {"right": 0, "wrong": 0}
+
+    def check(call: Call) -> None:
+        if call.op.name == "empty_batch":
+            return
+        for backend in _backends(call):
+            settings.journal.append(case=case, event="trying", what=f"{call.signature} {backend}")
+            wrong = _wrong(settings, call, backend)
+            counts["wrong" if wrong else "right"] += 1
+            if wrong:
+                settings.row(case, op=call.op.name, name=call.signature, backend=backend, error=wrong)
+        settings.journal.append(case=case, event="checked", precision=precision.name, name=call.signature)
+
+    with precision.switched():
+        walk(settings, Visit(seen[precision.name], check))
+    if any(counts.values()):
+        settings.journal.append(case=case, **counts, **precision.about)
+
+
+def _backends(call: Call) -> list[str]:
+    backend = call.args[-1]
+    has_another = cuda_support.unsupported() is None and table.find(call.op.folder, call.op.name, "cuda")
+    return [backend, "cuda"] if backend == "triton" and has_another else [backend]
+
+
+def _wrong(settings: Settings, call: Call, backend: str) -> str | None:
+    try:
+        found = Expected(call).wrong(call.results(backend))
+        return found or repeats(call, backend, REPEATS if settings.on_gpu else 2)
+    except Exception as error:
+        if settings.on_gpu:
+            torch.cuda.synchronize()  # raises where the GPU is lost: the whole case ends
+        return f"{type(error).__name__}: {first_lines(str(error))}"

@@ -1,0 +1,63 @@
+"""The ops of every block and of the stem, each handed to a visitor where a block calls it first."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import blocks
+import torch
+import torchvision
+import traffic
+from bench_block import Bench
+from bench_block import Case as BlockCase
+from bench_block import Settings as BlockSettings
+from launched import WAYS
+from torch import Tensor
+
+import fusedres
+from fusedres.tune.calls import Visit
+from suite.settings import Settings
+
+TINY = traffic.Block("bottleneck", 16, 8, 16, 2, "projection")  # large enough for a Gram matrix
+
+
+def walk_block(
+    settings: Settings, visit: Visit, name: str, block: traffic.Block, way: str, batch: int, dtype: torch.dtype
+) -> None:
+    """A block's training step and its inference."""
+    for phase in traffic.PHASES:
+        bench = Bench(BlockCase(name, block, batch, phase), BlockSettings(settings.device, dtype))
+        module = fusedres.fuse(copy.deepcopy(bench.stock), **WAYS[way][0])
+        _walk(settings, visit, module, bench.x, bench.grad if phase == "train" else None, dtype)
+
+
+def walk_stem(settings: Settings, visit: Visit, way: str, batch: int, dtype: torch.dtype) -> None:
+    """The stem's; its convolution too where the way has this package's."""
+    size = 16 if settings.tiny else 224
+    model = fusedres.fuse(torchvision.models.resnet18(), **WAYS[way][0])
+    model.to(settings.device, memory_format=torch.channels_last)
+    model.fused_conv = WAYS[way][0]["conv"]  # fuse() leaves it to what was measured
+    x = torch.randn(batch, 3, size, size, device=settings.device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    module = blocks.StemOnly(model)
+    out = torch.empty(batch, 64, size // 4, size // 4, device=settings.device, dtype=dtype)
+    grad = torch.randn_like(out).to(memory_format=torch.channels_last)
+    _walk(settings, visit, module, x, grad, dtype)
+    _walk(settings, visit, module.eval(), x, None, dtype)
+
+
+def _walk(
+    settings: Settings, visit: Visit, module: torch.nn.Module, x: Tensor, grad: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Forward, and backward from `grad`, on this thread."""
+    around: Any = BlockSettings(settings.device, dtype).autocast
+    with fusedres.use_backend("triton"), torch.autograd.set_multithreading_enabled(False), visit:
+        if grad is None:
+            with torch.inference_mode(), around():
+                module(x)
+        else:
+            source = x.detach().requires_grad_(x.shape[1] > 3)
+            with around():
+                out = module(source)
+            out.backward(grad)
