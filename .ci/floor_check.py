@@ -1,9 +1,13 @@
-"""Run in an environment with the lowest supported torch and its Triton: import, fuse, train a step, infer, compile."""
+"""Run in an environment with the lowest supported torch and its Triton: import, fuse, train a step, infer, compile; and
+launch what gpu_pack.py compiled.
+"""
 
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
+import tempfile
 from itertools import product
 from pathlib import Path
 
@@ -46,6 +50,14 @@ def check_kernels(root: Path) -> None:
         print(f"{kernels} kernels, {len(rows)} times compiled for sm_{arch} by Triton {triton.__version__}, {dtype}")
 
 
+def check_pack(root: Path) -> None:
+    """With what gpu_pack.py built, a block launches on a stubbed driver without a compilation."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(root / "benchmarks" / "gpu_pack.py"), "--out", folder, "--blocks", "tiny.basic"]
+        subprocess.run([*command, "--no-wheel"], check=True)
+        subprocess.run([*command, "--rehearse"], check=True)
+
+
 def main() -> None:
     print(f"fusedres {fusedres.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     if not torch.__version__.startswith("2.11."):
@@ -78,6 +90,7 @@ def main() -> None:
             check(name, train_step(compiled, images, labels), train_step(model, images, labels))
 
     check_kernels(Path(__file__).parents[1])
+    check_pack(Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whether an op's results are right: every element, against the reference composite in wider arithmetic.
 
-    max |ours − wide| <= 2·max |same − wide| + 4·max |wide(inputs·(1 ± u)) − wide| + 8·u_acc·max |wide|
+    max |ours − wide| <= 2·max |same − wide| + 4·max |wide(inputs·(1 ± u)) − wide| + 32·u_acc·max |wide|
 
 wide: the reference backend on the same arguments in float32 (float64 for float32 and float64). same: the reference
 backend in the op's own dtype, which rounds where the op does. The third term is what rounding each input once changes,
@@ -30,6 +30,7 @@ from fusedres.tune.calls import Call
 _UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _UNIT_TF32 = 2.0**-10  # products cut operands to ten bits
 _FLIPPED = 1e-6  # share of a gradient's elements
+_ORDER = 32  # unit roundoffs of the accumulator that the order of a long sum may leave
 # Ops that recompute a gate, and from what: multiplied by 1 ± u it would open and close gates.
 _REGATED = {
     "conv_dgrad": ("input", "input_state"),
@@ -119,7 +120,7 @@ class Expected:
             if not a.is_floating_point():
                 self._results.append(_Result(a, torch.zeros(()), int(_FLIPPED * a.numel())))
                 continue
-            order = 8 * _UNIT[torch.float32 if narrow.itemsize == 2 else narrow]
+            order = _ORDER * _UNIT[torch.float32 if narrow.itemsize == 2 else narrow]
             largest = float(_largest(b.abs()).max()) if b.numel() else 0.0
             bound = 2 * _largest(_distance(a, b)) + 4 * _largest(_distance(c, b)) + order * largest
             flipped = int(_FLIPPED * b.numel()) if regated and b.dim() == 4 else 0
