@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_suite.py --out DIR                 nine minutes on the GPU
     python benchmarks/gpu_suite.py --out DIR --only ops      these steps, anew
+    python benchmarks/gpu_suite.py --out DIR --pack PACK     with the wheel and the kernels of gpu_pack.py
     python benchmarks/gpu_suite.py --out DIR --device cpu --tiny    the same path on toy shapes, to see that it runs
 
 Steps: facts (device, copy bandwidth, matrix product), right (every op at full size: all elements, and the same bits
@@ -10,7 +11,8 @@ twenty times), tests (failures of the last run first), sanitizer
 fastest, and blocks that follow it beside eager).
 Each runs in its own process with its share of the minutes and writes DIR/STEP.jsonl a row at a time; a crash or a
 timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. Kernels are
-compiled on idle cores meanwhile (Hopper). All output is in DIR/log.txt; a table comes last. Nothing is installed.
+compiled on idle cores meanwhile (Hopper), but for those of a pack. All output is in DIR/log.txt; a table comes last.
+Nothing is installed but the wheel of a pack that fits this machine.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from terminal import begin, run
 
@@ -33,6 +36,9 @@ if __name__ == "__main__":
 
 import torch
 from suite.journal import Journal
+
+if TYPE_CHECKING:
+    from suite.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,21 +71,36 @@ UNHURRIED = 4 * 3600.0
 # --- the process of one step ------------------------------------------------------------------------------------------
 
 
-def work(step: str, out: Path, device: str, tiny: bool, until: float) -> int:
-    """Runs the step's cases that have not ended."""
-    from importlib import import_module
-
-    from suite.settings import Settings, first_lines
+def work(step: str, out: Path, device: str, tiny: bool, until: float, pack: Path | None) -> int:
+    """Runs the step's cases that have not ended; kernels of a pack are not compiled."""
+    from suite.settings import Settings
 
     if device == "cpu":
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings = Settings(step, out, torch.device(device), tiny, until)
+    with contextlib.ExitStack() as stack:
+        if pack is not None:
+            from suite.pack import misfit, taken
+
+            reason = misfit(pack, capability_of(device))  # now that the package is there
+            if reason is None:
+                stack.enter_context(taken(pack))
+            settings.journal.append(event="pack", why=reason)
+        _run_cases(settings)
+    return 0
+
+
+def _run_cases(settings: Settings) -> None:
+    from importlib import import_module
+
+    from suite.settings import first_lines
+
     ended = settings.journal.ended()
-    for case in getattr(import_module(f"suite.{STEPS[step].module}"), STEPS[step].cases)(settings):
+    for case in getattr(import_module(f"suite.{STEPS[settings.step].module}"), STEPS[settings.step].cases)(settings):
         if case.name in ended:
             continue
         if settings.left < 1:
-            return 0
+            return
         limit = case.limit if settings.on_gpu else max(case.limit, UNHURRIED)
         settings.journal.append(case=case.name, event="start", limit=limit)
         begun, event = time.perf_counter(), "done"
@@ -93,7 +114,6 @@ def work(step: str, out: Path, device: str, tiny: bool, until: float) -> int:
                 torch.cuda.synchronize()  # raises where the GPU is lost to this process, which ends
         settings.journal.append(case=case.name, event=event, s=time.perf_counter() - begun)
     settings.journal.append(event="end", why="finished")
-    return 0
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -121,13 +141,13 @@ class Child:
 
 
 @contextlib.contextmanager
-def compiling(device: str, tiny: bool, log: Path) -> Iterator[Callable[[], None]]:
+def compiling(device: str, tiny: bool, log: Path, pack: Path | None) -> Iterator[Callable[[], None]]:
     """Kernels being compiled beside what runs; gives what stops it."""
     child: Child | None = None
     if device.startswith("cuda") and not tiny and torch.cuda.get_device_capability(device) == (9, 0):
         # for another GPU meta tensors give other candidates than its own
         processes = max(1, (os.cpu_count() or 2) // 2 - 1)
-        code = f"from suite.warm import main; main((256, 64), {processes})"
+        code = f"from suite.warm import main; main((256, 64), {processes}, {str(pack or '')!r})"
         command = ["nice", "-n", "10", sys.executable, "-c", code]
         child = Child(command, log, os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
@@ -149,6 +169,7 @@ def supervise(step: str, options: argparse.Namespace, seconds: float, log: Path)
         environment |= {"TRITON_INTERPRET": "1"}
     command = [sys.executable, str(HERE / "gpu_suite.py"), "--out", str(options.out), "--device", options.device]
     command += ["--worker", step, "--until", str(until), *(["--tiny"] if options.tiny else [])]
+    command += ["--pack", str(options.pack)] if options.pack else []
     crashes: dict[str, int] = {}
     while time.time() < until:
         child = Child(command, log, environment)
@@ -195,6 +216,28 @@ def _tail(log: Path) -> str:
     return log.read_bytes()[-1200:].decode(errors="replace")
 
 
+def install(pack: Path, device: str, log: Path) -> str | None:
+    """Installs the wheel of a pack; why not, None where it did."""
+    from suite.pack import misfit
+
+    reason = misfit(pack, capability_of(device))
+    wheels = sorted(pack.glob("*.whl"))
+    if reason is None and wheels:
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "--no-index"]
+        with log.open("ab") as file:
+            done = subprocess.run([*command, str(wheels[-1])], stdout=file, stderr=subprocess.STDOUT, check=False)
+        reason = f"pip failed; see {log}" if done.returncode else None
+    return reason
+
+
+def capability_of(device: str) -> int:
+    """As a pack has it; 0: no GPU."""
+    if not device.startswith("cuda"):
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def begin(out: Path, step: str) -> None:
     """Starts a step anew; tests that failed are kept, to run first."""
     from suite.checks import failures
@@ -215,6 +258,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where rows and the log go")
     parser.add_argument("--minutes", type=float, default=9, help="for everything (9)")
     parser.add_argument("--only", nargs="+", choices=tuple(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--pack", type=Path, metavar="PACK", help="what gpu_pack.py built, taken where it fits")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (cuda)")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, nothing worth measuring")
     parser.add_argument("--worker", choices=tuple(STEPS), help=argparse.SUPPRESS)
@@ -233,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the steps and prints the table; 1 where something is wrong."""
     options = parse(argv)
     if options.worker:
-        return work(options.worker, options.out, options.device, options.tiny, options.until)
+        return work(options.worker, options.out, options.device, options.tiny, options.until, options.pack)
     from suite.summary import print_summary
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -244,7 +288,12 @@ def main(argv: list[str] | None = None) -> int:
         for step in todo:
             begin(options.out, step)
     todo = [step for step in STEPS if step in todo and not Journal(options.out, step).finished()]
-    with compiling(options.device, options.tiny, log) as stop:
+    if options.pack:
+        reason = install(options.pack, options.device, log)
+        if reason:
+            print(f"--pack is not taken: {reason}", flush=True)
+            options.pack = None
+    with compiling(options.device, options.tiny, log, options.pack) as stop:
         for index, step in enumerate(todo):
             if step in ("ops", "blocks", "models"):  # their timings want the cores
                 stop()

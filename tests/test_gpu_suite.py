@@ -98,6 +98,16 @@ def test_arguments_are_refused(tmp_path):
     assert refused.returncode == 2 and "add --tiny" in refused.stderr
 
 
+def test_a_pack_that_does_not_fit_is_not_taken(tmp_path):
+    from suite.pack import MANIFEST, about
+
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / MANIFEST).write_text(json.dumps(about(90)))
+    done = suite("--out", str(tmp_path / "out"), "--only", "facts", "--pack", str(tmp_path / "pack"))
+    assert done.returncode == 0, done.stderr
+    assert "--pack is not taken: it is for capability 90, here 0" in done.stdout and "facts: finished" in done.stdout
+
+
 WORKER = """
     import os, sys, time
     sys.path.insert(0, {benchmarks!r})
@@ -150,7 +160,7 @@ def supervised(folder: Path, monkeypatch, seconds: float, limit: float):
     monkeypatch.setattr(gpu_suite, "HERE", scripts)
     monkeypatch.setattr(gpu_suite, "CRASHES", 2)
     monkeypatch.setattr(gpu_suite, "time", Clock(journal))
-    options = Namespace(out=out, device="cpu", tiny=False)
+    options = Namespace(out=out, device="cpu", tiny=False, pack=None)
     return gpu_suite.supervise("ops", options, seconds, out / "log.txt"), journal
 
 
@@ -183,7 +193,7 @@ def test_ctrl_c_ends_the_step_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_suite, "_watch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gpu_suite.supervise("ops", Namespace(out=tmp_path, device="cpu", tiny=True), 60, tmp_path / "log.txt")
+        gpu_suite.supervise("ops", Namespace(out=tmp_path, device="cpu", tiny=True, pack=None), 60, tmp_path / "log.txt")
     assert [child.running() for child in children] == [False]
 
 

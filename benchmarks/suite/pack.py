@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,22 @@ from triton.compiler import compiler
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-from fusedres.dispatch.store import versions
-
 KERNELS, LAUNCHERS, MANIFEST = "kernels", "launchers", "manifest.json"
 
 
 def about(capability: int) -> dict[str, str]:
-    """What must be the same on both machines."""
-    return {
+    """What must be the same on both machines; of the package once it is installed."""
+    found = {
         "python": f"cp{sys.version_info.major}{sys.version_info.minor}",
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "triton": triton.__version__,
-        "kernels": str(versions()["kernels"]),
         "capability": str(capability),
     }
+    with suppress(ImportError):
+        from fusedres.dispatch.store import versions
+
+        found["kernels"] = str(versions()["kernels"])
+    return found
 
 
 def misfit(folder: Path, capability: int) -> str | None:
@@ -77,11 +79,11 @@ def taken(folder: Path) -> Iterator[Counter[str]]:
         return before(source, target, options, **more)
 
     shutil.copytree(folder / LAUNCHERS, triton.knobs.cache.dir, dirs_exist_ok=True)
-    triton.compiler.compile = compile
+    triton.compiler.compile = triton.compile = compile
     try:
         yield counts
     finally:
-        triton.compiler.compile = before
+        triton.compiler.compile = triton.compile = before
 
 
 def _key_of_triton(source: Any, backend: Any, options: Any) -> str:

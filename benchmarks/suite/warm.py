@@ -7,15 +7,18 @@ these arguments. Nothing here touches a GPU.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from pathlib import Path
 
 import triton
 from inspect_kernels import Specialised, cases, compilations, record
 
 from suite.ops import GEMMS
+from suite.pack import taken
 
 
-def main(batches: tuple[int, ...], processes: int, arch: int = 90) -> None:
-    """Forks `processes`, each of which compiles its share, what is wanted first first."""
+def main(batches: tuple[int, ...], processes: int, pack: str = "", arch: int = 90) -> None:
+    """Forks `processes`, each of which compiles its share, what is wanted first first; what a pack has, nobody."""
     todo = []
     for batch in batches:
         for blocks, limit in (("resnet50.*", None), ("stem", None), ("resnet18.*", 1)):
@@ -27,7 +30,8 @@ def main(batches: tuple[int, ...], processes: int, arch: int = 90) -> None:
     for index in range(processes):
         child = os.fork()
         if child == 0:
-            _compile(todo[index::processes])
+            with taken(Path(pack)) if pack else nullcontext():
+                _compile(todo[index::processes])
             os._exit(0)
         children.append(child)
     for child in children:
