@@ -6,9 +6,9 @@
     python benchmarks/gpu_suite.py --out DIR --device cpu --tiny    the same path on toy shapes, to see that it runs
 
 Steps: facts (device, copy bandwidth, matrix product), right (every op at full size: all elements, and the same bits
-twenty times), tests (failures of the last run first), sanitizer
-(compute-sanitizer on a few), ops (every op and every candidate config), blocks, models, dispatch (the table of what was
-fastest, and blocks that follow it beside eager).
+twenty times), miscompiled (products with every wgmma waited for, and float32 in eight warps), tests (failures of the
+last run first), sanitizer (compute-sanitizer on a few), ops (every op and every candidate config), blocks, models,
+profile (a training step by kernel), dispatch (the table of what was fastest, and blocks that follow it beside eager).
 Each runs in its own process with its share of the minutes and writes DIR/STEP.jsonl a row at a time; a crash or a
 timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. Kernels are
 compiled on idle cores meanwhile (Hopper), but for those of a pack. All output is in DIR/log.txt; a table comes last.
@@ -55,11 +55,13 @@ class Step:
 STEPS = {
     "facts": Step(3, "facts"),
     "right": Step(14, "right"),
-    "tests": Step(12, "checks"),
+    "miscompiled": Step(8, "miscompiled"),
+    "tests": Step(8, "checks"),
     "sanitizer": Step(9, "checks", "sanitizer_cases"),
     "ops": Step(30, "ops"),
     "blocks": Step(16, "block_rows"),
     "models": Step(15, "models"),
+    "profile": Step(3, "profile"),
     "dispatch": Step(5, "proposal"),
 }
 LEAST = 25.0  # seconds of a step: imports alone take some
@@ -295,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             options.pack = None
     with compiling(options.device, options.tiny, log, options.pack) as stop:
         for index, step in enumerate(todo):
-            if step in ("ops", "blocks", "models"):  # their timings want the cores
+            if step in ("ops", "blocks", "models", "profile"):  # their timings want the cores
                 stop()
             left = deadline - time.time()
             share = STEPS[step].share / sum(STEPS[s].share for s in todo[index:])

@@ -6,9 +6,11 @@ wrong on purpose. One JSON object on stdout.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import candidates
 import inspect_kernels
 import ptx
+from sass import Binary
+from suite.miscompiled import waiting
 
 M, N, K = 65536, 256, 512
 
@@ -144,6 +148,19 @@ def races_without_barriers() -> list[int]:
     return counts
 
 
+def waits_as_compiled_and_forced() -> list[list[int]]:
+    """Of the good product."""
+    (made,) = candidates.record(PRODUCTS["good"])
+    what = candidates.specialise(made, made.config, 90)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for around in (contextlib.nullcontext(), waiting(Path(folder), [made.kernel])):
+            with around:
+                compiled = triton.compile(what.source, target=what.target, options=what.options)
+            found.append(Binary(compiled.asm["cubin"]).wgmma_waits)
+    return found
+
+
 def main(wide: str, narrow: str) -> None:
     """Every kernel as block `wide` launches it first, and every kernel with a product as `narrow` does."""
     rows = inspect_kernels.inspect_launches(first_of(wide), limit=1)
@@ -157,6 +174,7 @@ def main(wide: str, narrow: str) -> None:
         "specialised": specialised(),
         "by_batch": compiled_by_batch((wide, narrow, "resnet50.layer4.1", "stem"), (256, 250, 64, 7, 1)),
         "races": races_without_barriers(),
+        "waits": waits_as_compiled_and_forced(),
         "products": {name: asdict(row) for name, row in written.items()},
     }
     print(json.dumps(record))

@@ -42,7 +42,7 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     done = suite("--out", str(tmp_path), "--minutes", str(HANG / 60))
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
     assert len(done.stdout.splitlines()) < 100
-    names = ("facts", "right", "tests", "sanitizer", "ops", "blocks", "models", "dispatch")
+    names = ("facts", "right", "miscompiled", "tests", "sanitizer", "ops", "blocks", "models", "profile", "dispatch")
     files = [f"{name}.jsonl" for name in names] + ["log.txt", "dispatch.json", "dispatch.json.lock"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     rows = {name: Journal(tmp_path, name).rows() for name in names}
@@ -54,6 +54,10 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert {row["dtype"] for row in rows["right"]} == {"float32", "float16"}
     assert all(row["right"] > 0 and row["wrong"] == 0 for row in rows["right"])
     assert sum(row["right"] for row in rows["right"]) > 50 and "ops at full size\nfloat32: " in done.stdout
+    looked = rows["miscompiled"]
+    assert {row["op"] for row in looked if row.get("waits") == "right"} >= {"conv_fprop", "conv_wgrad", "one_pass_tail"}
+    assert {row["op"] for row in looked if row.get("eight_warps") == "right"} >= {"conv_fprop", "conv_dgrad"}
+    assert "every wgmma waited for: " in done.stdout and "eight warps: " in done.stdout
     ops = {row["op"] for row in rows["ops"]}
     assert {"conv_fprop", "conv_dgrad", "conv_wgrad", "gram_statistics", "one_pass_tail", "bn_relu_maxpool"} <= ops
     in_checkout = harness.commit() is not None
@@ -73,6 +77,8 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert {row["variant"] for row in skipped} == {"graphed eager", "graphed compile", "graphed library", "tensorrt"}
     assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
     assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
+    kernels = {row["kernel"]: row for row in rows["profile"]}
+    assert kernels["conv_fprop_kernel"]["calls"] >= 2 and kernels["conv_fprop_kernel"]["floor_s"] > 0
     assert done.stdout.count("not measured") == 14  # goals: toy shapes on a CPU say nothing about them
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
     auto = [row for row in rows["dispatch"] if row.get("variant") == "auto"]
@@ -88,6 +94,58 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     again = suite("--out", str(tmp_path))
     assert again.returncode == 0 and "--- blocks" in again.stdout and "finished" not in again.stdout
     assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+
+
+def test_bits_that_depend_on_waits_are_told(tmp_path, monkeypatch):
+    """Stood for by a last bit."""
+    from contextlib import contextmanager
+
+    from suite import miscompiled
+    from suite.settings import Settings
+
+    from fusedres.tune.calls import Call
+
+    results = Call.results
+
+    def nudged(call, backend):
+        first, *rest = results(call, backend)
+        first.view(-1 if first.is_contiguous() else first.shape)[(0,) * (1 if first.is_contiguous() else 4)] += 1e-3
+        return [first, *rest]
+
+    @contextmanager
+    def waiting(folder, kernels):
+        assert kernels and folder.exists()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Call, "results", nudged)
+            yield
+
+    monkeypatch.setattr(miscompiled, "waiting", waiting)
+    settings = Settings("miscompiled", tmp_path, torch.device("cpu"), True, time.time() + 600)
+    (case,) = (case for case in miscompiled.cases(settings) if case.name.startswith("waits"))
+    case.run()
+    rows = settings.journal.rows()
+    assert rows and {row["waits"] for row in rows} == {"wrong"}
+    assert all(
+        "result 0 has 1 of " in row["error"] and "where every wgmma is waited for" in row["error"] for row in rows
+    )
+
+
+def test_a_step_by_kernel_says_what_each_could_take():
+    from types import SimpleNamespace
+
+    from suite.profile import by_kernel
+    from suite.summary import _profile
+
+    ceilings = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": 1e9}
+    launches = [SimpleNamespace(name="ours", bytes=lambda: 2_000_000, arguments={}) for _ in range(2)]
+    found = by_kernel({"ours": (0.008, 2), "theirs": (0.01, 3)}, launches, ceilings)
+    assert found == [
+        {"kernel": "theirs", "s": 0.01, "calls": 3, "floor_s": None},
+        {"kernel": "ours", "s": 0.008, "calls": 2, "floor_s": 0.004},
+    ]
+    lines = _profile(found)
+    assert lines[1].split() == ["theirs", "3", "10.00", "–"] and lines[2].split() == ["ours", "2", "8.00", "50"]
+    assert lines[-1] == "2 kernels, 18.0 ms" and _profile([]) == []
 
 
 def test_arguments_are_refused(tmp_path):
@@ -193,7 +251,9 @@ def test_ctrl_c_ends_the_step_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_suite, "_watch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gpu_suite.supervise("ops", Namespace(out=tmp_path, device="cpu", tiny=True, pack=None), 60, tmp_path / "log.txt")
+        gpu_suite.supervise(
+            "ops", Namespace(out=tmp_path, device="cpu", tiny=True, pack=None), 60, tmp_path / "log.txt"
+        )
     assert [child.running() for child in children] == [False]
 
 

@@ -101,6 +101,12 @@ def test_a_missing_barrier_is_noticed(inspected):
     assert copied == stored == 0 and copied_bare > 0 and stored_bare > 0
 
 
+def test_waits_can_be_forced(inspected):
+    """As the GPU suite does to find out what depends on them."""
+    as_compiled, forced = inspected["waits"]
+    assert as_compiled == [1] and forced == [0]
+
+
 def test_a_smaller_batch_compiles_nothing_new(inspected):
     compiled = {int(batch): counts for batch, counts in inspected["by_batch"].items()}
     assert list(compiled) == [256, 250, 64, 7, 1] and min(count for count, _ in compiled.values()) > 50

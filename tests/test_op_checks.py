@@ -112,7 +112,7 @@ def test_bits_that_change_from_call_to_call_are_told() -> None:
         changed[17] += 1e-7 * (next(count) == 19)
         return changed
 
-    assert repeats(stub(last_bit), "cpu", 20) == "result 0 has 1 of 1,000 elements that change from call to call"
+    assert repeats(stub(last_bit), "cpu", 20) == "result 0 has 1 of 1,000 elements that differ from call to call"
     assert repeats(stub(lambda: torch.zeros(3) * (-1) ** next(count)), "cpu", 2) is not None  # -0.0
 
 

@@ -113,13 +113,29 @@ def build(settings: Settings, work: Work) -> nn.Module:
     return model.to(settings.device, memory_format=torch.channels_last).train(work.train)
 
 
-class _Run:
+def random_batch(settings: Settings, work: Work) -> tuple[Tensor, Tensor]:
+    """Images in channels_last, and labels."""
+    images = torch.randn(work.batch, 3, work.size, work.size, device=settings.device)
+    labels = torch.randint(work.classes, (work.batch,), device=settings.device)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+class Run:
     """One variant of one model: a step to be timed."""
 
-    def __init__(self, settings: Settings, work: Work, variant: str, stock: nn.Module, images: Tensor, labels: Tensor):
+    def __init__(
+        self,
+        settings: Settings,
+        work: Work,
+        variant: str,
+        stock: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        backend: str | None = None,
+    ):
         self.settings, self.work, self.labels = settings, work, labels
         self.graphed, way = variant.startswith(GRAPHED), variant.removeprefix(GRAPHED)
-        self.backend = ("triton" if settings.on_gpu else "cpu") if way in WAYS else "auto"
+        self.backend = backend or (("triton" if settings.on_gpu else "cpu") if way in WAYS else "auto")
         model = copy.deepcopy(stock)
         if way == "eager_nchw":
             model, images = model.to(memory_format=torch.contiguous_format), images.contiguous()
@@ -175,23 +191,21 @@ def measure(
 ) -> None:
     """Times eager and the variants called `names`; a row for each. After `budget` seconds three rounds are enough."""
     torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
-    images = torch.randn(work.batch, 3, work.size, work.size, device=settings.device)
-    images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(work.classes, (work.batch,), device=settings.device)
+    images, labels = random_batch(settings, work)
     stock = build(settings, work)
     picked = choices.table(settings)
-    runs: dict[str, _Run] = {}
+    runs: dict[str, Run] = {}
     steps: dict[str, Callable[[], Any]] = {}
     counts: dict[str, dict[str, int | None]] = {}
     with choosing(picked), work.precision.switched():
         with torch.no_grad():
-            reference = _Run(settings, work, "eager", stock, images, labels).scores()
+            reference = Run(settings, work, "eager", stock, images, labels).scores()
         pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
         for variant in ("eager", *names):
             try:
                 if variant.startswith(GRAPHED) and not settings.on_gpu:
                     raise Skip("no GPU")
-                run = _Run(settings, work, variant, stock, images, labels)
+                run = Run(settings, work, variant, stock, images, labels)
                 with torch.inference_mode(not work.train):  # as it will be timed, or it would be compiled again
                     _agree(run.scores().detach(), reference, work)
                 steps[variant], runs[variant] = run.prepared(pool), run
@@ -238,7 +252,7 @@ def _agree(scores: Tensor, reference: Tensor, work: Work) -> None:
         raise ArithmeticError(f"scores are off by {error:.3g} of eager's norm")
 
 
-def _counted(settings: Settings, run: _Run, variant: str, step: Callable[[], Any]) -> dict[str, int | None]:
+def _counted(settings: Settings, run: Run, variant: str, step: Callable[[], Any]) -> dict[str, int | None]:
     """Memory and bytes of a step; of a graph none, whose memory is there before it runs."""
     found: dict[str, int | None] = {}
     if variant.startswith(GRAPHED):

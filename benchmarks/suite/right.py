@@ -30,18 +30,18 @@ def cases(settings: Settings) -> list[Case]:
         if row.get("event") == "checked":
             seen[row["precision"]].add(row["name"])
     if settings.tiny:
-        chosen, ways, batches, precisions = {"tiny": TINY}, ["fused min", "library min"], (2,), ["float32", "float16"]
+        chosen, batches, precisions = {"tiny": TINY}, (2,), {"float32": ["library min"], "float16": ["fused min"]}
     else:
-        chosen, ways, batches, precisions = blocks.stage_blocks(), list(WAYS), (256, 64), list(PRECISIONS)
+        chosen, batches, precisions = blocks.stage_blocks(), (256, 64), dict.fromkeys(PRECISIONS, list(WAYS))
     found = []
     for batch in batches:
-        for precision in (PRECISIONS[name] for name in precisions):
+        for precision, ways in ((PRECISIONS[name], ways) for name, ways in precisions.items()):
             for way in ways:
                 for name, block in chosen.items():
                     case = f"{name}, {way}, batch {batch}, {precision.name}"
                     walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=precision.dtype)
                     found.append(Case(case, partial(_check, settings, case, precision, seen, walk)))
-            for way in ("fused", "library"):
+            for way in ("fused",) if settings.tiny else ("fused", "library"):
                 case = f"stem, {way}, batch {batch}, {precision.name}"
                 walk = partial(walk_stem, way=way, batch=batch, dtype=precision.dtype)
                 found.append(Case(case, partial(_check, settings, case, precision, seen, walk)))

@@ -21,6 +21,7 @@ def print_summary(out: Path, steps: list[str]) -> int:
     for title, part in (
         ("machine", _machine(rows["facts"])),
         ("ops at full size", _right(rows["right"])),
+        ("known miscompilations", _miscompiled(rows["miscompiled"])),
         ("tests", _tests(rows["tests"])),
         ("sanitizer", _sanitizer(rows["sanitizer"])),
         ("errors", _errors({step: rows[step] for step in steps if step not in ("tests", "sanitizer")})),
@@ -28,6 +29,7 @@ def print_summary(out: Path, steps: list[str]) -> int:
         ("ops", _ops(rows["ops"])),
         ("blocks, ms", _blocks(rows["blocks"])),
         ("models, images/s", _models(rows["models"])),
+        ("a training step by kernel", _profile(rows["profile"])),
     ):
         lines += [f"--- {title}", *part]
     for line in lines[:MOST]:
@@ -73,6 +75,12 @@ def _right(rows: list[Row]) -> list[str]:
             counts["tf32" if row.get("tf32") else str(row.get("dtype")), what] += row.get(what, 0)
     dtypes = dict.fromkeys(dtype for dtype, _ in counts if dtype != "None")
     return [f"{dtype}: {counts[dtype, 'right']} right, {counts[dtype, 'wrong']} wrong" for dtype in dtypes]
+
+
+def _miscompiled(rows: list[Row]) -> list[str]:
+    titles = {"waits": "every wgmma waited for", "eight_warps": "true float32 in eight warps"}
+    found = {what: Counter(row[what] for row in rows if what in row) for what in titles}
+    return [f"{titles[what]}: {counts['right']} right, {counts['wrong']} wrong" for what, counts in found.items()]
 
 
 def _tests(rows: list[Row], shown: int = 12) -> list[str]:
@@ -156,6 +164,16 @@ def _blocks(rows: list[Row]) -> list[str]:
                 f"{seconds['eager'] / ours[way]:.2f}",
             ])  # fmt: skip
     return _columns(cells) if len(cells) > 1 else []
+
+
+def _profile(rows: list[Row], shown: int = 12) -> list[str]:
+    timed = [row for row in rows if row.get("s")]
+    cells = [["kernel", "calls", "ms", "% of its floor"]]
+    for row in timed[:shown]:
+        share = f"{100 * row['floor_s'] / row['s']:.0f}" if row["floor_s"] else "–"
+        cells.append([row["kernel"][:60], str(row["calls"]), f"{row['s'] * 1e3:.2f}", share])
+    total = sum(row["s"] for row in timed)
+    return [*_columns(cells), f"{len(timed)} kernels, {total * 1e3:.1f} ms"] if timed else []
 
 
 def _models(rows: list[Row]) -> list[str]:

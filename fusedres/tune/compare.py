@@ -143,10 +143,18 @@ def repeats(call: Call, backend: str, times: int) -> str | None:
     """What differs between calls with the same arguments, bit by bit; None where nothing does."""
     first = call.results(backend)
     for _ in range(times - 1):
-        for position, (a, b) in enumerate(zip(first, call.results(backend), strict=True)):
-            if not torch.equal(_bits(a), _bits(b)):
-                count = int((_bits(a) != _bits(b)).sum())
-                return f"result {position} has {count:,} of {a.numel():,} elements that change from call to call"
+        found = differing(first, call.results(backend))
+        if found is not None:
+            return f"{found} from call to call"
+    return None
+
+
+def differing(first: Sequence[Tensor], second: Sequence[Tensor]) -> str | None:
+    """Which result has other bits, and in how many elements; None where they are the same."""
+    for position, (a, b) in enumerate(zip(first, second, strict=True)):
+        if not torch.equal(_bits(a), _bits(b)):
+            count = int((_bits(a) != _bits(b)).sum())
+            return f"result {position} has {count:,} of {a.numel():,} elements that differ"
     return None
 
 

@@ -1,0 +1,143 @@
+"""Two known miscompilations, looked for in results.
+
+Waits: every op with a product again, compiled so that each wgmma is waited for before anything else runs. Bits that
+differ name a hazard: something was overwritten while a wgmma was in flight (triton#9433, triton#11047).
+Warps: convolutions in true float32 with eight warps, which fusedres does not use (pytorch#173068); that they are wrong
+here would be a finding, no error.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import blocks
+import torch
+import triton
+
+from fusedres.kernels.launch import Config, Launch, Problem, choosing, record_launches
+from fusedres.tune.calls import Call, Visit
+from fusedres.tune.compare import Expected, differing
+from suite.ops import GEMMS
+from suite.precision import PRECISIONS
+from suite.settings import Case, Settings, first_lines
+from suite.walk import TINY, walk_block
+
+_OF_TAPS = ("conv_fprop", "conv_dgrad", "conv_bn_add_relu")
+_SCRIPT = r"""#!/bin/sh
+for argument in "$@"; do
+    case "$argument" in
+        *.ptx) sed -i -E 's/(wgmma\.wait_group\.sync\.aligned)[[:space:]]+[0-9]+;/\1 0;/' "$argument" ;;
+    esac
+done
+exec "$FUSEDRES_PTXAS" "$@"
+"""
+
+
+@contextmanager
+def waiting(folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
+    """Inside, these kernels are compiled anew, with a wait for every wgmma behind it, into a cache in `folder`."""
+    script = folder / "ptxas"
+    if not script.exists():
+        script.write_text(_SCRIPT)
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    given = {
+        "FUSEDRES_PTXAS": triton.knobs.nvidia.ptxas.path,
+        "TRITON_PTXAS_PATH": str(script),
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+    }
+    before = {name: os.environ.get(name) for name in given}
+
+    def forget() -> None:
+        for kernel in kernels:
+            getattr(kernel, "device_caches", {}).clear()  # the interpreter's have none
+
+    os.environ.update(given)
+    forget()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        forget()
+
+
+def cases(settings: Settings) -> list[Case]:
+    """The waits at batch 256, then the warps."""
+    if settings.tiny:
+        chosen, ways, batch = {"tiny": TINY}, ("fused min",), 2
+    else:
+        chosen = {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
+        ways, batch = ("fused min", "fused"), 256
+    usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
+    folder = Path(tempfile.mkdtemp(prefix="fusedres-waits-"))
+    seen: dict[str, set[str]] = {"waits": set(), "warps": set()}
+    looked: tuple[tuple[str, Callable[..., None], Any, tuple[str, ...]], ...] = (
+        ("waits", partial(_of_waits, folder=folder), usual, ways),
+        ("warps", _of_warps, PRECISIONS["float32"], ("fused",)),
+    )
+    found = []
+    for what, look, precision, through in looked:
+        for way in through:
+            for name, block in chosen.items():
+                case = f"{what}, {name}, {way}"
+                walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=precision.dtype)
+                visit = Visit(seen[what], partial(look, settings, case))
+                found.append(Case(case, partial(_walk, settings, precision, walk, visit)))
+    return found
+
+
+def _walk(settings: Settings, precision: Any, walk: partial, visit: Visit) -> None:
+    with precision.switched():
+        walk(settings, visit)
+
+
+def _of_waits(settings: Settings, case: str, call: Call, folder: Path) -> None:
+    backend = call.args[-1]
+    with record_launches() as made:
+        as_compiled = call.results(backend)
+    kernels = _products(made)
+    if not kernels:
+        return
+    try:
+        with waiting(folder, kernels):
+            waited = call.results(backend)
+        found = differing(as_compiled, waited)
+        error = found and f"{found} where every wgmma is waited for"
+    except Exception as failure:
+        error = _said(settings, failure)
+    settings.row(case, op=call.op.name, name=call.signature, waits="wrong" if error else "right", error=error)
+
+
+def _products(made: Sequence[Launch]) -> list[Any]:
+    return list({launch.name: launch.kernel for launch in made if launch.name in GEMMS}.values())
+
+
+def _of_warps(settings: Settings, case: str, call: Call) -> None:
+    if call.op.name not in _OF_TAPS:
+        return
+    expected = Expected(call)
+    try:
+        with choosing(_in_eight_warps):
+            wrong = expected.wrong(call.results(call.args[-1]))
+    except Exception as failure:
+        wrong = _said(settings, failure)
+    about = {"op": call.op.name, "name": call.signature, "dtype": "float32"}
+    settings.row(case, **about, eight_warps="wrong" if wrong else "right", why=wrong)
+
+
+def _in_eight_warps(problem: Problem, candidates: Sequence[Config]) -> Config:
+    return replace(candidates[0], num_warps=8)
+
+
+def _said(settings: Settings, failure: Exception) -> str:
+    if settings.on_gpu:
+        torch.cuda.synchronize()  # raises where the GPU is lost: the whole case ends
+    return f"{type(failure).__name__}: {first_lines(str(failure))}"

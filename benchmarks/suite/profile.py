@@ -1,0 +1,62 @@
+"""One training step of ResNet-50 by kernel: how long each takes, and its share of the least that it can take."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fusedres.kernels.launch import Launch, record_launches
+from suite.models import Run, Work, build, random_batch
+from suite.ops import flops
+from suite.precision import PRECISIONS
+from suite.settings import Case, Settings, floor_seconds
+
+WAY = "fused min"
+
+
+def cases(settings: Settings) -> list[Case]:
+    """One."""
+    usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
+    work = Work("tiny", "train", 2, usual, 32, 10) if settings.tiny else Work("resnet50", "train", 256, usual)
+    return [Case(f"{work.model} {WAY}", lambda: _profile(settings, work), 120)]
+
+
+def _profile(settings: Settings, work: Work) -> None:
+    torch.backends.cudnn.benchmark = settings.on_gpu
+    run = Run(settings, work, WAY, build(settings, work), *random_batch(settings, work), backend="triton")
+    activity = ProfilerActivity.CUDA if settings.on_gpu else ProfilerActivity.CPU
+    with work.precision.switched(), torch.autograd.set_multithreading_enabled(False):
+        run.step()
+        with record_launches() as launches:
+            run.step()
+        with profile(activities=[activity]) as profiled:
+            run.step()
+            if settings.on_gpu:
+                torch.cuda.synchronize()
+    taken = {event.key: (event.device_time_total / 1e6, event.count) for event in profiled.key_averages()}
+    for row in by_kernel(taken if settings.on_gpu else {}, launches, settings.ceilings):
+        settings.row(f"{work.model} {WAY}", **work.about, **row)
+
+
+def by_kernel(
+    taken: Mapping[str, tuple[float, int]], launches: Iterable[Launch], ceilings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row a kernel, what takes longest first; ours with the least seconds of its launches, by bytes and arithmetic.
+
+    taken: of each kernel that the profiler saw, seconds and calls.
+    """
+    least: defaultdict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
+    for launch in launches:
+        least[launch.name] += floor_seconds(ceilings, launch.bytes(), flops([launch]))
+        calls[launch.name] += 1
+    rows = [
+        {"kernel": name, "s": taken[name][0] if name in taken else None, "calls": calls[name], "floor_s": least[name]}
+        for name in least
+    ]
+    rows += [{"kernel": n, "s": s, "calls": c, "floor_s": None} for n, (s, c) in taken.items() if n not in least]
+    return sorted(rows, key=lambda row: -(row["s"] or 0.0))
