@@ -32,7 +32,7 @@ def cases(settings: Settings) -> list[Case]:
     if settings.tiny:
         chosen, batches, precisions = {"tiny": TINY}, (2,), {"float32": ["library min"], "float16": ["fused min"]}
     else:
-        chosen, batches, precisions = blocks.stage_blocks(), (256, 64), dict.fromkeys(PRECISIONS, list(WAYS))
+        chosen, batches, precisions = blocks.stage_blocks(), (256, 64), {name: list(WAYS) for name in PRECISIONS}
     found = []
     for batch in batches:
         for precision, ways in ((PRECISIONS[name], ways) for name, ways in precisions.items()):
