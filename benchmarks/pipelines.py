@@ -74,6 +74,12 @@ LACKS = (
         "two products of one step each, behind each other: there is no loop",
     ),
     Lack(
+        ("one_pass_dgrad_kernel",),
+        (STORES,),
+        lambda arguments, config, arch: arguments["C"] <= config["BLOCK_K"],
+        "the product of z is one step, unrolled behind the loop of the other one",
+    ),
+    Lack(
         ("conv_dgrad_kernel", "one_pass_dgrad_kernel"),
         (STORES,),
         _gated,

@@ -62,7 +62,8 @@ def conv_wgrad(
         # Of other tiles Triton 3.6's ptxas makes each wgmma wait for the one before: of 128x128 in eight warps
         # everywhere, of others in a strided 1x1 of 512 channels and more.
         tiles = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 2), (64, 128, 128, 4, 2)]
-        tiles.append((64, 256, 64, 4, 3) if second >= 256 else (64, 128, 64, 4, 3))
+        # Of 64 rows Triton 3.9 spills by 256 columns.
+        tiles.append((64, 256, 32, 4, 4) if second >= 256 else (64, 128, 64, 4, 3))
         if 256 <= second <= 512:
             tiles.insert(0, (128, 256, 64, 8, 3))
     else:

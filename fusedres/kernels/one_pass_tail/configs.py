@@ -83,7 +83,7 @@ def reduce(channels: int, columns: tuple[int, int], dtype: torch.dtype, gpu: Gpu
             {"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(max(columns)))}, warps, stages
         )
         for k, c, m, warps, stages in _shapes(_REDUCE, columns[0], dtype)
-        if c <= 128 or gpu.has_wgmma  # 256 columns spill without
+        if c <= 128 or (gpu.has_wgmma and not columns[1])  # 256 columns spill without, and beside the projection's
     )
 
     def shared_bytes(config: Config) -> int:  # sums change their layout behind the loop

@@ -78,7 +78,7 @@ def one_pass_dgrad_kernel(
             weight = tl.load(pointers)
         else:
             weight = tl.load(pointers, mask=(k < K)[:, None] & (columns < C)[None, :], other=0)
-        acc = add_product(acc, d, weight, True, PRECISION)
+        acc = add_product(acc, d, weight, gate_ptr is not None, PRECISION)
     acc = -acc
     offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
     for start in range(0, C, BLOCK_K):

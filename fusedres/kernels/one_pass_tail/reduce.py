@@ -57,7 +57,7 @@ def reduce_rows(
         d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
         z = load_centred(z_ptr, state_ptr, pivot_ptr, offsets, columns, C, C % BLOCK_C == 0, 1)
-        cross = add_product(cross, d, z, True, PRECISION)
+        cross = add_product(cross, d, z, gate_ptr is not None, PRECISION)
         if WITH_SUM:
             sum_d += tl.sum(tl.reshape(d.to(dtype), [BLOCK_K, BLOCK_M // 16, 16]), 1)
     return cross, tl.sum(sum_d, 1)
