@@ -28,18 +28,21 @@ def cases(settings: Settings) -> list[Case]:
 def _profile(settings: Settings, work: Work) -> None:
     torch.backends.cudnn.benchmark = settings.on_gpu
     run = Run(settings, work, WAY, build(settings, work), *random_batch(settings, work), backend="triton")
-    activity = ProfilerActivity.CUDA if settings.on_gpu else ProfilerActivity.CPU
     with work.precision.switched(), torch.autograd.set_multithreading_enabled(False):
         run.step()
         with record_launches() as launches:
             run.step()
-        with profile(activities=[activity]) as profiled:
-            run.step()
-            if settings.on_gpu:
-                torch.cuda.synchronize()
-    taken = {event.key: (event.device_time_total / 1e6, event.count) for event in profiled.key_averages()}
-    for row in by_kernel(taken if settings.on_gpu else {}, launches, settings.ceilings):
+        taken = _timed(run) if settings.on_gpu else {}
+    for row in by_kernel(taken, launches, settings.ceilings):
         settings.row(f"{work.model} {WAY}", **work.about, **row)
+
+
+def _timed(run: Run) -> dict[str, tuple[float, int]]:
+    """Seconds and calls of each kernel of a step."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run.step()
+        torch.cuda.synchronize()
+    return {event.key: (event.device_time_total / 1e6, event.count) for event in profiled.key_averages()}
 
 
 def by_kernel(

@@ -40,7 +40,7 @@ def elementwise(channels: int, itemsize: int, branches: int) -> Sequence[Config]
     if INTERPRETED:
         return (Config({"BLOCK_M": 256, "BLOCK_C": _interpreted(channels)}),)
     shapes = ((4, 32, 64), (8, 32, 128), (8, 32, 64), (4, 16, 64), (4, 32, 32))
-    if branches == 1:
+    if branches == 1 and itemsize < 8:  # of float64 the first would spill with Triton 3.6
         shapes = ((4, 64, 64), (4, 32, 64), (8, 64, 128), (8, 32, 128), (8, 64, 64))
     return tuple(_tiles(channels, itemsize, shapes, 1 << 20))
 
