@@ -77,8 +77,7 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert {row["variant"] for row in skipped} == {"graphed eager", "graphed compile", "graphed library", "tensorrt"}
     assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
     assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
-    kernels = {row["kernel"]: row for row in rows["profile"]}
-    assert kernels["conv_fprop_kernel"]["calls"] >= 2 and kernels["conv_fprop_kernel"]["floor_s"] > 0
+    assert rows["profile"] == []  # the CPU's core launches nothing
     assert done.stdout.count("not measured") == 14  # goals: toy shapes on a CPU say nothing about them
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
     auto = [row for row in rows["dispatch"] if row.get("variant") == "auto"]

@@ -131,11 +131,10 @@ class Run:
         stock: nn.Module,
         images: Tensor,
         labels: Tensor,
-        backend: str | None = None,
     ):
         self.settings, self.work, self.labels = settings, work, labels
         self.graphed, way = variant.startswith(GRAPHED), variant.removeprefix(GRAPHED)
-        self.backend = backend or (("triton" if settings.on_gpu else "cpu") if way in WAYS else "auto")
+        self.backend = ("triton" if settings.on_gpu else "cpu") if way in WAYS else "auto"
         model = copy.deepcopy(stock)
         if way == "eager_nchw":
             model, images = model.to(memory_format=torch.contiguous_format), images.contiguous()

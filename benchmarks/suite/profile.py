@@ -27,7 +27,7 @@ def cases(settings: Settings) -> list[Case]:
 
 def _profile(settings: Settings, work: Work) -> None:
     torch.backends.cudnn.benchmark = settings.on_gpu
-    run = Run(settings, work, WAY, build(settings, work), *random_batch(settings, work), backend="triton")
+    run = Run(settings, work, WAY, build(settings, work), *random_batch(settings, work))
     with work.precision.switched(), torch.autograd.set_multithreading_enabled(False):
         run.step()
         with record_launches() as launches:
