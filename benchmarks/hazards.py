@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from sass import Instruction
 
 # Their first operand may be a register, and is not a result.
-_NO_RESULT = ("BAR", "B2R", "BRX", "JMX", "NANOSLEEP", "R2B", "R2P", "R2UR", "RET", "WARPSYNC", "REDUX")
+_NO_RESULT = ("BAR", "BRX", "JMX", "NANOSLEEP", "R2B", "R2P", "R2UR", "RET", "WARPSYNC", "REDUX")
 _NO_SCOREBOARD = 7
 
 

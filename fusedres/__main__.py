@@ -45,7 +45,9 @@ def _devices() -> dict[str, dict[str, Any]]:
             device = torch.device(name)
             measured = dispatch.table(device)
             entry["measured"] = f"{len(measured.blocks)} shapes" if measured else "nothing"
-            entry["backend"] = backends.backend_for(device) or "none: blocks run unfused"
+            entry["backend"] = (
+                backends.backend_for(device) or "none: blocks run unfused unless fuse() is told conv or memory"
+            )
     return devices
 
 
@@ -65,7 +67,7 @@ def _serving(op: Op, device_type: str) -> dict[str, str]:
     """The backend whose kernel runs for an op in this context, "none" where PyTorch's operators do, and why."""
     name = backends.backend_for(device_type)
     if name is None:
-        found = "none", "nothing was measured on this device, so that blocks run unfused"
+        found = "none", "nothing was measured on this device: blocks run unfused unless fuse() is told conv or memory"
     elif name not in table.STAND_INS and table.find(op.folder, op.name, name) is None:
         found = "none", f"there is no {name} kernel, and blocks use PyTorch's operators there"
     else:

@@ -14,7 +14,8 @@ from fusedres import cuda_support, dispatch
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 # Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
-# takes the backend of its table of measured choices; without one it runs the unfused composition of torch's operators.
+# takes the backend of its table of measured choices; without one it runs the unfused composition of torch's operators,
+# unless fuse() was told conv or memory (modules/choice.py).
 _VERIFIED = {"cpu": "cpu"}
 
 # Device types that a backend serves; the reference composite serves all. Triton's interpreter takes CPU tensors; on

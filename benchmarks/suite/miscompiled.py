@@ -77,7 +77,7 @@ def cases(settings: Settings) -> list[Case]:
         chosen = {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
         ways, batch = ("fused min", "fused"), 256
     usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
-    folder = Path(tempfile.mkdtemp(prefix="fusedres-waits-"))
+    folder = tempfile.TemporaryDirectory(prefix="fusedres-waits-")  # removed with the cases that hold it
     seen: dict[str, set[str]] = {"waits": set(), "warps": set()}
     looked: tuple[tuple[str, Callable[..., None], Any, tuple[str, ...]], ...] = (
         ("waits", partial(_of_waits, folder=folder), usual, ways),
@@ -99,7 +99,7 @@ def _walk(settings: Settings, precision: Any, walk: partial, visit: Visit) -> No
         walk(settings, visit)
 
 
-def _of_waits(settings: Settings, case: str, call: Call, folder: Path) -> None:
+def _of_waits(settings: Settings, case: str, call: Call, folder: tempfile.TemporaryDirectory[str]) -> None:
     backend = call.args[-1]
     with record_launches() as made:
         as_compiled = call.results(backend)
@@ -107,7 +107,7 @@ def _of_waits(settings: Settings, case: str, call: Call, folder: Path) -> None:
     if not kernels:
         return
     try:
-        with waiting(folder, kernels):
+        with waiting(Path(folder.name), kernels):
             waited = call.results(backend)
         found = differing(as_compiled, waited)
         error = found and f"{found} where every wgmma is waited for"

@@ -54,9 +54,10 @@ def _check(settings: Settings, case: str, precision: Precision, seen: dict[str, 
     def check(call: Call) -> None:
         if call.op.name == "empty_batch":
             return
+        expected = Expected(call)
         for backend in _backends(call):
             settings.journal.append(case=case, event="trying", what=f"{call.signature} {backend}")
-            wrong = _wrong(settings, call, backend)
+            wrong = _wrong(settings, call, backend, expected)
             counts["wrong" if wrong else "right"] += 1
             if wrong:
                 settings.row(case, op=call.op.name, name=call.signature, backend=backend, error=wrong)
@@ -74,9 +75,9 @@ def _backends(call: Call) -> list[str]:
     return [backend, "cuda"] if backend == "triton" and has_another else [backend]
 
 
-def _wrong(settings: Settings, call: Call, backend: str) -> str | None:
+def _wrong(settings: Settings, call: Call, backend: str, expected: Expected) -> str | None:
     try:
-        found = Expected(call).wrong(call.results(backend))
+        found = expected.wrong(call.results(backend))
         return found or repeats(call, backend, REPEATS if settings.on_gpu else 2)
     except Exception as error:
         if settings.on_gpu:
