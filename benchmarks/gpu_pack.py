@@ -3,8 +3,8 @@
     python benchmarks/gpu_pack.py --out DIR                 for sm_90a and this Python, torch and Triton
     python benchmarks/gpu_pack.py --out DIR --rehearse      launches all of it on a stubbed driver, and compiles nothing
 
-DIR holds the wheel, each kernel that the blocks of ResNet-18 and ResNet-50 and the stem launch first at batch 256 in
-bfloat16, Triton's launchers where its version compiles those, and a manifest; less than 64 MiB together.
+DIR holds the wheel, a manifest, and an archive of each kernel that the calls of gpu_suite.py launch, and of Triton's
+launchers where its version compiles those; less than 64 MiB together.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from terminal import begin, run
 
@@ -29,9 +31,12 @@ if __name__ == "__main__":
     begin()  # before the imports that take long
 
 import triton
-from candidates import Specialised, cases, launches_of, specialise
+from candidates import Specialised
 from harness import ROOT
-from suite.pack import KERNELS, LAUNCHERS, MANIFEST, about, key_of, misfit, taken
+from suite.launches import ARCH, Made, distinct, of_step
+from suite.miscompiled import waiting
+from suite.pack import ARCHIVE, KERNELS, LAUNCHERS, MANIFEST, WAITS, about, key_of, misfit, taken
+from suite.schedule import CALLS
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler.compiler import make_backend
@@ -40,19 +45,13 @@ from triton.runtime.cache import get_cache_manager
 from fusedres.kernels import launch as launching
 from fusedres.kernels.launch import Launch
 
-ARCH = 90
 MOST_BYTES = 64 << 20
 _COMPILED_LAUNCHERS = hasattr(nvidia, "make_launcher")  # up to Triton 3.6, one a signature
 
 
-def first_launches(blocks: str) -> list[Launch]:
-    """What these blocks launch, each with the config that is taken where nothing was measured."""
-    return launches_of(cases(blocks).values(), ARCH)
-
-
-def distinct(launches: Iterable[Launch]) -> list[Specialised]:
-    """One for each compilation."""
-    return list({what.key: what for what in (specialise(made, made.config, ARCH) for made in launches)}.values())
+def launches_of(calls: Iterable[str], blocks: str) -> list[Made]:
+    """What these calls launch on these blocks."""
+    return [made for call in calls for step in CALLS[call] for made in of_step(step.name, blocks)]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -65,22 +64,26 @@ def build_wheel(out: Path) -> Path:
     return max(out.glob("*.whl"), key=lambda path: path.stat().st_mtime)
 
 
-def build_kernels(todo: list[Specialised], out: Path, processes: int) -> None:
+def build_kernels(todo: list[tuple[Specialised, bool]], out: Path, processes: int) -> None:
     """Compiles them, each process its share, in a cache of its own."""
-    for folder in (KERNELS, LAUNCHERS):
-        (out / folder).mkdir(exist_ok=True)
-    keyed = {_key(what): what for what in todo}  # before any is compiled: that changes what sources share
-    children = []
-    for index in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            with contextlib.suppress(KeyboardInterrupt):
-                code = _build_share(dict(list(keyed.items())[index::processes]), out)
-            os._exit(code)
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        raise SystemExit("gpu_pack.py: a kernel does not compile; see above")
+    keyed = {
+        (WAITS if waits else KERNELS, _key(what)): what for what, waits in todo
+    }  # compiling changes shared sources
+    with tempfile.TemporaryDirectory() as scratch:
+        built, children = Path(scratch), []
+        for index in range(processes):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                with contextlib.suppress(KeyboardInterrupt):
+                    code = _build_share(dict(list(keyed.items())[index::processes]), built)
+                os._exit(code)
+            children.append(child)
+        if any(os.waitpid(child, 0)[1] for child in children):
+            raise SystemExit("gpu_pack.py: a kernel does not compile; see above")
+        with ZipFile(out / ARCHIVE, "w", ZIP_DEFLATED) as archive:
+            for file in sorted(path for path in built.rglob("*") if path.is_file()):
+                archive.write(file, file.relative_to(built).as_posix())
 
 
 def _key(what: Specialised) -> str:
@@ -88,26 +91,55 @@ def _key(what: Specialised) -> str:
     return key_of(what.source, parsed, what.target.arch)
 
 
-def _build_share(todo: dict[str, Specialised], out: Path) -> int:
+def _build_share(todo: dict[tuple[str, str], Specialised], built: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch, _environment(Path(scratch)):
-        for key, what in todo.items():
-            folder = out / KERNELS / key
-            folder.mkdir(exist_ok=True)
-            compiled = triton.compile(what.source, target=what.target, options=what.options)
-            for file in Path(get_cache_manager(compiled.hash).cache_dir).iterdir():
-                if file.suffix in (".cubin", ".json") and not file.name.startswith("__grp__"):
-                    (folder / file.name).write_bytes(file.read_bytes())
+        for (kind, key), what in todo.items():
+            with waiting(Path(scratch) / WAITS, []) if kind == WAITS else contextlib.nullcontext():
+                compiled = triton.compile(what.source, target=what.target, options=what.options)
+                files = Path(get_cache_manager(compiled.hash).cache_dir).iterdir()
+                for file in files:
+                    if file.suffix in (".cubin", ".json") and not file.name.startswith("__grp__"):
+                        _keep(file, built / kind / key)
             if _COMPILED_LAUNCHERS:
-                with contextlib.suppress(ImportError):  # it is built, and loads where there is a driver
+                with _launchers(_built):
                     nvidia.CudaLauncher(what.source, compiled.metadata)
         if _COMPILED_LAUNCHERS:
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(ImportError):  # it is built, and loads where there is a driver
                 nvidia.CudaUtils()
         for module in Path(triton.knobs.cache.dir).glob("*/*.so"):
-            target = out / LAUNCHERS / module.parent.name
-            target.mkdir(exist_ok=True)
-            (target / module.name).write_bytes(module.read_bytes())
+            _keep(module, built / LAUNCHERS / module.parent.name)
     return 0
+
+
+def _keep(file: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file.name).write_bytes(file.read_bytes())
+
+
+@contextlib.contextmanager
+def _launchers(compile_module: Callable[..., Any]) -> Iterator[None]:
+    """Inside, Triton compiles its launchers by this function."""
+    before = nvidia.compile_module_from_src
+    nvidia.compile_module_from_src = partial(compile_module, before)
+    try:
+        yield
+    finally:
+        nvidia.compile_module_from_src = before
+
+
+def _built(build: Callable[..., Any], src: str, name: str, **more: Any) -> Any:
+    if not _has_launcher(src, name):
+        with contextlib.suppress(ImportError):  # it is built, and loads where there is a driver
+            build(src=src, name=name, **more)
+    return SimpleNamespace(launch=None)
+
+
+def _has_launcher(src: str, name: str) -> bool:
+    """Whether it is where Triton looks for it."""
+    from triton.runtime import build
+
+    key = build.hashlib.sha256((src + build.platform_key()).encode()).hexdigest()
+    return get_cache_manager(key).get_file(f"{name}{build.sysconfig.get_config_var('EXT_SUFFIX')}") is not None
 
 
 @contextlib.contextmanager
@@ -146,6 +178,7 @@ class StubbedDriver:
         self.counts: Counter[str] = Counter()
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (object(), object(), 0, 0, 1024),
+            unload_module=lambda _: None,
             get_device_properties=lambda _: {"max_shared_mem": 232_448, "multiprocessor_count": 132},
         )
 
@@ -164,34 +197,33 @@ class StubbedDriver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Looks for the launcher where Triton would build it."""
         if _COMPILED_LAUNCHERS:
-            before = nvidia.compile_module_from_src
-            nvidia.compile_module_from_src = self._found
-            try:
+            with _launchers(self._found):
                 nvidia.CudaLauncher(source, metadata)
-            finally:
-                nvidia.compile_module_from_src = before
         return lambda *_: self.counts.update(["launches"])
 
-    def _found(self, src: str, name: str, **_: Any) -> Any:
-        from triton.runtime import build
-
-        key = build.hashlib.sha256((src + build.platform_key()).encode()).hexdigest()
-        suffix = build.sysconfig.get_config_var("EXT_SUFFIX")
+    def _found(self, build: Callable[..., Any], src: str, name: str, **_: Any) -> Any:
         self.counts["launchers"] += 1
-        self.counts["launchers compiled"] += get_cache_manager(key).get_file(f"{name}{suffix}") is None
+        self.counts["launchers compiled"] += not _has_launcher(src, name)
         return SimpleNamespace(launch=None)
 
 
-def rehearse(out: Path, blocks: str) -> Counter[str]:
+def rehearse(out: Path, todo: Sequence[Made]) -> Counter[str]:
     """Launches everything on a stubbed driver, with an empty cache and the pack; what was counted."""
     driver = StubbedDriver()
     with tempfile.TemporaryDirectory() as scratch, _environment(Path(scratch)):
-        Path(triton.knobs.cache.dir).mkdir()
         triton.runtime.driver.set_active(driver)
-        with taken(out) as counts:
-            for made in first_launches(blocks):
-                launching._run(made.kernel, made.grid, made.arguments, made.config)
-    return driver.counts + counts
+        with taken(out) as packed:
+            _launch(made.launch for made in todo if not made.waits)
+        waited = [made.launch for made in todo if made.waits]
+        kernels = list({made.name: made.kernel for made in waited}.values())
+        with waiting(Path(scratch) / WAITS, kernels), taken(out, WAITS) as packed_waits:
+            _launch(waited)
+    return driver.counts + packed + packed_waits
+
+
+def _launch(todo: Iterable[Launch]) -> None:
+    for made in todo:
+        launching._run(made.kernel, made.grid, made.arguments, made.config)
 
 
 # --- command ----------------------------------------------------------------------------------------------------------
@@ -202,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pack")
     parser.add_argument("--rehearse", action="store_true", help="launch all of it on a stubbed driver")
+    parser.add_argument("--call", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="of gpu_suite.py (both)")
     parser.add_argument("--blocks", default="all", help="a name or pattern of blocks.py, or stem (all)")
     parser.add_argument("--no-wheel", action="store_true", help="kernels only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -213,14 +246,14 @@ def main(argv: list[str] | None = None) -> int:
         reason = misfit(out, ARCH)
         if reason:
             parser.error(f"--out: {reason}")
-        counts = rehearse(out, options.blocks)
+        counts = rehearse(out, launches_of(options.call, options.blocks))
         print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
         return int(counts["compiled"] + counts["launchers compiled"] > 0)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     if not options.no_wheel:
         print(f"{build_wheel(out).name}, {time.time() - begun:.0f} s", flush=True)
-    todo = distinct(first_launches(options.blocks))
+    todo = distinct(launches_of(options.call, options.blocks))
     build_kernels(todo, out, max(1, options.processes))
     (out / MANIFEST).write_text(json.dumps(about(ARCH), indent=1) + "\n")
     size = size_of(out)

@@ -1,18 +1,23 @@
-"""Verifies and measures everything on a GPU with one command, most valuable first, in the minutes there are.
+"""Verifies and measures everything on a GPU in two calls of a few minutes, most valuable first.
 
-    python benchmarks/gpu_suite.py --out DIR                 nine minutes on the GPU
-    python benchmarks/gpu_suite.py --out DIR --only ops      these steps, anew
-    python benchmarks/gpu_suite.py --out DIR --pack PACK     with the wheel and the kernels of gpu_pack.py
-    python benchmarks/gpu_suite.py --out DIR --device cpu --tiny    the same path on toy shapes, to see that it runs
+    python benchmarks/gpu_suite.py --call first --out DIR --pack PACK
+    python benchmarks/gpu_suite.py --call second --after DIR --out DIR2 --pack PACK
+    python benchmarks/gpu_suite.py --call first --dry-run                      the schedule, without a GPU
+    python benchmarks/gpu_suite.py --only sanitizer all-ops --out DIR          these steps, anew
+    python benchmarks/gpu_suite.py --call first --out DIR --device cpu --tiny  the same path on toy shapes
 
-Steps: facts (device, copy bandwidth, matrix product), right (every op at full size: all elements, and the same bits
-twenty times), miscompiled (products with every wgmma waited for, and float32 in eight warps), tests (failures of the
-last run first), sanitizer (compute-sanitizer on a few), ops (every op and every candidate config), blocks, models,
-profile (a training step by kernel), dispatch (the table of what was fastest, and blocks that follow it beside eager).
-Each runs in its own process with its share of the minutes and writes DIR/STEP.jsonl a row at a time; a crash or a
-timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. Kernels are
-compiled on idle cores meanwhile (Hopper), but for those of a pack. All output is in DIR/log.txt; a table comes last.
-Nothing is installed but the wheel of a pack that fits this machine.
+first, 330 seconds: facts (device, copy bandwidth, matrix product), right (every op at full size: all elements, and the
+same bits twenty times), miscompiled (products with every wgmma waited for, and float32 in eight warps), train (images/s
+of ResNet-50, compiled and in graphs too), profile (a training step by kernel), tests.
+second, 350 seconds: again (what was wrong in the first), ops (candidates of the heaviest problems), blocks (each way at
+three batches), dispatch (the table of what was fastest, and blocks that follow it), models (training and inference with
+"auto", plain and in graphs).
+By --only alone: all-right, all-ops, all-blocks, all-models (every op, dtype, batch, candidate and rival), sanitizer.
+
+Each step runs in its own process until its second of the call and writes DIR/STEP.jsonl a row at a time; a crash or a
+timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. All output is in
+DIR/log.txt; a table comes last. The package and the kernels come from PACK, which gpu_pack.py builds on a machine
+without a GPU; where it does not fit they are built before the clock starts.
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from importlib import import_module, invalidate_caches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,35 +43,12 @@ if __name__ == "__main__":
 
 import torch
 from suite.journal import Journal
+from suite.schedule import CALLS, STEPS, Step
 
 if TYPE_CHECKING:
     from suite.settings import Settings
 
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step's share of the time, and its module's function of cases."""
-
-    share: float
-    module: str
-    cases: str = "cases"
-
-
-STEPS = {
-    "facts": Step(3, "facts"),
-    "right": Step(14, "right"),
-    "miscompiled": Step(8, "miscompiled"),
-    "tests": Step(8, "checks"),
-    "sanitizer": Step(9, "checks", "sanitizer_cases"),
-    "ops": Step(30, "ops"),
-    "blocks": Step(16, "block_rows"),
-    "models": Step(15, "models"),
-    "profile": Step(3, "profile"),
-    "dispatch": Step(5, "proposal"),
-}
-LEAST = 25.0  # seconds of a step: imports alone take some
 CRASHES = 4  # of one case, then it is left
 # Seconds at least of a case on a CPU, where nothing is measured and other processes may have the cores.
 UNHURRIED = 4 * 3600.0
@@ -73,32 +57,36 @@ UNHURRIED = 4 * 3600.0
 # --- the process of one step ------------------------------------------------------------------------------------------
 
 
-def work(step: str, out: Path, device: str, tiny: bool, until: float, pack: Path | None) -> int:
-    """Runs the step's cases that have not ended; kernels of a pack are not compiled."""
+def work(options: argparse.Namespace) -> int:
+    """Runs the cases of a step that have not ended, once it is told until when."""
+    from suite.pack import misfit, taken
     from suite.settings import Settings
 
-    if device == "cpu":
+    step = next(step for step in steps_of(options) if step.name == options.worker)
+    import_module(f"suite.{step.module}")  # takes long; another step has the GPU
+    said = sys.stdin.readline()
+    if not said.strip():
+        return 0
+    device = torch.device(options.device)
+    if device.type == "cpu":
         torch.set_num_threads(min(2, os.cpu_count() or 1))
-    settings = Settings(step, out, torch.device(device), tiny, until)
+    settings = Settings(step.name, options.out, device, options.tiny, float(said), options.after)
     with contextlib.ExitStack() as stack:
-        if pack is not None:
-            from suite.pack import misfit, taken
-
-            reason = misfit(pack, capability_of(device))  # now that the package is there
+        if options.pack is not None:
+            reason = misfit(options.pack, capability_of(options.device))  # now that the package is there
             if reason is None:
-                stack.enter_context(taken(pack))
+                stack.enter_context(taken(options.pack))
+                settings.pack = options.pack
             settings.journal.append(event="pack", why=reason)
-        _run_cases(settings)
+        _run_cases(settings, step)
     return 0
 
 
-def _run_cases(settings: Settings) -> None:
-    from importlib import import_module
-
+def _run_cases(settings: Settings, step: Step) -> None:
     from suite.settings import first_lines
 
     ended = settings.journal.ended()
-    for case in getattr(import_module(f"suite.{STEPS[settings.step].module}"), STEPS[settings.step].cases)(settings):
+    for case in step.list_cases(settings):
         if case.name in ended:
             continue
         if settings.left < 1:
@@ -127,9 +115,16 @@ class Child:
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
+                command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
+
+    def begin(self, until: float) -> None:
+        """Tells it until when it may run: before that it only imports."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died
+            self.process.stdin.write(f"{until}\n".encode())
+            self.process.stdin.close()
 
     def running(self) -> bool:
         """Whether it has not ended."""
@@ -142,39 +137,25 @@ class Child:
         self.process.wait()
 
 
-@contextlib.contextmanager
-def compiling(device: str, tiny: bool, log: Path, pack: Path | None) -> Iterator[Callable[[], None]]:
-    """Kernels being compiled beside what runs; gives what stops it."""
-    child: Child | None = None
-    if device.startswith("cuda") and not tiny and torch.cuda.get_device_capability(device) == (9, 0):
-        # for another GPU meta tensors give other candidates than its own
-        processes = max(1, (os.cpu_count() or 2) // 2 - 1)
-        code = f"from suite.warm import main; main((256, 64), {processes}, {str(pack or '')!r})"
-        command = ["nice", "-n", "10", sys.executable, "-c", code]
-        child = Child(command, log, os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
-
-    def stop() -> None:
-        if child is not None:
-            child.kill()
-
-    try:
-        yield stop
-    finally:
-        stop()
-
-
-def supervise(step: str, options: argparse.Namespace, seconds: float, log: Path) -> str:
-    """Runs a step within its time, again after a crash; returns how it ended."""
-    journal, until = Journal(options.out, step), time.time() + seconds
+def start(step: str, options: argparse.Namespace) -> Child:
+    """The process of a step, which imports and waits for `begin`."""
+    command = [sys.executable, str(HERE / "gpu_suite.py"), "--out", str(options.out), "--device", options.device]
+    command += ["--worker", step, *(["--tiny"] if options.tiny else [])]
+    for name in ("call", "after", "pack"):
+        if getattr(options, name):
+            command += [f"--{name}", str(getattr(options, name))]
     environment = dict(os.environ)
     if options.device == "cpu":
         environment |= {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(HERE / "gpu_suite.py"), "--out", str(options.out), "--device", options.device]
-    command += ["--worker", step, "--until", str(until), *(["--tiny"] if options.tiny else [])]
-    command += ["--pack", str(options.pack)] if options.pack else []
+    return Child(command, options.out / "log.txt", environment)
+
+
+def supervise(step: str, options: argparse.Namespace, until: float, child: Child) -> str:
+    """Runs a step within its time, again after a crash; returns how it ended."""
+    journal, log = Journal(options.out, step), options.out / "log.txt"
     crashes: dict[str, int] = {}
     while time.time() < until:
-        child = Child(command, log, environment)
+        child.begin(until)
         try:
             why = _watch(child, journal, until)
         finally:  # after Ctrl-C too, which does not reach it
@@ -192,6 +173,7 @@ def supervise(step: str, options: argparse.Namespace, seconds: float, log: Path)
             journal.append(case=case, event="hung" if why.startswith("hung") else "crashed")
         if case == "start":
             return why
+        child = start(step, options)
     journal.append(event="end", why="time was up")
     return "time was up"
 
@@ -218,20 +200,6 @@ def _tail(log: Path) -> str:
     return log.read_bytes()[-1200:].decode(errors="replace")
 
 
-def install(pack: Path, device: str, log: Path) -> str | None:
-    """Installs the wheel of a pack; why not, None where it did."""
-    from suite.pack import misfit
-
-    reason = misfit(pack, capability_of(device))
-    wheels = sorted(pack.glob("*.whl"))
-    if reason is None and wheels:
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "--no-index"]
-        with log.open("ab") as file:
-            done = subprocess.run([*command, str(wheels[-1])], stdout=file, stderr=subprocess.STDOUT, check=False)
-        reason = f"pip failed; see {log}" if done.returncode else None
-    return reason
-
-
 def capability_of(device: str) -> int:
     """As a pack has it; 0: no GPU."""
     if not device.startswith("cuda"):
@@ -240,15 +208,46 @@ def capability_of(device: str) -> int:
     return 10 * major + minor
 
 
-def begin(out: Path, step: str) -> None:
-    """Starts a step anew; tests that failed are kept, to run first."""
-    from suite.checks import failures
+@contextlib.contextmanager
+def ready(options: argparse.Namespace) -> Iterator[float]:
+    """Inside, the package is installed and options.pack fits this machine or is None; gives the seconds of building."""
+    from suite.pack import misfit
 
-    journal = Journal(out, step)
-    failed = failures(journal)
-    journal.path.unlink(missing_ok=True)
-    if failed:
-        journal.append(event="before", failed=failed)
+    log, capability, building = options.out / "log.txt", capability_of(options.device), time.time()
+    if options.pack:
+        reason, wheels = misfit(options.pack, capability), sorted(options.pack.glob("*.whl"))
+        if reason is None and find_spec("fusedres") is None and wheels and not _pip(log, "--no-index", str(wheels[-1])):
+            reason = f"pip failed; see {log}"
+        if reason:
+            print(f"--pack is not taken: {reason}", flush=True)
+            options.pack = None
+        else:
+            building = time.time()
+    if find_spec("fusedres") is None and not _pip(log, "--no-build-isolation", str(HERE.parent)):
+        raise SystemExit(f"gpu_suite.py: the package does not install; see {log}")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.call and not options.pack and not options.tiny and capability == 90:
+            options.pack = _built(Path(folder), options.call, log)
+        yield time.time() - building
+
+
+def _pip(log: Path, *arguments: str) -> bool:
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", *arguments]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    invalidate_caches()
+    return done.returncode == 0
+
+
+def _built(folder: Path, call: str, log: Path) -> Path | None:
+    with log.open("ab") as file:
+        command = [sys.executable, str(HERE / "gpu_pack.py"), "--out", str(folder), "--call", call, "--no-wheel"]
+        built = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode == 0
+    print("kernels are compiled" if built else f"kernels do not compile; see {log}", flush=True)
+    return folder if built else None
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -257,54 +256,102 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where rows and the log go")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything (9)")
-    parser.add_argument("--only", nargs="+", choices=tuple(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--call", choices=tuple(CALLS), help="the steps of a call, each until its second")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(STEPS), metavar="STEP", help=f"without limit: {', '.join(STEPS)}"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where rows and the log go")
+    parser.add_argument("--after", type=Path, metavar="DIR", help="the --out of the first call, whose rows are read")
     parser.add_argument("--pack", type=Path, metavar="PACK", help="what gpu_pack.py built, taken where it fits")
+    parser.add_argument("--dry-run", action="store_true", help="print the schedule; with --pack, launch it on a stub")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (cuda)")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, nothing worth measuring")
     parser.add_argument("--worker", choices=tuple(STEPS), help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if not options.worker and (options.call is None) == (options.only is None):
+        parser.error("one of --call and --only is needed")
+    if options.dry_run:
+        if options.call is None:
+            parser.error("--dry-run needs --call")
+        return options
+    if options.out is None:
+        parser.error("--out DIR is needed")
+    if options.after is not None and not options.after.is_dir():
+        parser.error(f"--after: no folder {options.after}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device: torch sees no CUDA device; --device cpu --tiny shows that the suite runs")
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu runs toy shapes only, in Triton's interpreter: add --tiny")
-    if options.minutes <= 0:
-        parser.error(f"--minutes: must be positive, got {options.minutes}")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the steps and prints the table; 1 where something is wrong."""
+    begun = time.time()
     options = parse(argv)
     if options.worker:
-        return work(options.worker, options.out, options.device, options.tiny, options.until, options.pack)
+        return work(options)
+    if options.dry_run:
+        from suite.rehearsal import rehearse
+
+        return rehearse(options.call, options.pack)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or ():
+        Journal(options.out, name).path.unlink(missing_ok=True)
+    with ready(options) as building:
+        run_steps(options, begun + building)
     from suite.summary import print_summary
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    log = options.out / "log.txt"
-    deadline = time.time() + 60 * options.minutes
-    todo = list(options.only or STEPS)
-    if options.only:
-        for step in todo:
-            begin(options.out, step)
-    todo = [step for step in STEPS if step in todo and not Journal(options.out, step).finished()]
-    if options.pack:
-        reason = install(options.pack, options.device, log)
-        if reason:
-            print(f"--pack is not taken: {reason}", flush=True)
-            options.pack = None
-    with compiling(options.device, options.tiny, log, options.pack) as stop:
+    return print_summary(options.out, options.after)
+
+
+def steps_of(options: argparse.Namespace) -> list[Step]:
+    """In their order."""
+    return list(CALLS[options.call]) if options.call else [STEPS[name] for name in options.only or [options.worker]]
+
+
+def run_steps(options: argparse.Namespace, begun: float) -> None:
+    """Each in its own process, which imports what it needs while the one before runs."""
+
+    def end(step: Step) -> float:
+        return begun + step.by if options.device.startswith("cuda") else float("inf")
+
+    steps = [step for step in steps_of(options) if not Journal(options.out, step.name).finished()]
+    todo = [step for step in steps if not step.beside]
+    with contextlib.ExitStack() as stack:
+
+        def started(step: Step) -> Child:
+            child = start(step.name, options)
+            stack.callback(child.kill)
+            return child
+
+        beside = [(step, started(step)) for step in steps if step.beside]
+        for step, child in beside:
+            child.begin(end(step))
+        ahead = started(todo[0]) if todo else None
         for index, step in enumerate(todo):
-            if step in ("ops", "blocks", "models", "profile"):  # their timings want the cores
-                stop()
-            left = deadline - time.time()
-            share = STEPS[step].share / sum(STEPS[s].share for s in todo[index:])
-            begun = time.time()
-            ended = supervise(step, options, max(LEAST, left * share), log)
-            print(f"{step}: {ended}, {time.time() - begun:.0f} s", flush=True)
-    return print_summary(options.out, list(STEPS))
+            child = ahead
+            if step.timed:
+                while beside:
+                    other, running = beside.pop()
+                    settle(other, running, options, end(other))
+            ahead = started(todo[index + 1]) if index + 1 < len(todo) else None
+            since = time.time()
+            ended = supervise(step.name, options, end(step), child)
+            print(f"{time.time() - begun:4.0f} s  {step.name}: {ended}, {time.time() - since:.0f} s", flush=True)
+
+
+def settle(step: Step, child: Child, options: argparse.Namespace, until: float) -> None:
+    """Waits for what runs beside, at most until its time."""
+    journal = Journal(options.out, step.name)
+    why = _watch(child, journal, until)
+    child.kill()
+    if why not in (None, "time was up"):
+        journal.append(
+            case=(journal.running() or {}).get("case", "start"), error=why, tail=_tail(options.out / "log.txt")
+        )
+    if not journal.finished():
+        journal.append(event="end", why=why or "time was up")
 
 
 if __name__ == "__main__":

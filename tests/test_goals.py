@@ -86,14 +86,14 @@ def op(op: str, backend: str, percent: float, **more: object) -> dict:
 
 
 def test_the_worst_op_counts_with_its_faster_backend():
-    rows = {"ops": [
+    rows = {"all-ops": [
         op("bn_relu", "triton", 95.0), op("bn_add_relu", "triton", 60.0), op("bn_add_relu", "cuda", 88.4),
         op("bn_finalize", "triton", 3.0, counted_bytes=4096), op("conv_fprop", "triton", 40.0, flops=10**9),
         op("conv_fprop", "library", 20.0, variant="product alone"), op("gram", "triton", 1.0, variant="candidate"),
     ]}  # fmt: skip
     name = "each op without a product, of a copy's rate"
     assert line(rows, name) == ["≥ 85%", "88% (bn_add_relu, cuda)", "100%", "met"]
-    rows["ops"].append(op("bn_statistics", "triton", 70.0))
+    rows["all-ops"].append(op("bn_statistics", "triton", 70.0))
     assert line(rows, name) == ["≥ 85%", "70% (bn_statistics, triton)", "100%", "missed"]
 
 

@@ -35,22 +35,27 @@ def suite(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
 
 
-def test_every_step_runs_and_is_not_run_again(tmp_path):
-    import harness
+def rows_of(folder: Path, *steps: str) -> dict[str, list[dict]]:
+    """Of steps that finished."""
     from suite.journal import Journal
 
-    done = suite("--out", str(tmp_path), "--minutes", str(HANG / 60))
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
-    assert len(done.stdout.splitlines()) < 100
-    names = ("facts", "right", "miscompiled", "tests", "sanitizer", "ops", "blocks", "models", "profile", "dispatch")
-    files = [f"{name}.jsonl" for name in names] + ["log.txt", "dispatch.json", "dispatch.json.lock"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
-    rows = {name: Journal(tmp_path, name).rows() for name in names}
-    assert all(Journal(tmp_path, name).finished() for name in names)
+    assert all(Journal(folder, name).finished() for name in steps)
+    return {name: Journal(folder, name).rows() for name in steps}
+
+
+def test_both_calls_run_and_nothing_runs_again(tmp_path):
+    import harness
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = suite("--call", "first", "--out", str(first))
+    assert done.returncode == 0, done.stdout + done.stderr + (first / "log.txt").read_text()[-3000:]
+    assert len(done.stdout.splitlines()) < 80
+    names = ("compile", "facts", "right", "miscompiled", "train", "profile", "tests")
+    assert sorted(path.name for path in first.iterdir()) == sorted([*(f"{name}.jsonl" for name in names), "log.txt"])
+    rows = rows_of(first, *names)
 
     outcomes = {row["outcome"] for row in rows["tests"] if "test" in row}
     assert "passed" in outcomes and "failed" not in outcomes
-    assert [row["skipped"] for row in rows["sanitizer"]] == ["no GPU", "no GPU"]
     assert {row["dtype"] for row in rows["right"]} == {"float32", "float16"}
     assert all(row["right"] > 0 and row["wrong"] == 0 for row in rows["right"])
     assert sum(row["right"] for row in rows["right"]) > 50 and "ops at full size\nfloat32: " in done.stdout
@@ -58,41 +63,95 @@ def test_every_step_runs_and_is_not_run_again(tmp_path):
     assert {row["op"] for row in looked if row.get("waits") == "right"} >= {"conv_fprop", "conv_wgrad", "one_pass_tail"}
     assert {row["op"] for row in looked if row.get("eight_warps") == "right"} >= {"conv_fprop", "conv_dgrad"}
     assert "every wgmma waited for: " in done.stdout and "eight warps: " in done.stdout
-    ops = {row["op"] for row in rows["ops"]}
-    assert {"conv_fprop", "conv_dgrad", "conv_wgrad", "gram_statistics", "one_pass_tail", "bn_relu_maxpool"} <= ops
+    assert {(row["variant"], row["kind"], "skipped" in row) for row in rows["train"]} == {
+        ("eager", "plain", False), ("library", "plain", False), ("eager", "compile", False),
+        ("compile", "compile", False), ("library", "compile", False), ("eager", "graphs", False),
+        ("graphed compile", "graphs", True), ("graphed library", "graphs", True),
+    }  # fmt: skip
+    assert rows["profile"] == rows["compile"] == []  # the CPU's core launches nothing; what is compiled tells nothing
+    assert "14 of 14 goals were not measured" in done.stdout  # toy shapes on a CPU say nothing about them
+
+    sizes = {path.name: path.stat().st_size for path in first.iterdir()}
+    again = suite("--call", "first", "--out", str(first))
+    assert again.returncode == 0 and "--- tests" in again.stdout and "finished" not in again.stdout
+    assert sizes == {path.name: path.stat().st_size for path in first.iterdir()}
+
+    done = suite("--call", "second", "--after", str(first), "--out", str(second))
+    assert done.returncode == 0, done.stdout + done.stderr + (second / "log.txt").read_text()[-3000:]
+    assert len(done.stdout.splitlines()) < 80
+    names = ("compile", "again", "ops", "blocks", "dispatch", "models")
+    files = [*(f"{name}.jsonl" for name in names), "log.txt", "dispatch.json"]
+    assert sorted(path.name for path in second.iterdir()) == sorted(files) and len(files) <= 8
+    rows = rows_of(second, *names)
+    assert rows["again"] == []  # nothing failed
     in_checkout = harness.commit() is not None
     assert all(row["median_s"] > 0 and (row["commit"] is not None) == in_checkout for row in rows["ops"])
     candidates = [row for row in rows["ops"] if row.get("variant") == "candidate"]
-    assert len({row["config"] for row in candidates if row["problem"].startswith("gram_pivot")}) == 2
-    timed, skipped = ([row for row in rows["blocks"] if ("skipped" in row) is flag] for flag in (False, True))
-    variants = {"eager", "eager_nchw", "conv_only", "library", "fused min", "compile", "compile max-autotune"}
-    assert {row["variant"] for row in timed} == variants
-    assert {row["tf32"] for row in timed} == {True, False}
-    assert all(set(harness.ROW_KEYS) <= row.keys() and row["percent_of_bound"] > 0 for row in timed)
-    assert all(row["counted_bytes"] > 0 for row in timed if "compile" not in row["variant"])
-    of_others = {"cudnn", "apex bottleneck", "apex groupbn", "inplace_abn", "cudnn frontend", "tensorrt"}
-    graphed = {f"graphed {way}" for way in ("eager", "compile", "compile max-autotune", "library", "fused min")}
-    assert {row["variant"] for row in skipped} == graphed | of_others
-    timed, skipped = ([row for row in rows["models"] if ("skipped" in row) is flag] for flag in (False, True))
-    assert {row["variant"] for row in skipped} == {"graphed eager", "graphed compile", "graphed library", "tensorrt"}
-    assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
-    assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
-    assert rows["profile"] == []  # the CPU's core launches nothing
-    assert done.stdout.count("not measured") == 14  # goals: toy shapes on a CPU say nothing about them
+    assert {row["problem"] for row in candidates} == {"gram_pivot tf32 8"}  # where the interpreter has several
+    assert len({row["config"] for row in candidates}) == 2 and "--- candidates" in done.stdout
+    assert {(row["variant"], row["phase"]) for row in rows["blocks"]} == {
+        (variant, phase) for variant in ("eager", "library", "fused min") for phase in ("train", "infer")
+    }  # fmt: skip
+    assert all(set(harness.ROW_KEYS) <= row.keys() and row["percent_of_bound"] > 0 for row in rows["blocks"])
     assert rows["dispatch"][0]["configs"] and rows["dispatch"][0]["blocks"]
     auto = [row for row in rows["dispatch"] if row.get("variant") == "auto"]
     assert {(row["phase"], row["conv"], row["memory"]) for row in auto} == {
         ("train", "auto", "auto"), ("infer", "auto", "auto"),
     }  # fmt: skip
-    data = json.loads((tmp_path / "dispatch.json").read_text())
+    data = json.loads((second / "dispatch.json").read_text())
     table = parse(data, data["device"])
     assert rows["dispatch"][0]["table"].endswith(store.file_name(table.device))
-    assert table.configs and {"basic", "bottleneck"} <= {shape.kind for shape in table.blocks}
+    assert table.configs and {"bottleneck"} == {shape.kind for shape in table.blocks}
+    timed = [row for row in rows["models"] if "skipped" not in row]
+    assert {(row["variant"], row["phase"]) for row in timed if row["kind"] == "plain"} == {
+        (variant, phase) for variant in ("eager", "library", "auto") for phase in ("train", "infer")
+    }  # fmt: skip
+    assert {row["variant"] for row in timed if row["kind"] == "compile"} == {"eager", "compile", "library", "auto"}
+    assert all(row["images_per_s"] > 0 and row["data"] == "synthetic" for row in timed)
+    assert all(set(harness.ROW_KEYS) <= row.keys() for row in timed)
+    skipped = {row["variant"] for row in rows["models"] if "skipped" in row}
+    assert skipped == {f"graphed {variant}" for variant in ("eager", "compile", "library", "auto")}
 
-    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    again = suite("--out", str(tmp_path))
-    assert again.returncode == 0 and "--- blocks" in again.stdout and "finished" not in again.stdout
-    assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+
+def test_steps_of_neither_call_run_by_name(tmp_path):
+    names = ("all-right", "sanitizer", "all-ops", "all-blocks", "all-models")
+    done = suite("--only", *names, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
+    rows = rows_of(tmp_path, *names)
+    assert all(row["right"] > 0 and row["wrong"] == 0 for row in rows["all-right"])
+    assert [row["skipped"] for row in rows["sanitizer"]] == ["no GPU", "no GPU"]
+    ops = {row["op"] for row in rows["all-ops"]}
+    assert {"conv_fprop", "bn_add_relu", "bn_relu_maxpool", "shortcut_grad_"} <= ops
+    timed, skipped = ([row for row in rows["all-blocks"] if ("skipped" in row) is flag] for flag in (False, True))
+    variants = {"eager", "eager_nchw", "conv_only", "library", "fused min", "compile", "compile max-autotune"}
+    assert {row["variant"] for row in timed} == variants
+    assert {row["tf32"] for row in timed} == {True, False}
+    assert all(row["counted_bytes"] > 0 for row in timed if "compile" not in row["variant"])
+    graphed = {f"graphed {way}" for way in ("eager", "compile", "compile max-autotune", "library", "fused min")}
+    assert {row["variant"] for row in skipped} == graphed | {"cudnn"}
+    timed, skipped = ([row for row in rows["all-models"] if ("skipped" in row) is flag] for flag in (False, True))
+    assert {row["variant"] for row in timed} == {"eager", "eager_nchw", "library", "compile max-autotune"}
+    assert {row["variant"] for row in skipped} == {"graphed compile max-autotune", "graphed library"}
+    assert all(row["images_per_s"] > 0 for row in timed)
+
+
+def test_what_was_wrong_is_run_again(tmp_path):
+    from suite.journal import Journal
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    Journal(first, "right").append(case="tiny, fused min, batch 2, float16", op="conv_fprop", error="wrong")
+    test = "tests/test_gram.py::test_no_such_test"
+    Journal(first, "tests").append(case="test", test="tests/test_gram.py", outcome="passed")
+    Journal(first, "tests").append(case="test", test=test, outcome="failed", error="wrong")
+    second.mkdir()
+    done = suite("--only", "again", "--after", str(first), "--out", str(second))
+    said = (second / "log.txt").read_text()
+    assert done.returncode == 1 and "test_no_such_test" in said, done.stdout + said  # pytest knows no such test
+    events = [(row["case"], row["event"]) for row in Journal(second, "again").lines() if row.get("event") == "done"]
+    assert events == [("tiny, fused min, batch 2, float16", "done"), ("pytest", "done")]
+    (row,) = (row for row in Journal(second, "again").rows() if row["case"].startswith("tiny"))
+    assert row["right"] > 0 and row["wrong"] == 0 and "ops at full size\nfloat16: " in done.stdout
 
 
 def test_bits_that_depend_on_waits_are_told(tmp_path, monkeypatch):
@@ -147,12 +206,23 @@ def test_a_step_by_kernel_says_what_each_could_take():
     assert lines[-1] == "2 kernels, 18.0 ms" and _profile([]) == []
 
 
-def test_arguments_are_refused(tmp_path):
-    refused = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--out", str(tmp_path), "--device", "cpu"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert refused.returncode == 2 and "add --tiny" in refused.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "DIR"], "one of --call and --only is needed"),
+        (["--out", "DIR", "--call", "first", "--only", "ops"], "one of --call and --only is needed"),
+        (["--call", "first"], "--out DIR is needed"),
+        (["--only", "ops", "--dry-run"], "--dry-run needs --call"),
+        (["--out", "DIR", "--call", "first", "--device", "cpu"], "add --tiny"),
+        (["--out", "DIR", "--call", "second", "--after", "/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_arguments_are_refused(arguments, message, capsys):
+    import gpu_suite
+
+    with pytest.raises(SystemExit) as refused:
+        gpu_suite.main(arguments)
+    assert refused.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_pack_that_does_not_fit_is_not_taken(tmp_path):
@@ -163,6 +233,44 @@ def test_a_pack_that_does_not_fit_is_not_taken(tmp_path):
     done = suite("--out", str(tmp_path / "out"), "--only", "facts", "--pack", str(tmp_path / "pack"))
     assert done.returncode == 0, done.stderr
     assert "--pack is not taken: it is for capability 90, here 0" in done.stdout and "facts: finished" in done.stdout
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("fits", [True, False, None])
+def test_the_package_and_the_kernels_come_from_a_pack_or_are_built(fits, installed, tmp_path, monkeypatch):
+    """None: there is no pack."""
+    import gpu_suite
+    from suite import pack
+
+    did = []
+
+    def pip(log, *arguments):
+        did.append(arguments[-1])
+        return True
+
+    monkeypatch.setattr(gpu_suite, "find_spec", lambda name: installed or (name if did else None))
+    monkeypatch.setattr(gpu_suite, "_pip", pip)
+    monkeypatch.setattr(gpu_suite, "_built", lambda folder, call, log: did.append(f"kernels of {call}") or folder)
+    monkeypatch.setattr(gpu_suite, "capability_of", lambda device: 90)
+    monkeypatch.setattr(pack, "misfit", lambda folder, capability: None if fits else "it is for another")
+    folder = tmp_path / "pack"
+    folder.mkdir()
+    (folder / "fusedres.whl").touch()
+    given = None if fits is None else folder
+    options = Namespace(out=tmp_path, device="cuda", tiny=False, pack=given, call="first", after=None)
+    with gpu_suite.ready(options) as building:
+        assert (options.pack == folder) is bool(fits) and options.pack.is_dir() and 0 <= building < 60
+    wanted = [] if installed else [str(folder / "fusedres.whl") if fits else str(BENCHMARKS.parent)]
+    assert did == [*wanted, *([] if fits else ["kernels of first"])]
+
+
+def test_calls_end_in_time():
+    from suite.schedule import CALLS, INSTALL
+
+    for call, seconds in (("first", 330), ("second", 350)):
+        times = [step.by for step in CALLS[call] if not step.beside]
+        assert [INSTALL, *times] == sorted([INSTALL, *times]) and times[-1] + 5 <= seconds
+        assert all(step.by <= next(s.by for s in CALLS[call] if s.timed) for step in CALLS[call] if step.beside)
 
 
 WORKER = """
@@ -216,9 +324,11 @@ def supervised(folder: Path, monkeypatch, seconds: float, limit: float):
     journal = Journal(out, "ops")
     monkeypatch.setattr(gpu_suite, "HERE", scripts)
     monkeypatch.setattr(gpu_suite, "CRASHES", 2)
-    monkeypatch.setattr(gpu_suite, "time", Clock(journal))
-    options = Namespace(out=out, device="cpu", tiny=False, pack=None)
-    return gpu_suite.supervise("ops", options, seconds, out / "log.txt"), journal
+    clock = Clock(journal)
+    monkeypatch.setattr(gpu_suite, "time", clock)
+    options = Namespace(out=out, device="cpu", tiny=False, pack=None, call=None, after=None)
+    child = gpu_suite.start("ops", options)
+    return gpu_suite.supervise("ops", options, clock.now + seconds, child), journal
 
 
 def test_a_crash_and_a_hang_are_rows_and_not_the_end(tmp_path, monkeypatch):
@@ -249,10 +359,9 @@ def test_ctrl_c_ends_the_step_too(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu_suite, "_watch", interrupted)
+    options = Namespace(out=tmp_path, device="cpu", tiny=True, pack=None, call=None, after=None)
     with pytest.raises(KeyboardInterrupt):
-        gpu_suite.supervise(
-            "ops", Namespace(out=tmp_path, device="cpu", tiny=True, pack=None), 60, tmp_path / "log.txt"
-        )
+        gpu_suite.supervise("ops", options, time.time() + 60, gpu_suite.start("ops", options))
     assert [child.running() for child in children] == [False]
 
 
@@ -265,20 +374,6 @@ def test_a_line_cut_by_a_kill_costs_only_itself(tmp_path):
         file.write('{"case": "b", "val')
     journal.append(case="c", value=2)
     assert [(row["case"], row["value"]) for row in journal.rows()] == [("a", None), ("c", 2)]
-
-
-def test_failures_of_the_last_run_are_kept_for_the_next(tmp_path):
-    import gpu_suite
-    from suite.checks import _before
-    from suite.journal import Journal
-    from suite.settings import Settings
-
-    journal = Journal(tmp_path, "tests")
-    journal.append(case="test", test="tests/a.py::one", outcome="failed", error="wrong")
-    journal.append(case="test", test="tests/a.py::two", outcome="passed")
-    gpu_suite.begin(tmp_path, "tests")
-    settings = Settings("tests", tmp_path, torch.device("cpu"), True, 0.0)
-    assert _before(settings) == ["tests/a.py::one"] and not journal.rows()
 
 
 def test_choices_take_the_fastest_that_is_right():

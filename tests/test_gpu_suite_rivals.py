@@ -48,7 +48,7 @@ def settings(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("phase", ["train", "infer"])
-@pytest.mark.parametrize("kind", ["", "compile", "graphs", "max-autotune"])
+@pytest.mark.parametrize("kind", ["", "stock", "compile", "graphs", "max-autotune"])
 @pytest.mark.parametrize("name", ["tiny.bottleneck.projection", "tiny.stem"])
 def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
     import blocks
@@ -114,17 +114,22 @@ def test_models_in_graphs_and_compiled(phase, settings):
     assert all(row["images_per_s"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("step", ["block_rows", "models"])
-def test_cases_on_a_gpu(step, settings):
-    from importlib import import_module
+@pytest.mark.parametrize("module", ["block_rows", "models", "right", "miscompiled"])
+def test_cases_on_a_gpu(module, settings):
+    """Those of both calls and those of neither: a name each, bfloat16 and the large batch first."""
+    from suite.schedule import STEPS
 
-    names = [case.name for case in import_module(f"suite.{step}").cases(settings)]
-    assert max(Counter(names).values()) == 1
-    words = ("compile", "graphs", "max-autotune", "float16", "tf32", "float32")
-    for word in words:
-        assert any(word in name.split() for name in names), word
-    first = next(k for k, name in enumerate(names) if {"float16", "tf32", "float32"} & set(name.split()))
-    assert not any(word in name for name in names[:first] for word in words[3:])
-    assert all("batch 256" in name for name in names[:4])
-    if step == "models":
-        assert names[:3] == [f"resnet50 train batch 256{kind}" for kind in ("", " compile", " graphs")]
+    words = {"float16", "tf32", "float32"}
+    for step in (step for step in STEPS.values() if step.module == module):
+        names = [case.name for case in step.list_cases(settings)]
+        assert max(Counter(names).values()) == 1
+        of_words = [bool(words & set(name.replace(",", "").split())) for name in names]
+        if step.name.startswith("all-"):
+            assert all(any(word in name.replace(",", "").split() for name in names) for word in words)
+        else:
+            assert not any(of_words)
+    if module == "models":
+        names = [case.name for case in STEPS["train"].list_cases(settings)]
+        assert names == [f"resnet50 train batch 256{kind}" for kind in ("", " compile", " graphs")]
+        names = [case.name for case in STEPS["models"].list_cases(settings)]
+        assert names[:2] == ["resnet50 train batch 256", "resnet50 infer batch 256"] and len(names) == 12

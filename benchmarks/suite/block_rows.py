@@ -1,8 +1,8 @@
 """Every distinct block of ResNet-18 and ResNet-50, and the stem: eager, each fused way, and its rivals.
 
 A case times one block in one phase: eager channels_last and what its kind compares with it, interleaved. Kinds: plain
-(eager NCHW, the convolutions alone, each way of fuse(), cuDNN's fused inference), torch.compile, CUDA graphs of
-eager, compiled and fused, packages of others, and the plain one in other dtypes.
+(each way of fuse()), "auto", stock (eager NCHW, the convolutions alone, cuDNN's fused inference), torch.compile,
+max-autotune, and CUDA graphs of eager, compiled and fused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ GRAPHED = "graphed "
 AUTO = "auto"  # fuse() as it comes, after a table of measured choices
 OURS = {AUTO: {"conv": "auto", "memory": "auto"}} | {way: arguments for way, (arguments, *_) in WAYS.items()}  # of fuse
 COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", *OURS)  # others would trace the counting, or hide from it
-COMPILE_KINDS = ("compile", "graphs", "max-autotune", "elsewhere")
 
 
 def ways(settings: Settings) -> dict[str, str]:
@@ -54,73 +53,69 @@ def variants(settings: Settings, kind: str, phase: str) -> list[str]:
     ours = list(ways(settings))
     if kind == AUTO:
         return [AUTO]
+    if kind == "stock":
+        return ["eager_nchw", *(["cudnn"] if phase == "infer" else []), *ours[-2:], BOUND]
     if kind == "compile":
         return ["compile", *ours]
     if kind == "max-autotune":
         return ["compile max-autotune", GRAPHED + "compile max-autotune", *ours[-2:], *(GRAPHED + w for w in ours[-2:])]
     if kind == "graphs":
         return [GRAPHED + BASE, GRAPHED + "compile", *(GRAPHED + way for way in ours)]
-    if kind == "elsewhere":
-        return [name for name in rivals.OF_BLOCKS if name != "cudnn"] + ours[-2:]
-    return ["eager_nchw", *(["cudnn"] if phase == "infer" else []), *ours, BOUND]
+    return [way for way in ours if way != "library min"]
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The large batch first; then what takes long, blocks that a model has most of first; other dtypes last."""
-    torch.backends.cudnn.benchmark = settings.on_gpu
+    """Each way of each block, the large batch first."""
     chosen, batches, usual = _usual(settings)
-    others = (PRECISIONS["tf32"],) if settings.tiny else tuple(p for p in PRECISIONS.values() if p is not usual)
-    by_interest = dict(sorted(chosen.items(), key=_by_interest))
+    return [
+        case
+        for batch in batches
+        for phase in traffic.PHASES
+        for case in _cases(settings, chosen, batch, phase, "", usual)
+    ]
+
+
+def all_cases(settings: Settings) -> list[Case]:
+    """What torch has else, compiled, in graphs and tuned; other dtypes last."""
+    chosen, batches, usual = _usual(settings)
+    some = dict(list(chosen.items())[:4])
     found = []
-
-    def add(these: dict[str, Any], batch: int, phase: str, kind: str, precision: Precision, limit: float) -> None:
-        for name, block in these.items():
-            words = [name, phase, f"batch {batch}", kind, "" if precision is usual else precision.name]
-            case = BlockCase(name, block, batch, phase)
-            run = partial(_Measurement, settings, " ".join(filter(None, words)), case, kind, precision)
-            found.append(Case(run.args[1], lambda run=run: run().measure(), limit))
-
-    phases = traffic.PHASES
-    for phase in phases:
-        add(chosen, batches[0], phase, "", usual, 60)
-    for kind in COMPILE_KINDS[:2]:
-        for phase in phases[: 1 if settings.tiny else 2]:
-            add(by_interest, batches[0], phase, kind, usual, 90)
-    for batch in batches[1:]:
-        for phase in phases:
-            add(chosen, batch, phase, "", usual, 60)
-    for kind in COMPILE_KINDS[2:]:
-        for phase in phases[1 if settings.tiny else 0 :]:
-            add(dict(list(by_interest.items())[:4]), batches[0], phase, kind, usual, 120)
+    for index, kind in enumerate(("stock", "compile", "graphs", "max-autotune")):
+        for phase in (traffic.PHASES[index % 2 - 1],) if settings.tiny else traffic.PHASES:
+            found += _cases(settings, some if kind == "max-autotune" else chosen, batches[0], phase, kind, usual)
+    others = (PRECISIONS["tf32"],) if settings.tiny else tuple(p for p in PRECISIONS.values() if p is not usual)
     for precision in others:
-        for phase in phases[: 1 if settings.tiny else 2]:
-            add(dict(list(by_interest.items())[:6]), batches[-1], phase, "", precision, 60)
-            if precision.name == "float16" and settings.on_gpu:  # in which apex's are
-                add(dict(list(by_interest.items())[:4]), batches[-1], phase, "elsewhere", precision, 60)
+        for phase in traffic.PHASES[: 1 if settings.tiny else None]:
+            found += _cases(settings, dict(list(chosen.items())[:6]), batches[-1], phase, "", precision)
+    return found
+
+
+def auto_cases(settings: Settings) -> list[Case]:
+    """What users of "auto" get, beside eager."""
+    chosen, batches, usual = _usual(settings)
+    return [case for phase in traffic.PHASES for case in _cases(settings, chosen, batches[0], phase, AUTO, usual)]
+
+
+def _cases(
+    settings: Settings, chosen: dict[str, Any], batch: int, phase: str, kind: str, precision: Precision
+) -> list[Case]:
+    torch.backends.cudnn.benchmark = settings.on_gpu
+    limit = 120 if kind in ("compile", "graphs", "max-autotune") else settings.patience
+    unusual = "" if precision is _usual(settings)[2] else precision.name
+    found = []
+    for name, block in chosen.items():
+        case = " ".join(filter(None, (name, phase, f"batch {batch}", kind, unusual)))
+        measurement = partial(_Measurement, settings, case, BlockCase(name, block, batch, phase), kind, precision)
+        found.append(Case(case, lambda made=measurement: made().measure(), limit))
     return found
 
 
 def _usual(settings: Settings) -> tuple[dict[str, Any], tuple[int, ...], Precision]:
-    """Blocks, batches and precision."""
+    """Blocks, those that a model has most of first; batches; precision."""
     if settings.tiny:
         return blocks.select(["tiny.bottleneck"]), (2,), PRECISIONS["float32"]
-    return blocks.select(["all"]), (256, 64), PRECISIONS["bfloat16"]
-
-
-def auto_cases(settings: Settings, follow: Callable[[], None]) -> list[Case]:
-    """What users of "auto" get once it follows the table that `follow` installs, beside eager."""
-    torch.backends.cudnn.benchmark = settings.on_gpu
-    chosen, batches, usual = _usual(settings)
-
-    def run(name: str, case: BlockCase) -> None:
-        follow()
-        _Measurement(settings, name, case, AUTO, usual).measure()
-
-    found = [
-        BlockCase(name, block, n, phase) for n in batches for phase in traffic.PHASES for name, block in chosen.items()
-    ]
-    named = {f"{case.name} {case.phase} batch {case.batch} {AUTO}": case for case in found}
-    return [Case(name, partial(run, name, case), 60) for name, case in named.items()]
+    chosen = dict(sorted(blocks.select(["all"]).items(), key=_by_interest))
+    return chosen, (256, 64, 16), PRECISIONS["bfloat16"]
 
 
 def _by_interest(item: tuple[str, Any]) -> tuple[bool, bool]:
@@ -149,14 +144,16 @@ class _Measurement:
     kind: str
     precision: Precision
     backend_of: dict[str, str] = field(default_factory=dict)
-    checked: dict[str, bool] = field(default_factory=dict)
     pool: Any = None  # of graphs
 
     def measure(self) -> None:
         """Writes a row a variant, those with a reason or an error too."""
         torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
         train = self.case.phase == "train"
-        picked = None if self.kind == AUTO else choices.table(self.settings)  # auto's table has them
+        picked = choices.table(self.settings)
+        if self.kind == AUTO:
+            picked = None  # the table has them
+            choices.follow(self.settings)
         self.pool = torch.cuda.graph_pool_handle() if self.settings.on_gpu else None
         with self.precision.switched(), choosing(picked):
             self.around = BlockSettings(self.settings.device, self.precision.dtype)
@@ -176,13 +173,13 @@ class _Measurement:
                         torch.cuda.synchronize()  # raises where the GPU is lost
                     self._told(variant, error=f"{type(error).__name__}: {first_lines(str(error))}")
             del self.reference, self.expected, wide
-            rounds = 15 if self.settings.on_gpu else 1
+            rounds = 12 if self.settings.on_gpu else 1
             timer = harness.Timer(self.settings.device)
             with torch.inference_mode(not train):
                 for variant in made.values():
                     self._count(variant)
                 self.case.samples = harness.interleave(
-                    list(made.values()), timer, rounds=rounds, at_least=3, budget=15, warmup=1
+                    list(made.values()), timer, rounds=rounds, at_least=3, budget=10, warmup=1
                 )
         for row in self._rows(picked is not None):
             self.settings.journal.append(case=self.name, **row)
@@ -213,11 +210,9 @@ class _Measurement:
                 reasons = [entry.reason for entry in fusedres.report(module) if not entry.fused]
             if reasons:
                 raise RuntimeError(f"unfused: {reasons[0]}")
-        self.checked[variant] = way not in rivals.OTHER
         with fusedres.use_backend(backend or "auto"):
             found = self._results(module, x, grad)
-        if self.checked[variant]:
-            self._agree(found, way in OURS)
+        self._agree(found, way in OURS)
         step, source = self._step(variant, module, x, grad)
         return self._captured(step, module, source, way in OURS) if graphed else step
 
@@ -231,8 +226,8 @@ class _Measurement:
             if not self.settings.on_gpu:
                 return torch.compile(stock, backend="eager")
             return torch.compile(stock, mode=COMPILED[way])
-        if way in rivals.OF_BLOCKS:
-            made = rivals.OF_BLOCKS[way](stock, self.bench.x, self.bench.train)
+        if way == "cudnn":
+            made = rivals.cudnn(stock, self.bench.x)
             if isinstance(made, str):
                 raise Skip(made)
             return made
@@ -256,7 +251,7 @@ class _Measurement:
             if reason is not None:
                 raise ArithmeticError(f"output {reason}")
         bound = TF32_BOUND if self.precision.tf32 else BOUNDS[self.precision.dtype]
-        for what in self.reference.keys() & found.keys():  # a rival may name its parameters otherwise
+        for what in self.reference.keys() & found.keys():
             error = off_by(found[what], self.reference[what])
             if not error <= bound:
                 raise ArithmeticError(f"{what} is off by {error:.3g} of its norm from eager, allowed {bound:.3g}")
@@ -332,8 +327,5 @@ class _Measurement:
                 counted_bytes=case.counted.get(variant), floor_bytes=floor.bytes, flops=floor.flops,
                 bound_s=floor.seconds, data="synthetic", **ceilings, **self.precision.about,
             )  # fmt: skip
-            extra = {"kind": self.kind or "plain", "measured_configs": picked or self.kind == AUTO}
-            if not self.checked.get(variant, True):
-                extra["checked"] = False
-            found.append(row | extra)
+            found.append(row | {"kind": self.kind or "plain", "measured_configs": picked or self.kind == AUTO})
         return found

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from launched import WAYS
 
-from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Way, batch_class
+from fusedres import dispatch
+from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Way, batch_class, store
 from fusedres.kernels import launch
 from fusedres.tune.ways import SLOWER
 from suite.journal import Journal, Row
@@ -19,6 +22,18 @@ def table(settings: Settings) -> launch.Pick | None:
     """Configs that the step ops measured fastest here, for the steps behind it."""
     found = configs(row for row in Journal(settings.out, "ops").rows() if row.get("device") == settings.where["device"])
     return launch.measured({problem: best["config"] for problem, best in found.items()}) if found else None
+
+
+def path(settings: Settings) -> Path:
+    """The table that the step dispatch proposes."""
+    return settings.out / "dispatch.json"
+
+
+def follow(settings: Settings) -> None:
+    """From now on "auto" follows the proposal in this process, where there is one."""
+    if path(settings).exists():
+        device = torch.empty(0, device=settings.device).device  # with its index, as tensors have it
+        dispatch.install(device, store.read(path(settings), store.family(device)))
 
 
 def configs(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:

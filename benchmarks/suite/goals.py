@@ -58,7 +58,8 @@ class Goal:
 def _timed(rows: Rows, model: str, phase: str, device: Iterable[str] = DEVICES) -> list[Row]:
     return [
         row
-        for row in rows.get("models", [])
+        for step in ("train", "models", "all-models")
+        for row in rows.get(step, [])
         if row.get("median_s")
         and (row["name"], row["phase"], row["shape"][0], row["dtype"]) == (model, phase, BATCH, "bfloat16")
         and any(name in row["device"] for name in device)
@@ -116,7 +117,7 @@ def _memory(model: str, rows: Rows) -> Found | None:
 def _copy_share(rows: Rows) -> Found | None:
     """The worst op without a product, each by its faster backend."""
     by_call: dict[str, list[tuple[float, str]]] = defaultdict(list)
-    for row in rows.get("ops", []):
+    for row in rows.get("all-ops", []):
         counted = row.get("median_s") and row.get("variant") is None and not row.get("flops")
         on = any(name in row.get("device", "") for name in DEVICES)
         if counted and on and row.get("backend") != "library" and row["counted_bytes"] >= LEAST_BYTES:

@@ -12,7 +12,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,19 @@ from typing import Any
 import blocks
 import torch
 import triton
+from traffic import Block
 
 from fusedres.kernels.launch import Config, Launch, Problem, choosing, record_launches
 from fusedres.tune.calls import Call, Visit
 from fusedres.tune.compare import Expected, differing
-from suite.ops import GEMMS
+from suite.arithmetic import GEMMS
+from suite.pack import WAITS, taken
 from suite.precision import PRECISIONS
 from suite.settings import Case, Settings, first_lines
 from suite.walk import TINY, walk_block
 
-_OF_TAPS = ("conv_fprop", "conv_dgrad", "conv_bn_add_relu")
+WAYS = ("fused min", "fused")
+OF_TAPS = ("conv_fprop", "conv_dgrad", "conv_bn_add_relu")
 _SCRIPT = r"""#!/bin/sh
 for argument in "$@"; do
     case "$argument" in
@@ -44,6 +47,7 @@ exec "$FUSEDRES_PTXAS" "$@"
 @contextmanager
 def waiting(folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
     """Inside, these kernels are compiled anew, with a wait for every wgmma behind it, into a cache in `folder`."""
+    folder.mkdir(exist_ok=True)
     script = folder / "ptxas"
     if not script.exists():
         script.write_text(_SCRIPT)
@@ -69,13 +73,16 @@ def waiting(folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
         forget()
 
 
+def bottlenecks() -> dict[str, Block]:
+    """The blocks of ResNet-50."""
+    return {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
+
+
 def cases(settings: Settings) -> list[Case]:
     """The waits at batch 256, then the warps."""
-    if settings.tiny:
-        chosen, ways, batch = {"tiny": TINY}, ("fused min",), 2
-    else:
-        chosen = {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
-        ways, batch = ("fused min", "fused"), 256
+    chosen, ways, batch = {"tiny": TINY}, ("fused min",), 2
+    if not settings.tiny:
+        chosen, ways, batch = bottlenecks(), WAYS, 256
     usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
     folder = tempfile.TemporaryDirectory(prefix="fusedres-waits-")  # removed with the cases that hold it
     seen: dict[str, set[str]] = {"waits": set(), "warps": set()}
@@ -90,7 +97,7 @@ def cases(settings: Settings) -> list[Case]:
                 case = f"{what}, {name}, {way}"
                 walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=precision.dtype)
                 visit = Visit(seen[what], partial(look, settings, case))
-                found.append(Case(case, partial(_walk, settings, precision, walk, visit)))
+                found.append(Case(case, partial(_walk, settings, precision, walk, visit), settings.patience))
     return found
 
 
@@ -107,7 +114,8 @@ def _of_waits(settings: Settings, case: str, call: Call, folder: tempfile.Tempor
     if not kernels:
         return
     try:
-        with waiting(Path(folder.name), kernels):
+        packed = taken(settings.pack, WAITS) if settings.pack else nullcontext()
+        with waiting(Path(folder.name), kernels), packed:
             waited = call.results(backend)
         found = differing(as_compiled, waited)
         error = found and f"{found} where every wgmma is waited for"
@@ -121,11 +129,11 @@ def _products(made: Sequence[Launch]) -> list[Any]:
 
 
 def _of_warps(settings: Settings, case: str, call: Call) -> None:
-    if call.op.name not in _OF_TAPS:
+    if call.op.name not in OF_TAPS:
         return
     expected = Expected(call)
     try:
-        with choosing(_in_eight_warps):
+        with choosing(in_eight_warps):
             wrong = expected.wrong(call.results(call.args[-1]))
     except Exception as failure:
         wrong = _said(settings, failure)
@@ -133,7 +141,7 @@ def _of_warps(settings: Settings, case: str, call: Call) -> None:
     settings.row(case, **about, eight_warps="wrong" if wrong else "right", why=wrong)
 
 
-def _in_eight_warps(problem: Problem, candidates: Sequence[Config]) -> Config:
+def in_eight_warps(problem: Problem, candidates: Sequence[Config]) -> Config:
     return replace(candidates[0], num_warps=8)
 
 

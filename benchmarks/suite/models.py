@@ -10,7 +10,7 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import counting
@@ -25,15 +25,15 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
 from fusedres.kernels.launch import choosing
-from suite import choices, floors, rivals
-from suite.block_rows import COMPILED, GRAPHED, Skip
+from suite import choices, floors
+from suite.block_rows import AUTO, COMPILED, GRAPHED, OURS, Skip
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
 from suite.settings import Case, Settings, first_lines, off_by
 
 # ‖fused − eager‖ / ‖eager‖ of the scores: rounding through up to 50 layers.
 BOUNDS = {"bfloat16": 0.15, "float16": 0.05, "tf32": 0.05, "float32": 1e-2}
-COUNTED = ("eager", "eager_nchw", *WAYS)
+COUNTED = ("eager", "eager_nchw", *OURS)
 
 
 @dataclass(frozen=True)
@@ -58,49 +58,88 @@ class Work:
         return {"op": "model", "name": self.model, "phase": self.phase, "shape": shape} | self.precision.about
 
 
-def cases(settings: Settings) -> list[Case]:
-    """What the goals speak of first; graphs and torch.compile, which take long, then other dtypes."""
+def first_cases(settings: Settings) -> list[Case]:
+    """A training step of ResNet-50: each way, then compiled, then in graphs."""
     torch.backends.cudnn.benchmark = settings.on_gpu
-    usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
-    if settings.tiny:
-        todo = [Work("tiny", phase, 2, usual, 32, 10) for phase in ("train", "infer")]
-    else:
-        order = [("resnet50", "train", 256), ("resnet18", "train", 256), ("resnet50", "infer", 256)]
-        every = [(m, p, b) for b in (256, 64, 16) for m in ("resnet50", "resnet18") for p in ("train", "infer")]
-        todo = [Work(*each, usual) for each in order + [each for each in every if each not in order]]
-    ours = ["library"] if settings.tiny else list(WAYS)  # the CPU has no convolutions of its own
-    best = ours[-2:]
-    graphed = [GRAPHED + way for way in best]
+    work, ours = works(settings)[0], _ours(settings)
     kinds = {
-        "": (["eager_nchw", *ours], 60, todo),
-        "compile": (["compile", *best], 150, todo),
-        "graphs": ([GRAPHED + "eager", GRAPHED + "compile", *graphed], 150, todo),
-        "max-autotune": (["compile max-autotune", GRAPHED + "compile max-autotune", *best, *graphed], 250, todo[:4]),
-        "tensorrt": (["tensorrt", *best], 250, [work for work in todo if work.phase == "infer"][:2]),
+        "": [way for way in ours if way != "library min"],
+        "compile": ["compile", *ours[-2:]],
+        "graphs": [GRAPHED + "compile", GRAPHED + ours[-1]],
     }
-    if settings.tiny:  # max-autotune goes the way of compile
-        kinds = {kind: (names, limit, todo[:2] if not kind else todo[-1:]) for kind, (names, limit, _) in kinds.items()}
-        del kinds["max-autotune"]
-    found = []
-    for kind, (names, limit, wanted) in kinds.items():
-        for work in wanted:
-            found.append(_case(settings, work, kind, names, limit))
-    if settings.on_gpu:
-        ahead = [f"{work.model} {work.phase} batch 256" for work in todo[:4]]
-        first = [case for name in ahead for case in (name, f"{name} compile")]
-        first.insert(2, f"{ahead[0]} graphs")
-        found.sort(key=lambda case: first.index(case.name) if case.name in first else len(first))
-        for precision in PRECISIONS.values():
-            for phase in ("train", "infer") if precision is not usual else ():
-                found.append(_case(settings, Work("resnet50", phase, 64, precision), "", ["eager_nchw", *ours], 60))
+    return [_case(settings, work, kind, names, 60) for kind, names in kinds.items()]
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Training and inference at batch 256 with "auto", which follows what was measured: ResNet-50, then ResNet-18."""
+    torch.backends.cudnn.benchmark = settings.on_gpu
+    ours = [*_ours(settings), AUTO]
+    best = ours[-2:]
+    kinds = {
+        "": ours,
+        "compile": ["compile", *best],
+        "graphs": [GRAPHED + "eager", GRAPHED + "compile", *(GRAPHED + way for way in best)],
+    }
+    all_works = works(settings)
+    order = [(work, kind) for model in (all_works[:2], all_works[2:]) for kind in kinds for work in model]
+    if settings.tiny:
+        order = [(all_works[0], ""), (all_works[1], ""), (all_works[0], "compile"), (all_works[1], "graphs")]
+    return [_case(settings, work, kind, kinds[kind], 60) for work, kind in order]
+
+
+def all_cases(settings: Settings) -> list[Case]:
+    """Every batch; NCHW; max-autotune; other dtypes."""
+    torch.backends.cudnn.benchmark = settings.on_gpu
+    ours, all_works = _ours(settings), works(settings)
+    tuned = [
+        "compile max-autotune",
+        GRAPHED + "compile max-autotune",
+        *ours[-2:],
+        *(GRAPHED + way for way in ours[-2:]),
+    ]
+    batches = (2,) if settings.tiny else (256, 64, 16)
+    found = [
+        _case(settings, replace(work, batch=batch), "nchw", ["eager_nchw", *ours], 90)
+        for batch in batches
+        for work in all_works
+    ]
+    found += [_case(settings, work, "max-autotune", tuned, 300) for work in all_works[: 1 if settings.tiny else None]]
+    for precision in PRECISIONS.values():
+        for work in all_works if precision is not all_works[0].precision and not settings.tiny else ():
+            found.append(_case(settings, replace(work, batch=64, precision=precision), "", ours, 90))
     return found
+
+
+def works(settings: Settings) -> list[Work]:
+    """Training and inference of the models."""
+    if settings.tiny:
+        return [Work("tiny", phase, 2, PRECISIONS["float32"], 32, 10) for phase in ("train", "infer")]
+    usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
+    return [Work(model, phase, 256, usual) for model in ("resnet50", "resnet18") for phase in ("train", "infer")]
+
+
+def _ours(settings: Settings) -> list[str]:
+    """The CPU has no convolutions of its own."""
+    return ["library"] if settings.tiny else list(WAYS)
+
+
+def compile_ahead(settings: Settings, work: Work) -> None:
+    """Fills torch.compile's cache with what `measure` will ask for."""
+    torch.compiler.reset()
+    images, labels = random_batch(settings, work)
+    with work.precision.switched():
+        run = Run(settings, work, "compile", build(settings, work), images, labels)
+        with torch.inference_mode(not work.train):
+            run.scores()
+        run.step()
 
 
 def _case(settings: Settings, work: Work, kind: str, names: list[str], limit: float) -> Case:
     usual = work.precision.dtype == settings.dtype
     words = [work.model, work.phase, f"batch {work.batch}", kind, "" if usual else work.precision.name]
     case = " ".join(filter(None, words))
-    return Case(case, lambda: measure(settings, case, work, names, 10 if settings.on_gpu else 1, 12, kind), limit)
+    rounds = 8 if settings.on_gpu else 1
+    return Case(case, lambda: measure(settings, case, work, names, rounds, 10, kind), limit)
 
 
 def build(settings: Settings, work: Work) -> nn.Module:
@@ -138,18 +177,13 @@ class Run:
         model = copy.deepcopy(stock)
         if way == "eager_nchw":
             model, images = model.to(memory_format=torch.contiguous_format), images.contiguous()
-        if way in WAYS:
-            model = fusedres.fuse(model, **WAYS[way][0])
+        if way in OURS:
+            model = fusedres.fuse(model, **OURS[way])
         self.images = images
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=settings.on_gpu)
         if way in COMPILED:
             how = {"mode": COMPILED[way]} if settings.on_gpu else {"backend": "eager"}
             model = torch.compile(model, **how)
-        if way == "tensorrt":
-            made = rivals.tensorrt(model, images.to(work.precision.dtype), work.train)
-            if isinstance(made, str):
-                raise Skip(made)
-            model, self.images = made, images.to(work.precision.dtype)
         self.model = model
 
     def scores(self) -> Tensor:
@@ -193,6 +227,7 @@ def measure(
     images, labels = random_batch(settings, work)
     stock = build(settings, work)
     picked = choices.table(settings)
+    choices.follow(settings)
     runs: dict[str, Run] = {}
     steps: dict[str, Callable[[], Any]] = {}
     counts: dict[str, dict[str, int | None]] = {}
@@ -232,11 +267,11 @@ def measure(
     bound = {"floor_bytes": floor.bytes, "flops": floor.flops, "bound_s": floor.seconds} if floor else {}
     for variant, times in samples.items():
         way = variant.removeprefix(GRAPHED)
-        arguments = WAYS[way][0] if way in WAYS else {}
+        arguments = OURS.get(way, {})
         summary = harness.summarize([sample / repeats for sample in times])
         row = harness.row(
             settings.where, summary, **work.about, variant=variant,
-            backend=runs[variant].backend if way in WAYS else None,
+            backend=runs[variant].backend if way in OURS else None,
             conv=arguments.get("conv"), memory=arguments.get("memory"), data="synthetic",
             memory_format="contiguous" if way == "eager_nchw" else "channels_last",
             ratio=harness.ratio_interval(samples["eager"], times, resamples=500).as_dict(),

@@ -1,12 +1,12 @@
-"""Every op as the blocks of ResNet-50 call it: each backend, and each candidate config of the GEMM-shaped kernels.
+"""Ops as the blocks of ResNet-50 call them: each backend, and each candidate config of the GEMM-shaped kernels.
 
-Each op is checked against the reference backend and timed on the arguments with which a block first calls it
+An op is checked against the reference backend and timed on the arguments with which a block first calls it
 (fusedres/tune/calls.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,52 +20,24 @@ from torch import Tensor
 from fusedres import cuda_support
 from fusedres.kernels import launch as launching
 from fusedres.kernels import table
-from fusedres.kernels.launch import Launch
 from fusedres.tune.calls import Call, Recorder, Visit, always, forced
 from fusedres.tune.compare import Expected
+from suite.arithmetic import flops
+from suite.heaviest import heaviest, tiny_blocks
 from suite.settings import Case, Settings, first_lines, floor_seconds
-from suite.walk import TINY, walk_block, walk_stem
+from suite.walk import walk_block, walk_stem
 
 _LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def _conv(a: dict[str, Any]) -> int:
-    return 2 * a["rows"] * a["C"] * a["K"] * a["R"] * a["S"]
-
-
-_FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "conv_fprop_kernel": _conv,
-    "conv_fprop_descriptor_kernel": _conv,
-    "conv_bn_add_relu_kernel": _conv,
-    "conv_dgrad_kernel": lambda a: 2 * a["N"] * a["P"] * a["Q"] * a["C"] * a["K"] * a["R"] * a["S"],
-    "conv_wgrad_kernel": lambda a: 2 * a["M"] * a["C"] * a["K"] * a["TAPS"],
-    "bn_relu_maxpool_wgrad_kernel": lambda a: 2 * a["y_ptr"].numel() * a["C"] * a["TAPS_H"] * a["TAPS_W"],
-    "gram_tiles_kernel": lambda a: a["M"] * a["C"] * (a["C"] + 1),
-    "one_pass_tail_kernel": lambda a: 2 * a["M"] * a["K"] * (a["C"] + a["X_C"]),
-    "one_pass_reduce_kernel": lambda a: 2 * a["M"] * a["K"] * (a["C"] + a["X_C"]),
-    "one_pass_dgrad_kernel": lambda a: 2 * a["M"] * a["C"] * (a["C"] + a["K"]),
-}
-
-
-GEMMS = frozenset(_FLOPS)
-
-
-def flops(launches: Sequence[Launch]) -> int:
-    """Of the GEMM-shaped kernels; the others' arithmetic is nothing beside their bytes."""
-    return sum(_FLOPS[launch.name](launch.arguments) for launch in launches if launch.name in _FLOPS)
 
 
 # --- measuring a call -------------------------------------------------------------------------------------------------
 
 
 class Measure:
-    """Measures calls of ops and writes their rows."""
+    """Measures calls of ops and writes their rows; with a problem only those that choose for it, and its candidates."""
 
-    def __init__(self, settings: Settings, case: str) -> None:
-        self.settings, self.case = settings, case
+    def __init__(self, settings: Settings, case: str, problem: str | None = None) -> None:
+        self.settings, self.case, self.problem = settings, case, problem
         self.timer = harness.Timer(settings.device, lead=_LEAD)
         self.rounds = 20 if settings.on_gpu else 1
         self.poison = settings.journal.poison()
@@ -103,10 +75,12 @@ class Measure:
         )
 
     def _measure(self, call: Call, backend: str) -> None:
-        expected = Expected(call)
         recorder = Recorder()
         with launching.choosing(recorder), launching.record_launches() as launches:
             ours = call.results(backend)
+        if self.problem is not None and self.problem not in map(launching.problem_key, recorder.problems):
+            return
+        expected = Expected(call)
         wrong = expected.wrong(ours)
         if wrong:
             self._failed(call, backend, wrong)
@@ -148,9 +122,9 @@ class Measure:
     ) -> None:
         """A row a candidate of each problem that the op asked about."""
         for problem, candidates in recorder.problems.items():
-            if len(candidates) < 2:
-                continue
             key = launching.problem_key(problem)
+            if len(candidates) < 2 or self.problem not in (None, key):
+                continue
             about: dict[str, Any] = {"variant": "candidate", "problem": key}
             timed: list[Variant] = []
             for config in candidates:
@@ -222,11 +196,20 @@ def _library(call: Call) -> Callable[[], Any] | None:
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Block, way and batch; the fused convolutions first, the large batch first."""
-    torch.backends.cudnn.benchmark = settings.on_gpu
+    """The candidates of the heaviest problems, one a case."""
+    found = []
+    for heavy in heaviest(settings.tiny):
+        block = (tiny_blocks() if settings.tiny else blocks.stage_blocks())[heavy.block]
+        about = {"name": heavy.block, "block": block, "way": heavy.way, "batch": 2 if settings.tiny else 256}
+        found.append(_case(settings, heavy.problem, partial(walk_block, **about), set(), heavy.problem))
+    return found
+
+
+def all_cases(settings: Settings) -> list[Case]:
+    """Every op and candidate: the fused convolutions first, the large batch first."""
     seen = {row["name"] for row in settings.journal.lines() if row.get("event") == "measured"}
     if settings.tiny:
-        chosen, ways, batches = {"tiny": TINY}, ("fused min", "library"), (2,)
+        chosen, ways, batches = tiny_blocks(), ("library",), (2,)
     else:
         chosen = {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
         ways, batches = ("fused", "fused min", "library min", "library"), (256, 64)
@@ -234,15 +217,17 @@ def cases(settings: Settings) -> list[Case]:
     for batch in batches:
         for way in ways:
             for name, block in chosen.items():
-                case = f"{name}, {way}, batch {batch}"
-                walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=settings.dtype)
-                found.append(Case(case, partial(_measure, settings, seen, case, walk), 120))
+                walk = partial(walk_block, name=name, block=block, way=way, batch=batch)
+                found.append(_case(settings, f"{name}, {way}, batch {batch}", walk, seen))
         for way in ("fused", "library"):
-            case = f"stem, {way}, batch {batch}"
-            walk = partial(walk_stem, way=way, batch=batch, dtype=settings.dtype)
-            found.append(Case(case, partial(_measure, settings, seen, case, walk), 60))
+            walk = partial(walk_stem, way=way, batch=batch)
+            found.append(_case(settings, f"stem, {way}, batch {batch}", walk, seen))
     return found
 
 
-def _measure(settings: Settings, seen: set[str], case: str, walk: partial) -> None:
-    walk(settings, Visit(seen, Measure(settings, case)))
+def _case(settings: Settings, name: str, walk: partial, seen: set[str], problem: str | None = None) -> Case:
+    def run() -> None:
+        torch.backends.cudnn.benchmark = settings.on_gpu
+        walk(settings, Visit(seen, Measure(settings, name, problem)), dtype=settings.dtype)
+
+    return Case(name, run, settings.patience)

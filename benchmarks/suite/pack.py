@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 import triton
@@ -23,7 +23,10 @@ from triton.compiler import compiler
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-KERNELS, LAUNCHERS, MANIFEST = "kernels", "launchers", "manifest.json"
+ARCHIVE, MANIFEST = "kernels.zip", "manifest.json"
+KERNELS, LAUNCHERS = "kernels", "launchers"  # folders of the archive
+WAITS = "waits"  # kernels in which every wgmma is waited for
+_compile = compiler.compile
 
 
 def about(capability: int) -> dict[str, str]:
@@ -59,8 +62,8 @@ def key_of(source: Any, options: Any, capability: int) -> str:
 
 
 @contextmanager
-def taken(folder: Path) -> Iterator[Counter[str]]:
-    """Inside, kernels of the pack are not compiled; counts those that were in it, "packed", and the "compiled" ones."""
+def taken(folder: Path, kernels: str = KERNELS) -> Iterator[Counter[str]]:
+    """Inside, what is in this folder of the pack is not compiled, and no other; counts "packed" and "compiled" ones."""
     counts: Counter[str] = Counter()
     before = triton.compiler.compile
 
@@ -72,18 +75,27 @@ def taken(folder: Path) -> Iterator[Counter[str]]:
         hash_ = hashlib.sha256(_key_of_triton(source, backend, parsed).encode()).hexdigest()
         cache, name = get_cache_manager(hash_), f"{source.name[:150]}.json"
         if cache.get_group(name) is None:
-            files = sorted((folder / KERNELS / key_of(source, parsed, target.arch)).glob("*"))
+            files = found.get(key_of(source, parsed, target.arch), [])
             counts["packed" if files else "compiled"] += 1
             if files:
-                cache.put_group(name, {file.name: cache.put(file.read_bytes(), file.name) for file in files})
-        return before(source, target, options, **more)
+                cache.put_group(
+                    name, {Path(file).name: cache.put(archive.read(file), Path(file).name) for file in files}
+                )
+        return _compile(source, target, options, **more)
 
-    shutil.copytree(folder / LAUNCHERS, triton.knobs.cache.dir, dirs_exist_ok=True)
-    triton.compiler.compile = triton.compile = compile
-    try:
-        yield counts
-    finally:
-        triton.compiler.compile = triton.compile = before
+    with ZipFile(folder / ARCHIVE) as archive:
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for file in archive.namelist():
+            where, key, name = file.split("/")
+            if where == kernels:
+                found[key].append(file)
+            elif where == LAUNCHERS:
+                get_cache_manager(key).put(archive.read(file), name)
+        triton.compiler.compile = triton.compile = compile
+        try:
+            yield counts
+        finally:
+            triton.compiler.compile = triton.compile = before
 
 
 def _key_of_triton(source: Any, backend: Any, options: Any) -> str:

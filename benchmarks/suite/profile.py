@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusedres.kernels.launch import Launch, record_launches
+from suite.arithmetic import flops
 from suite.models import Run, Work, build, random_batch
-from suite.ops import flops
 from suite.precision import PRECISIONS
 from suite.settings import Case, Settings, floor_seconds
 

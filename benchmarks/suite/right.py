@@ -24,15 +24,28 @@ REPEATS = 20
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Batch, dtype, way and block: batch 256 in bfloat16 first, then what else there is."""
+    """Batch 256 in bfloat16."""
+    if settings.tiny:
+        return _cases(settings, {"float32": ["library min"], "float16": ["fused min"]}, (2,))
+    return _cases(settings, {"bfloat16": ["fused min", "fused", "library min", "library"]}, (256,))
+
+
+def all_cases(settings: Settings) -> list[Case]:
+    """The other dtypes, and batch 64."""
+    if settings.tiny:
+        return _cases(settings, {"float16": ["library"]}, (2,))
+    found = _cases(settings, {name: list(WAYS) for name in PRECISIONS}, (256, 64))
+    of_first = {case.name for case in cases(settings)}
+    return [case for case in found if case.name not in of_first]
+
+
+def _cases(settings: Settings, precisions: dict[str, list[str]], batches: tuple[int, ...]) -> list[Case]:
+    """Batch, dtype, way and block, those of ResNet-50 first."""
     seen: dict[str, set[str]] = {name: set() for name in PRECISIONS}
     for row in settings.journal.lines():
         if row.get("event") == "checked":
             seen[row["precision"]].add(row["name"])
-    if settings.tiny:
-        chosen, batches, precisions = {"tiny": TINY}, (2,), {"float32": ["library min"], "float16": ["fused min"]}
-    else:
-        chosen, batches, precisions = blocks.stage_blocks(), (256, 64), {name: list(WAYS) for name in PRECISIONS}
+    chosen = {"tiny": TINY} if settings.tiny else dict(sorted(blocks.stage_blocks().items(), reverse=True))
     found = []
     for batch in batches:
         for precision, ways in ((PRECISIONS[name], ways) for name, ways in precisions.items()):
@@ -40,11 +53,11 @@ def cases(settings: Settings) -> list[Case]:
                 for name, block in chosen.items():
                     case = f"{name}, {way}, batch {batch}, {precision.name}"
                     walk = partial(walk_block, name=name, block=block, way=way, batch=batch, dtype=precision.dtype)
-                    found.append(Case(case, partial(_check, settings, case, precision, seen, walk)))
+                    found.append(Case(case, partial(_check, settings, case, precision, seen, walk), settings.patience))
             for way in () if settings.tiny and precision.dtype is torch.float16 else ("fused", "library"):
                 case = f"stem, {way}, batch {batch}, {precision.name}"
                 walk = partial(walk_stem, way=way, batch=batch, dtype=precision.dtype)
-                found.append(Case(case, partial(_check, settings, case, precision, seen, walk)))
+                found.append(Case(case, partial(_check, settings, case, precision, seen, walk), settings.patience))
     return found
 
 

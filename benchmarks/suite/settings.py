@@ -28,6 +28,8 @@ class Settings:
     device: torch.device
     tiny: bool
     until: float  # time.time() at which the step is ended
+    after: Path | None = None  # the folder of an earlier call, whose rows are read
+    pack: Path | None = None  # of kernels that gpu_pack.py compiled
     journal: Journal = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,6 +43,11 @@ class Settings:
     def dtype(self) -> torch.dtype:
         """Triton's interpreter computes bfloat16 wrongly."""
         return torch.bfloat16 if self.on_gpu else torch.float32
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a case counts as hung: kernels that no pack has are compiled in it."""
+        return 20 if self.pack else 180
 
     @property
     def left(self) -> float:
@@ -57,9 +64,10 @@ class Settings:
         """copy_bytes_per_s, matmul_flops_per_s and that of each precision, of the step facts, else measured now."""
         from suite import facts
 
-        for row in Journal(self.out, "facts").rows():
-            if row.get("case") == "ceilings" and row.get("device") == self.where["device"]:
-                return {name: row[name] for name in (*CEILINGS, "matmul_by_precision")}
+        for folder in filter(None, (self.out, self.after)):
+            for row in Journal(folder, "facts").rows():
+                if row.get("case") == "ceilings" and row.get("device") == self.where["device"]:
+                    return {name: row[name] for name in (*CEILINGS, "matmul_by_precision")}
         return facts.measure_ceilings(self)
 
     def ceilings_of(self, precision: Precision) -> dict[str, float]:

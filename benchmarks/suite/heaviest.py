@@ -1,0 +1,75 @@
+"""The problems on which a training step of ResNet-50 spends most, by the least time that bytes and arithmetic allow."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import blocks
+import torch
+from launched import train_step
+from networks import resnet_blocks
+from traffic import Block
+
+from fusedres.kernels.launch import Config, Problem, choosing, problem_key
+from suite.arithmetic import flops
+from suite.walk import TINY
+
+COUNT = 12
+WAYS = ("fused min", "fused")
+_COPY, _MATMUL = 3e12, 7e14  # a second, of a Hopper; the same problems everywhere
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """A problem, and a block that asks for it when it is fused this way."""
+
+    problem: str
+    block: str
+    way: str
+
+
+def tiny_blocks() -> dict[str, Block]:
+    """For the toy run."""
+    return {"tiny": TINY}
+
+
+def heaviest(tiny: bool = False) -> list[Heavy]:
+    """At batch 256 in bfloat16, the heaviest first; of the toy block two."""
+    model = [TINY] if tiny else list(resnet_blocks(50).values())
+    chosen = {name: block for name, block in (tiny_blocks() | blocks.stage_blocks()).items() if block in model}
+    batch, dtype = (2, torch.float32) if tiny else (256, torch.bfloat16)
+    seconds: dict[str, float] = {}
+    asks: dict[str, Heavy] = {}
+    for way in WAYS:
+        of_way: dict[str, float] = defaultdict(float)
+        for name, block in chosen.items():
+            for problem, least in _problems(block, way, batch, dtype):
+                of_way[problem] += model.count(block) * least
+                asks.setdefault(problem, Heavy(problem, name, way))
+        for problem, least in of_way.items():
+            seconds[problem] = max(seconds.get(problem, 0.0), least)
+    order = sorted(seconds, key=lambda problem: -seconds[problem])
+    return [asks[problem] for problem in order[: 2 if tiny else COUNT]]
+
+
+def _problems(block: Block, way: str, batch: int, dtype: torch.dtype) -> list[tuple[str, float]]:
+    """Each problem with several candidates of a training step, and the least seconds of its launch."""
+    asked: list[tuple[Config, Problem]] = []  # what was given, and for what
+
+    def give(problem: Problem, candidates: Sequence[Config]) -> Config | None:
+        if len(candidates) < 2:
+            return None
+        asked.append((replace(candidates[0]), problem))
+        return asked[-1][0]
+
+    with choosing(give):
+        steps = train_step(block, way, batch, dtype)
+    problems = {id(config): problem_key(problem) for config, problem in asked}
+    return [
+        (problems[id(launch.config)], max(launch.bytes() / _COPY, flops([launch]) / _MATMUL))
+        for count in steps.values()
+        for launch in count.kernels
+        if id(launch.config) in problems
+    ]

@@ -1,0 +1,90 @@
+"""What the steps of gpu_suite.py launch on a Hopper, recorded on meta tensors: what gpu_pack.py compiles ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from candidates import Specialised, cases, record, specialise
+
+from fusedres.kernels.launch import Config, Launch, Problem, choosing, problem_key
+from suite import miscompiled
+from suite.arithmetic import GEMMS
+from suite.heaviest import Heavy, heaviest
+from suite.precision import PRECISIONS
+
+ARCH = 90
+
+
+@dataclass(frozen=True)
+class Made:
+    """A launch; whether each of its wgmmas is waited for."""
+
+    launch: Launch
+    waits: bool = False
+
+
+def of_step(step: str, blocks: str = "all") -> list[Made]:
+    """Its launches on blocks of this name or pattern of blocks.py (or stem); none of a step that has no fixed ones."""
+    if step in ("right", "train", "profile", "models"):
+        return _of_blocks(blocks, (256,))
+    if step in ("blocks", "dispatch"):
+        return _of_blocks(blocks, (256, 64, 16))
+    if step == "miscompiled":
+        return _of_miscompiled(blocks)
+    if step == "ops":
+        return [made for heavy in heaviest() if blocks in ("all", heavy.block) for made in _of_candidates(heavy)]
+    return []
+
+
+def distinct(made: Iterable[Made]) -> list[tuple[Specialised, bool]]:
+    """One for each compilation."""
+    found: dict[object, tuple[Specialised, bool]] = {}
+    for one in made:
+        what = specialise(one.launch, one.launch.config, ARCH)
+        found.setdefault((what.key, one.waits), (what, one.waits))
+    return list(found.values())
+
+
+@cache
+def _of_blocks(blocks: str, batches: tuple[int, ...]) -> list[Made]:
+    """Training and inference of each way, with the configs that are taken where nothing was measured."""
+    return [Made(launch) for batch in batches for run in cases(blocks, batch=batch).values() for launch in record(run)]
+
+
+def _of_miscompiled(blocks: str) -> list[Made]:
+    names = list(miscompiled.bottlenecks()) if blocks == "all" else [blocks]
+    found = []
+    for name in names:
+        for run in cases(name, miscompiled.WAYS).values():
+            found += [Made(launch, waits=True) for launch in record(run) if launch.name in GEMMS]
+        with PRECISIONS["float32"].switched():
+            (run,) = cases(name, ("fused",), dtype=torch.float32).values()
+            found += [Made(launch) for launch in record(run)]
+            with choosing(miscompiled.in_eight_warps):
+                found += [Made(launch) for launch in record(run) if launch.name.startswith(miscompiled.OF_TAPS)]
+    return found
+
+
+def _of_candidates(heavy: Heavy) -> list[Made]:
+    """Of the op that asks for this problem: all that it launches, once for each candidate."""
+    (run,) = cases(heavy.block, (heavy.way,)).values()
+    candidates: list[Config] = []
+
+    def find(problem: Problem, offered: Sequence[Config]) -> None:
+        if problem_key(problem) == heavy.problem and not candidates:
+            candidates.extend(offered)
+
+    with choosing(find):
+        record(run)
+    found = []
+    for config in candidates:
+
+        def force(problem: Problem, offered: Sequence[Config], config: Config = config) -> Config | None:
+            return config if problem_key(problem) == heavy.problem else None
+
+        with choosing(force):
+            found += [Made(launch) for launch in record(run)]
+    return found

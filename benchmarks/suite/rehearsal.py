@@ -1,0 +1,40 @@
+"""A call without a GPU: its schedule, and with a pack every launch of its steps on a stubbed driver."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gpu_pack
+import torch
+from harness import print_table
+
+from suite.launches import ARCH, of_step
+from suite.pack import misfit
+from suite.schedule import CALLS, INSTALL
+from suite.settings import Settings
+
+HEADER = ["step", "first case", "from s", "by s", "cases", "launches", "in the pack", "compiled"]
+
+
+def rehearse(call: str, pack: Path | None, blocks: str = "all") -> int:
+    """Prints a line a step; 1 where the pack lacks something."""
+    reason = misfit(pack, ARCH) if pack else None
+    if reason:
+        raise SystemExit(f"--pack: {reason}")
+    lines, missing, begins = [], 0, float(INSTALL)
+    with TemporaryDirectory() as folder:
+        for step in CALLS[call]:
+            settings = Settings(step.name, Path(folder), torch.device("cuda"), False, time.time(), None, pack)
+            cases = step.list_cases(settings)
+            made = of_step(step.name, blocks) if pack else []
+            counts = gpu_pack.rehearse(pack, made) if pack and made else Counter[str]()
+            missing += counts["compiled"] + counts["launchers compiled"]
+            told = [str(counts[name]) if made else "–" for name in ("launches", "packed", "compiled")]
+            first = cases[0].name if cases else "what failed"
+            lines.append([step.name, first, f"{begins:.0f}", f"{step.by:.0f}", str(len(cases)), *told])
+            begins = begins if step.beside else step.by
+    print_table(HEADER, lines)
+    return int(missing > 0)
