@@ -34,7 +34,7 @@ import triton
 from candidates import Specialised
 from harness import ROOT
 from suite.launches import ARCH, Made, distinct, of_step
-from suite.miscompiled import waiting
+from suite.miscompiled import forget, waiting
 from suite.pack import ARCHIVE, KERNELS, LAUNCHERS, MANIFEST, WAITS, about, key_of, misfit, taken
 from suite.schedule import CALLS
 from triton.backends.compiler import GPUTarget
@@ -210,6 +210,7 @@ class StubbedDriver:
 def rehearse(out: Path, todo: Sequence[Made]) -> Counter[str]:
     """Launches everything on a stubbed driver, with an empty cache and the pack; what was counted."""
     driver = StubbedDriver()
+    forget(made.launch.kernel for made in todo)
     with tempfile.TemporaryDirectory() as scratch, _environment(Path(scratch)):
         triton.runtime.driver.set_active(driver)
         with taken(out) as packed:

@@ -71,13 +71,14 @@ def work(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings = Settings(step.name, options.out, device, options.tiny, float(said), options.after)
-    with contextlib.ExitStack() as stack:
-        if options.pack is not None:
-            reason = misfit(options.pack, capability_of(options.device))  # now that the package is there
-            if reason is None:
-                stack.enter_context(taken(options.pack))
-                settings.pack = options.pack
-            settings.journal.append(event="pack", why=reason)
+    reason = misfit(options.pack, capability_of(options.device)) if options.pack else "there is none"
+    if reason is None:
+        settings.pack = options.pack
+        with taken(options.pack) as counts:
+            _run_cases(settings, step)
+        settings.journal.append(event="pack", **counts)
+    else:
+        settings.journal.append(event="pack", why=reason)
         _run_cases(settings, step)
     return 0
 

@@ -49,6 +49,8 @@ def test_a_packed_block_is_launched_without_a_compilation(tmp_path: Path) -> Non
     assert launched.returncode == 0, launched.stdout + launched.stderr
     counts = counted(launched)
     assert counts["packed"] == len(kernels) < counts["launches"] and not counts.get("compiled")
+    of_second = counted(pack(tmp_path, "--rehearse", "--call", "second"))
+    assert 0 < of_second["packed"] < counts["packed"]  # no waits, no float32
 
     lacking = {kernels[0], kernels[-1]}
     with ZipFile(tmp_path / "kernels.zip", "w") as archive:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -58,19 +58,20 @@ def waiting(folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
         "TRITON_CACHE_DIR": str(folder / "cache"),
     }
     before = {name: os.environ.get(name) for name in given}
-
-    def forget() -> None:
-        for kernel in kernels:
-            getattr(kernel, "device_caches", {}).clear()  # the interpreter's have none
-
     os.environ.update(given)
-    forget()
+    forget(kernels)
     try:
         yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-        forget()
+        forget(kernels)
+
+
+def forget(kernels: Iterable[Any]) -> None:
+    """What this process compiled or loaded of them."""
+    for kernel in kernels:
+        getattr(kernel, "device_caches", {}).clear()  # the interpreter's have none
 
 
 def bottlenecks() -> dict[str, Block]:

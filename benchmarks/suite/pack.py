@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -61,41 +62,66 @@ def key_of(source: Any, options: Any, capability: int) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-@contextmanager
-def taken(folder: Path, kernels: str = KERNELS) -> Iterator[Counter[str]]:
-    """Inside, what is in this folder of the pack is not compiled, and no other; counts "packed" and "compiled" ones."""
-    counts: Counter[str] = Counter()
-    before = triton.compiler.compile
+class _Taken:
+    """An opened pack."""
 
-    def compile(source: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
-        if target is None:
-            target = triton.runtime.driver.active.get_current_target()
+    def __init__(self, archive: ZipFile, kernels: str) -> None:
+        self.archive, self.counts = archive, Counter[str]()
+        self.files: defaultdict[str, list[str]] = defaultdict(list)  # of a key
+        for file in archive.namelist():
+            where, key, name = file.split("/")
+            if where == kernels:
+                self.files[key].append(file)
+            elif where == LAUNCHERS:
+                _keep(archive.read(file), Path(triton.knobs.cache.dir) / key / name)
+
+    def look_up(self, source: Any, target: Any, options: Any) -> None:
+        """Puts a kernel that the pack has where Triton looks for it."""
         backend = make_backend(target)
         parsed = backend.parse_options({**(options or {}), **source.parse_options()})
         hash_ = hashlib.sha256(_key_of_triton(source, backend, parsed).encode()).hexdigest()
         cache, name = get_cache_manager(hash_), f"{source.name[:150]}.json"
         if cache.get_group(name) is None:
-            files = found.get(key_of(source, parsed, target.arch), [])
-            counts["packed" if files else "compiled"] += 1
+            files = self.files.get(key_of(source, parsed, target.arch), [])
+            self.counts["packed" if files else "compiled"] += 1
             if files:
-                cache.put_group(
-                    name, {Path(file).name: cache.put(archive.read(file), Path(file).name) for file in files}
-                )
-        return _compile(source, target, options, **more)
+                contents = {Path(file).name: self.archive.read(file) for file in files}
+                cache.put_group(name, {file: cache.put(content, file) for file, content in contents.items()})
 
+
+_taken: list[_Taken] = []  # the last one counts
+
+
+def _look_up_and_compile(source: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
+    """Stands for triton.compile, and stays with kernels that were bound while it did."""
+    if target is None:
+        target = triton.runtime.driver.active.get_current_target()
+    if _taken:
+        _taken[-1].look_up(source, target, options)
+    return _compile(source, target, options, **more)
+
+
+@contextmanager
+def taken(folder: Path, kernels: str = KERNELS) -> Iterator[Counter[str]]:
+    """Inside, what is in this folder of the pack is not compiled, and no other; counts "packed" and "compiled" ones."""
+    before = triton.compiler.compile
     with ZipFile(folder / ARCHIVE) as archive:
-        found: defaultdict[str, list[str]] = defaultdict(list)
-        for file in archive.namelist():
-            where, key, name = file.split("/")
-            if where == kernels:
-                found[key].append(file)
-            elif where == LAUNCHERS:
-                get_cache_manager(key).put(archive.read(file), name)
-        triton.compiler.compile = triton.compile = compile
+        _taken.append(_Taken(archive, kernels))
+        triton.compiler.compile = triton.compile = _look_up_and_compile
         try:
-            yield counts
+            yield _taken[-1].counts
         finally:
             triton.compiler.compile = triton.compile = before
+            _taken.pop()
+
+
+def _keep(content: bytes, path: Path) -> None:
+    """Whole or not at all: others look for it at the same time."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(f"{path.name}.{os.getpid()}")
+        written.write_bytes(content)
+        written.replace(path)
 
 
 def _key_of_triton(source: Any, backend: Any, options: Any) -> str:
