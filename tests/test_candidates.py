@@ -96,6 +96,17 @@ def test_true_float32_runs_in_four_warps_over_taps(monkeypatch, gpu):
                 assert {config.num_warps for config in found} == {4}, (kernel, k, c)
 
 
+@pytest.mark.usefixtures("compiled", "_precision")
+@pytest.mark.parametrize("_precision", ["tf32"], indirect=True)
+def test_what_spills_in_tf32_is_left_out(monkeypatch):
+    """128 columns in four warps, for the phases of a stride."""
+    monkeypatch.setattr(launching, "assumed", GPUS["sm_90"])
+    for stride, offered in (((1, 1), True), ((2, 2), False)):
+        grad, weight = _tensor(torch.float32, 8, 128, 28, 28), _weight(128, 128, 3)
+        found = conv_dgrad.candidates(grad, weight, stride, False)
+        assert any(config["BLOCK_N"] == 128 and config.num_warps == 4 for config in found) is offered
+
+
 @pytest.mark.usefixtures("compiled")
 def test_what_spills_without_wgmma_is_left_out(monkeypatch):
     bf16 = torch.bfloat16

@@ -41,6 +41,8 @@ def _tiles(
     if dtype is torch.float32:
         if precision == "ieee":
             return _FLOAT32
+        if strided:
+            return _TF32_STRIDED
         return _TF32_64 if c <= 64 else _TF32
     if on_load:
         if c <= 64:
@@ -154,6 +156,13 @@ _TF32 = (
     _config(128, 128, 32, 4, 8, 3),
     _config(64, 128, 32, 4, 4, 2),
     _config(64, 64, 32, 2, 4, 3),
+)
+# The phases of a stride spill in four warps by 128 columns, with Triton 3.6.
+_TF32_STRIDED = (
+    _config(64, 64, 32, 2, 4, 3),
+    _config(128, 128, 32, 4, 8, 3),
+    _config(64, 64, 32, 2, 4, 2),
+    _config(128, 64, 32, 2, 8, 3),
 )
 _TF32_64 = (
     _config(64, 64, 32, 2, 4, 3),
