@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 from blocks import select
-from launched import WAYS, CountLaunched, Stem, build
+from launched import WAYS, CountLaunched, Stem, build, mixed_precision
 from torch import Tensor
 from traffic import Block
 from triton.backends.compiler import GPUTarget
@@ -166,19 +166,27 @@ def compilations(launches: Iterable[Launch], arch: int = 90, limit: int | None =
 
 
 def cases(
-    blocks: str = "all", ways: Iterable[str] = tuple(WAYS), batch: int = 256, dtype: torch.dtype = torch.bfloat16
+    blocks: str = "all",
+    ways: Iterable[str] = tuple(WAYS),
+    batch: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    mixed: bool = False,
 ) -> dict[str, Callable[[], None]]:
-    """Name → a function that runs a block of ResNet-18 or 50, or the stem, on meta tensors, training and inference."""
+    """Name → a function that runs a block of ResNet-18 or 50, or the stem, on meta tensors, training and inference.
+
+    mixed: as under autocast to `dtype`, else in it throughout.
+    """
     chosen: dict[str, Block | Stem] = {} if blocks == "stem" else dict(select([blocks]))
     if blocks in ("all", "stem"):
         chosen["stem"] = Stem()
 
     def step(what: Block | Stem, way: str) -> None:
-        module, x = build(what, way, batch, dtype)
-        out = module.train()(x)
-        out.backward(torch.empty_like(out))
-        with torch.inference_mode():
-            module.eval()(x)
+        module, x = build(what, way, batch, dtype, mixed)
+        with mixed_precision(dtype) if mixed else nullcontext():
+            out = module.train()(x)
+            out.backward(torch.empty_like(out))
+            with torch.inference_mode():
+                module.eval()(x)
 
     return {f"{name}, {way}": lambda w=what, y=way: step(w, y) for name, what in chosen.items() for way in ways}
 

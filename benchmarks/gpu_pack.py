@@ -42,6 +42,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
+import fusedres
 from fusedres.kernels import launch as launching
 from fusedres.kernels.launch import Launch
 
@@ -163,6 +164,16 @@ def _environment(scratch: Path) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
+def _is_checkout() -> bool:
+    """Whether the package that is compiled is the one of the wheel."""
+
+    def kernels(package: Path) -> dict[Path, bytes]:
+        folder = package / "kernels"
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.py")}
+
+    return kernels(Path(fusedres.__file__).parent) == kernels(ROOT / "fusedres")
+
+
 def size_of(out: Path) -> int:
     """Bytes of everything in it."""
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -242,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if launching.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+    if not _is_checkout():
+        parser.error("the installed fusedres has other kernels than this checkout; install it: pip install .")
     out: Path = options.out
     if options.rehearse:
         reason = misfit(out, ARCH)

@@ -41,6 +41,7 @@ from terminal import begin, run
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
+
 import torch
 from suite.journal import Journal
 from suite.schedule import CALLS, STEPS, Step
@@ -145,7 +146,8 @@ def start(step: str, options: argparse.Namespace) -> Child:
     for name in ("call", "after", "pack"):
         if getattr(options, name):
             command += [f"--{name}", str(getattr(options, name))]
-    environment = dict(os.environ)
+    # torch.compile would set another one in its process
+    environment = {"TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache")} | os.environ
     if options.device == "cpu":
         environment |= {"TRITON_INTERPRET": "1"}
     return Child(command, options.out / "log.txt", environment)
@@ -154,7 +156,7 @@ def start(step: str, options: argparse.Namespace) -> Child:
 def supervise(step: str, options: argparse.Namespace, until: float, child: Child) -> str:
     """Runs a step within its time, again after a crash; returns how it ended."""
     journal, log = Journal(options.out, step), options.out / "log.txt"
-    crashes: dict[str, int] = {}
+    crashes: dict[str, list[str | None]] = {}  # of a case, what was being tried
     while time.time() < until:
         child.begin(until)
         try:
@@ -166,14 +168,15 @@ def supervise(step: str, options: argparse.Namespace, until: float, child: Child
         if why == "time was up":
             break
         case = (journal.running() or {}).get("case", "start")
-        crashes[case] = crashes.get(case, 0) + 1
+        of_case = crashes.setdefault(case, [])
         at = next((row["what"] for row in reversed(journal.lines()) if row.get("event") == "trying"), None)
         journal.append(case=case, error=why, at=at, tail=_tail(log))
         journal.append(case=case, event="crash")
-        if case == "start" or crashes[case] >= CRASHES:
+        if case == "start" or at in of_case or len(of_case) + 1 == CRASHES:
             journal.append(case=case, event="hung" if why.startswith("hung") else "crashed")
         if case == "start":
             return why
+        of_case.append(at)
         child = start(step, options)
     journal.append(event="end", why="time was up")
     return "time was up"
@@ -219,6 +222,7 @@ def ready(options: argparse.Namespace) -> Iterator[float]:
         reason, wheels = misfit(options.pack, capability), sorted(options.pack.glob("*.whl"))
         if reason is None and find_spec("fusedres") is None and wheels and not _pip(log, "--no-index", str(wheels[-1])):
             reason = f"pip failed; see {log}"
+        reason = reason or misfit(options.pack, capability)  # of the package too, now that it is there
         if reason:
             print(f"--pack is not taken: {reason}", flush=True)
             options.pack = None

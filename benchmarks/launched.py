@@ -13,9 +13,11 @@ batch is. `python benchmarks/traffic.py --launched` prints all beside the closed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from blocks import make_block
@@ -25,6 +27,7 @@ from traffic import MODES, Block, CountBytes, Stem, bytes_moved, resnet_blocks
 
 import fusedres
 from fusedres.kernels.launch import Launch, record_launches
+from fusedres.modules import fused_block, reading, resnet
 from fusedres.ops._library import OPS
 
 # Name of a way → fuse()'s arguments, and the closed form's mode that it is held against.
@@ -84,9 +87,15 @@ class Part:
     rest_bytes: float  # whatever the batch
 
 
-def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """The module, fused, and an input, both on the meta device. Images need no gradient."""
-    module = fusedres.fuse(make_block(what), **WAYS[way][0]).to("meta", dtype)
+def build(
+    what: Block | Stem, way: str, batch: int, dtype: torch.dtype, mixed: bool = False
+) -> tuple[nn.Module, Tensor]:
+    """The module, fused, and an input, both on the meta device. Images need no gradient.
+
+    mixed: its weights are float32 in channels_last, as training has them; goes with `mixed_precision`.
+    """
+    module = fusedres.fuse(make_block(what), **WAYS[way][0])
+    module = module.to("meta").to(memory_format=torch.channels_last) if mixed else module.to("meta", dtype)
     for child in module.modules():
         if isinstance(child, fusedres.FusedResNet) and WAYS[way][0]["conv"] == "fused":
             child.fused_conv = "fused"  # fuse() leaves it to what was measured
@@ -94,6 +103,23 @@ def build(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> tuple
             child.to(dtype=torch.promote_types(dtype, torch.float32))  # float32 as under autocast
     x = torch.empty((batch, what.in_channels, what.size, what.size), dtype=dtype, device="meta")
     return module, x.to(memory_format=torch.channels_last).requires_grad_(not isinstance(what, Stem))
+
+
+@contextmanager
+def mixed_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, blocks on meta tensors, where torch knows no autocast, run as under autocast to `dtype`."""
+
+    def read(*args: Any) -> Any:
+        return reading.read_input(*args)._replace(dtype=dtype, autocast=True)
+
+    readers = (fused_block, resnet)
+    for module in readers:
+        module.read_input = read
+    try:
+        yield
+    finally:
+        for module in readers:
+            module.read_input = reading.read_input
 
 
 def train_step(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:

@@ -3,7 +3,8 @@
 Tests that the journal has are left out, so that a run goes on after a crash. An error that leaves the process's GPU
 unusable ends the process, before it makes every later test fail: pytest-xdist then starts another.
 
-Environment: FUSEDRES_SUITE_OUT, _STEP (of the journal), _LIMIT (tests a file, 0: all).
+Environment: FUSEDRES_SUITE_OUT, _STEP (of the journal), _SEEN (its bytes that count for this run: every worker must
+collect the same tests, one that replaces a crashed one too), _LIMIT (tests a file, 0: all).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LOST = (
 )  # fmt: skip
 
 _journal = Journal(Path(os.environ["FUSEDRES_SUITE_OUT"]), os.environ["FUSEDRES_SUITE_STEP"])
+_seen = int(os.environ.get("FUSEDRES_SUITE_SEEN", "0"))
 _limit = int(os.environ.get("FUSEDRES_SUITE_LIMIT", "0"))
 
 
@@ -35,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _limit:  # spread over the file
         for path, found in by_file.items():
             by_file[path] = found[:: -(-len(found) // _limit)]
-    seen = {row["test"] for row in _journal.rows() if "test" in row}
+    seen = {row["test"] for row in _journal.rows(_seen) if "test" in row}
     kept = {item.nodeid for found in by_file.values() for item in found if item.nodeid not in seen}
     items[:] = [item for item in items if item.nodeid in kept]
 

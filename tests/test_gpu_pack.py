@@ -70,7 +70,7 @@ def test_a_packed_block_is_launched_without_a_compilation(tmp_path: Path) -> Non
     assert refused.returncode == 2 and "has no manifest" in refused.stderr
 
 
-@pytest.mark.parametrize(("call", "last"), [("first", ["tests", "205", "322"]), ("second", ["models", "250", "342"])])
+@pytest.mark.parametrize(("call", "last"), [("first", ["tests", "205", "318"]), ("second", ["models", "250", "338"])])
 def test_a_dry_run_prints_the_schedule(call: str, last: list[str]) -> None:
     done = compiling("gpu_suite.py", "--call", call, "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -33,12 +33,8 @@ COMMANDS: dict[str, str | None] = {
     "pytest": "pytest --collect-only -q -p no:cacheprovider tests/test_readme.py",
     "python benchmarks/bench_block.py": "python benchmarks/bench_block.py --help",
     "python benchmarks/gpu_pack.py --out PACK": "python benchmarks/gpu_pack.py --help",
-    "python benchmarks/gpu_suite.py --call first --out DIR --pack PACK": (
-        "python benchmarks/gpu_suite.py --call first --dry-run"
-    ),
-    "python benchmarks/gpu_suite.py --call second --after DIR --out DIR2 --pack PACK": (
-        "python benchmarks/gpu_suite.py --call second --dry-run"
-    ),
+    "python benchmarks/gpu_suite.py --call first --out DIR --pack PACK": "python benchmarks/gpu_suite.py --help",
+    "python benchmarks/gpu_suite.py --call second --after DIR --out DIR2 --pack PACK": None,
     "python benchmarks/report.py --add DIR": "python benchmarks/report.py --help",
     "python -m fusedres info": "python -m fusedres info",
     "python -m fusedres tune": "python -m fusedres tune --help",

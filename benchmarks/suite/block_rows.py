@@ -31,7 +31,7 @@ from fusedres.tune.compare import ExpectedOutput, wide_output
 from suite import choices, floors, rivals
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
-from suite.settings import Case, Settings, first_lines, off_by
+from suite.settings import DIED, Case, Settings, first_lines, off_by
 
 # ‖fused − eager‖ / ‖eager‖ of gradients: in half precision masks near 0 fall to either side. Of a rival's output too.
 BOUNDS = {torch.bfloat16: 0.3, torch.float16: 0.15, torch.float32: 1e-2}
@@ -163,7 +163,13 @@ class _Measurement:
             tf32 = bool(self.precision.tf32)
             self.expected = ExpectedOutput(self.reference["output"], wide, self.precision.dtype, tf32)
             made: dict[str, Variant] = {BASE: self._step(BASE, self.bench.stock, self.bench.x, self.bench.grad)[0]}
+            poison = self.settings.journal.poison()
             for variant in variants(self.settings, self.kind, self.case.phase):
+                what = f"{self.name}, {variant}"
+                if what in poison:
+                    self._told(variant, error=DIED)
+                    continue
+                self.settings.journal.append(case=self.name, event="trying", what=what)
                 try:
                     made[variant] = self._made(variant)
                 except Skip as why:
@@ -172,6 +178,7 @@ class _Measurement:
                     if self.settings.on_gpu:
                         torch.cuda.synchronize()  # raises where the GPU is lost
                     self._told(variant, error=f"{type(error).__name__}: {first_lines(str(error))}")
+            self.settings.journal.append(case=self.name, event="trying", what=f"{self.name}, timing")
             del self.reference, self.expected, wide
             rounds = 12 if self.settings.on_gpu else 1
             timer = harness.Timer(self.settings.device)
@@ -221,7 +228,10 @@ class _Measurement:
         if way == "eager_nchw":
             return stock.to(memory_format=torch.contiguous_format)
         if way in OURS:
-            return fusedres.fuse(stock, **OURS[way])
+            module = fusedres.fuse(stock, **OURS[way])
+            if way in WAYS and isinstance(module, blocks.StemOnly):
+                module.model.fused_conv = OURS[way]["conv"]  # fuse() leaves it to what was measured
+            return module
         if way in COMPILED:
             if not self.settings.on_gpu:
                 return torch.compile(stock, backend="eager")

@@ -37,6 +37,7 @@ def run(settings: Settings, *wanted: str) -> None:
         parallel += ["--timeout=120", "--timeout-method=thread"]
     for _ in range(5):
         command, environment = pytest_of(settings, 2 if settings.tiny else 0, *wanted, "-p", "no:cacheprovider")
+        environment["FUSEDRES_SUITE_SEEN"] = str(settings.journal.size())
         code = subprocess.run([*command, *parallel], env=environment, cwd=ROOT, check=False).returncode
         rows = settings.journal.rows()
         collected = next((row["tests"] for row in rows if row["case"] == "collected"), 0)

@@ -39,21 +39,25 @@ class Journal:
         finally:
             os.close(handle)
 
-    def lines(self) -> list[Row]:
-        """Every whole line."""
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def lines(self, size: int | None = None) -> list[Row]:
+        """Every whole line; those of the first `size` bytes."""
         if not self.path.exists():
             return []
         found = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self.path.read_bytes()[:size].decode(errors="replace").splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError:  # cut by a kill
                 continue
         return [row for row in found if isinstance(row, dict)]
 
-    def rows(self) -> list[Row]:
-        """What was measured or found, without events."""
-        return [row for row in self.lines() if "event" not in row]
+    def rows(self, size: int | None = None) -> list[Row]:
+        """What was measured or found, without events; of the first `size` bytes."""
+        return [row for row in self.lines(size) if "event" not in row]
 
     def finished(self) -> bool:
         """Whether the step ran to its end."""
@@ -75,12 +79,12 @@ class Journal:
         return found
 
     def running(self) -> Row | None:
-        """The start of a case that has not ended."""
+        """The start of a case that has not ended; none where the process has."""
         last = None
         for row in self.lines():
             if row.get("event") == "start":
                 last = row
-            elif row.get("event") in ENDS:
+            elif row.get("event") in (*ENDS, "crash"):
                 last = None
         return last
 

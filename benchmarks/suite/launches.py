@@ -51,14 +51,19 @@ def distinct(made: Iterable[Made]) -> list[tuple[Specialised, bool]]:
 @cache
 def _of_blocks(blocks: str, batches: tuple[int, ...]) -> list[Made]:
     """Training and inference of each way, with the configs that are taken where nothing was measured."""
-    return [Made(launch) for batch in batches for run in cases(blocks, batch=batch).values() for launch in record(run)]
+    return [
+        Made(launch)
+        for batch in batches
+        for run in cases(blocks, batch=batch, mixed=True).values()
+        for launch in record(run)
+    ]
 
 
 def _of_miscompiled(blocks: str) -> list[Made]:
     names = list(miscompiled.bottlenecks()) if blocks == "all" else [blocks]
     found = []
     for name in names:
-        for run in cases(name, miscompiled.WAYS).values():
+        for run in cases(name, miscompiled.WAYS, mixed=True).values():
             found += [Made(launch, waits=True) for launch in record(run) if launch.name in GEMMS]
         with PRECISIONS["float32"].switched():
             (run,) = cases(name, ("fused",), dtype=torch.float32).values()
@@ -70,7 +75,7 @@ def _of_miscompiled(blocks: str) -> list[Made]:
 
 def _of_candidates(heavy: Heavy) -> list[Made]:
     """Of the op that asks for this problem: all that it launches, once for each candidate."""
-    (run,) = cases(heavy.block, (heavy.way,)).values()
+    (run,) = cases(heavy.block, (heavy.way,), mixed=True).values()
     candidates: list[Config] = []
 
     def find(problem: Problem, offered: Sequence[Config]) -> None:

@@ -29,7 +29,7 @@ from suite import choices, floors
 from suite.block_rows import AUTO, COMPILED, GRAPHED, OURS, Skip
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
-from suite.settings import Case, Settings, first_lines, off_by
+from suite.settings import DIED, Case, Settings, first_lines, off_by
 
 # ‖fused − eager‖ / ‖eager‖ of the scores: rounding through up to 50 layers.
 BOUNDS = {"bfloat16": 0.15, "float16": 0.05, "tf32": 0.05, "float32": 1e-2}
@@ -228,6 +228,7 @@ def measure(
     stock = build(settings, work)
     picked = choices.table(settings)
     choices.follow(settings)
+    poison = settings.journal.poison()
     runs: dict[str, Run] = {}
     steps: dict[str, Callable[[], Any]] = {}
     counts: dict[str, dict[str, int | None]] = {}
@@ -236,6 +237,11 @@ def measure(
             reference = Run(settings, work, "eager", stock, images, labels).scores()
         pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
         for variant in ("eager", *names):
+            what = f"{case}, {variant}"
+            if what in poison:
+                settings.row(case, **work.about, variant=variant, kind=kind or "plain", error=DIED)
+                continue
+            settings.journal.append(case=case, event="trying", what=what)
             try:
                 if variant.startswith(GRAPHED) and not settings.on_gpu:
                     raise Skip("no GPU")
@@ -254,6 +260,7 @@ def measure(
                     torch.cuda.synchronize()  # raises where the GPU is lost
                 what = f"{type(error).__name__}: {first_lines(str(error))}"
                 settings.row(case, **work.about, variant=variant, kind=kind or "plain", error=what)
+        settings.journal.append(case=case, event="trying", what=f"{case}, timing")
         for variant, step in steps.items():
             gc.collect()
             counts[variant] = _counted(settings, runs[variant], variant, step)

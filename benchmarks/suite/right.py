@@ -17,7 +17,7 @@ from fusedres.kernels import table
 from fusedres.tune.calls import Call, Visit
 from fusedres.tune.compare import Expected, repeats
 from suite.precision import PRECISIONS, Precision
-from suite.settings import Case, Settings, first_lines
+from suite.settings import DIED, Case, Settings, first_lines
 from suite.walk import TINY, walk_block, walk_stem
 
 REPEATS = 20
@@ -63,14 +63,19 @@ def _cases(settings: Settings, precisions: dict[str, list[str]], batches: tuple[
 
 def _check(settings: Settings, case: str, precision: Precision, seen: dict[str, set[str]], walk: partial) -> None:
     counts = {"right": 0, "wrong": 0}
+    poison = settings.journal.poison()
 
     def check(call: Call) -> None:
         if call.op.name == "empty_batch":
             return
         expected = Expected(call)
         for backend in _backends(call):
-            settings.journal.append(case=case, event="trying", what=f"{call.signature} {backend}")
-            wrong = _wrong(settings, call, backend, expected)
+            what = f"{call.signature} {backend}"
+            if what in poison:
+                wrong: str | None = DIED
+            else:
+                settings.journal.append(case=case, event="trying", what=what)
+                wrong = _wrong(settings, call, backend, expected)
             counts["wrong" if wrong else "right"] += 1
             if wrong:
                 settings.row(case, op=call.op.name, name=call.signature, backend=backend, error=wrong)

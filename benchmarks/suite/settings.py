@@ -16,6 +16,7 @@ from fusedres.tune.compare import off_by
 from suite.journal import Journal, Row
 from suite.precision import Precision
 
+DIED = "the process died of it"
 CEILINGS = ("copy_bytes_per_s", "matmul_flops_per_s")
 
 
