@@ -101,6 +101,43 @@ def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
     assert rows["eager"]["median_s"] > 0
 
 
+def test_what_the_process_died_of_is_not_tried_again(settings, monkeypatch):
+    """The others of its case are."""
+    import blocks
+    from bench_block import Case
+    from suite import right
+    from suite.block_rows import _Measurement
+    from suite.models import Work, measure
+    from suite.precision import PRECISIONS
+    from suite.settings import DIED
+
+    def died(what):
+        settings.journal.append(case="case", event="trying", what=what)
+        settings.journal.append(case="case", event="crash")
+
+    died("case, library")
+    case = Case("tiny.basic", blocks.TINY["tiny.basic"], 2, "train")
+    _Measurement(settings, "case", case, "", PRECISIONS["float32"]).measure()
+    measure(settings, "case", Work("tiny", "train", 2, PRECISIONS["float32"], 32, 10), ["library"], 1, 1)
+    rows = [(row["name"], row["variant"], row.get("error")) for row in settings.journal.rows()]
+    assert rows == [
+        ("tiny.basic", "library", DIED), ("tiny.basic", "eager", None),
+        ("tiny", "library", DIED), ("tiny", "eager", None),
+    ]  # fmt: skip
+
+    monkeypatch.setattr(right, "_wrong", lambda settings, call, backend, expected: None)
+    settings.tiny = True
+    first = right._cases(settings, {"float32": ["library"]}, (2,))[0]
+    first.run()
+    tried = [row["what"] for row in settings.journal.lines() if row.get("event") == "trying"][-2:]
+    settings.journal.path.unlink()
+    died(tried[0])
+    right._cases(settings, {"float32": ["library"]}, (2,))[0].run()
+    errors = [row["error"] for row in settings.journal.rows() if "error" in row]
+    counts = [(row["right"] > 0, row["wrong"]) for row in settings.journal.rows() if "wrong" in row]
+    assert errors == [DIED] and counts == [(True, 1)]
+
+
 @pytest.mark.parametrize("phase", ["train", "infer"])
 def test_models_in_graphs_and_compiled(phase, settings):
     from suite.models import Work, measure
