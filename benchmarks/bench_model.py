@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns 1 when a variant failed or disagrees."""
     options = parse(argv)
     device = torch.device(options.device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
     if options.keep_pages and not harness.keep_pages():
         print("note: --keep-pages has no effect here, it is glibc's")
     names = ["eager_nchw", *(WAYS if device.type == "cuda" else ("library", "library min"))]

@@ -50,7 +50,7 @@ MOST_BYTES = 64 << 20
 _COMPILED_LAUNCHERS = hasattr(nvidia, "make_launcher")  # up to Triton 3.6, one a signature
 
 
-def launches_of(calls: Iterable[str], blocks: str) -> list[Made]:
+def launched_by(calls: Iterable[str], blocks: str) -> list[Made]:
     """What these calls launch on these blocks."""
     return [made for call in calls for step in CALLS[call] for made in of_step(step.name, blocks)]
 
@@ -67,9 +67,8 @@ def build_wheel(out: Path) -> Path:
 
 def build_kernels(todo: list[tuple[Specialised, bool]], out: Path, processes: int) -> None:
     """Compiles them, each process its share, in a cache of its own."""
-    keyed = {
-        (WAITS if waits else KERNELS, _key(what)): what for what, waits in todo
-    }  # compiling changes shared sources
+    # before any is compiled: that changes what sources share
+    keyed = {(WAITS if waits else KERNELS, _key(what)): what for what, waits in todo}
     with tempfile.TemporaryDirectory() as scratch:
         built, children = Path(scratch), []
         for index in range(processes):
@@ -260,14 +259,14 @@ def main(argv: list[str] | None = None) -> int:
         reason = misfit(out, ARCH)
         if reason:
             parser.error(f"--out: {reason}")
-        counts = rehearse(out, launches_of(options.call, options.blocks))
+        counts = rehearse(out, launched_by(options.call, options.blocks))
         print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
         return int(counts["compiled"] + counts["launchers compiled"] > 0)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     if not options.no_wheel:
         print(f"{build_wheel(out).name}, {time.time() - begun:.0f} s", flush=True)
-    todo = distinct(launches_of(options.call, options.blocks))
+    todo = distinct(launched_by(options.call, options.blocks))
     build_kernels(todo, out, max(1, options.processes))
     (out / MANIFEST).write_text(json.dumps(about(ARCH), indent=1) + "\n")
     size = size_of(out)

@@ -120,6 +120,7 @@ class Child:
                 command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
+        self.killed = False
 
     def begin(self, until: float) -> None:
         """Tells it until when it may run: before that it only imports."""
@@ -134,9 +135,11 @@ class Child:
 
     def kill(self) -> None:
         """Ends it and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if not self.killed:  # later its number may be another's
+            self.killed = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def start(step: str, options: argparse.Namespace) -> Child:
@@ -318,8 +321,10 @@ def steps_of(options: argparse.Namespace) -> list[Step]:
 def run_steps(options: argparse.Namespace, begun: float) -> None:
     """Each in its own process, which imports what it needs while the one before runs."""
 
+    timed = options.call and options.device.startswith("cuda")
+
     def end(step: Step) -> float:
-        return begun + step.by if options.device.startswith("cuda") else float("inf")
+        return begun + step.by if timed else float("inf")
 
     steps = [step for step in steps_of(options) if not Journal(options.out, step.name).finished()]
     todo = [step for step in steps if not step.beside]
@@ -330,6 +335,11 @@ def run_steps(options: argparse.Namespace, begun: float) -> None:
             stack.callback(child.kill)
             return child
 
+        def settle_others() -> None:
+            while beside:
+                step, child = beside.pop()
+                settle(step, child, options, end(step))
+
         beside = [(step, started(step)) for step in steps if step.beside]
         for step, child in beside:
             child.begin(end(step))
@@ -337,13 +347,12 @@ def run_steps(options: argparse.Namespace, begun: float) -> None:
         for index, step in enumerate(todo):
             child = ahead
             if step.timed:
-                while beside:
-                    other, running = beside.pop()
-                    settle(other, running, options, end(other))
+                settle_others()
             ahead = started(todo[index + 1]) if index + 1 < len(todo) else None
             since = time.time()
             ended = supervise(step.name, options, end(step), child)
             print(f"{time.time() - begun:4.0f} s  {step.name}: {ended}, {time.time() - since:.0f} s", flush=True)
+        settle_others()
 
 
 def settle(step: Step, child: Child, options: argparse.Namespace, until: float) -> None:

@@ -1,4 +1,4 @@
-"""gpu_suite.py: the whole path on toy shapes; crashes, timeouts and resuming; what is chosen from rows."""
+"""gpu_suite.py: the whole path on toy shapes, what it is told, and what it installs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -15,10 +14,9 @@ import pytest
 import torch
 from processes import HANG
 
-from fusedres.dispatch import UNFUSED, Directions, Way, store
+from fusedres.dispatch import store
 from fusedres.dispatch.table import parse
 from fusedres.kernels import launch
-from fusedres.kernels.gram.triton import gram
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -114,7 +112,7 @@ def test_both_calls_run_and_nothing_runs_again(tmp_path):
 
 
 def test_steps_of_neither_call_run_by_name(tmp_path):
-    names = ("all-right", "sanitizer", "all-ops", "all-blocks", "all-models")
+    names = ("compile", "all-right", "sanitizer", "all-ops", "all-blocks", "all-models")
     done = suite("--only", *names, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
     rows = rows_of(tmp_path, *names)
@@ -316,182 +314,3 @@ def test_calls_end_in_time():
         times = [step.by for step in CALLS[call] if not step.beside]
         assert [INSTALL, *times] == sorted([INSTALL, *times]) and times[-1] + 12 <= seconds  # imports and the table
         assert all(step.by <= next(s.by for s in CALLS[call] if s.timed) for step in CALLS[call] if step.beside)
-
-
-WORKER = """
-    import os, sys, time
-    sys.path.insert(0, {benchmarks!r})
-    from pathlib import Path
-    from suite.journal import Journal
-
-    arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-    journal = Journal(Path(arguments["--out"]), arguments["--worker"])
-    ended = journal.ended()
-    for case, limit in (("good", 60), ("crashes once", 60), ("hangs", {limit}), ("last", 60)):
-        if case in ended:
-            continue
-        journal.append(case=case, event="start", limit=limit)
-        journal.append(case=case, event="trying", what=case)
-        if case == "crashes once" and case not in journal.poison():
-            os._exit(11)
-        if case == "hangs":
-            time.sleep(10**6)
-        journal.append(case=case, value=1)
-        journal.append(case=case, event="done")
-    journal.append(event="end", why="finished")
-"""
-
-
-class Clock:
-    """Seconds that pass only while the case "hangs" runs, one at each look: no machine is too slow for the others."""
-
-    def __init__(self, journal) -> None:
-        self.journal, self.now = journal, 1e9
-
-    def time(self) -> float:
-        self.now += (self.journal.running() or {}).get("case") == "hangs"
-        return self.now
-
-    @staticmethod
-    def sleep(_: float) -> None:
-        time.sleep(0.05)
-
-
-def supervised(folder: Path, monkeypatch, seconds: float, limit: float):
-    """How a step of four cases ends within these seconds of its clock, and its journal."""
-    import gpu_suite
-    from suite.journal import Journal
-
-    scripts, out = folder / "scripts", folder / "out"
-    scripts.mkdir()
-    out.mkdir()
-    (scripts / "gpu_suite.py").write_text(textwrap.dedent(WORKER).format(benchmarks=str(BENCHMARKS), limit=limit))
-    journal = Journal(out, "ops")
-    monkeypatch.setattr(gpu_suite, "HERE", scripts)
-    monkeypatch.setattr(gpu_suite, "CRASHES", 2)
-    clock = Clock(journal)
-    monkeypatch.setattr(gpu_suite, "time", clock)
-    options = Namespace(out=out, device="cpu", tiny=False, pack=None, call=None, after=None)
-    child = gpu_suite.start("ops", options)
-    return gpu_suite.supervise("ops", options, clock.now + seconds, child), journal
-
-
-def test_a_crash_and_a_hang_are_rows_and_not_the_end(tmp_path, monkeypatch):
-    how, journal = supervised(tmp_path, monkeypatch, seconds=1000, limit=10)
-    assert how == "finished"
-    assert [row["case"] for row in journal.rows() if "value" in row] == ["good", "crashes once", "last"]
-    errors = [row["error"] for row in journal.rows() if "error" in row]
-    assert errors[0] == "the process ended with exit code 11" and all("hung" in error for error in errors[1:])
-    assert journal.ended() == {"good", "crashes once", "hangs", "last"} and journal.finished()
-
-
-def test_time_ends_a_step_and_its_rows_stay(tmp_path, monkeypatch):
-    how, journal = supervised(tmp_path, monkeypatch, seconds=20, limit=1000)
-    assert how == "time was up"
-    rows = [row["case"] for row in journal.rows() if "error" not in row]
-    assert rows == ["good", "crashes once"] and not journal.finished()
-
-
-def test_ctrl_c_ends_the_step_too(tmp_path, monkeypatch):
-    """It runs in a session of its own, which the terminal does not interrupt."""
-    import gpu_suite
-
-    children = []
-
-    def interrupted(child, journal, until):
-        children.append(child)
-        assert child.running()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu_suite, "_watch", interrupted)
-    options = Namespace(out=tmp_path, device="cpu", tiny=True, pack=None, call=None, after=None)
-    with pytest.raises(KeyboardInterrupt):
-        gpu_suite.supervise("ops", options, time.time() + 60, gpu_suite.start("ops", options))
-    assert [child.running() for child in children] == [False]
-
-
-def test_a_line_cut_by_a_kill_costs_only_itself(tmp_path):
-    from suite.journal import Journal
-
-    journal = Journal(tmp_path, "ops")
-    journal.append(case="a", value=float("nan"))
-    with journal.path.open("a") as file:
-        file.write('{"case": "b", "val')
-    journal.append(case="c", value=2)
-    assert [(row["case"], row["value"]) for row in journal.rows()] == [("a", None), ("c", 2)]
-
-
-def test_choices_take_the_fastest_that_is_right():
-    from suite import choices
-
-    def candidate(config: str, seconds: float, **more: object) -> dict:
-        about = {"variant": "candidate", "problem": "gram_tiles float32 8", "op": "gram", "first": config == "a"}
-        return about | {"config": config, "median_s": seconds} | more
-
-    rows = [candidate("a", 3.0), candidate("b", 2.0), candidate("c", 1.0, error="wrong")]
-    found = choices.configs(rows)["gram_tiles float32 8"]
-    assert (found["config"], found["first_over_best"], found["of"]) == ("b", 1.5, 2)
-
-    def block(variant: str, seconds: float) -> dict:
-        return {"name": "x", "phase": "train", "shape": [8], "variant": variant, "median_s": seconds}
-
-    found = choices.blocks([block("eager", 2.0), block("conv_only", 0.5), block("fused", 1.0), block("compile", 0.9)])
-    assert found["x train batch 8"]["way"] == "fused" and found["x train batch 8"]["eager_over_best"] == 2
-    assert choices.blocks([block("eager", 2.0), block("fused", 2.1)])["x train batch 8"]["way"] == "eager"
-    assert choices.blocks([block("conv_only", 0.5), block("fused", 1.0)]) == {}
-
-
-def test_rows_become_a_table():
-    from suite import choices
-
-    def row(variant: str, ratio: float, **more: object) -> dict:
-        about = {"op": "bottleneck", "shape": [256, 64, 56, 56], "dtype": "bfloat16", "tf32": None, "phase": "train"}
-        about |= {"geometry": {"planes": 64, "stride": 1, "shortcut": "projection"}, "kind": "plain"}
-        return about | {"variant": variant, "backend": "triton", "median_s": 1.0, "ratio": {"median": ratio}} | more
-
-    own = Directions(True, True, True)
-    rows = [row("library", 1.1), row("fused min", 1.3), row("fused", 1.2), row("compile", 1.9), row("conv_only", 2.0)]
-    rows += [row("graphed fused", 1.8), row("fused", 1.7, kind="graphs")]
-    ((shape, entry),) = choices.entries(rows).items()
-    assert shape == ("bottleneck", "projection", 64, 64, 256, 1, 1, 1, 56, 56, 256, "bfloat16", "train")
-    assert entry == (Way("triton", own, own, True), 1.3)
-
-    stem = {"op": "stem", "shape": [64, 3, 224, 224], "geometry": {"planes": 64, "stride": 2, "shortcut": None}}
-    stem |= {"dtype": "float32", "tf32": True}
-    ((shape, entry),) = choices.entries([row("fused", 1.5, **stem)]).items()
-    assert shape == ("stem 7x7", "none", 3, 64, 64, 1, 2, 1, 224, 224, 64, "tf32", "train")
-    assert entry.way == Way("triton", larger=Directions(True, False, True))
-
-    ((_, entry),) = choices.entries([row("fused min", 0.9, phase="infer"), row("library", 0.97, phase="infer")]).items()
-    assert entry == (UNFUSED, 0.97)
-    ((_, entry),) = choices.entries([row("fused min", 0.99, phase="infer")]).items()
-    assert entry.way == Way("triton", Directions(True, False, False), Directions(True, False, False))
-
-
-def test_a_measured_choice_reaches_the_launch_and_nothing_else_does():
-    x = torch.randn(2, 80, 3, 3, device="meta").contiguous(memory_format=torch.channels_last)
-
-    def pivot_config(pick: launch.Pick | None) -> launch.Config:
-        with launch.choosing(pick), launch.record_launches() as launches:
-            gram(x, None, 1)
-        return next(found for found in launches if found.name == "gram_pivot_kernel")
-
-    first = pivot_config(None)
-    second = first.candidates[1]
-    assert first.config == first.candidates[0] != second
-    key = "gram_pivot float32 80"
-    assert pivot_config(launch.measured({key: second.label})).config == second
-    assert pivot_config(launch.measured({key: "BLOCK_C=7 w1 s1"})).config == first.config
-    assert pivot_config(launch.measured({"gram_pivot float32 81": second.label})).config == first.config
-
-
-def test_every_candidate_of_a_problem_has_its_own_label():
-    from launched import train_step
-    from traffic import Block
-
-    steps = train_step(Block("bottleneck", 256, 64, 56), "fused min", 8, torch.bfloat16)
-    launches = [found for count in steps.values() for found in count.kernels]
-    assert len(launches) > 10
-    for found in launches:
-        labels = [config.label for config in found.candidates]
-        assert len(set(labels)) == len(labels), (found.name, labels)

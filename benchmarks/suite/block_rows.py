@@ -80,8 +80,8 @@ def all_cases(settings: Settings) -> list[Case]:
     chosen, batches, usual = _usual(settings)
     some = dict(list(chosen.items())[:4])
     found = []
-    for index, kind in enumerate(("stock", "compile", "graphs", "max-autotune")):
-        for phase in (traffic.PHASES[index % 2 - 1],) if settings.tiny else traffic.PHASES:
+    for kind, of_toy in {"stock": "infer", "compile": "train", "graphs": "infer", "max-autotune": "train"}.items():
+        for phase in (of_toy,) if settings.tiny else traffic.PHASES:
             found += _cases(settings, some if kind == "max-autotune" else chosen, batches[0], phase, kind, usual)
     others = (PRECISIONS["tf32"],) if settings.tiny else tuple(p for p in PRECISIONS.values() if p is not usual)
     for precision in others:
@@ -99,7 +99,6 @@ def auto_cases(settings: Settings) -> list[Case]:
 def _cases(
     settings: Settings, chosen: dict[str, Any], batch: int, phase: str, kind: str, precision: Precision
 ) -> list[Case]:
-    torch.backends.cudnn.benchmark = settings.on_gpu
     limit = 120 if kind in ("compile", "graphs", "max-autotune") else settings.patience
     unusual = "" if precision is _usual(settings)[2] else precision.name
     found = []
@@ -148,6 +147,7 @@ class _Measurement:
 
     def measure(self) -> None:
         """Writes a row a variant, those with a reason or an error too."""
+        torch.backends.cudnn.benchmark = self.settings.on_gpu
         torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
         train = self.case.phase == "train"
         picked = choices.table(self.settings)

@@ -30,15 +30,10 @@ class Heavy:
     way: str
 
 
-def tiny_blocks() -> dict[str, Block]:
-    """For the toy run."""
-    return {"tiny": TINY}
-
-
 def heaviest(tiny: bool = False) -> list[Heavy]:
     """At batch 256 in bfloat16, the heaviest first; of the toy block two."""
-    model = [TINY] if tiny else list(resnet_blocks(50).values())
-    chosen = {name: block for name, block in (tiny_blocks() | blocks.stage_blocks()).items() if block in model}
+    model = list(TINY.values()) if tiny else list(resnet_blocks(50).values())
+    chosen = {name: block for name, block in (TINY | blocks.stage_blocks()).items() if block in model}
     batch, dtype = (2, torch.float32) if tiny else (256, torch.bfloat16)
     seconds: dict[str, float] = {}
     asks: dict[str, Heavy] = {}

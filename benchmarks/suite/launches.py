@@ -60,13 +60,12 @@ def _of_blocks(blocks: str, batches: tuple[int, ...]) -> list[Made]:
 
 
 def _of_miscompiled(blocks: str) -> list[Made]:
-    names = list(miscompiled.bottlenecks()) if blocks == "all" else [blocks]
+    pattern = miscompiled.BLOCKS if blocks == "all" else blocks
     found = []
-    for name in names:
-        for run in cases(name, miscompiled.WAYS, mixed=True).values():
-            found += [Made(launch, waits=True) for launch in record(run) if launch.name in GEMMS]
-        with PRECISIONS["float32"].switched():
-            (run,) = cases(name, ("fused",), dtype=torch.float32).values()
+    for run in cases(pattern, miscompiled.WAYS, mixed=True).values():
+        found += [Made(launch, waits=True) for launch in record(run) if launch.name in GEMMS]
+    with PRECISIONS["float32"].switched():
+        for run in cases(pattern, ("fused",), dtype=torch.float32).values():
             found += [Made(launch) for launch in record(run)]
             with choosing(miscompiled.in_eight_warps):
                 found += [Made(launch) for launch in record(run) if launch.name.startswith(miscompiled.OF_TAPS)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,6 @@ from typing import Any
 import blocks
 import torch
 import triton
-from traffic import Block
 
 from fusedres.kernels.launch import Config, Launch, Problem, choosing, record_launches
 from fusedres.tune.calls import Call, Visit
@@ -32,7 +31,7 @@ from suite.precision import PRECISIONS
 from suite.settings import Case, Settings, first_lines
 from suite.walk import TINY, walk_block
 
-WAYS = ("fused min", "fused")
+BLOCKS, WAYS = "resnet50.*", ("fused min", "fused")
 OF_TAPS = ("conv_fprop", "conv_dgrad", "conv_bn_add_relu")
 _SCRIPT = r"""#!/bin/sh
 for argument in "$@"; do
@@ -74,16 +73,10 @@ def forget(kernels: Iterable[Any]) -> None:
         getattr(kernel, "device_caches", {}).clear()  # the interpreter's have none
 
 
-def bottlenecks() -> dict[str, Block]:
-    """The blocks of ResNet-50."""
-    return {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
-
-
 def cases(settings: Settings) -> list[Case]:
     """The waits at batch 256, then the warps."""
-    chosen, ways, batch = {"tiny": TINY}, ("fused min",), 2
-    if not settings.tiny:
-        chosen, ways, batch = bottlenecks(), WAYS, 256
+    chosen: Mapping[str, Any] = TINY if settings.tiny else blocks.select([BLOCKS])
+    ways, batch = (WAYS[:1], 2) if settings.tiny else (WAYS, 256)
     usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
     folder = tempfile.TemporaryDirectory(prefix="fusedres-waits-")  # removed with the cases that hold it
     seen: dict[str, set[str]] = {"waits": set(), "warps": set()}

@@ -60,7 +60,6 @@ class Work:
 
 def first_cases(settings: Settings) -> list[Case]:
     """A training step of ResNet-50: each way, then compiled, then in graphs."""
-    torch.backends.cudnn.benchmark = settings.on_gpu
     work, ours = works(settings)[0], _ours(settings)
     kinds = {
         "": [way for way in ours if way != "library min"],
@@ -72,7 +71,6 @@ def first_cases(settings: Settings) -> list[Case]:
 
 def cases(settings: Settings) -> list[Case]:
     """Training and inference at batch 256 with "auto", which follows what was measured: ResNet-50, then ResNet-18."""
-    torch.backends.cudnn.benchmark = settings.on_gpu
     ours = [*_ours(settings), AUTO]
     best = ours[-2:]
     kinds = {
@@ -89,7 +87,6 @@ def cases(settings: Settings) -> list[Case]:
 
 def all_cases(settings: Settings) -> list[Case]:
     """Every batch; NCHW; max-autotune; other dtypes."""
-    torch.backends.cudnn.benchmark = settings.on_gpu
     ours, all_works = _ours(settings), works(settings)
     tuned = [
         "compile max-autotune",
@@ -125,6 +122,7 @@ def _ours(settings: Settings) -> list[str]:
 
 def compile_ahead(settings: Settings, work: Work) -> None:
     """Fills torch.compile's cache with what `measure` will ask for."""
+    torch.backends.cudnn.benchmark = settings.on_gpu
     torch.compiler.reset()
     images, labels = random_batch(settings, work)
     with work.precision.switched():
@@ -223,6 +221,7 @@ def measure(
     settings: Settings, case: str, work: Work, names: list[str], rounds: int, budget: float, kind: str = ""
 ) -> None:
     """Times eager and the variants called `names`; a row for each. After `budget` seconds three rounds are enough."""
+    torch.backends.cudnn.benchmark = settings.on_gpu
     torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
     images, labels = random_batch(settings, work)
     stock = build(settings, work)

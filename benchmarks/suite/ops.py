@@ -6,7 +6,7 @@ An op is checked against the reference backend and timed on the arguments with w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,9 @@ from fusedres.kernels import table
 from fusedres.tune.calls import Call, Recorder, Visit, always, forced
 from fusedres.tune.compare import Expected
 from suite.arithmetic import flops
-from suite.heaviest import heaviest, tiny_blocks
+from suite.heaviest import heaviest
 from suite.settings import Case, Settings, first_lines, floor_seconds
-from suite.walk import walk_block, walk_stem
+from suite.walk import TINY, walk_block, walk_stem
 
 _LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
 
@@ -199,7 +199,7 @@ def cases(settings: Settings) -> list[Case]:
     """The candidates of the heaviest problems, one a case."""
     found = []
     for heavy in heaviest(settings.tiny):
-        block = (tiny_blocks() if settings.tiny else blocks.stage_blocks())[heavy.block]
+        block = (TINY | blocks.stage_blocks())[heavy.block]
         about = {"name": heavy.block, "block": block, "way": heavy.way, "batch": 2 if settings.tiny else 256}
         found.append(_case(settings, heavy.problem, partial(walk_block, **about), set(), heavy.problem))
     return found
@@ -208,10 +208,11 @@ def cases(settings: Settings) -> list[Case]:
 def all_cases(settings: Settings) -> list[Case]:
     """Every op and candidate: the fused convolutions first, the large batch first."""
     seen = {row["name"] for row in settings.journal.lines() if row.get("event") == "measured"}
+    chosen: Mapping[str, Any]
     if settings.tiny:
-        chosen, ways, batches = tiny_blocks(), ("library",), (2,)
+        chosen, ways, batches = TINY, ("library",), (2,)
     else:
-        chosen = {name: block for name, block in blocks.stage_blocks().items() if name.startswith("resnet50")}
+        chosen = blocks.select(["resnet50.*"])
         ways, batches = ("fused", "fused min", "library min", "library"), (256, 64)
     found = []
     for batch in batches:

@@ -19,7 +19,7 @@ from suite.settings import Settings
 HEADER = ["step", "first case", "from s", "by s", "cases", "launches", "in the pack", "compiled"]
 
 
-def rehearse(call: str, pack: Path | None, blocks: str = "all") -> int:
+def rehearse(call: str, pack: Path | None) -> int:
     """Prints a line a step; 1 where the pack lacks something."""
     reason = misfit(pack, ARCH) if pack else None
     if reason:
@@ -29,7 +29,7 @@ def rehearse(call: str, pack: Path | None, blocks: str = "all") -> int:
         for step in CALLS[call]:
             settings = Settings(step.name, Path(folder), torch.device("cuda"), False, time.time(), None, pack)
             cases = step.list_cases(settings)
-            made = of_step(step.name, blocks) if pack else []
+            made = of_step(step.name) if pack else []
             counts = gpu_pack.rehearse(pack, made) if pack and made else Counter[str]()
             missing += counts["compiled"] + counts["launchers compiled"]
             told = [str(counts[name]) if made else "–" for name in ("launches", "packed", "compiled")]

@@ -45,7 +45,7 @@ def _cases(settings: Settings, precisions: dict[str, list[str]], batches: tuple[
     for row in settings.journal.lines():
         if row.get("event") == "checked":
             seen[row["precision"]].add(row["name"])
-    chosen = {"tiny": TINY} if settings.tiny else dict(sorted(blocks.stage_blocks().items(), reverse=True))
+    chosen = TINY if settings.tiny else dict(sorted(blocks.stage_blocks().items(), reverse=True))
     found = []
     for batch in batches:
         for precision, ways in ((PRECISIONS[name], ways) for name, ways in precisions.items()):

@@ -19,7 +19,7 @@ import fusedres
 from fusedres.tune.calls import Visit
 from suite.settings import Settings
 
-TINY = traffic.Block("bottleneck", 16, 8, 16, 2, "projection")  # large enough for a Gram matrix
+TINY = {"tiny": traffic.Block("bottleneck", 16, 8, 16, 2, "projection")}  # large enough for a Gram matrix
 
 
 def walk_block(
