@@ -26,9 +26,9 @@ from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusedres
-from fusedres.kernels import launch as launching
 from fusedres.kernels.conv_fprop.configs import DescriptorConfig
-from fusedres.kernels.launch import H100, Config, Gpu, Launch, Problem, choosing, record_launches
+from fusedres.kernels.triton_core import launch as launching
+from fusedres.kernels.triton_core.launch import H100, Config, Gpu, Launch, Problem, choosing, record_launches
 
 # Whose candidates are taken, by arch: A100, RTX 4090, H100. A multiprocessor has 1,024 bytes of shared memory more than
 # one program may use.

@@ -121,7 +121,7 @@ class CountRun(CountBytes):
         op = OPS.get(func._schema.name.partition("::")[2]) if func.namespace == "fusedres" else None
         if op is None or op.serving(args[-1]) != "triton":
             return super().__torch_dispatch__(func, types, args, kwargs)
-        from fusedres.kernels.launch import record_launches
+        from fusedres.kernels.triton_core.launch import record_launches
 
         with self, record_launches() as launches:
             result = op._checked(*args)

@@ -43,8 +43,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
 import fusedres
-from fusedres.kernels import launch as launching
-from fusedres.kernels.launch import Launch
+from fusedres.kernels.triton_core import launch as launching
+from fusedres.kernels.triton_core.launch import Launch
 
 MOST_BYTES = 64 << 20
 _COMPILED_LAUNCHERS = hasattr(nvidia, "make_launcher")  # up to Triton 3.6, one a signature

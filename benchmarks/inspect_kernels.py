@@ -60,8 +60,8 @@ from pipelines import COPIES, STORES, lacks
 from ptx import races
 from sass import TENSOR_CORE, Binary
 
-from fusedres.kernels import launch as launching
-from fusedres.kernels.launch import Config, Launch
+from fusedres.kernels.triton_core import launch as launching
+from fusedres.kernels.triton_core.launch import Config, Launch
 
 FEWEST = 4
 THREADS = {80: 2048, 89: 1536, 90: 2048}  # of a multiprocessor

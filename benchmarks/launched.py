@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from traffic import MODES, Block, CountBytes, Stem, bytes_moved, resnet_blocks
 
 import fusedres
-from fusedres.kernels.launch import Launch, record_launches
+from fusedres.kernels.triton_core.launch import Launch, record_launches
 from fusedres.modules import fused_block, reading, resnet
 from fusedres.ops._library import OPS
 

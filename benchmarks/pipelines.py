@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusedres.kernels.launch import Config, Launch
+from fusedres.kernels.triton_core.launch import Config, Launch
 
 COPIES = "no asynchronous copies in the main loop"
 STORES = "shared-memory stores in the main loop"

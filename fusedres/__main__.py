@@ -20,7 +20,7 @@ import torchvision
 
 import fusedres
 from fusedres import _C, backends, cuda_support, dispatch, terminal
-from fusedres.kernels import table
+from fusedres.kernels import serving
 from fusedres.ops._library import OPS, Op
 from fusedres.tune import command as tune
 
@@ -68,10 +68,10 @@ def _serving(op: Op, device_type: str) -> dict[str, str]:
     name = backends.backend_for(device_type)
     if name is None:
         found = "none", "nothing was measured on this device: blocks run unfused unless fuse() is told conv or memory"
-    elif name not in table.STAND_INS and table.find(op.folder, op.name, name) is None:
+    elif name not in serving.STAND_INS and serving.find(op.folder, op.name, name) is None:
         found = "none", f"there is no {name} kernel, and blocks use PyTorch's operators there"
     else:
-        found = table.explain(op.folder, op.name, name)
+        found = serving.explain(op.folder, op.name, name)
     return {"backend": found[0], "why": found[1]}
 
 
@@ -125,8 +125,8 @@ def as_text(values: dict[str, Any]) -> str:
     lines = [f"{key:<{width}}  {text(value)}" for key, value in rows]
     alike: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for op, columns in values["ops"].items():
-        for where, serving in columns.items():
-            alike[where, serving["backend"], serving["why"]].append(op)
+        for where, served in columns.items():
+            alike[where, served["backend"], served["why"]].append(op)
     for (where, backend, why), ops in sorted(alike.items()):
         lines += [
             f"ops, {where}: {backend} ({why})",

@@ -109,12 +109,12 @@ def module() -> Any:
 def install() -> None:
     """From here on the backend "cuda" runs on CPU tensors."""
     from fusedres import cuda_support
-    from fusedres.kernels import table
+    from fusedres.kernels import serving
     from fusedres.ops._library import OPS
 
     if cuda_support.module() is module():
         return
     cuda_support.substitute(module(), ("cpu", "meta"))
-    table.explain.cache_clear()  # what was found before, when it could not run here
+    serving.explain.cache_clear()  # what was found before, when it could not run here
     for op in OPS.values():
         op._kernels.clear()

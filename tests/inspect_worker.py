@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedres.kernels.launch import Config, Launch, ceil_div, launch
+from fusedres.kernels.triton_core.launch import Config, Launch, ceil_div, launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import candidates

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fusedres.ops  # noqa: F401 - defines the ops
 from fusedres import cuda_support
-from fusedres.kernels import table
+from fusedres.kernels import serving
 from fusedres.ops._library import OPS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -29,7 +29,7 @@ EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-8
 
 def backends_of(*names: str) -> tuple[str, ...]:
     """The backends that have kernels of their own of all these ops."""
-    found = tuple(b for b in BACKENDS if all(table.find(OPS[name].folder, name, b) is not None for name in names))
+    found = tuple(b for b in BACKENDS if all(serving.find(OPS[name].folder, name, b) is not None for name in names))
     assert "reference" in found
     return found
 

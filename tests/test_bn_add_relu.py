@@ -7,8 +7,8 @@ import torch
 from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, channels, device, state
 
 from fusedres import ops
-from fusedres.kernels.launch import record_launches
-from fusedres.kernels.reference import unpack_bits
+from fusedres.kernels.reference_core import unpack_bits
+from fusedres.kernels.triton_core.launch import record_launches
 from fusedres.ops.launch import launches
 
 

@@ -7,7 +7,7 @@ import torch
 from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, channels, device, state
 
 from fusedres import ops
-from fusedres.kernels.reference import pack_bits
+from fusedres.kernels.reference_core import pack_bits
 
 
 def _branch(d, x, affine, batch_statistics):

@@ -8,8 +8,8 @@ from op_inputs import DTYPES, EPS, SHAPES, activation, assert_near, backends_of,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
-from fusedres.kernels.launch import record_launches
-from fusedres.kernels.reference import pack_bits
+from fusedres.kernels.reference_core import pack_bits
+from fusedres.kernels.triton_core.launch import record_launches
 from fusedres.ops.launch import launches
 
 BACKENDS = backends_of("bn_backward_reduce", "bn_backward_coefficients", "bn_backward_apply")

@@ -9,8 +9,8 @@ import triton.language as tl
 from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, channels, device, state, vector
 
 from fusedres import ops
-from fusedres.kernels.launch import record_launches
-from fusedres.kernels.tiles import pixel_offsets, tile
+from fusedres.kernels.triton_core.launch import record_launches
+from fusedres.kernels.triton_core.rows import pixel_offsets, tile
 from fusedres.ops.launch import launches
 
 

@@ -109,7 +109,7 @@ def test_dtypes(backend, dtype, geometry):
 @pytest.mark.parametrize("block_n", [16, 64])
 def test_splits_and_tiles_begin_and_end_anywhere(monkeypatch, steps, block_n):
     from fusedres.kernels.bn_relu_maxpool import configs
-    from fusedres.kernels.launch import Config
+    from fusedres.kernels.triton_core.launch import Config
 
     config = Config({"BLOCK_P": 2, "BLOCK_Q": 8, "BLOCK_K": 16, "BLOCK_N": block_n}, 4, 1)
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusedres.kernels import launch as launching
 from fusedres.kernels.conv_dgrad import configs as conv_dgrad
 from fusedres.kernels.conv_fprop import configs as conv_fprop
 from fusedres.kernels.conv_wgrad import configs as conv_wgrad
 from fusedres.kernels.gram import configs as gram
-from fusedres.kernels.launch import H100, Gpu, record_launches
 from fusedres.kernels.one_pass_tail import configs as one_pass_tail
+from fusedres.kernels.triton_core import launch as launching
+from fusedres.kernels.triton_core.launch import H100, Gpu, record_launches
 from fusedres.ops.launch import launches
 
 # Each is known to one test alone: what is worked out without the interpreter stays behind in caches.
@@ -176,7 +176,7 @@ def test_candidates_are_worked_out_once():
 @pytest.mark.parametrize("wanted", ["gram_tiles", "gram_finalize", "one_pass_reduce", "one_pass_finalize"])
 def test_another_number_of_rows_compiles_nothing_again(monkeypatch, wanted):
     """Configs and constants are those of the first batch size; steps and splits are numbers like the rows are."""
-    monkeypatch.setattr("fusedres.kernels.splits.INTERPRETED", False)
+    monkeypatch.setattr("fusedres.kernels.triton_core.splits.INTERPRETED", False)
     monkeypatch.setattr(launching, "INTERPRETED", False)
     compiled_for = set()
     for n in (300, 301, 333, 399):

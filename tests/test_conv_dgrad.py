@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d
 
 from fusedres import ops
-from fusedres.kernels.reference import pack_bits
+from fusedres.kernels.reference_core import pack_bits
 
 BACKENDS = ("reference", "triton")
 # (N, C, H, W), K, kernel, stride, padding, dilation
@@ -261,7 +261,7 @@ def test_offsets_are_wide_where_a_tensor_passes_two_to_the_31():
     import triton.language as tl
 
     from fusedres.kernels.conv_dgrad.triton import conv_dgrad
-    from fusedres.kernels.launch import record_launches
+    from fusedres.kernels.triton_core.launch import record_launches
 
     def index(n):
         grad, weight = (torch.empty(shape, device="meta") for shape in ((n, 64, 128, 128), (64, 64, 1, 1)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedres import ops
 from fusedres.kernels.conv_fprop import geometry
-from fusedres.kernels.launch import INTERPRETED, Config, record_launches
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, record_launches
 
 BACKENDS = ("reference", "triton")
 # N, C, H, W, K, (R, S), stride, padding, dilation

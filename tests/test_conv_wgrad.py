@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from fusedres import ops
-from fusedres.kernels.reference import pack_bits
+from fusedres.kernels.reference_core import pack_bits
 from fusedres.ops.conv_wgrad import CONV_WGRAD
 
 BACKENDS = ("reference", "triton")
@@ -102,7 +102,7 @@ class Case:
 def force_split(monkeypatch):
     """Makes the launcher cut its rows into tiles of 16, `steps` of them a split."""
     from fusedres.kernels.conv_wgrad import configs
-    from fusedres.kernels.launch import Config
+    from fusedres.kernels.triton_core.launch import Config
 
     def force(steps: int) -> None:
         config = Config({"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_C": 16}, 4, 2)

@@ -17,7 +17,7 @@ from op_inputs import device
 import fusedres
 from fusedres import backends, cuda_support, ops
 from fusedres.__main__ import as_text, info
-from fusedres.kernels import table
+from fusedres.kernels import serving
 from fusedres.ops._library import OPS
 from fusedres.ops.launch import launches
 
@@ -29,7 +29,7 @@ def place() -> Iterator[Any]:
     patch = pytest.MonkeyPatch()
 
     def forget() -> None:
-        table.explain.cache_clear()
+        serving.explain.cache_clear()
         for op in OPS.values():
             op._kernels.clear()
 
@@ -101,16 +101,16 @@ def test_a_kernel_of_its_own_serves(place):
     place("9.0a")
     with fusedres.use_backend("cuda"):
         assert backends.backend_for("cuda") == "cuda"
-    assert table.explain("bn_statistics", "bn_finalize", "cuda")[0] == "cuda"
+    assert serving.explain("bn_statistics", "bn_finalize", "cuda")[0] == "cuda"
 
 
 def test_triton_then_the_reference_stand_in(place, monkeypatch):
     place("9.0a")
-    assert table.explain("conv_fprop", "conv_fprop", "cuda") == ("triton", "there is no cuda kernel")
-    table.explain.cache_clear()
-    find = table.find
-    monkeypatch.setattr(table, "find", lambda folder, op, name: None if name == "triton" else find(folder, op, name))
-    assert table.explain("conv_fprop", "conv_fprop", "cuda") == ("reference", "there is no cuda kernel")
+    assert serving.explain("conv_fprop", "conv_fprop", "cuda") == ("triton", "there is no cuda kernel")
+    serving.explain.cache_clear()
+    find = serving.find
+    monkeypatch.setattr(serving, "find", lambda folder, op, name: None if name == "triton" else find(folder, op, name))
+    assert serving.explain("conv_fprop", "conv_fprop", "cuda") == ("reference", "there is no cuda kernel")
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_what_cannot_run_is_a_reason_and_not_an_error(place, driver, gpus, why):
     place("9.0a", driver, gpus)
     with fusedres.use_backend("cuda"):
         assert backends.backend_for("cuda") == "cuda"
-    serving, reason = table.explain("bn_statistics", "bn_finalize", "cuda")
-    assert serving == "triton" and reason.startswith(why)
+    served_by, reason = serving.explain("bn_statistics", "bn_finalize", "cuda")
+    assert served_by == "triton" and reason.startswith(why)
     assert OPS["bn_finalize"].kernel("cuda").__module__ == "fusedres.kernels.bn_statistics.triton"
 
 

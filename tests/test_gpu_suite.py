@@ -16,7 +16,7 @@ from processes import HANG
 
 from fusedres.dispatch import store
 from fusedres.dispatch.table import parse
-from fusedres.kernels import launch
+from fusedres.kernels.triton_core import launch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

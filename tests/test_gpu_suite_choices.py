@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fusedres.dispatch import UNFUSED, Directions, Way
-from fusedres.kernels import launch
 from fusedres.kernels.gram.triton import gram
+from fusedres.kernels.triton_core import launch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

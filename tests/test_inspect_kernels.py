@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from processes import HANG, once
 
-from fusedres.kernels.launch import Config
+from fusedres.kernels.triton_core.launch import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from pipelines import COPIES, STORES, lacks

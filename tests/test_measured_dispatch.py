@@ -297,8 +297,8 @@ def test_what_nothing_was_measured_on_stays_unfused_and_the_report_says_so(fresh
 
 @pytest.mark.skipif(not backends._INTERPRETED, reason="the table is installed for the interpreter's device")
 def test_tile_sizes_are_those_of_the_table() -> None:
-    from fusedres.kernels import launch
     from fusedres.kernels.gram.triton import gram
+    from fusedres.kernels.triton_core import launch
 
     x = torch.randn(2, 80, 3, 3, device="meta").contiguous(memory_format=torch.channels_last)
 
@@ -321,9 +321,9 @@ def test_tile_sizes_are_those_of_the_table() -> None:
 @pytest.mark.parametrize("which", [0, -1])
 def test_fakes_follow_the_chosen_tiles(which: int) -> None:
     """The sizes of partial sums that torch.compile expects are those that come."""
-    from fusedres.kernels import launch
     from fusedres.kernels.conv_dgrad.triton import conv_dgrad
     from fusedres.kernels.conv_fprop.triton import conv_fprop
+    from fusedres.kernels.triton_core import launch
 
     x = torch.empty(64, 128, 28, 28, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     weight = torch.empty(128, 128, 3, 3, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
@@ -352,7 +352,7 @@ def test_code_compiled_for_open_sizes_takes_tiles_of_a_table() -> None:
 
 
 def test_tf32_has_choices_of_its_own() -> None:
-    from fusedres.kernels import launch
+    from fusedres.kernels.triton_core import launch
 
     asked, convolutions = [], torch.backends.cudnn.conv
     before = convolutions.fp32_precision

@@ -11,7 +11,7 @@ from op_inputs import activation, channels, device, state, vector
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
-from fusedres.kernels.reference import unpack_bits
+from fusedres.kernels.reference_core import unpack_bits
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5

@@ -19,7 +19,7 @@ from op_mutations import Mutation, mutations
 from torch import Tensor
 
 from fusedres.errors import DtypeError, ShapeError
-from fusedres.kernels import table
+from fusedres.kernels import serving
 from fusedres.ops._library import OPS
 
 # Said by torch's dispatcher, or in torch's own words.
@@ -29,7 +29,7 @@ _RANDOM = 60  # calls of each op with several arguments wrong at once
 
 def backend_of(name: str) -> str:
     """The backend with raw pointers where it has the op."""
-    return "cpu" if table.find(OPS[name].folder, name, "cpu") is not None else "reference"
+    return "cpu" if serving.find(OPS[name].folder, name, "cpu") is not None else "reference"
 
 
 EVERY_OP = pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}-{backend_of(name)}") for name in OPS])

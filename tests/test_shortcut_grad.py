@@ -7,7 +7,7 @@ import torch
 from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, device
 
 from fusedres import ops
-from fusedres.kernels.reference import pack_bits
+from fusedres.kernels.reference_core import pack_bits
 
 
 def _gate(active, kind, dtype):

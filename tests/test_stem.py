@@ -574,7 +574,7 @@ def test_compiled_whole(mode: str) -> None:
 
 def test_launches_of_a_training_step() -> None:
     """On meta tensors Triton's launches are recorded: behind the statistics one forward, and three in backward."""
-    from fusedres.kernels.launch import record_launches
+    from fusedres.kernels.triton_core.launch import record_launches
 
     model, x, _ = stem(memory_format=NHWC)
     twin, x = twin_of(model).to("meta"), x.to("meta")

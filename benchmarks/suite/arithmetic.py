@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusedres.kernels.launch import Launch
+from fusedres.kernels.triton_core.launch import Launch
 
 
 def _conv(a: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ from launched import WAYS
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.kernels.launch import choosing
+from fusedres.kernels.triton_core.launch import choosing
 from fusedres.tune.compare import ExpectedOutput, wide_output
 from suite import choices, floors, rivals
 from suite.graphs import captured

@@ -12,7 +12,7 @@ from launched import WAYS
 
 from fusedres import dispatch
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Way, batch_class, store
-from fusedres.kernels import launch
+from fusedres.kernels.triton_core import launch
 from fusedres.tune.ways import SLOWER
 from suite.journal import Journal, Row
 from suite.settings import Settings

@@ -12,7 +12,7 @@ from launched import train_step
 from networks import resnet_blocks
 from traffic import Block
 
-from fusedres.kernels.launch import Config, Problem, choosing, problem_key
+from fusedres.kernels.triton_core.launch import Config, Problem, choosing, problem_key
 from suite.arithmetic import flops
 from suite.walk import TINY
 

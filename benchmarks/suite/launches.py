@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from candidates import Specialised, cases, record, specialise
 
-from fusedres.kernels.launch import Config, Launch, Problem, choosing, problem_key
+from fusedres.kernels.triton_core.launch import Config, Launch, Problem, choosing, problem_key
 from suite import miscompiled
 from suite.arithmetic import GEMMS
 from suite.heaviest import Heavy, heaviest

@@ -22,7 +22,7 @@ import blocks
 import torch
 import triton
 
-from fusedres.kernels.launch import Config, Launch, Problem, choosing, record_launches
+from fusedres.kernels.triton_core.launch import Config, Launch, Problem, choosing, record_launches
 from fusedres.tune.calls import Call, Visit
 from fusedres.tune.compare import Expected, differing
 from suite.arithmetic import GEMMS

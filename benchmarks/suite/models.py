@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
-from fusedres.kernels.launch import choosing
+from fusedres.kernels.triton_core.launch import choosing
 from suite import choices, floors
 from suite.block_rows import AUTO, COMPILED, GRAPHED, OURS, Skip
 from suite.graphs import captured

@@ -18,8 +18,8 @@ from harness import Variant
 from torch import Tensor
 
 from fusedres import cuda_support
-from fusedres.kernels import launch as launching
-from fusedres.kernels import table
+from fusedres.kernels import serving
+from fusedres.kernels.triton_core import launch as launching
 from fusedres.tune.calls import Call, Recorder, Visit, always, forced
 from fusedres.tune.compare import Expected
 from suite.arithmetic import flops
@@ -92,7 +92,7 @@ class Measure:
                 call.op.dispatched(backend)(*call.fresh())
             moved, operations = count.total, 0
         variants = {backend: call.variant(backend, backend)}
-        if backend == "triton" and cuda_support.unsupported() is None and table.find(
+        if backend == "triton" and cuda_support.unsupported() is None and serving.find(
             call.op.folder, call.op.name, "cuda"
         ):  # fmt: skip
             wrong = expected.wrong(call.results("cuda"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fusedres.kernels.launch import Launch, record_launches
+from fusedres.kernels.triton_core.launch import Launch, record_launches
 from suite.arithmetic import flops
 from suite.models import Run, Work, build, random_batch
 from suite.precision import PRECISIONS

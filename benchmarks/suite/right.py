@@ -13,7 +13,7 @@ import torch
 from launched import WAYS
 
 from fusedres import cuda_support
-from fusedres.kernels import table
+from fusedres.kernels import serving
 from fusedres.tune.calls import Call, Visit
 from fusedres.tune.compare import Expected, repeats
 from suite.precision import PRECISIONS, Precision
@@ -89,7 +89,7 @@ def _check(settings: Settings, case: str, precision: Precision, seen: dict[str, 
 
 def _backends(call: Call) -> list[str]:
     backend = call.args[-1]
-    has_another = cuda_support.unsupported() is None and table.find(call.op.folder, call.op.name, "cuda")
+    has_another = cuda_support.unsupported() is None and serving.find(call.op.folder, call.op.name, "cuda")
     return [backend, "cuda"] if backend == "triton" and has_another else [backend]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusedres.errors import DtypeError
-from fusedres.kernels import table
+from fusedres.kernels import serving
 from fusedres.ops._arguments import Call, Relations, Row
 from fusedres.ops._memory import check_kinds, check_memory, check_one_device, signature, tensors_of
 
@@ -99,13 +99,13 @@ class Op:
 
     def serving(self, backend: str) -> str:
         """The backend whose kernel runs where `backend` is selected."""
-        return table.serving(self.folder, self.name, backend) if backend in table.STAND_INS else backend
+        return serving.serving(self.folder, self.name, backend) if backend in serving.STAND_INS else backend
 
     def kernel(self, backend: str) -> Callable[..., Any]:
         """The kernel that serves a backend, imported at first use."""
         kernel = self._kernels.get(backend)
         if kernel is None:
-            kernel = table.find(self.folder, self.name, self.serving(backend))
+            kernel = serving.find(self.folder, self.name, self.serving(backend))
             if kernel is None:
                 raise RuntimeError(f"{self.name}: there is no {backend} backend; use 'reference'")
             self._kernels[backend] = kernel

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fusedres.kernels import launch as launching
-from fusedres.kernels.launch import Config, Problem
+from fusedres.kernels.triton_core import launch as launching
+from fusedres.kernels.triton_core.launch import Config, Problem
 from fusedres.ops._library import OPS, Op
 from fusedres.tune.timing import Variant
 

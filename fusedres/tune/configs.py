@@ -10,7 +10,7 @@ import torch
 
 from fusedres import dispatch
 from fusedres.dispatch import Way
-from fusedres.kernels.launch import Config, choosing, problem_key
+from fusedres.kernels.triton_core.launch import Config, choosing, problem_key
 from fusedres.tune.calls import Call, Recorder, Visit, always, forced
 from fusedres.tune.compare import Expected
 from fusedres.tune.timing import Timer, Variant, interleave

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.native import DTYPE_CODE, address, empty_like
+from fusedres.kernels.cpu_core import DTYPE_CODE, address, empty_like
 
 
 def bn_add_relu(

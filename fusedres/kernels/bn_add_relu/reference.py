@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference import affine, pack_bits
+from fusedres.kernels.reference_core import affine, pack_bits
 
 
 def bn_add_relu(

@@ -13,9 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.bn_add_relu import configs
-from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch
-from fusedres.kernels.tiles import affine, pixel_offsets, pixels, relu, tile
+from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch
+from fusedres.kernels.triton_core.rows import affine, pixel_offsets, pixels, relu, row_tiles, tile
 
 
 @jit_for_any_batch
@@ -94,7 +93,7 @@ def _launch(
     n, c, p, q = x.shape
     mask = torch.empty((n, p, q, ceil_div(c, 8)) if with_mask else (0,), dtype=torch.uint8, device=x.device)
     view, (stride_n, stride_h, stride_w) = pixels(shortcut, stride)
-    candidates = configs.bn_add_relu(c, x.dtype)
+    candidates = row_tiles(c, x.dtype)
     config = choose(candidates)
     arguments = {
         "x_ptr": x,

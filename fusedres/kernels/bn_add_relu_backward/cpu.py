@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.native import DTYPE_CODE, GATE_NONE, GATE_RECOMPUTE, address, empty_like, gate_code
+from fusedres.kernels.cpu_core import DTYPE_CODE, GATE_NONE, GATE_RECOMPUTE, address, empty_like, gate_code
 
 
 def bn_add_relu_backward(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles
-from fusedres.kernels.native import GATE_NONE, GATE_RECOMPUTE, gate_code
+from fusedres.kernels.cpu_core import GATE_NONE, GATE_RECOMPUTE, gate_code
 
 # csrc/bn_add_relu_backward/config.h chooses, or a launch for each step, or one for all: the numbers are the same.
 CHOSEN, SEPARATE, FUSED = range(3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference import affine, per_channel
-from fusedres.kernels.reference import gated as masked
+from fusedres.kernels.reference_core import affine, per_channel
+from fusedres.kernels.reference_core import gated as masked
 
 
 def _branch(d: Tensor, x: Tensor, state: Tensor, batch_statistics: bool) -> tuple[Tensor, Tensor]:

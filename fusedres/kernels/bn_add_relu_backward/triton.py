@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.bn_backward.triton import apply_launch, coefficients_launch, reduce_launch
-from fusedres.kernels.gate import gate_kind
+from fusedres.kernels.triton_core.gate import gate_kind
 
 
 def bn_add_relu_backward(

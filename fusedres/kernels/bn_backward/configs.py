@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 
 import triton
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
 
 _PROGRAMS = 2048  # that a reduction is split over, at 128 channels each
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedres.kernels.cpu_core import GATE_NONE, gate_code
 from fusedres.kernels.cuda_core import code, launch
-from fusedres.kernels.native import GATE_NONE, gate_code
 
 _BLOCKS = 2048  # that a sum over rows is split over, at 512 bytes of a row each
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference import gated, per_channel
+from fusedres.kernels.reference_core import gated, per_channel
 
 
 def _product(d: Tensor, x: Tensor, state: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from fusedres.kernels.bn_backward.triton_kernels import (
     bn_backward_coefficients_kernel,
     bn_backward_reduce_kernel,
 )
-from fusedres.kernels.gate import gate_kind
-from fusedres.kernels.launch import ceil_div, choose, launch, loop_bound
+from fusedres.kernels.triton_core.gate import gate_kind
+from fusedres.kernels.triton_core.launch import ceil_div, choose, launch, loop_bound
 
 
 def reduce_launch(

@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedres.kernels.gate import load_gated
-from fusedres.kernels.launch import jit_for_any_batch
-from fusedres.kernels.tiles import tile
+from fusedres.kernels.triton_core.gate import load_gated
+from fusedres.kernels.triton_core.launch import jit_for_any_batch
+from fusedres.kernels.triton_core.rows import tile
 
 
 @triton.jit

@@ -12,9 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.bn_relu import configs
-from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch
-from fusedres.kernels.tiles import affine, pixel_offsets, pixels, relu, tile
+from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch
+from fusedres.kernels.triton_core.rows import affine, pixel_offsets, pixels, relu, row_tiles, tile
 
 
 @jit_for_any_batch
@@ -64,7 +63,7 @@ def bn_relu_(x: Tensor, state: Tensor) -> None:
 def _launch(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, out: Tensor) -> None:
     n, c, p, q = out.shape
     view, (stride_n, stride_h, stride_w) = pixels(x, stride)
-    candidates = configs.bn_relu(c, x.dtype)
+    candidates = row_tiles(c, x.dtype)
     config = choose(candidates)
     arguments = {
         "x_ptr": view,

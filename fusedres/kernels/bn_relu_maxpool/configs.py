@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, choose, input_precision
-from fusedres.kernels.splits import rows_split
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div, choose, input_precision
+from fusedres.kernels.triton_core.splits import rows_split
 
 
 def forward(channels: int) -> Sequence[Config]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.native import DTYPE_CODE, empty_channels_last, empty_like
+from fusedres.kernels.cpu_core import DTYPE_CODE, empty_channels_last, empty_like
 
 
 def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedres.kernels.bn_add_relu_backward.reference import bn_relu_backward_
 from fusedres.kernels.bn_backward.reference import bn_backward_apply, bn_backward_reduce
 from fusedres.kernels.conv_wgrad.reference import conv_wgrad
-from fusedres.kernels.reference import affine
+from fusedres.kernels.reference_core import affine
 
 _CHANNELS_LAST = torch.channels_last
 CLOSED = 9  # the place of a window's maximum where its ReLU is closed

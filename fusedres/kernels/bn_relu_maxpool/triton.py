@@ -15,7 +15,7 @@ from fusedres.kernels.bn_relu_maxpool.triton_kernels import (
     bn_relu_maxpool_reduce_kernel,
 )
 from fusedres.kernels.bn_relu_maxpool.wgrad import bn_relu_maxpool_wgrad
-from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
 
 __all__ = [
     "bn_relu_maxpool",

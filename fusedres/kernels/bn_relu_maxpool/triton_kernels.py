@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedres.kernels.launch import jit_for_any_batch
+from fusedres.kernels.triton_core.launch import jit_for_any_batch
 
 CLOSED = tl.constexpr(9)  # a place that no pixel of a window has
 

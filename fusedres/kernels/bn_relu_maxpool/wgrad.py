@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fusedres.kernels.bn_relu_maxpool import configs
 from fusedres.kernels.bn_relu_maxpool.triton_kernels import quad_gradients, window_tile
-from fusedres.kernels.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
-from fusedres.kernels.product import add_product
-from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.reference_core import arithmetic_dtype
+from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
+from fusedres.kernels.triton_core.product import add_product
 
 FAR = tl.constexpr(1 << 29)  # a row outside of every image
 

@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
-from fusedres.kernels.tiles import row_tiles
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
+from fusedres.kernels.triton_core.rows import row_tiles
 
 
 @cache

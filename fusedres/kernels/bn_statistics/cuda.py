@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.cuda_core import code, launch
-from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.reference_core import arithmetic_dtype
 
 
 def bn_statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.reference_core import arithmetic_dtype
 
 
 def bn_statistics(

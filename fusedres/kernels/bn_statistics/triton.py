@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_statistics import configs
-from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch, multiprocessors
-from fusedres.kernels.reference import arithmetic_dtype
-from fusedres.kernels.tiles import tile
+from fusedres.kernels.reference_core import arithmetic_dtype
+from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, multiprocessors
+from fusedres.kernels.triton_core.rows import tile
 
 
 @triton.jit

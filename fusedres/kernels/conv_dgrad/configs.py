@@ -8,7 +8,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, choose, fitting, gpu, input_precision
+from fusedres.kernels.triton_core.launch import (
+    INTERPRETED,
+    Config,
+    Gpu,
+    ceil_div,
+    choose,
+    fitting,
+    gpu,
+    input_precision,
+)
 
 
 def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: bool) -> Sequence[Config]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference import affine, arithmetic_dtype, gated, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, gated, per_channel
 
 
 def conv_dgrad(

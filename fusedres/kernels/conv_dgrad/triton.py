@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
-from fusedres.kernels.gate import before_product
-from fusedres.kernels.launch import ceil_div, input_precision, jit_for_any_batch, launch
-from fusedres.kernels.product import add_product
+from fusedres.kernels.triton_core.gate import before_product
+from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch
+from fusedres.kernels.triton_core.product import add_product
 
 
 @triton.constexpr_function

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedres.kernels.conv_fprop.tile import affine, below, output_pixel
-from fusedres.kernels.product import add_product
-from fusedres.kernels.tiles import relu
+from fusedres.kernels.triton_core.gemm import affine, below, output_pixel
+from fusedres.kernels.triton_core.product import add_product
+from fusedres.kernels.triton_core.rows import relu
 
 
 @triton.jit

@@ -9,7 +9,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, choose, fitting, gpu, input_precision
+from fusedres.kernels.triton_core.launch import (
+    INTERPRETED,
+    Config,
+    Gpu,
+    ceil_div,
+    choose,
+    fitting,
+    gpu,
+    input_precision,
+)
 
 # (BLOCK_M, BLOCK_K, BLOCK_C, warps, stages) by kind of arithmetic: narrow for up to 64 columns, wide for more.
 # With BatchNorm on load the tile of x is in registers, and its channels are fewer.

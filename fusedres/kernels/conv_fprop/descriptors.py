@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from fusedres.kernels.conv_fprop.tile import affine, store
-from fusedres.kernels.launch import jit_for_any_batch
-from fusedres.kernels.product import add_product
-from fusedres.kernels.tiles import relu
+from fusedres.kernels.triton_core.gemm import affine, store
+from fusedres.kernels.triton_core.launch import jit_for_any_batch
+from fusedres.kernels.triton_core.product import add_product
+from fusedres.kernels.triton_core.rows import relu
 
 
 @jit_for_any_batch

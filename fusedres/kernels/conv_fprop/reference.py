@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.bn_add_relu.reference import bn_add_relu
-from fusedres.kernels.reference import affine, arithmetic_dtype, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, per_channel
 
 
 def conv_fprop(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from fusedres.kernels.bn_backward.configs import column_block
-from fusedres.kernels.launch import INTERPRETED, Config
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config
 
 
 @cache

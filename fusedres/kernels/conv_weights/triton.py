@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_weights import configs
-from fusedres.kernels.launch import ceil_div, choose, launch
+from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
 
 
 @triton.jit

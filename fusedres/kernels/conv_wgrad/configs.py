@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.kernels.launch import (
+from fusedres.kernels.triton_core.launch import (
     INTERPRETED,
     Config,
     Gpu,

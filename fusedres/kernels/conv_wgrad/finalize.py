@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.conv_wgrad import configs
-from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
+from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
 
 __all__ = ["conv_wgrad_finalize", "loop_bound"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fusedres.kernels.reference import affine, arithmetic_dtype, gated, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, gated, per_channel
 
 
 def conv_wgrad(

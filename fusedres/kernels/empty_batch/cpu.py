@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.kernels.native import empty_channels_last
+from fusedres.kernels.cpu_core import empty_channels_last
 
 
 def empty_batch(like: Tensor, batch: int) -> Tensor:

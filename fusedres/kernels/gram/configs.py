@@ -8,8 +8,8 @@ from functools import cache
 import torch
 import triton
 
-from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
-from fusedres.kernels.splits import resident, rows_split
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
+from fusedres.kernels.triton_core.splits import resident, rows_split
 
 # BLOCK_M, BLOCK_A, BLOCK_B, warps, stages; best guess first.
 _Shape = tuple[int, int, int, int, int]

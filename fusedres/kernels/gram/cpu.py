@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.native import DTYPE_CODE, address, empty_channels_last
+from fusedres.kernels.cpu_core import DTYPE_CODE, address, empty_channels_last
 
 
 def gram(x: Tensor, state: Tensor | None, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,12 +21,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.centred import grid_arguments, load_activated, load_centred, pixel_offsets
 from fusedres.kernels.gram import configs
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch, loop_bound
-from fusedres.kernels.product import add_product
-from fusedres.kernels.reference import arithmetic_dtype
-from fusedres.kernels.splits import merge
+from fusedres.kernels.reference_core import arithmetic_dtype
+from fusedres.kernels.triton_core.centred import grid_arguments, load_activated, load_centred, pixel_offsets
+from fusedres.kernels.triton_core.launch import (
+    ceil_div,
+    choose,
+    gpu,
+    input_precision,
+    jit_for_any_batch,
+    launch,
+    loop_bound,
+)
+from fusedres.kernels.triton_core.product import add_product
+from fusedres.kernels.triton_core.splits import merge
 
 _PIVOT_ROWS = 8
 

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 import triton
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
-from fusedres.kernels.splits import rows_split
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
+from fusedres.kernels.triton_core.splits import rows_split
 
 # Rows, columns and depth of a tile, warps, stages; best guess first.
 _Shape = tuple[int, int, int, int, int]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.native import DTYPE_CODE, address, code
+from fusedres.kernels.cpu_core import DTYPE_CODE, address, code
 from fusedres.kernels.one_pass import reference
 from fusedres.kernels.shortcut_grad.cpu import shortcut_grad_
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.launch import ceil_div, choose, launch
 from fusedres.kernels.one_pass import configs
 from fusedres.kernels.one_pass.statistics import load_weight
+from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
 
 
 @triton.jit

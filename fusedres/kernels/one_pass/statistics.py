@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_statistics.triton import store_average, store_state
-from fusedres.kernels.launch import ceil_div, choose, launch
 from fusedres.kernels.one_pass import configs
+from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
 
 # Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
 FLOAT64_PRODUCTS = 1 << 24

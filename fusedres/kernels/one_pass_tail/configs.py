@@ -8,8 +8,8 @@ from functools import cache
 import torch
 import triton
 
-from fusedres.kernels.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
-from fusedres.kernels.splits import resident, rows_split
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
+from fusedres.kernels.triton_core.splits import resident, rows_split
 
 # Rows, columns and depth of a tile, warps, stages; best guess first. For reduce the rows are K, the depth is M.
 _Shape = tuple[int, int, int, int, int]

@@ -14,13 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.centred import grid_arguments, load_centred, pixel_offsets
-from fusedres.kernels.gate import before_product
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.gradient import load_d
-from fusedres.kernels.product import add_product
-from fusedres.kernels.splits import merge
+from fusedres.kernels.triton_core.centred import grid_arguments, load_centred, pixel_offsets
+from fusedres.kernels.triton_core.gate import before_product
+from fusedres.kernels.triton_core.launch import (
+    ceil_div,
+    choose,
+    gpu,
+    input_precision,
+    jit_for_any_batch,
+    launch,
+    loop_bound,
+)
+from fusedres.kernels.triton_core.product import add_product
+from fusedres.kernels.triton_core.splits import merge
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.one_pass.reference import parameter_grads, quadratic_form
-from fusedres.kernels.reference import affine, arithmetic_dtype, gated, pack_bits, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, gated, pack_bits, per_channel
 
 # Rows of dz behind one pair of partial sums (one_pass_dgrad).
 ROWS_A_PARTIAL = 64

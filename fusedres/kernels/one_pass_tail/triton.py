@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
-from fusedres.kernels.conv_fprop.tile import column_slices
-from fusedres.kernels.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.one_pass.products import one_pass_products
 from fusedres.kernels.one_pass.statistics import one_pass_fold
 from fusedres.kernels.one_pass_tail import configs
 from fusedres.kernels.one_pass_tail.dgrad import one_pass_dgrad
 from fusedres.kernels.one_pass_tail.reduce import one_pass_reduce
-from fusedres.kernels.product import add_product
+from fusedres.kernels.triton_core.centred import grid_arguments, load_centred, load_channels, load_tile, pixel_offsets
+from fusedres.kernels.triton_core.gemm import column_slices
+from fusedres.kernels.triton_core.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
+from fusedres.kernels.triton_core.product import add_product
 
 __all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
 

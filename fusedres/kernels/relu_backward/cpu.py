@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.native import DTYPE_CODE, empty_like, gate_code
+from fusedres.kernels.cpu_core import DTYPE_CODE, empty_like, gate_code
 
 
 def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

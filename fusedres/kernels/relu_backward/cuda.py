@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.bn_backward.cuda import row_tiles
+from fusedres.kernels.cpu_core import gate_code
 from fusedres.kernels.cuda_core import code, launch
-from fusedres.kernels.native import gate_code
-from fusedres.kernels.reference import arithmetic_dtype
+from fusedres.kernels.reference_core import arithmetic_dtype
 
 
 def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

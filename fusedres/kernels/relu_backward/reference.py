@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference import arithmetic_dtype, gated
+from fusedres.kernels.reference_core import arithmetic_dtype, gated
 
 
 def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_backward import configs
-from fusedres.kernels.gate import gate_kind, load_gated
-from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
-from fusedres.kernels.reference import arithmetic_dtype
-from fusedres.kernels.tiles import tile
+from fusedres.kernels.reference_core import arithmetic_dtype
+from fusedres.kernels.triton_core.gate import gate_kind, load_gated
+from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
+from fusedres.kernels.triton_core.rows import tile
 
 
 @jit_for_any_batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fusedres.kernels.cpu_core import gate_code
 from fusedres.kernels.cuda_core import code, launch
-from fusedres.kernels.native import gate_code
 
 
 def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int) -> None:

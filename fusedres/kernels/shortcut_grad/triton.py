@@ -11,10 +11,9 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.gate import gate_kind, load_gated
-from fusedres.kernels.launch import ceil_div, choose, jit_for_any_batch, launch
-from fusedres.kernels.shortcut_grad import configs
-from fusedres.kernels.tiles import pixel_offsets, pixels, tile
+from fusedres.kernels.triton_core.gate import gate_kind, load_gated
+from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch
+from fusedres.kernels.triton_core.rows import pixel_offsets, pixels, row_tiles, tile
 
 
 @jit_for_any_batch
@@ -58,7 +57,7 @@ def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: in
         grad = grad[:, :c]
         if gate is not None:
             gate = gate[:, :c] if gate_kind(gate) == "output" else gate[..., : ceil_div(c, 8)]
-    candidates = configs.shortcut_grad_(c, grad.dtype)
+    candidates = row_tiles(c, grad.dtype)
     config = choose(candidates)
     arguments = {
         "grad_x_ptr": view,

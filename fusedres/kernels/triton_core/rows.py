@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
 
 
 @triton.jit

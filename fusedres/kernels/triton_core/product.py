@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedres.kernels.launch import INTERPRETED
+from fusedres.kernels.triton_core.launch import INTERPRETED
 
 # Triton before 3.9 lets the next step write the first operand's registers while the wgmma of this one may still read
 # them (triton#9433). A use of the sums makes it wait for the wgmma first, at the price of the overlap between the two.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.reference import gated
+from fusedres.kernels.reference_core import gated
 
 
 def gate_kind(gate: Tensor | None) -> str:

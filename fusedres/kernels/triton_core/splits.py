@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fusedres.kernels.launch import INTERPRETED, Config, ceil_div, multiprocessors
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div, multiprocessors
 
 
 def rows_split(steps: int, tiles: int, resident: int, device: torch.device) -> int:
