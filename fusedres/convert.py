@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from torchvision.models.resnet import ResNet
 
+from fusedres.autograd import Frozen
 from fusedres.modules import FusedBlock, FusedResNet
 from fusedres.modules.anatomy import SHARDED
 from fusedres.modules.classes import (
@@ -19,7 +20,6 @@ from fusedres.modules.classes import (
     refusals,
     stock_class,
 )
-from fusedres.modules.frozen import Frozen
 from fusedres.modules.genuine import replaced_on_block
 
 _MEMORY = ("auto", "min")

@@ -42,9 +42,9 @@ def _norm(channels: int) -> Example:
 def _tail(dtype: torch.dtype = _FLOAT) -> list[Example]:
     """bn_add_relu with a strided and padded shortcut, and with a normalised one."""
     x = {"x": _like(N, C, H, W, dtype=dtype), "state": state(C, dtype), "with_mask": True}
-    strided = {"shortcut": _like(N, 4, 2 * H, 2 * W - 1, dtype=dtype, seed=1), "shortcut_state": None, "stride": 2}
-    normalised = {"shortcut": _like(N, C, H, W, dtype=dtype, seed=2), "shortcut_state": state(C, dtype, 5), "stride": 1}
-    return [x | strided, x | normalised]
+    strided = {"shortcut": _like(N, 4, 2 * H, 2 * W - 1, dtype=dtype, seed=1), "shortcut_state": None}
+    normalised = {"shortcut": _like(N, C, H, W, dtype=dtype, seed=2), "shortcut_state": state(C, dtype, 5)}
+    return [x | strided | {"shortcut_stride": 2}, x | normalised | {"shortcut_stride": 1}]
 
 
 def _branches() -> list[Example]:
@@ -53,14 +53,14 @@ def _branches() -> list[Example]:
         "grad": _like(N, C, H, W),
         "gate": _like(N, C, H, W, seed=1),
         "x": _like(N, C, H, W, seed=2),
-        "state": state(C, _FLOAT),
-        "batch_statistics": True,
-        "shortcut_x": None,
+        "x_state": state(C, _FLOAT),
+        "x_batch_statistics": True,
+        "shortcut": None,
         "shortcut_state": None,
         "shortcut_batch_statistics": False,
         "with_sums": True,
     }
-    second = {"shortcut_x": _like(N, C, H, W, seed=3), "shortcut_state": state(C, _FLOAT, 6)}
+    second = {"shortcut": _like(N, C, H, W, seed=3), "shortcut_state": state(C, _FLOAT, 6)}
     return [one, one | second | {"gate": _bits(C), "shortcut_batch_statistics": True}]
 
 
@@ -70,8 +70,8 @@ def _windows() -> Example:
         "grad": _like(N, C, H // 2, (W + 1) // 2),
         "argmax": argmax.to(torch.uint8).contiguous(memory_format=torch.channels_last),
         "x": _like(N, C, H, W, seed=1),
-        "state": state(C, _FLOAT),
-        "batch_statistics": True,
+        "x_state": state(C, _FLOAT),
+        "x_batch_statistics": True,
         "with_sums": True,
     }
 
@@ -81,7 +81,7 @@ _POINTWISE: Example = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
 
 
 def _fprop() -> Example:
-    return {"x": _like(N, C, H, W), "weight": _like(K, C, 3, 3, seed=1), "state": state(C, _FLOAT), **_GEOMETRY}
+    return {"x": _like(N, C, H, W), "weight": _like(K, C, 3, 3, seed=1), **_GEOMETRY}
 
 
 def _inference() -> list[Example]:
@@ -92,13 +92,13 @@ def _inference() -> list[Example]:
 
 def _dgrad() -> list[Example]:
     """With the ReLU of the layer before on store; with everything on load and a gated shortcut on store."""
-    nothing = dict.fromkeys(("gate", "y", "coefficients", "input", "input_state", "shortcut_grad", "shortcut_gate"))
+    nothing = dict.fromkeys(("gate", "y", "coefficients", "input", "input_state", "shortcut", "shortcut_gate"))
     size: Example = {"input_size": [N, C, H, W], "shortcut_stride": 1}
     store = {"grad": _like(N, K, 3, W), "weight": _like(K, C, 3, 3, seed=1), **_GEOMETRY}
     store |= {"input": _like(N, C, H, W, seed=2), "input_state": state(C, _FLOAT)}
     load = {"grad": _like(N, K, H, W), "weight": _like(K, C, 1, 1, seed=1), **_POINTWISE, "gate": _bits(K)}
     load |= {"y": _like(N, K, H, W, seed=3), "coefficients": state(K, _FLOAT, 4), "shortcut_stride": 2}
-    load |= {"shortcut_grad": _like(N, K, 3, 3, seed=4), "shortcut_gate": _bits(K, 3, 3)}
+    load |= {"shortcut": _like(N, K, 3, 3, seed=4), "shortcut_gate": _bits(K, 3, 3)}
     return [nothing | size | store, nothing | size | load]
 
 
@@ -110,16 +110,16 @@ def _wgrad() -> list[Example]:
 
 
 def _centred() -> Example:
-    return {"z": _like(N, C, H, W), "state": state(C, _FLOAT), "pivot": vector(C), "stride": 2}
+    return {"z": _like(N, C, H, W), "z_state": state(C, _FLOAT), "z_pivot": vector(C), "z_stride": 2}
 
 
 def _one_pass_tail() -> list[Example]:
     z = _centred() | {"folded": _rows(K, C), "offset": vector(K), "with_mask": True}
-    nothing = dict.fromkeys(("shortcut", "shortcut_state", "x", "x_pivot", "x_folded", "x_offset"))
+    nothing = dict.fromkeys(("shortcut", "shortcut_state", "x", "x_pivot", "x_folded", "x_folded_offset"))
     strides = {"shortcut_stride": 1, "x_stride": 1}
     identity = {"shortcut": _like(N, 4, H, 2 * 3, seed=1), "shortcut_stride": 2}
     normalised = {"shortcut": _like(N, K, 3, 3, seed=1), "shortcut_state": state(K, _FLOAT)}
-    x = {"x": _like(N, 7, 3, 3), "x_pivot": vector(7), "x_folded": _rows(K, 7), "x_offset": vector(K)}
+    x = {"x": _like(N, 7, 3, 3), "x_pivot": vector(7), "x_folded": _rows(K, 7), "x_folded_offset": vector(K)}
     return [z | nothing | strides | more for more in (identity, normalised, x)]
 
 
@@ -137,21 +137,19 @@ def examples() -> dict[str, list[Example]]:
     """One or more right calls of every op, with fresh tensors."""
     x, wide = {"x": _like(N, C, H, W), "state": state(C, _FLOAT)}, torch.float64
     one, two = _branches()
-    in_place = {"x": one["x"], "grad": one["grad"], "state": one["state"], "gated": True, "with_sums": True}
-    reduced = [{n: e[n] for n in ("grad", "gate", "x", "state", "shortcut_x", "shortcut_state")} for e in (one, two)]
-    applied = [
-        {n.replace("state", "coefficients"): value for n, value in example.items() if n != "batch_statistics"}
-        for example in reduced
-    ]
-    merged = {"state": state(C, _FLOAT), "batch_statistics": True, "shortcut_batch_statistics": False, "count": 60}
+    in_place = {"x": one["x"], "grad": one["grad"], "x_state": one["x_state"], "x_batch_statistics": True}
+    reduced = [{n: e[n] for n in ("grad", "gate", "x", "x_state", "shortcut", "shortcut_state")} for e in (one, two)]
+    names = {"x": "y", "x_state": "coefficients", "shortcut_state": "shortcut_coefficients"}
+    applied = [{names.get(n, n): value for n, value in example.items()} for example in reduced]
+    merged = {"state": state(C, _FLOAT), "batch_statistics": True, "count": 60}
+    merged["shortcut_state_batch_statistics"] = False
     pooled = _windows()
-    wgrad = {n: pooled[n] for n in ("grad", "argmax")} | {"y": pooled["x"], "coefficients": pooled["state"]}
-    frozen = {n: value for n, value in _norm(C).items() if n not in ("num_batches_tracked", "momentum")}
+    wgrad = {n: pooled[n] for n in ("grad", "argmax")} | {"y": pooled["x"], "y_coefficients": pooled["x_state"]}
     statistics = {"conv_weight": _like(K, C, 1, 1), "pivot": vector(C), "total": vector(C, wide)}
     statistics |= {"gram": _rows(C, C, dtype=wide), "count": 60}
     backward = {"d": _like(N, K, H, W), "sum_d": vector(K), "z": _like(N, C, H, W), "conv_weight": _like(K, C, 1, 1)}
     backward |= {"state": state(K, _FLOAT), "projected": _rows(K, C), "total": vector(C, wide)}
-    gradient = {"grad_x": _like(N, 4, H, W), "grad": _like(N, C, 3, 3, seed=1), "stride": 2}
+    gradient = {"grad_x": _like(N, 4, H, W), "shortcut": _like(N, C, 3, 3, seed=1), "shortcut_stride": 2}
     nothing_more = {"x": None, "x_pivot": None, "x_stride": 1}
     joined = {"x": _like(N, 7, 3, 3), "x_pivot": vector(7), "x_stride": 1}
     return {
@@ -163,7 +161,7 @@ def examples() -> dict[str, list[Example]]:
         ],
         "bn_add_relu_backward": [one, two],
         "bn_add_relu_backward_": [one, two],
-        "bn_relu_backward_": [in_place | {"batch_statistics": True}],
+        "bn_relu_backward_": [in_place | {"relu": True, "with_sums": True}],
         "bn_backward_reduce": reduced,
         "bn_backward_coefficients": [
             merged | {"partials": _rows(3, 2, C), "shortcut_state": None},
@@ -171,7 +169,7 @@ def examples() -> dict[str, list[Example]]:
         ],
         "bn_backward_apply": applied,
         "bn_finalize": [{"partials": _rows(3, 2, C), "rows": torch.full((3,), 20.0), **_norm(C)}],
-        "bn_frozen": [{"x": _like(N, C, H, W), **frozen}],
+        "bn_frozen": [{"x": _like(N, C, H, W), **_norm(C)}],
         "bn_relu": [
             x | {"pivot": vector(C), "stride": 2},
             {"x": _like(N, C, H, W, dtype=wide), "state": None, "pivot": None, "stride": 1},
@@ -180,12 +178,12 @@ def examples() -> dict[str, list[Example]]:
         "bn_relu_maxpool": [x | {"with_argmax": True}],
         "bn_relu_maxpool_backward": [pooled],
         "bn_relu_maxpool_backward_": [pooled],
-        "bn_relu_maxpool_reduce": [{n: pooled[n] for n in ("grad", "argmax", "x", "state")}],
+        "bn_relu_maxpool_reduce": [{n: pooled[n] for n in ("grad", "argmax", "x")} | {"state": pooled["x_state"]}],
         "bn_relu_maxpool_wgrad": [wgrad | {"input": _like(N, 3, 12, W), "kernel": [3, 3], **_GEOMETRY}],
         "bn_statistics": [{"x": _like(N, C, H, W), **_norm(C)}],
         "conv_bn_add_relu": _inference(),
         "conv_dgrad": _dgrad(),
-        "conv_fprop": [_fprop() | {"with_statistics": True}],
+        "conv_fprop": [_fprop() | {"x_state": state(C, _FLOAT), "with_statistics": True}],
         "conv_weights": [{"weights": [_rows(K, C, 3, 3), _rows(C, K, 1, 1, dtype=wide)], "dtype": torch.bfloat16}],
         "conv_wgrad": _wgrad(),
         "conv_wgrad_finalize": [
@@ -207,5 +205,8 @@ def examples() -> dict[str, list[Example]]:
         "one_pass_statistics": [statistics | _norm(K)],
         "one_pass_tail": _one_pass_tail(),
         "relu_backward": [{"grad": one["grad"], "gate": one["gate"]}, {"grad": one["grad"], "gate": two["gate"]}],
-        "shortcut_grad_": [gradient | {"gate": _like(N, C, 3, 3, seed=2)}, gradient | {"gate": _bits(C, 3, 3)}],
+        "shortcut_grad_": [
+            gradient | {"shortcut_gate": _like(N, C, 3, 3, seed=2)},
+            gradient | {"shortcut_gate": _bits(C, 3, 3)},
+        ],
     }

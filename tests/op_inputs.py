@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cuda_on_cpu
 import pytest
 import torch
@@ -48,6 +50,18 @@ def device(backend: str, dtype: torch.dtype = torch.float32) -> str:
     if dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly, and there is no GPU")
     return "cpu"
+
+
+def call(name: str, backend: str, **arguments: Any) -> Any:
+    """Call an op by the names of its schema's arguments; what is left out is None, or 1 for a number."""
+    op = OPS[name]
+    schema = getattr(torch.ops.fusedres, name).default._schema
+    values = [
+        arguments.pop(argument.name, None if str(argument.type).startswith("Optional") else 1)
+        for argument in schema.arguments[:-1]
+    ]
+    assert not arguments, f"{name} has no {', '.join(arguments)}"
+    return getattr(torch.ops.fusedres, name)(*values, op.serving(backend))
 
 
 def activation(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -47,7 +47,12 @@ def described(op: Op, example: Example, name: str) -> tuple[rows.Argument, Tenso
 def optional(op: Op) -> set[str]:
     """The arguments that may be None."""
     schema = getattr(torch.ops.fusedres, op.name).default._schema
-    return {argument.name for argument in schema.arguments if str(argument.type).startswith("Optional")}
+    found = {argument.name for argument in schema.arguments if str(argument.type).startswith("Optional")}
+    return {name for name in found if not is_required(op.rows.get(name))}
+
+
+def is_required(row: rows.Row | None) -> bool:
+    return row.output.required if isinstance(row, rows.Gate) else isinstance(row, rows.Argument) and row.required
 
 
 def words(op: Op, example: Example, name: str) -> list[str]:

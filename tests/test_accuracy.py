@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from fusedres import _C, ops
+from fusedres.values import BnBranch, Gated, Gram, GramState, Norm
 
 pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
@@ -85,9 +86,11 @@ def test_statistics_before_the_convolution_of_correlated_channels(channels, apar
     z = (random(8, 1, 14, 14) + apart * random(8, channels, 14, 14)).to(memory_format=torch.channels_last)
     weight = random(4 * channels, channels, 1, 1) / channels**0.5
     weight -= weight.mean(1, keepdim=True)
-    _, pivot, total, gram = ops.gram(z, None, "cpu")
+    _, pivot, total, gram = ops.gram(z, None, backend="cpu")
     count = z.numel() // channels
-    state, _ = ops.one_pass_statistics(weight, pivot, total, gram, count, None, None, None, None, None, 0.1, 0.0, "cpu")
+    state, _ = ops.one_pass_statistics(
+        weight, Gram(pivot, total, gram), count, Norm(None, None, None, None, None, 0.1, 0.0), backend="cpu"
+    )
     exact = torch.conv2d(z.double(), weight.double()).var((0, 2, 3), unbiased=False).rsqrt()
     eager = torch.conv2d(z, weight).double().var((0, 2, 3), unbiased=False).rsqrt()
     error, least = (state[1].double() - exact).norm(), 2.0**-24 * exact.norm()
@@ -101,15 +104,17 @@ def test_sums_of_a_backward_round_once(channels):
     d, y = (
         torch.randn(8, channels, 13, 11, generator=generator).to(memory_format=torch.channels_last) for _ in range(2)
     )
-    state = ops.bn_statistics(y, None, None, None, None, None, 0.1, 1e-5, "cpu")
+    state = ops.bn_statistics(y, Norm(None, None, None, None, None, 0.1, 1e-5), backend="cpu")
     centred = y.double() - state[0].double().view(1, -1, 1, 1)
     terms = d * centred * state[1].double().view(1, -1, 1, 1)
     total, product = d.double().sum((0, 2, 3)), terms.sum((0, 2, 3))
     grad = d.clone(memory_format=torch.preserve_format)
-    sums = ops.bn_relu_backward_(grad, y, state, "cpu", gated=False, batch_statistics=True)
+    sums = ops.bn_relu_backward_(grad, BnBranch(y, state, True), False, backend="cpu")
     mask = torch.full((8, 13, 11, (channels + 7) // 8), 255, dtype=torch.uint8)
     assert ((sums[0].double() - total).abs() <= 2.0**-24 * total.abs()).all()
-    assert ((ops.relu_backward(d, mask, "cpu")[1].double() - total).abs() <= 2.0**-24 * total.abs()).all()
+    assert (
+        (ops.relu_backward(Gated(d, mask), backend="cpu")[1].double() - total).abs() <= 2.0**-24 * total.abs()
+    ).all()
     of_terms = 1.5 * terms.square().sum((0, 2, 3)).sqrt()  # x - mean is rounded, term by term
     assert ((sums[1].double() - product).abs() <= 2.0**-24 * (product.abs() + of_terms)).all()
 
@@ -122,11 +127,13 @@ def test_few_input_channels_take_their_cross_products_in_float64():
         z = torch.randn(4, 1, 9, 8, generator=generator).relu().to(memory_format=torch.channels_last)
         d = torch.randn(4, 4, 9, 8, generator=generator).to(memory_format=torch.channels_last)
         weight = torch.randn(4, 1, 1, 1, generator=generator)
-        z, pivot, total, gram = ops.gram(z, None, "cpu")
+        z, pivot, total, gram = ops.gram(z, None, backend="cpu")
         state, projected = ops.one_pass_statistics(
-            weight, pivot, total, gram, 288, None, None, None, None, None, 0.1, 1e-5, "cpu"
+            weight, Gram(pivot, total, gram), 288, Norm(None, None, None, None, None, 0.1, 1e-5), backend="cpu"
         )
-        _, _, got = ops.one_pass_backward(d, d.sum((0, 2, 3)), z, weight, state, projected, total, "cpu")
+        _, _, got = ops.one_pass_backward(
+            d, d.sum((0, 2, 3)), z, weight, GramState(state, projected, total), backend="cpu"
+        )
         y = torch.conv2d(z.double(), weight.double())
         normalised = (y - y.mean((0, 2, 3), keepdim=True)) * state[1].double().view(1, -1, 1, 1)
         exact = (d * normalised).sum((0, 2, 3))

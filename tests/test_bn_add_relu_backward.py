@@ -8,6 +8,7 @@ from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, chan
 
 from fusedres import ops
 from fusedres.kernels.reference_core import pack_bits
+from fusedres.values import BnBranch, Gated
 
 
 def _branch(d, x, affine, batch_statistics):
@@ -49,10 +50,8 @@ def test_tail(backend, dtype, shape, gate_kind, projection, batch_statistics):
     )
     d = grad.double() * active if gate is not None else grad.double()
     kept = grad.clone()
-    options = {"batch_statistics": batch_statistics}
-    if projection:
-        options |= {"shortcut_x": other, "shortcut_state": other_affine, "shortcut_batch_statistics": True}
-    grad_x, grad_other, sums = ops.bn_add_relu_backward(grad, gate, x, affine, backend, **options)
+    branches = BnBranch(x, affine, batch_statistics), BnBranch(other, other_affine, True) if projection else None
+    grad_x, grad_other, sums = ops.bn_add_relu_backward(Gated(grad, gate), *branches, backend=backend)
     assert torch.equal(grad, kept)
     want, terms, product, product_terms = _branch(d, x, affine, batch_statistics)
     assert_near("grad_x", grad_x, want, terms, dtype, 16)
@@ -66,7 +65,7 @@ def test_tail(backend, dtype, shape, gate_kind, projection, batch_statistics):
         assert_near("sum d·x̂ shortcut", sums[2], product, product_terms + mean_terms, dtype, 16)
     else:
         assert grad_other.numel() == 0
-    in_place = ops.bn_add_relu_backward_(grad, gate, x, affine, backend, **options)
+    in_place = ops.bn_add_relu_backward_(Gated(grad, gate), *branches, backend=backend)
     assert torch.equal(x, grad_x) and torch.equal(in_place[:2], sums[:2])
     if projection:
         assert torch.equal(other, grad_other)
@@ -85,7 +84,7 @@ def test_inner(backend, dtype, shape, gated):
     clear = z.abs() > 1e-5 if dtype != torch.float64 else z.abs() > 1e-13
     assert clear.all()
     want, terms, product, product_terms = _branch(d, x, affine, True)
-    sums = ops.bn_relu_backward_(grad, x, affine, backend, gated=gated, batch_statistics=True)
+    sums = ops.bn_relu_backward_(grad, BnBranch(x, affine, True), gated, backend=backend)
     assert_near("grad", grad, want, terms, dtype, 16)
     mean_terms = d.abs().sum((0, 2, 3)) * (affine[0] * affine[1]).double().abs()
     assert_near("sum d·x̂", sums[1], product, product_terms + mean_terms, dtype, 16)
@@ -98,7 +97,7 @@ def test_nan_in_the_gate_lets_the_gradient_pass(backend):
     affine = state(18, torch.float32).to(place)
     output = torch.zeros_like(x)
     output[0, 17, 1, 0] = torch.nan
-    _, _, sums = ops.bn_add_relu_backward(grad, output, x, affine, backend, batch_statistics=False)
+    _, _, sums = ops.bn_add_relu_backward(Gated(grad, output), BnBranch(x, affine, False), None, backend=backend)
     assert sums[0, 17] == grad[0, 17, 1, 0] and not sums[0, :17].any()
 
 
@@ -109,7 +108,7 @@ def test_nan_in_the_gradient_and_in_the_statistics_stays_in_its_channel(backend)
     affine = state(20, torch.float32).to(place)
     grad[1, 3, 0, 2] = torch.nan
     affine[0, 7] = torch.nan
-    grad_x, _, sums = ops.bn_add_relu_backward(grad, None, x, affine, backend, batch_statistics=True)
+    grad_x, _, sums = ops.bn_add_relu_backward(Gated(grad, None), BnBranch(x, affine, True), None, backend=backend)
     bad = torch.zeros(20, dtype=torch.bool, device=place)
     bad[[3, 7]] = True
     assert torch.equal(grad_x.isnan().all(0).all(-1).all(-1), bad) and torch.equal(grad_x.isnan().any(0)[:, 0, 0], bad)
@@ -125,8 +124,8 @@ def test_constant_statistics_keep_a_bad_x_out_of_the_gradient(backend, with_sums
     affine = state(20, torch.float32).to(place)
     x[0, 5, 1, 1] = bad
     gate = pack_bits(active)
-    options = {"batch_statistics": False, "shortcut_x": other, "shortcut_state": affine, "with_sums": with_sums}
-    grad_x, grad_other, sums = ops.bn_add_relu_backward(grad, gate, x, affine, backend, **options)
+    branches = BnBranch(x, affine, False), BnBranch(other, affine, False)
+    grad_x, grad_other, sums = ops.bn_add_relu_backward(Gated(grad, gate), *branches, with_sums, backend=backend)
     want = grad * active * affine[2].view(1, -1, 1, 1)
     assert torch.equal(grad_x, want) and torch.equal(grad_other, want)
     if with_sums and active[0, 5, 1, 1]:
@@ -140,9 +139,8 @@ def test_constant_statistics_on_one_branch_only(backend):
     affine, other_affine = state(24, torch.float32).to(place), state(24, torch.float32, seed=9).to(place)
     gate, d = pack_bits(active), grad.double() * active
     for first, second in ((True, False), (False, True)):
-        options = {"batch_statistics": first, "shortcut_x": other, "shortcut_state": other_affine}
-        options |= {"shortcut_batch_statistics": second}
-        grad_x, grad_other, _ = ops.bn_add_relu_backward(grad, gate, x, affine, backend, **options)
+        branches = BnBranch(x, affine, first), BnBranch(other, other_affine, second)
+        grad_x, grad_other, _ = ops.bn_add_relu_backward(Gated(grad, gate), *branches, backend=backend)
         want, terms, _, _ = _branch(d, x, affine, first)
         assert_near("grad_x", grad_x, want, terms, torch.float32, 16)
         want, terms, _, _ = _branch(d, other, other_affine, second)
@@ -168,15 +166,12 @@ def test_cuda_in_one_launch_is_bitwise_cuda_in_three(monkeypatch, dtype, shape, 
         monkeypatch.setattr(cuda, "launches", launches)
         grad, x, other = (tensor.clone() for tensor in tensors[:3])
         if kind == "affine":
-            sums = ops.bn_relu_backward_(grad, x, affine, "cuda", gated=True, batch_statistics=True)
+            sums = ops.bn_relu_backward_(grad, BnBranch(x, affine, True), True, backend="cuda")
             assert torch.equal(x, tensors[1])
         else:
-            options = {"shortcut_x": other, "shortcut_state": other_affine} if projection else {}
-            if projection:
-                options["shortcut_batch_statistics"] = batch_statistics[1]
-            sums = ops.bn_add_relu_backward_(
-                grad, gate, x, affine, "cuda", batch_statistics=batch_statistics[0], **options
-            )
+            shortcut = BnBranch(other, other_affine, batch_statistics[1]) if projection else None
+            branches = BnBranch(x, affine, batch_statistics[0]), shortcut
+            sums = ops.bn_add_relu_backward_(Gated(grad, gate), *branches, backend="cuda")
             assert torch.equal(grad, tensors[0])
             assert not torch.equal(x, tensors[1]) and torch.equal(other, tensors[2]) != projection
         results.append((grad, x, other, sums[: 2 + projection]))
@@ -191,8 +186,8 @@ def test_cuda_in_either_way_is_the_oracle(monkeypatch, launches):
     monkeypatch.setattr(cuda, "launches", getattr(cuda, launches))
     grad, x, other, active = (tensor.to(place) for tensor in _inputs((3, 40, 11, 9), torch.float32))
     affine, other_affine = state(40, torch.float32).to(place), state(40, torch.float32, seed=9).to(place)
-    options = {"shortcut_x": other, "shortcut_state": other_affine, "shortcut_batch_statistics": True}
-    got = ops.bn_add_relu_backward(grad, pack_bits(active), x, affine, "cuda", batch_statistics=True, **options)
+    branches = BnBranch(x, affine, True), BnBranch(other, other_affine, True)
+    got = ops.bn_add_relu_backward(Gated(grad, pack_bits(active)), *branches, backend="cuda")
     d = grad.double() * active
     for result, raw, branch in ((got[0], x, affine), (got[1], other, other_affine)):
         want, terms, _, _ = _branch(d, raw, branch, True)
@@ -208,7 +203,7 @@ def test_same_bits_on_any_number_of_threads():
         torch.set_num_threads(threads)
         results.append(
             ops.bn_add_relu_backward(
-                grad, bits, x, affine, "cpu", batch_statistics=True, shortcut_x=other, shortcut_state=affine
+                Gated(grad, bits), BnBranch(x, affine, True), BnBranch(other, affine, False), backend="cpu"
             )
         )
     for result in results[1:]:
@@ -219,8 +214,10 @@ def test_errors():
     grad, x, other, active = _inputs((2, 8, 3, 3), torch.float32)
     affine = state(8, torch.float32)
     with pytest.raises(ValueError, match="bn_add_relu_backward: gate must have shape"):
-        ops.bn_add_relu_backward(grad, pack_bits(active)[:1], x, affine, "cpu", batch_statistics=True)
+        ops.bn_add_relu_backward(Gated(grad, pack_bits(active)[:1]), BnBranch(x, affine, True), None, backend="cpu")
     with pytest.raises(ValueError, match="shortcut_state must be given with shortcut_x"):
-        ops.bn_add_relu_backward(grad, None, x, affine, "cpu", batch_statistics=True, shortcut_x=other)
+        ops.bn_add_relu_backward(
+            Gated(grad, None), BnBranch(x, affine, True), BnBranch(other, None, False), backend="cpu"
+        )
     with pytest.raises(ValueError, match="bn_relu_backward_: x must have shape"):
-        ops.bn_relu_backward_(grad, x[:1], affine, "cpu", gated=True, batch_statistics=True)
+        ops.bn_relu_backward_(grad, BnBranch(x[:1], affine, True), True, backend="cpu")

@@ -11,6 +11,7 @@ from fusedres import ops
 from fusedres.kernels.reference_core import pack_bits
 from fusedres.kernels.triton_core.launch import record_launches
 from fusedres.ops.launch import launches
+from fusedres.values import BnBranch, BnGradient, Gated, Gradient, Norm, NormState, Raw, ShortcutGradient
 
 BACKENDS = backends_of("bn_backward_reduce", "bn_backward_coefficients", "bn_backward_apply")
 
@@ -48,9 +49,9 @@ def test_reduce(backend, dtype, shape, kind, projection):
     place = device(backend, dtype)
     grad, x, other, gate, d = _inputs(shape, dtype, kind, place)
     affine, other_affine = state(shape[1], dtype).to(place), state(shape[1], dtype, seed=9).to(place)
-    options = {"shortcut_x": other, "shortcut_state": other_affine} if projection else {}
+    shortcut = Raw(other, other_affine) if projection else None
     kept = grad.clone()
-    partials = ops.bn_backward_reduce(grad, gate, x, affine, backend, **options)
+    partials = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), shortcut, backend=backend)
     assert torch.equal(grad, kept)
     assert partials.shape[1:] == (3 if projection else 2, shape[1]) and partials.dtype == _wide(dtype)
     sums = partials.double().sum(0)
@@ -58,11 +59,14 @@ def test_reduce(backend, dtype, shape, kind, projection):
     assert_near("sum d·x̂", sums[1], *_product(d, x, affine), dtype, 16)
     if projection:
         assert_near("sum d·x̂ shortcut", sums[2], *_product(d, other, other_affine), dtype, 16)
-    again = ops.bn_backward_reduce(grad, gate, x, affine, backend, **options)
+    again = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), shortcut, backend=backend)
     assert torch.equal(partials, again)
-    meta = [None if t is None else t.to("meta") for t in (grad, gate, x, affine)]
-    options = {name: value.to("meta") for name, value in options.items()}
-    assert ops.bn_backward_reduce(*meta, backend, **options).shape == partials.shape
+    grad, gate, x, affine, other, other_affine = (
+        None if t is None else t.to("meta") for t in (grad, gate, x, affine, other, other_affine)
+    )
+    shortcut = Raw(other, other_affine) if projection else None
+    meta = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), shortcut, backend=backend)
+    assert meta.shape == partials.shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -70,7 +74,7 @@ def test_reduce(backend, dtype, shape, kind, projection):
 def test_each_tile_sums_its_own_rows(backend, kind):
     place = device(backend)
     grad, x, _, gate, d = _inputs((3, 24, 17, 13), torch.float32, kind, place)
-    partials = ops.bn_backward_reduce(grad, gate, x, state(24, torch.float32).to(place), backend)
+    partials = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, state(24, torch.float32).to(place)), backend=backend)
     rows = d.permute(0, 2, 3, 1).reshape(-1, 24)
     tile = {"reference": len(rows), "triton": 64, "cuda": 32}[backend]
     want = torch.stack([part.sum(0) for part in rows.split(tile)])
@@ -89,11 +93,11 @@ def test_coefficients(backend, dtype, tiles, width, batch_statistics, shortcut):
     generator = torch.Generator().manual_seed(tiles)
     partials = torch.randn((tiles, 2 if shortcut is None else 3, width), generator=generator, dtype=dtype).to(place)
     affine, other_affine = state(width, dtype).to(place), state(width, dtype, seed=9).to(place)
-    options = {"batch_statistics": batch_statistics}
+    states = [NormState(affine, batch_statistics)]
     if shortcut is not None:
-        options |= {"shortcut_state": other_affine, "shortcut_batch_statistics": shortcut}
+        states.append(NormState(other_affine, shortcut))
     count = 12 * max(tiles, 1)
-    sums, *coefficients = ops.bn_backward_coefficients(partials, count, affine, backend, **options)
+    sums, *coefficients = ops.bn_backward_coefficients(partials, count, *states, backend=backend)
     want, terms = partials.double().sum(0), partials.double().abs().sum(0)
     assert_near("sums", sums, want, terms, dtype, 16)
     branches = [(affine, batch_statistics, 1)] + ([] if shortcut is None else [(other_affine, shortcut, 2)])
@@ -105,7 +109,7 @@ def test_coefficients(backend, dtype, tiles, width, batch_statistics, shortcut):
         assert_near("coefficients", got, expected, bounds, dtype, 16)
     if shortcut is None:
         assert coefficients[1].numel() == 0
-    again = ops.bn_backward_coefficients(partials, count, affine, backend, **options)
+    again = ops.bn_backward_coefficients(partials, count, *states, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(again, (sums, *coefficients), strict=True))
 
 
@@ -117,9 +121,9 @@ def test_apply(backend, dtype, shape, kind, projection):
     place = device(backend, dtype)
     grad, x, other, gate, d = _inputs(shape, dtype, kind, place)
     one, two = (state(shape[1], dtype, seed).to(place) for seed in (5, 6))
-    options = {"shortcut_x": other, "shortcut_coefficients": two} if projection else {}
+    shortcut = BnGradient(other, two) if projection else None
     kept = [tensor.clone() for tensor in (grad, x, other)]
-    got = ops.bn_backward_apply(grad, gate, x, one, backend, **options)
+    got = ops.bn_backward_apply(Gradient(grad, gate, x, one), shortcut, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip((grad, x, other), kept, strict=True))
     for name, result, raw, row in (("grad_x", got[0], x, one), ("grad_shortcut", got[1], other, two)):
         if name == "grad_shortcut" and not projection:
@@ -157,13 +161,11 @@ def test_the_three_together_are_autograds(backend, dtype, kind, shape):
             torch.stack((mean, invstd, weight * invstd, bias - weight * invstd * mean)).detach().to(_wide(dtype))
         )
     gate = _gate(out.detach() > 0, kind, dtype)
-    branch = {"shortcut_x": other, "shortcut_state": states[1]}
-    partials = ops.bn_backward_reduce(grad, gate, x, states[0], backend, **branch)
+    partials = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, states[0]), Raw(other, states[1]), backend=backend)
     sums, one, two = ops.bn_backward_coefficients(
-        partials, count, states[0], backend, batch_statistics=True, shortcut_state=states[1],
-        shortcut_batch_statistics=True,
-    )  # fmt: skip
-    grads = ops.bn_backward_apply(grad, gate, x, one, backend, shortcut_x=other, shortcut_coefficients=two)
+        partials, count, NormState(states[0], True), NormState(states[1], True), backend=backend
+    )
+    grads = ops.bn_backward_apply(Gradient(grad, gate, x, one), BnGradient(other, two), backend=backend)
     scale = EPS[dtype] * 64
     for got, leaf in zip(grads, leaves, strict=True):
         assert (got.double() - leaf.grad).abs().max() <= scale * leaf.grad.abs().max()
@@ -178,10 +180,10 @@ def test_nan_in_the_output_lets_the_gradient_pass(backend):
     affine = state(18, torch.float32).to(place)
     output = torch.zeros_like(x)
     output[0, 17, 1, 0] = torch.nan
-    sums = ops.bn_backward_reduce(grad, output, x, affine, backend).sum(0)
+    sums = ops.bn_backward_reduce(Gated(grad, output), Raw(x, affine), backend=backend).sum(0)
     assert sums[0, 17] == grad[0, 17, 1, 0] and not sums[0, :17].any()
     coefficients = torch.stack((affine[2], affine[0] * 0, affine[0], affine[0] * 0))
-    grad_x, _ = ops.bn_backward_apply(grad, output, x, coefficients, backend)
+    grad_x, _ = ops.bn_backward_apply(Gradient(grad, output, x, coefficients), backend=backend)
     assert grad_x[0, 17, 1, 0] == coefficients[0, 17] * grad[0, 17, 1, 0] and grad_x.count_nonzero() == 1
 
 
@@ -195,9 +197,9 @@ def test_nan_and_infinity_in_the_gradient_stay_where_the_gate_is_closed(backend)
     affine = state(18, torch.float32).to(place)
     for kind in ("bits", "output"):
         gate = _gate(active, kind, torch.float32)
-        assert ops.bn_backward_reduce(grad, gate, x, affine, backend).isfinite().all()
-        assert ops.bn_backward_apply(grad, gate, x, affine, backend)[0].isfinite().all()
-    assert ops.bn_backward_reduce(grad, None, x, affine, backend).sum(0)[0, 2].isnan()
+        assert ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), backend=backend).isfinite().all()
+        assert ops.bn_backward_apply(Gradient(grad, gate, x, affine), backend=backend)[0].isfinite().all()
+    assert ops.bn_backward_reduce(Gated(grad, None), Raw(x, affine), backend=backend).sum(0)[0, 2].isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,10 +208,10 @@ def test_a_bad_x_does_not_reach_the_gradient_of_constant_statistics(backend):
     grad, x, _, _, _ = _inputs((2, 16, 3, 3), torch.float32, None, place)
     affine = state(16, torch.float32).to(place)
     x[0, 5, 1, 1], x[0, 6, 1, 1] = torch.nan, torch.inf
-    partials = ops.bn_backward_reduce(grad, None, x, affine, backend)
-    sums, coefficients, _ = ops.bn_backward_coefficients(partials, 18, affine, backend, batch_statistics=False)
+    partials = ops.bn_backward_reduce(Gated(grad, None), Raw(x, affine), backend=backend)
+    sums, coefficients, _ = ops.bn_backward_coefficients(partials, 18, NormState(affine, False), backend=backend)
     assert sums[1, 5].isnan()
-    grad_x, _ = ops.bn_backward_apply(grad, None, x, coefficients, backend)
+    grad_x, _ = ops.bn_backward_apply(Gradient(grad, None, x, coefficients), backend=backend)
     assert torch.equal(grad_x, affine[2].view(1, -1, 1, 1) * grad)
 
 
@@ -221,12 +223,13 @@ def test_fake_results_have_the_shapes_of_real_ones(backend, projection):
     affine = state(24, torch.float32).to(place)
 
     def steps(grad, gate, x, other, affine):
-        branch = {"shortcut_x": other, "shortcut_state": affine} if projection else {}
-        partials = ops.bn_backward_reduce(grad, gate, x, affine, backend, **branch)
-        branch.pop("shortcut_x", None)
-        merged = ops.bn_backward_coefficients(partials, 663, affine, backend, batch_statistics=True, **branch)
-        branch = {"shortcut_x": other, "shortcut_coefficients": merged[2]} if projection else {}
-        return partials, *merged, *ops.bn_backward_apply(grad, gate, x, merged[1], backend, **branch)
+        shortcut = Raw(other, affine) if projection else None
+        partials = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), shortcut, backend=backend)
+        states = NormState(affine, True), NormState(affine, False) if projection else None
+        merged = ops.bn_backward_coefficients(partials, 663, *states, backend=backend)
+        shortcut = BnGradient(other, merged[2]) if projection else None
+        apply = ops.bn_backward_apply(Gradient(grad, gate, x, merged[1]), shortcut, backend=backend)
+        return partials, *merged, *apply
 
     real = steps(grad, gate, x, other, affine)
     with FakeTensorMode() as mode:
@@ -239,28 +242,30 @@ def test_errors():
     grad, x, other, gate, _ = _inputs((2, 8, 3, 3), torch.float32, "bits", "cpu")
     affine = state(8, torch.float32)
     with pytest.raises(ValueError, match="bn_backward_reduce: gate must have shape"):
-        ops.bn_backward_reduce(grad, gate[:1], x, affine, "reference")
+        ops.bn_backward_reduce(Gated(grad, gate[:1]), Raw(x, affine), backend="reference")
     with pytest.raises(
         ValueError, match="shortcut_state must be given with shortcut_x, got None; pass both or neither"
     ):
-        ops.bn_backward_reduce(grad, gate, x, affine, "reference", shortcut_x=other)
+        ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), Raw(other, None), backend="reference")
     with pytest.raises(ValueError, match="bn_backward_apply: shortcut_coefficients must be None without shortcut_x"):
-        ops.bn_backward_apply(grad, gate, x, affine, "reference", shortcut_coefficients=affine)
+        ops.bn_backward_apply(Gradient(grad, gate, x, affine), backend="reference")
     with pytest.raises(TypeError, match=r"bn_backward_apply: coefficients must be torch\.float32"):
-        ops.bn_backward_apply(grad, gate, x, affine.double(), "reference")
+        ops.bn_backward_apply(Gradient(grad, gate, x, affine.double()), backend="reference")
     with pytest.raises(ValueError, match="bn_backward_apply: shortcut_x must have shape"):
-        ops.bn_backward_apply(grad, gate, x, affine, "reference", shortcut_x=other[:1], shortcut_coefficients=affine)
+        ops.bn_backward_apply(Gradient(grad, gate, x, affine), BnGradient(other[:1], affine), backend="reference")
     partials = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match=r"partials must have shape \(T, 3, C\) with a shortcut, got \(4, 2, 8\)"):
-        ops.bn_backward_coefficients(partials, 18, affine, "reference", batch_statistics=True, shortcut_state=affine)
+        ops.bn_backward_coefficients(
+            partials, 18, NormState(affine, True), NormState(affine, False), backend="reference"
+        )
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        ops.bn_backward_coefficients(partials, 0, affine, "reference", batch_statistics=True)
+        ops.bn_backward_coefficients(partials, 0, NormState(affine, True), backend="reference")
     with pytest.raises(TypeError, match="partials must be float32 or float64"):
-        ops.bn_backward_coefficients(partials.half(), 18, affine, "reference", batch_statistics=True)
+        ops.bn_backward_coefficients(partials.half(), 18, NormState(affine, True), backend="reference")
     with pytest.raises(ValueError, match=r"bn_backward_coefficients: state must have shape \(4, 8\)"):
-        ops.bn_backward_coefficients(partials, 18, affine[:2], "reference", batch_statistics=True)
+        ops.bn_backward_coefficients(partials, 18, NormState(affine[:2], True), backend="reference")
     with pytest.raises(RuntimeError, match="there is no cpu backend; use 'reference'"):
-        ops.bn_backward_reduce(grad, gate, x, affine, "cpu")
+        ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), backend="cpu")
 
 
 def test_candidates_are_worked_out_once():
@@ -271,10 +276,10 @@ def test_candidates_are_worked_out_once():
     run = launches("triton")
     with record_launches() as made:
         for _ in range(2):
-            run.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5)
+            run.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5))
             run.bn_relu(x, affine, None, 1)
-            run.bn_add_relu_backward(x, x, x, affine, True, None, None, False, True)
-            run.shortcut_grad_(x, x, None, 1)
+            run.bn_add_relu_backward(Gated(x, x), BnBranch(x, affine, True), None, True)
+            run.shortcut_grad_(x, ShortcutGradient(x, None))
             run.conv_weights([weight], torch.float32)
     first, second = made[: len(made) // 2], made[len(made) // 2 :]
     assert [launch.name for launch in first] == [launch.name for launch in second] and len(first) == 8

@@ -12,6 +12,7 @@ from fusedres import ops
 from fusedres.kernels.triton_core.launch import record_launches
 from fusedres.kernels.triton_core.rows import pixel_offsets, tile
 from fusedres.ops.launch import launches
+from fusedres.values import Norm, ShortcutGradient, ShortcutInput
 
 
 def _want(x, affine, pivot, stride):
@@ -36,7 +37,7 @@ def test_forward(backend, dtype, shape, with_state, with_pivot, stride):
     x = activation(shape, dtype).to(where)
     affine = state(shape[1], dtype).to(where) if with_state else None
     pivot = vector(shape[1], wide).to(where) if with_pivot else None
-    got = ops.bn_relu(x, affine, backend, pivot, stride)
+    got = ops.bn_relu(x, affine, pivot, stride, backend=backend)
     want, terms = _want(x, affine, pivot, stride)
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
     assert_near("z", got, want, terms, dtype)
@@ -48,8 +49,8 @@ def test_in_place_gives_the_same_bits(backend, dtype):
     where = device(backend, dtype)
     x = activation((3, 37, 5, 6), dtype).to(where)
     affine = state(37, dtype).to(where)
-    want = ops.bn_relu(x, affine, backend)
-    ops.bn_relu_(x, affine, backend)
+    want = ops.bn_relu(x, affine, backend=backend)
+    ops.bn_relu_(x, affine, backend=backend)
     assert torch.equal(x, want)
 
 
@@ -61,7 +62,7 @@ def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     x[0, :, 0, 0], x[1, :, 1, 1], x[1, :, 2, 2] = torch.nan, torch.inf, -torch.inf
     affine = state(33, dtype).to(where)
     want = (x.double() * channels(affine[2]) + channels(affine[3])).relu()
-    got = ops.bn_relu(x, affine, backend)
+    got = ops.bn_relu(x, affine, backend=backend)
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
     assert int(got.isnan().sum()) == 33
 
@@ -70,7 +71,7 @@ def test_every_bfloat16_and_float16_value_survives():
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 64, 32, 32)
         x = x.contiguous(memory_format=torch.channels_last)
-        got = ops.bn_relu(x, None, "cpu")
+        got = ops.bn_relu(x, None, backend="cpu")
         assert torch.equal(got.isnan(), x.isnan())
         assert torch.equal(got[~x.isnan()], x[~x.isnan()])
 
@@ -79,7 +80,7 @@ def test_every_bfloat16_and_float16_value_survives():
 def test_no_images(backend):
     where = device(backend)
     x = torch.empty((0, 8, 5, 5), device=where).contiguous(memory_format=torch.channels_last)
-    assert ops.bn_relu(x, state(8, torch.float32).to(where), backend, stride=2).shape == (0, 8, 3, 3)
+    assert ops.bn_relu(x, state(8, torch.float32).to(where), None, 2, backend=backend).shape == (0, 8, 3, 3)
 
 
 @triton.jit
@@ -111,9 +112,9 @@ def test_more_than_32_bits_of_elements(stride):
     for image in x:
         image.copy_(torch.randn_like(image))
     affine = state(64, torch.float16).cuda()
-    got = ops.bn_relu(x, affine, "triton", stride=stride)
+    got = ops.bn_relu(x, affine, None, stride, backend="triton")
     for n in (0, 15, 31, 32):
-        assert torch.equal(got[n : n + 1], ops.bn_relu(x[n : n + 1], affine, "triton", stride=stride))
+        assert torch.equal(got[n : n + 1], ops.bn_relu(x[n : n + 1], affine, None, stride, backend="triton"))
 
 
 @pytest.mark.parametrize("stride", [2**11, 2**12])
@@ -126,10 +127,12 @@ def test_cuda_reads_beyond_32_bits_of_elements(stride):
         pytest.skip(f"no room for 6 GiB: {error}")
     pixels = activation((3, 16, 2**14 // stride, 2**12 // stride), torch.float16).to(where)
     x[:, :, ::stride, ::stride] = pixels
-    assert torch.equal(ops.bn_relu(x, None, "cuda", stride=stride), pixels)
+    assert torch.equal(ops.bn_relu(x, None, None, stride, backend="cuda"), pixels)
     identity = torch.zeros(4, 16, device=where)
-    assert torch.equal(ops.bn_add_relu(pixels, identity, x, "cuda", stride=stride)[0], pixels.relu())
-    ops.shortcut_grad_(x, pixels, "cuda", stride=stride)
+    assert torch.equal(
+        ops.bn_add_relu(pixels, identity, ShortcutInput(x, None, stride), backend="cuda")[0], pixels.relu()
+    )
+    ops.shortcut_grad_(x, ShortcutGradient(pixels, None, stride), backend="cuda")
     assert torch.equal(x[:, :, ::stride, ::stride], 2 * pixels)
 
 
@@ -139,15 +142,15 @@ def test_grids_stay_below_their_limits(n):
     x = torch.empty((n, 3, 1, 1), device="meta")
     with record_launches() as made:
         launches("triton").bn_relu(x, torch.empty(4, 3, device="meta"), None, 1)
-        launches("triton").bn_statistics(x, None, None, None, None, None, 0.1, 1e-5)
+        launches("triton").bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5))
     assert len(made) == 3 and all(len(launch.grid) == 1 and launch.grid[0] < 2**31 for launch in made)
 
 
 def test_errors():
     x = activation((2, 4, 3, 3), torch.float32)
     with pytest.raises(ValueError, match="bn_relu: state must have shape"):
-        ops.bn_relu(x, torch.ones(4, 5), "cpu")
+        ops.bn_relu(x, torch.ones(4, 5), backend="cpu")
     with pytest.raises(TypeError, match=r"bn_relu: state must be torch\.float32"):
-        ops.bn_relu(x, torch.ones(4, 4, dtype=torch.float64), "cpu")
+        ops.bn_relu(x, torch.ones(4, 4, dtype=torch.float64), backend="cpu")
     with pytest.raises(ValueError, match="bn_relu: stride must be at least 1"):
-        ops.bn_relu(x, None, "cpu", stride=0)
+        ops.bn_relu(x, None, None, 0, backend="cpu")

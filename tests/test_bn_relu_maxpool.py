@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from op_inputs import DTYPES, activation, assert_near, backends_of, channels, device, state
 
 from fusedres import ops
+from fusedres.values import BnBranch, Norm, Pooled
 
 # (N, C, H, W): height and width of 1 and 2, odd and even, off the vector width and off a tile of windows
 SHAPES = (
@@ -53,7 +54,7 @@ def test_forward(backend, dtype, shape):
     z = (x.double() * channels(affine[2]) + channels(affine[3])).relu()
     want = F.max_pool2d(z, 3, 2, 1)
     terms = F.max_pool2d((x.double() * channels(affine[2])).abs() + channels(affine[3]).abs(), 3, 2, 1)
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     assert out.dtype == dtype and argmax.dtype == torch.uint8 and argmax.shape == out.shape == _pooled(shape)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert argmax.is_contiguous(memory_format=torch.channels_last)
@@ -62,7 +63,7 @@ def test_forward(backend, dtype, shape):
     index = _index(argmax.masked_fill(argmax == CLOSED, 4), shape[3])  # 4: the centre, whose ReLU is 0 too
     winners = z.flatten(2).gather(2, index.flatten(2)).view(want.shape)
     assert_near("value at argmax", winners, want, terms + 1e-30, torch.float64 if dtype == torch.float64 else dtype)
-    alone, nothing = ops.bn_relu_maxpool(x, affine, backend)
+    alone, nothing = ops.bn_relu_maxpool(x, affine, backend=backend)
     assert torch.equal(alone, out) and nothing.numel() == 0
 
 
@@ -72,7 +73,7 @@ def test_forward(backend, dtype, shape):
 def test_the_first_of_equal_maxima_wins(backend, shape, values):
     """Few integers: ties everywhere; closed windows, whose ReLU is 0 at every place, have no winner."""
     x = torch.randint(*values, shape).float().contiguous(memory_format=torch.channels_last).to(device(backend))
-    out, argmax = ops.bn_relu_maxpool(x, _identity(shape[1], torch.float32).to(x.device), backend, with_argmax=True)
+    out, argmax = ops.bn_relu_maxpool(x, _identity(shape[1], torch.float32).to(x.device), True, backend=backend)
     want, index = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
     assert torch.equal(out, want)
     assert torch.equal(argmax == CLOSED, want <= 0)
@@ -86,7 +87,7 @@ def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     x[:, :, 2, 3], x[:, :, 3, 4], x[:, :, 6, 6] = torch.nan, torch.nan, torch.inf
     x[1, :, 6:9, 0:3] = -torch.inf
     affine = _identity(33, torch.float64 if dtype == torch.float64 else torch.float32).to(x.device)
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     want, index = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
     assert int(out.isnan().sum()) == int(want.isnan().sum()) > 0
     assert torch.equal(out.nan_to_num(-1.0, 1e4), want.nan_to_num(-1.0, 1e4))
@@ -94,7 +95,7 @@ def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     assert torch.equal(_index(argmax, 9)[argmax != CLOSED], index[argmax != CLOSED])
     # NaN lets the gradient pass, to the place where torch sends it
     grad = torch.ones_like(out)
-    grad_x, _ = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=False)
+    grad_x, _ = ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, False), backend=backend)
     leaf = x.clone().requires_grad_()
     F.max_pool2d(leaf.relu(), 3, 2, 1).backward(grad)
     assert torch.equal(grad_x, leaf.grad)
@@ -127,10 +128,11 @@ def _want(grad, argmax, x, affine, batch_statistics):
 def test_backward(backend, dtype, shape, batch_statistics):
     x, affine = _inputs(shape, dtype, backend)
     grad = activation(_pooled(shape), dtype, seed=5).to(x.device)
-    _, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    _, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     kept = grad.clone()
     saved = (grad, argmax, x, affine)
-    grad_x, sums = ops.bn_relu_maxpool_backward(*saved, backend, batch_statistics=batch_statistics)
+    arguments = Pooled(grad, argmax), BnBranch(x, affine, batch_statistics)
+    grad_x, sums = ops.bn_relu_maxpool_backward(*arguments, backend=backend)
     assert torch.equal(grad, kept)
     assert grad_x.shape == x.shape and grad_x.is_contiguous(memory_format=torch.channels_last)
     want, terms, sum_d, sum_terms, product, product_terms = _want(*saved, batch_statistics)
@@ -138,9 +140,9 @@ def test_backward(backend, dtype, shape, batch_statistics):
     assert_near("sum d", sums[0], sum_d, sum_terms, dtype, 16)
     assert_near("sum d·x̂", sums[1], product, product_terms, dtype, 16)
     if not batch_statistics:
-        without, _ = ops.bn_relu_maxpool_backward(*saved, backend, batch_statistics=False, with_sums=False)
+        without, _ = ops.bn_relu_maxpool_backward(*arguments, with_sums=False, backend=backend)
         assert torch.equal(without, grad_x)
-    in_place = ops.bn_relu_maxpool_backward_(*saved, backend, batch_statistics=batch_statistics)
+    in_place = ops.bn_relu_maxpool_backward_(*arguments, backend=backend)
     assert torch.equal(x, grad_x) and torch.equal(in_place, sums)
 
 
@@ -155,9 +157,9 @@ def test_gradients_are_autograds(backend):
     grad = activation(want.shape, torch.float64, seed=3)
     want.backward(grad)
     x, grad, w, b = (t.detach().to(device(backend)) for t in (x, grad, weight, bias))
-    affine = ops.bn_statistics(x, w, b, None, None, None, 0.1, 1e-5, "reference")
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
-    grad_x, sums = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=True)
+    affine = ops.bn_statistics(x, Norm(w, b, None, None, None, 0.1, 1e-5), backend="reference")
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
+    grad_x, sums = ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, True), backend=backend)
     torch.testing.assert_close(out.cpu(), want.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_x.cpu(), leaf.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(sums.cpu(), torch.stack((bias.grad, weight.grad)), rtol=1e-10, atol=1e-12)
@@ -168,10 +170,10 @@ def test_closed_windows_send_nothing(backend):
     x, _ = _inputs((1, 18, 6, 6), torch.float32, backend)
     affine = _identity(18, torch.float32).to(x.device)
     x[:, :9] = -x[:, :9].abs()
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     grad = torch.full_like(out, torch.nan)
     grad[:, 9:] = 1.0
-    grad_x, sums = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=False)
+    grad_x, sums = ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, False), backend=backend)
     assert not grad_x[:, :9].any() and not sums[:, :9].any()
     assert torch.equal(sums[0, 9:], (out[:, 9:] > 0).sum((0, 2, 3)).float())
 
@@ -180,12 +182,12 @@ def test_closed_windows_send_nothing(backend):
 def test_constant_statistics_ignore_x(backend):
     """As in eager: dx = scale·d whatever x holds."""
     x, affine = _inputs((2, 8, 5, 5), torch.float32, backend)
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     grad = torch.ones_like(out)
-    options = {"batch_statistics": False, "with_sums": False}
-    want, _ = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, **options)
+    arguments = Pooled(grad, argmax), BnBranch(x, affine, False), False
+    want, _ = ops.bn_relu_maxpool_backward(*arguments, backend=backend)
     x[0, :, 0, 0] = torch.nan
-    got, _ = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, **options)
+    got, _ = ops.bn_relu_maxpool_backward(*arguments, backend=backend)
     assert torch.equal(got, want)
 
 
@@ -193,9 +195,9 @@ def test_constant_statistics_ignore_x(backend):
 def test_an_empty_batch(backend):
     x, affine = activation((2, 4, 5, 6), torch.float32)[:0].to(device(backend)), state(4, torch.float32)
     affine = affine.to(x.device)
-    out, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     assert out.shape == argmax.shape == (0, 4, 3, 3)
-    grad_x, sums = ops.bn_relu_maxpool_backward(out, argmax, x, affine, backend, batch_statistics=True)
+    grad_x, sums = ops.bn_relu_maxpool_backward(Pooled(out, argmax), BnBranch(x, affine, True), backend=backend)
     assert grad_x.shape == x.shape and not sums.any()
 
 
@@ -206,19 +208,21 @@ def test_same_bits_on_any_number_of_threads(shape):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        out, argmax = ops.bn_relu_maxpool(x, affine, "cpu", with_argmax=True)
-        results.append((out, *ops.bn_relu_maxpool_backward(grad, argmax, x, affine, "cpu", batch_statistics=True)))
+        out, argmax = ops.bn_relu_maxpool(x, affine, True, backend="cpu")
+        results.append(
+            (out, *ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, True), backend="cpu"))
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_fakes_have_the_real_shapes():
     x, affine = _inputs((2, 5, 7, 6), torch.bfloat16, "cpu")
-    real = ops.bn_relu_maxpool(x, affine, "cpu", with_argmax=True)
-    real += ops.bn_relu_maxpool_backward(real[0], real[1], x, affine, "cpu", batch_statistics=True)
+    real = ops.bn_relu_maxpool(x, affine, True, backend="cpu")
+    real += ops.bn_relu_maxpool_backward(Pooled(real[0], real[1]), BnBranch(x, affine, True), backend="cpu")
     x, affine = x.to("meta"), affine.to("meta")
-    fake = ops.bn_relu_maxpool(x, affine, "triton", with_argmax=True)
-    fake += ops.bn_relu_maxpool_backward(fake[0], fake[1], x, affine, "triton", batch_statistics=True)
+    fake = ops.bn_relu_maxpool(x, affine, True, backend="triton")
+    fake += ops.bn_relu_maxpool_backward(Pooled(fake[0], fake[1]), BnBranch(x, affine, True), backend="triton")
     for one, other in zip(real, fake, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
@@ -226,18 +230,18 @@ def test_fakes_have_the_real_shapes():
 def test_errors():
     x, affine = _inputs((2, 4, 5, 6), torch.float32, "cpu")
     with pytest.raises(ValueError, match="bn_relu_maxpool: state must have shape"):
-        ops.bn_relu_maxpool(x, affine[:, :3], "cpu")
+        ops.bn_relu_maxpool(x, affine[:, :3], backend="cpu")
     with pytest.raises(ValueError, match="bn_relu_maxpool: x must be dense and channels_last"):
-        ops.bn_relu_maxpool(x.contiguous(), affine, "cpu")
+        ops.bn_relu_maxpool(x.contiguous(), affine, backend="cpu")
     with pytest.raises(
         ValueError, match=r"bn_relu_maxpool: x must have shape .* and not be empty.*, got \(2, 4, 0, 6\)"
     ):
-        ops.bn_relu_maxpool(torch.empty(2, 4, 0, 6).to(memory_format=torch.channels_last), affine, "cpu")
-    out, argmax = ops.bn_relu_maxpool(x, affine, "cpu", with_argmax=True)
+        ops.bn_relu_maxpool(torch.empty(2, 4, 0, 6).to(memory_format=torch.channels_last), affine, backend="cpu")
+    out, argmax = ops.bn_relu_maxpool(x, affine, True, backend="cpu")
 
     def refused(error, message, grad=out, argmax=argmax):
         with pytest.raises(error, match=f"bn_relu_maxpool_backward: {message}"):
-            ops.bn_relu_maxpool_backward(grad, argmax, x, affine, "cpu", batch_statistics=True)
+            ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, True), backend="cpu")
 
     refused(ValueError, r"grad must have shape \(2, 4, 3, 3\) for x", grad=x)
     refused(TypeError, "grad must be torch.float32 like x", grad=out.double())

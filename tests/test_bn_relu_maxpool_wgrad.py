@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_inputs import EPS, activation, assert_near, channels, device, state
+from op_inputs import EPS, activation, assert_near, call, channels, device, state
 from torch import Tensor
 
 from fusedres import ops
+from fusedres.ops._library import OPS
+from fusedres.values import BnBranch, BnGradient, Geometry, Norm, NormState, Pooled
 
 BACKENDS = ("reference", "triton")
 CLOSED = 9  # the place of a window whose ReLU is closed
@@ -44,7 +46,7 @@ class Case:
         shape = F.conv2d(torch.empty(size, device="meta"), weight, None, *self.pairs[1:]).shape
         self.y = activation(shape, dtype, seed=41)
         self.state = state(k, dtype, seed=42)
-        self.pooled, self.argmax = ops.bn_relu_maxpool(self.y, self.state, "reference", with_argmax=True)
+        self.pooled, self.argmax = ops.bn_relu_maxpool(self.y, self.state, True, backend="reference")
         self.grad = activation(self.pooled.shape, dtype, seed=43)
         self.coefficients = state(k, dtype, seed=44)
         if constant:
@@ -56,7 +58,8 @@ class Case:
         return [tensor.to(where) for tensor in tensors] + self.pairs
 
     def run(self, backend: str) -> Tensor:
-        return ops.bn_relu_maxpool_wgrad(*self.arguments(backend), backend).cpu()
+        op = OPS["bn_relu_maxpool_wgrad"]
+        return op(*op.grouped(self.arguments(backend)), backend=backend).cpu()
 
     def scattered(self, grad: Tensor) -> Tensor:
         """What every window that is open sends to its pixel, float64."""
@@ -140,14 +143,16 @@ def test_the_whole_is_autograds(backend):
     y = y.detach().contiguous(memory_format=torch.channels_last).to(where)
     x, grad = x.to(where), grad.to(where)
     affine = ops.bn_statistics(
-        y, weight.detach().to(where), bias.detach().to(where), None, None, None, 0.1, 1e-5, "reference"
+        y, Norm(weight.detach().to(where), bias.detach().to(where), None, None, None, 0.1, 1e-5), backend="reference"
     )
-    _, argmax = ops.bn_relu_maxpool(y, affine, backend, with_argmax=True)
-    partials = ops.bn_relu_maxpool_reduce(grad, argmax, y, affine, backend)
+    _, argmax = ops.bn_relu_maxpool(y, affine, True, backend=backend)
+    partials = ops.bn_relu_maxpool_reduce(Pooled(grad, argmax), y, affine, backend=backend)
     count = y.numel() // 10
-    sums, coefficients, _ = ops.bn_backward_coefficients(partials, count, affine, backend, batch_statistics=True)
-    partials = ops.bn_relu_maxpool_wgrad(grad, argmax, y, coefficients, x, (7, 7), (2, 2), (3, 3), (1, 1), backend)
-    (grad_conv,) = ops.conv_wgrad_finalize([partials], [conv.detach().to(where)], backend)
+    sums, coefficients, _ = ops.bn_backward_coefficients(partials, count, NormState(affine, True), backend=backend)
+    partials = ops.bn_relu_maxpool_wgrad(
+        Pooled(grad, argmax), BnGradient(y, coefficients), x, (7, 7), Geometry((2, 2), (3, 3), (1, 1)), backend=backend
+    )
+    (grad_conv,) = ops.conv_wgrad_finalize([partials], [conv.detach().to(where)], backend=backend)
     torch.testing.assert_close(grad_conv.cpu(), conv.grad, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(sums.cpu(), torch.stack((bias.grad, weight.grad)), rtol=1e-9, atol=1e-11)
 
@@ -158,10 +163,10 @@ def test_the_whole_is_autograds(backend):
 def test_sums_are_those_of_the_whole_backward(backend, dtype, shape):
     where = device(backend, dtype)
     x, affine = activation(shape, dtype, 1).to(where), state(shape[1], dtype, 1).to(where)
-    pooled, argmax = ops.bn_relu_maxpool(x, affine, backend, with_argmax=True)
+    pooled, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     grad = activation(pooled.shape, dtype, 2).to(where)
-    _, want = ops.bn_relu_maxpool_backward(grad, argmax, x, affine, backend, batch_statistics=True)
-    partials = ops.bn_relu_maxpool_reduce(grad, argmax, x, affine, backend)
+    _, want = ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, True), backend=backend)
+    partials = ops.bn_relu_maxpool_reduce(Pooled(grad, argmax), x, affine, backend=backend)
     terms = grad.double().abs().sum((0, 2, 3)) * (1 + x.double().abs().amax((0, 2, 3)) * affine[1].double() * 4)
     assert_near("sums", partials.sum(0), want.double(), terms.expand(2, -1), dtype, 16)
 
@@ -214,24 +219,24 @@ def test_fakes_have_the_shapes_of_the_results(backend):
 
 def test_errors():
     case = Case(((2, 3, 8, 6), 4, 3, 1, 1, 1), torch.float32)
-    good = dict(zip(("grad", "argmax", "y", "coefficients", "input"), case.arguments("reference"), strict=False))
+    good = dict(zip(("grad", "argmax", "y", "y_coefficients", "input"), case.arguments("reference"), strict=False))
     good |= dict(zip(("kernel", "stride", "padding", "dilation"), case.pairs, strict=True))
     cases = [
         (ValueError, r"grad must have shape \(2, 4, 4, 3\) for y \(2, 4, 8, 6\)", {"grad": case.y}),
         (TypeError, "argmax must be torch.uint8", {"argmax": case.argmax.long()}),
         (ValueError, "y must be dense and channels_last", {"y": case.y.contiguous()}),
-        (ValueError, "coefficients must have shape", {"coefficients": torch.zeros(4, 3)}),
+        (ValueError, "y_coefficients must have shape", {"y_coefficients": torch.zeros(4, 3)}),
         (TypeError, "input must be torch.float32 like y", {"input": case.input.double()}),
         (ValueError, r"y must have 6x4 pixels.* do stride, padding and dilation belong", {"padding": (0, 0)}),
         (ValueError, "dilation must be two integers of at least 1", {"dilation": (0, 1)}),
     ]
     for error, message, change in cases:
         with pytest.raises(error, match=f"bn_relu_maxpool_wgrad: {message}"):
-            ops.bn_relu_maxpool_wgrad(**good | change, backend="reference")
-    empty = [case.grad[:0], case.argmax[:0], case.y[:0], case.state]
+            call("bn_relu_maxpool_wgrad", "reference", **good | change)
+    empty = Pooled(case.grad[:0], case.argmax[:0]), case.y[:0], case.state
     with pytest.raises(ValueError, match=r"bn_relu_maxpool_reduce: x must have shape .* and not be empty"):
-        ops.bn_relu_maxpool_reduce(*empty, "reference")
+        ops.bn_relu_maxpool_reduce(*empty, backend="reference")
     with pytest.raises(ValueError, match="bn_relu_maxpool_reduce: state must have shape"):
-        ops.bn_relu_maxpool_reduce(case.grad, case.argmax, case.y, torch.zeros(4, 3), "reference")
+        ops.bn_relu_maxpool_reduce(Pooled(case.grad, case.argmax), case.y, torch.zeros(4, 3), backend="reference")
     with pytest.raises(RuntimeError, match="bn_relu_maxpool_wgrad: there is no cpu backend"):
-        ops.bn_relu_maxpool_wgrad(**good, backend="cpu")
+        call("bn_relu_maxpool_wgrad", "cpu", **good)

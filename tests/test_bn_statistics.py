@@ -7,6 +7,7 @@ import torch
 from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, device, vector
 
 from fusedres import ops
+from fusedres.values import Norm
 
 
 def _want(x, weight, bias, eps):
@@ -30,7 +31,7 @@ def test_state_and_running_statistics(backend, dtype, shape, affine):
     running_mean, running_var = vector(c, seed=3).to(where), vector(c, seed=4).abs().to(where)
     old_mean, old_var = running_mean.double(), running_var.double()
     batches = torch.tensor(4, device=where)
-    got = ops.bn_statistics(x, weight, bias, running_mean, running_var, batches, 0.1, 1e-5, backend)
+    got = ops.bn_statistics(x, Norm(weight, bias, running_mean, running_var, batches, 0.1, 1e-5), backend=backend)
     want, var = _want(x, weight, bias, 1e-5)
     count = x.numel() // c
     terms = want.abs() + want[1] * (x.double().abs().amax((0, 2, 3)) + 1) * (want[2].abs() + 1)
@@ -50,7 +51,7 @@ def test_a_mean_far_from_zero_does_not_cancel(backend, mean, std, shape):
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean).float()
     x = x.contiguous(memory_format=torch.channels_last).to(device(backend))
-    got = ops.bn_statistics(x, None, None, None, None, None, 0.1, 0.0, backend)
+    got = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 0.0), backend=backend)
     want, _ = _want(x, None, None, 0.0)
     assert ((got[1].double() / want[1] - 1).abs() < 2e-5).all()
 
@@ -58,7 +59,7 @@ def test_a_mean_far_from_zero_does_not_cancel(backend, mean, std, shape):
 @pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 def test_constant_channel(backend):
     x = torch.full((3, 5, 40, 40), 0.1).contiguous(memory_format=torch.channels_last).to(device(backend))
-    got = ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, backend)
+    got = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend=backend)
     assert ((got[1].double() - 1e-5**-0.5).abs() < 1e-4 * 1e-5**-0.5).all()
 
 
@@ -68,7 +69,7 @@ def test_an_outlier_that_is_a_chunks_first_row(backend, position):
     x = torch.zeros(1, 1, 1600, 1)
     x[0, 0, position, 0] = 1e4
     x = x.contiguous(memory_format=torch.channels_last).to(device(backend))
-    got = ops.bn_statistics(x, None, None, None, None, None, 0.1, 0.0, backend)
+    got = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 0.0), backend=backend)
     want, _ = _want(x, None, None, 0.0)
     assert ((got[1].double() / want[1] - 1).abs() < 5e-5).all()
 
@@ -77,7 +78,7 @@ def test_an_outlier_that_is_a_chunks_first_row(backend, position):
 def test_bessel_factor_beyond_half_precision(backend):
     x = activation((1, 2, 256, 257), torch.float16).to(device(backend))
     running_mean, running_var = x.new_zeros(2), x.new_ones(2)
-    ops.bn_statistics(x, None, None, running_mean, running_var, None, 1.0, 1e-5, backend)
+    ops.bn_statistics(x, Norm(None, None, running_mean, running_var, None, 1.0, 1e-5), backend=backend)
     assert torch.allclose(running_var.double(), x.double().var((0, 2, 3)), rtol=1e-3)
 
 
@@ -88,7 +89,7 @@ def test_cumulative_average(backend):
     batches = torch.tensor(0, device=where)
     parts = [activation((2, 8, 5, 5), torch.float32, seed).to(where) for seed in range(3)]
     for x in parts:
-        ops.bn_statistics(x, None, None, running_mean, running_var, batches, None, 1e-5, backend)
+        ops.bn_statistics(x, Norm(None, None, running_mean, running_var, batches, None, 1e-5), backend=backend)
     assert int(batches) == 3
     assert torch.allclose(running_mean, torch.stack([x.mean((0, 2, 3)) for x in parts]).mean(0), atol=1e-6)
     assert torch.allclose(running_var, torch.stack([x.var((0, 2, 3)) for x in parts]).mean(0), rtol=1e-5)
@@ -99,7 +100,8 @@ def test_cumulative_average(backend):
 def test_same_bits_every_time(backend, shape):
     x = activation(shape, torch.float32).to(device(backend))
     once, *more = (
-        ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, backend) for _ in range(100 if x.is_cuda else 3)
+        ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend=backend)
+        for _ in range(100 if x.is_cuda else 3)
     )
     assert all(torch.equal(once, again) for again in more)
 
@@ -110,7 +112,7 @@ def test_same_bits_on_any_number_of_threads(shape):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, "cpu"))
+        results.append(ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend="cpu"))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -120,7 +122,9 @@ def test_frozen(backend, dtype):
     where = device(backend, dtype)
     weight, bias, mean, var = (vector(19, seed=seed).to(where) for seed in range(4))
     var = var.abs()
-    got = ops.bn_frozen(torch.empty(0, dtype=dtype, device=where), weight, bias, mean, var, 1e-3, backend)
+    got = ops.bn_frozen(
+        torch.empty(0, dtype=dtype, device=where), Norm(weight, bias, mean, var, None, 0.1, 1e-3), backend=backend
+    )
     invstd = (var.double() + 1e-3).rsqrt()
     scale = weight.double() * invstd
     want = torch.stack((mean.double(), invstd, scale, bias.double() - scale * mean.double()))
@@ -132,7 +136,7 @@ def test_errors_leave_the_running_statistics():
     running_mean, running_var, batches = torch.zeros(4), torch.ones(4), torch.tensor(0)
     running = (running_mean, running_var, batches)
     with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size"):
-        ops.bn_statistics(x, None, None, *running, 0.1, 1e-5, "cpu")
+        ops.bn_statistics(x, Norm(None, None, *running, 0.1, 1e-5), backend="cpu")
     x = activation((2, 4, 3, 3), torch.float32)
     cases = [
         (ValueError, "bn_statistics: weight must have shape", (x, torch.ones(5), None)),
@@ -141,12 +145,12 @@ def test_errors_leave_the_running_statistics():
         (ValueError, "bn_statistics: x must have 4 dimensions", (x[0], None, None)),
         (TypeError, "bn_statistics: x must be float32", (x.int(), None, None)),
     ]
-    for error, message, arguments in cases:
+    for error, message, (x, weight, bias) in cases:
         with pytest.raises(error, match=message):
-            ops.bn_statistics(*arguments, *running, 0.1, 1e-5, "cpu")
+            ops.bn_statistics(x, Norm(weight, bias, *running, 0.1, 1e-5), backend="cpu")
     assert not running_mean.any() and bool((running_var == 1).all()) and int(batches) == 0
     with pytest.raises(RuntimeError, match="there is no nonsense backend"):
-        ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, "nonsense")
+        ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend="nonsense")
 
 
 def _partials(x, tiles, dtype=torch.float32):
@@ -171,7 +175,7 @@ def test_finalize(backend, dtype, tiles, c, running_dtype):
     running_var = vector(c, running_dtype, seed=4).abs().to(where)
     old_mean, old_var, batches = running_mean.double(), running_var.double(), torch.tensor(7, device=where)
     running = (running_mean, running_var, batches)
-    got = ops.bn_finalize(partials, rows, weight, bias, *running, 0.1, 1e-3, backend)
+    got = ops.bn_finalize(partials, rows, Norm(weight, bias, *running, 0.1, 1e-3), backend=backend)
     want, var = _want(x, weight, bias, 1e-3)
     terms = want.abs() + want[1] * (x.abs().amax((0, 2, 3)) + 1) * (want[2].abs() + 1)
     assert got.dtype == dtype and int(batches) == 8
@@ -189,7 +193,7 @@ def test_finalize_does_not_cancel(backend, tiles):
     x = torch.randn((3, 9, 30, 31), generator=generator, dtype=torch.float64) * 0.1 + 1e4
     x[:, ::3] = 1e4
     partials, rows = _partials(x.to(device(backend)), tiles)
-    got = ops.bn_finalize(partials, rows, None, None, None, None, None, 0.1, 1e-5, backend)
+    got = ops.bn_finalize(partials, rows, Norm(None, None, None, None, None, 0.1, 1e-5), backend=backend)
     mean, m2 = partials.double().unbind(1)
     weights, count = rows.double().unsqueeze(1), rows.double().sum()
     want = (m2 + weights * (mean - (weights * mean).sum(0) / count).square()).sum(0) / count
@@ -205,7 +209,8 @@ def test_finalize_averages_cumulatively(backend):
     batches = torch.tensor(0, device=where)
     parts = [activation((2, 200, 5, 5), torch.float32, seed).to(where) for seed in range(3)]
     for x in parts:
-        ops.bn_finalize(*_partials(x, 4), None, None, running_mean, running_var, batches, None, 1e-5, backend)
+        norm = Norm(None, None, running_mean, running_var, batches, None, 1e-5)
+        ops.bn_finalize(*_partials(x, 4), norm, backend=backend)
     assert int(batches) == 3
     assert torch.allclose(running_mean, torch.stack([x.mean((0, 2, 3)) for x in parts]).mean(0), atol=1e-6)
     assert torch.allclose(running_var, torch.stack([x.var((0, 2, 3)) for x in parts]).mean(0), rtol=1e-5)
@@ -217,7 +222,7 @@ def test_infinity_and_nan_stay_in_their_channel(backend, dtype):
     """A mean of infinities of one sign is that infinity, wherever they lie; the variance is NaN."""
     x = activation((2, 6, 30, 30), dtype).to(device(backend, dtype))
     x[0, 0, 0, 0], x[1, 1, 7, 7], x[0, 2, 0, 0], x[1, 3, 29, 29] = torch.inf, torch.inf, torch.nan, torch.nan
-    got = ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, backend)
+    got = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend=backend)
     assert (got[0, :2] == torch.inf).all() and got[0, 2:4].isnan().all() and got[1, :4].isnan().all()
     assert got[:, 4:].isfinite().all()
 
@@ -229,7 +234,7 @@ def test_one_tile_of_many_blocks(rows, monkeypatch):
 
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)
     x = activation((2, 70, rows, 3), torch.float32).to(device("triton"))
-    got = ops.bn_statistics(x, None, None, None, None, None, 0.1, 1e-5, "triton")
+    got = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend="triton")
     want, _ = _want(x, None, None, 1e-5)
     assert_near("state", got, want, want.abs() + want[1] * x.double().abs().amax((0, 2, 3)), torch.float32, 32)
 
@@ -247,9 +252,9 @@ def test_errors_of_finalize_leave_the_running_statistics():
     ]
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
-            ops.bn_finalize(*arguments, None, None, *running, 0.1, 1e-5, "reference")
+            ops.bn_finalize(*arguments, Norm(None, None, *running, 0.1, 1e-5), backend="reference")
     with pytest.raises(ValueError, match="bn_finalize: momentum must be a number where num_batches_tracked is None"):
-        ops.bn_finalize(partials, rows, None, None, *running[:2], None, None, 1e-5, "reference")
+        ops.bn_finalize(partials, rows, Norm(None, None, *running[:2], None, None, 1e-5), backend="reference")
     with pytest.raises(RuntimeError, match="bn_finalize: there is no cpu backend"):
-        ops.bn_finalize(partials, rows, None, None, *running, 0.1, 1e-5, "cpu")
+        ops.bn_finalize(partials, rows, Norm(None, None, *running, 0.1, 1e-5), backend="cpu")
     assert not running[0].any() and bool((running[1] == 1).all()) and int(running[2]) == 0

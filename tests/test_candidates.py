@@ -16,6 +16,7 @@ from fusedres.kernels.one_pass_tail import configs as one_pass_tail
 from fusedres.kernels.triton_core import launch as launching
 from fusedres.kernels.triton_core.launch import H100, Gpu, record_launches
 from fusedres.ops.launch import launches
+from fusedres.values import DENSE, Centred, Folded, Gated, Gradient, Raw, ShortcutInput
 
 # Each is known to one test alone: what is worked out without the interpreter stays behind in caches.
 GPUS = {"sm_80": Gpu(80, 41, 166_912), "sm_89": Gpu(89, 41, 101_376), "sm_90": Gpu(90, 41, 232_448)}
@@ -147,16 +148,15 @@ def _run_everything(n):
     weight, state, wide = (t.to("meta") for t in (weight, state, wide))
     pivot, folded = state[0], weight.flatten(1)
     gate = torch.empty((n, 14, 14, 16), dtype=torch.uint8, device="meta")
-    geometry = ((1, 1), (0, 0), (1, 1))
     with record_launches() as made:
-        run.conv_fprop(x, weight, state, *geometry, True)
-        run.conv_dgrad(d, None, d, wide, weight, tuple(x.shape), *geometry, None, None, None, None, 1)
-        partials = run.conv_wgrad(d, None, None, None, x, state, [1, 1], [1, 1], [0, 0], [1, 1])
+        run.conv_fprop(Raw(x, state), weight, DENSE, True)
+        run.conv_dgrad(Gradient(d, None, d, wide), weight, tuple(x.shape), DENSE)
+        partials = run.conv_wgrad(Gradient(d), Raw(x, state), [1, 1], DENSE)
         run.conv_wgrad_finalize([partials], [weight])
         run.gram(x, state, 1)
-        run.one_pass_tail(x, state, pivot, folded, wide[0], 1, d, None, 1, None, None, None, None, 1, True)
-        run.one_pass_reduce(d, gate, x, state, pivot, 1, None, None, 1)
-        run.one_pass_dgrad(d, gate, x, state, pivot, folded, folded[:64], pivot, 1, True)
+        run.one_pass_tail(Centred(x, pivot), state, Folded(folded, wide[0]), ShortcutInput(d), None, None, True)
+        run.one_pass_reduce(Gated(d, gate), Centred(x, pivot), state)
+        run.one_pass_dgrad(Gated(d, gate), Centred(x, pivot), state, folded, folded[:64], pivot, True)
     return made
 
 

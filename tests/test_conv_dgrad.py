@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import EPS, activation, assert_near, channels, device, state
+from op_inputs import EPS, activation, assert_near, call, channels, device, state
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d
 
 from fusedres import ops
 from fusedres.kernels.reference_core import pack_bits
+from fusedres.values import DENSE, Geometry, Gradient
 
 BACKENDS = ("reference", "triton")
 # (N, C, H, W), K, kernel, stride, padding, dilation
@@ -57,7 +58,8 @@ def _run(backend, geometry, dy, weight, **arguments):
     moved = {name: value.to(where) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     names = ("stride", "padding", "dilation")
     sizes = {name: (value, value) for name, value in zip(names, rest, strict=True)}
-    dx, partials = ops.conv_dgrad(dy.to(where), weight.to(where), input_size, backend, **sizes, **moved)
+    moved |= {"grad": dy.to(where), "weight": weight.to(where), "input_size": input_size}
+    dx, partials = call("conv_dgrad", backend, **sizes, **moved)
     assert dx.dtype == dy.dtype and dx.is_contiguous(memory_format=torch.channels_last)
     return dx.cpu(), partials.cpu()
 
@@ -93,7 +95,7 @@ def test_gradient_relu_and_shortcut(backend, geometry):
         share = shortcut.double() if gate is None else (shortcut * active).double()
         added = want.clone()
         added[:, :, ::stride, ::stride] += share[:, :c]
-        extra = {"shortcut_grad": shortcut, "shortcut_gate": gate, "shortcut_stride": stride}
+        extra = {"shortcut": shortcut, "shortcut_gate": gate, "shortcut_stride": stride}
         dx, partials = _run(backend, geometry, dy, weight, **extra)
         assert_near("with shortcut", dx, added, terms + 4, dtype, 32)
         assert partials.numel() == 0
@@ -112,7 +114,7 @@ def test_dtypes(backend, dtype, geometry):
     assert partials.dtype == norm.dtype
 
     shortcut = activation(geometry[0], dtype, 23)
-    dx, _ = _run(backend, geometry, dy, weight, shortcut_grad=shortcut)
+    dx, _ = _run(backend, geometry, dy, weight, shortcut=shortcut)
     assert_near("rounded once", dx, want + shortcut.double(), terms + 4, dtype, 32)
 
 
@@ -234,7 +236,8 @@ def test_axes_are_not_mixed_up(backend):
     dy = activation(tuple(out.shape), torch.float32, 21)
     (want,) = torch.autograd.grad(out, x, dy.double())
     where = device(backend)
-    dx, _ = ops.conv_dgrad(dy.to(where), weight.to(where), x.shape, backend, **sizes)
+    geometry = Geometry(**sizes)
+    dx, _ = ops.conv_dgrad(Gradient(dy.to(where)), weight.to(where), x.shape, geometry, backend=backend)
     assert torch.allclose(dx.cpu().double(), want, rtol=1e-4, atol=1e-4)
 
 
@@ -265,9 +268,8 @@ def test_offsets_are_wide_where_a_tensor_passes_two_to_the_31():
 
     def index(n):
         grad, weight = (torch.empty(shape, device="meta") for shape in ((n, 64, 128, 128), (64, 64, 1, 1)))
-        pairs = ((1, 1), (0, 0), (1, 1))
         with record_launches() as launches:
-            conv_dgrad(grad, None, None, None, weight, (n, 64, 128, 128), *pairs, None, None, None, None, 1)
+            conv_dgrad(Gradient(grad), weight, (n, 64, 128, 128), DENSE)
         return launches[0].arguments["INDEX"]
 
     assert index(2046) == tl.int32 and index(2048) == tl.int64
@@ -298,6 +300,7 @@ def test_errors():
     raw, norm = activation(geometry[0], torch.float32), state(4, torch.float32)
     pointwise, bits = _weight(8, 4, 1, torch.float32), torch.zeros(2, 6, 6, 1, dtype=torch.uint8)
     coefficients, halved = torch.zeros(4, 8), activation((2, 4, 3, 3), torch.float32)
+    plain = {"input_size": geometry[0], "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     same = {"padding": (1, 1)}
     cases = [
         (ValueError, "grad must have 4x4 pixels.* do stride, padding and dilation", (dy, weight), {}),
@@ -319,17 +322,17 @@ def test_errors():
         (ValueError, "input must have shape", (dy, weight), same | {"input": raw[:1], "input_state": norm}),
         (ValueError, "input_state must be given with input", (dy, weight), same | {"input": raw}),
         (ValueError, "input_state must be None without input", (dy, weight), same | {"input_state": norm}),
-        (ValueError, "shortcut_grad must .*was the downsample", (dy, weight), same | {"shortcut_grad": halved}),
+        (ValueError, "shortcut must .*was the downsample", (dy, weight), same | {"shortcut": halved}),
         (ValueError, "shortcut_gate must be None without", (dy, weight), same | {"shortcut_gate": bits}),
         (
             ValueError,
-            "shortcut_grad must be None with input",
+            "shortcut must be None with input",
             (dy, weight),
-            same | {"input": raw, "input_state": norm, "shortcut_grad": raw},
+            same | {"input": raw, "input_state": norm, "shortcut": raw},
         ),
     ]
     for error, message, (grad, kernel), arguments in cases:
         with pytest.raises(error, match=f"conv_dgrad: {message}"):
-            ops.conv_dgrad(grad, kernel, geometry[0], "reference", **arguments)
+            call("conv_dgrad", "reference", grad=grad, weight=kernel, **plain | arguments)
     with pytest.raises(RuntimeError, match="there is no cpu backend; use 'reference'"):
-        ops.conv_dgrad(dy, weight, geometry[0], "cpu", **same)
+        call("conv_dgrad", "cpu", grad=dy, weight=weight, **plain | same)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from op_inputs import activation, channels, device, state
+from op_inputs import activation, call, channels, device, state
 from torch.nn import functional as F
 
 from fusedres import ops
-from fusedres.kernels.conv_fprop import geometry
+from fusedres.kernels.conv_fprop import taps
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, record_launches
+from fusedres.values import Geometry, Raw, ShortcutInput
 
 BACKENDS = ("reference", "triton")
 # N, C, H, W, K, (R, S), stride, padding, dilation
@@ -55,7 +56,7 @@ def _inputs(backend, convolution, dtype, with_state):
         affine[3] = affine[3].abs() + 0.5  # relu(shift) > 0, which padding must not become
     where = device(backend, dtype)
     tensors = (activation((n, c, h, w), dtype), _weight(k, c, kernel, dtype), affine)
-    return *(None if t is None else t.to(where) for t in tensors), geometry
+    return *(None if t is None else t.to(where) for t in tensors), Geometry(*geometry)
 
 
 def _normalised(x, affine):
@@ -99,7 +100,7 @@ def _merged(partials, rows):
 
 def _check(backend, convolution, dtype, with_state):
     x, weight, affine, geometry = _inputs(backend, convolution, dtype, with_state)
-    y, partials, rows = ops.conv_fprop(x, weight, affine, *geometry, True, backend)
+    y, partials, rows = ops.conv_fprop(Raw(x, affine), weight, geometry, True, backend=backend)
     want, terms = _want(x, weight, affine, geometry)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     _assert_near("y", y, want, terms, dtype)
@@ -110,7 +111,7 @@ def _check(backend, convolution, dtype, with_state):
     largest = stored.abs().amax((0, 2, 3))
     _assert_near("mean", mean, stored.mean((0, 2, 3)), largest, dtype, ulps=0)
     _assert_near("variance", variance, stored.var((0, 2, 3), correction=0), largest**2, dtype, ulps=0)
-    plain, *nothing = ops.conv_fprop(x, weight, affine, *geometry, False, backend)
+    plain, *nothing = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend=backend)
     assert torch.equal(plain, y) and [t.numel() for t in nothing] == [0, 0]
 
 
@@ -133,7 +134,7 @@ def test_tf32(backend):
     """Where torch's convolutions may use TF32, products have 10 bits of mantissa at least."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     x, weight, _, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, False)
-    y, _, _ = ops.conv_fprop(x, weight, None, *geometry, False, backend)
+    y, _, _ = ops.conv_fprop(Raw(x, None), weight, geometry, False, backend=backend)
     want, terms = _want(x, weight, None, geometry)
     assert ((y.double().cpu() - want).abs() <= 2.0**-9 * terms).all()
 
@@ -184,10 +185,10 @@ def test_no_descriptors_where_a_base_is_not_aligned(monkeypatch):
     weight = _weight(64, 64, (3, 3), torch.float16).to(where)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=where)[1:].view(2, 5, 5, 64).permute(0, 3, 1, 2)
     shifted.copy_(x)
-    names, results = [], []
+    names, results, same = [], [], Geometry((1, 1), (1, 1), (1, 1))
     for pair in ((x, weight), (shifted, weight)):
         with record_launches() as made:
-            results.append(ops.conv_fprop(*pair, None, (1, 1), (1, 1), (1, 1), False, "triton")[0])
+            results.append(ops.conv_fprop(Raw(pair[0], None), pair[1], same, False, backend="triton")[0])
         names += [launch.name for launch in made]
     assert names == ["conv_fprop_descriptor_kernel", "conv_fprop_kernel"]
     assert torch.allclose(*results, rtol=1e-3, atol=1e-3)
@@ -197,18 +198,18 @@ class _Tables:
     """Tap tables from an empty dictionary, and the threads that built them."""
 
     def __init__(self, monkeypatch):
-        self.threads, self.kept, build = [], {}, geometry._build
+        self.threads, self.kept, build = [], {}, taps._build
 
         def counted(axes, where):
             self.threads.append(threading.get_ident())
             return build(axes, where)
 
-        monkeypatch.setattr(geometry, "_build", counted)
-        monkeypatch.setattr(geometry, "_tables", self.kept)
+        monkeypatch.setattr(taps, "_build", counted)
+        monkeypatch.setattr(taps, "_tables", self.kept)
 
     def of(self, size, is_cuda=False):
         x = SimpleNamespace(shape=(1, 64, size, size), device=torch.device("cpu"), is_cuda=is_cuda)
-        return geometry.tap_table(x, SimpleNamespace(shape=(64, 64, 3, 3)), (1, 1), (1, 1), (1, 1))
+        return taps.tap_table(x, SimpleNamespace(shape=(64, 64, 3, 3)), Geometry((1, 1), (1, 1), (1, 1)))
 
 
 def test_tap_tables_are_built_once_in_a_thread_of_their_own(monkeypatch):
@@ -221,7 +222,7 @@ def test_tap_tables_are_built_once_in_a_thread_of_their_own(monkeypatch):
 
 def test_tap_tables_are_bounded(monkeypatch):
     tables = _Tables(monkeypatch)
-    monkeypatch.setattr(geometry, "_MOST_TABLES", 2)
+    monkeypatch.setattr(taps, "_MOST_TABLES", 2)
     first, _, third = (tables.of(size) for size in (5, 6, 7))
     assert tables.of(5) is first and len(tables.kept) == 2
     assert tables.of(7) is not third and torch.equal(tables.of(7), third)
@@ -246,7 +247,9 @@ def test_padding_is_zero_after_the_affine_map(backend):
     affine = torch.zeros(4, 32)
     affine[3] = 1
     where = device(backend)
-    y, _, _ = ops.conv_fprop(x.to(where), weight.to(where), affine.to(where), (1, 1), (1, 1), (1, 1), False, backend)
+    y, _, _ = ops.conv_fprop(
+        Raw(x.to(where), affine.to(where)), weight.to(where), Geometry((1, 1), (1, 1), (1, 1)), False, backend=backend
+    )
     want = torch.full((4, 5), 9.0)
     want[[0, -1]], want[:, [0, -1]] = 6, 6
     want[[0, 0, -1, -1], [0, -1, 0, -1]] = 4
@@ -261,7 +264,7 @@ def test_statistics_of_values_far_from_zero(backend):
     x = (torch.randn(2, 16, 13, 11, generator=generator, dtype=torch.float64) * 0.1 + 1e4).float()
     x = x.contiguous(memory_format=torch.channels_last).to(where)
     weight = torch.eye(16).view(16, 16, 1, 1).contiguous(memory_format=torch.channels_last).to(where)
-    y, partials, rows = ops.conv_fprop(x, weight, None, (1, 1), (0, 0), (1, 1), True, backend)
+    y, partials, rows = ops.conv_fprop(Raw(x, None), weight, Geometry((1, 1), (0, 0), (1, 1)), True, backend=backend)
     assert torch.equal(y, x)
     mean, variance = _merged(partials, rows)
     stored = y.double().cpu()
@@ -274,7 +277,7 @@ def test_statistics_of_values_far_from_zero(backend):
 def test_nan_reaches_the_pixels_that_see_it_and_no_other(backend, with_state):
     x, weight, affine, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, with_state)
     x[1, 7, 0, 8] = torch.nan  # the first row of the second image: behind the last row of the first one
-    y, _, _ = ops.conv_fprop(x, weight, affine, *geometry, False, backend)
+    y, _, _ = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend=backend)
     assert torch.equal(y.isnan().cpu(), _want(x, weight, affine, geometry)[0].isnan())
 
 
@@ -289,17 +292,19 @@ def test_nan_of_the_image_beside_is_no_padding(monkeypatch, with_state):
         "triton", (2, 32, 5, 7, 8, (3, 3), (1, 1), (1, 1), (1, 1)), torch.float32, with_state
     )
     x[1, 7, 0, 0] = torch.nan
-    y, _, _ = ops.conv_fprop(x, weight, affine, *geometry, False, "triton")
+    y, _, _ = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend="triton")
     assert torch.equal(y.isnan().cpu(), _want(x, weight, affine, geometry)[0].isnan())
 
 
 def test_same_bits_every_time():
     x, weight, affine, geometry = _inputs("triton", CONVOLUTIONS[1], torch.float32, True)
-    first = ops.conv_fprop(x, weight, affine, *geometry, True, "triton")
+    first = ops.conv_fprop(Raw(x, affine), weight, geometry, True, backend="triton")
     for _ in range(3):
         assert all(
             torch.equal(*pair)
-            for pair in zip(first, ops.conv_fprop(x, weight, affine, *geometry, True, "triton"), strict=True)
+            for pair in zip(
+                first, ops.conv_fprop(Raw(x, affine), weight, geometry, True, backend="triton"), strict=True
+            )
         )
 
 
@@ -307,15 +312,16 @@ def test_same_bits_every_time():
 @pytest.mark.parametrize("with_statistics", [False, True])
 def test_meta_tensors_have_the_results_shapes(backend, with_statistics):
     x, weight, affine, geometry = _inputs(backend, CONVOLUTIONS[1], torch.float32, True)
-    got = ops.conv_fprop(x, weight, affine, *geometry, with_statistics, backend)
-    meta = ops.conv_fprop(x.to("meta"), weight.to("meta"), affine.to("meta"), *geometry, with_statistics, backend)
+    got = ops.conv_fprop(Raw(x, affine), weight, geometry, with_statistics, backend=backend)
+    raw = Raw(x.to("meta"), affine.to("meta"))
+    meta = ops.conv_fprop(raw, weight.to("meta"), geometry, with_statistics, backend=backend)
     assert [(t.shape, t.stride(), t.dtype) for t in got] == [(t.shape, t.stride(), t.dtype) for t in meta]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_images(backend):
     x, weight, affine, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, True)
-    y, _, _ = ops.conv_fprop(x[:0], weight, affine, *geometry, False, backend)
+    y, _, _ = ops.conv_fprop(Raw(x[:0], affine), weight, geometry, False, backend=backend)
     assert y.shape == (0, 65, 7, 9)
 
 
@@ -358,8 +364,9 @@ def test_conv_bn_add_relu(backend, kind, convolution, dtype):
     y, terms = _want(x, weight, None, geometry)
     affine = state(weight.shape[0], dtype)
     shortcut, other, stride, added = _shortcut(kind, *y.shape, dtype)
-    moved = (None if t is None else t.to(x.device) for t in (affine, shortcut, other))
-    got = ops.conv_bn_add_relu(x, weight, *geometry, *moved, stride, backend)
+    moved = (None if t is None else t.to(x.device) for t in (shortcut, other))
+    shortcut = None if shortcut is None else ShortcutInput(*moved, stride)
+    got = ops.conv_bn_add_relu(x, weight, geometry, affine.to(x.device), shortcut, backend=backend)
     want = (y * channels(affine[2]) + channels(affine[3]) + added).relu()
     terms = terms * channels(affine[2]).abs() + channels(affine[3]).abs() + added.abs()
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
@@ -371,7 +378,7 @@ def test_nan_passes_the_relu(backend):
     x, weight, _, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, False)
     x[0, 3, 2, 2] = torch.nan
     affine = state(65, torch.float32).to(x.device)
-    out = ops.conv_bn_add_relu(x, weight, *geometry, affine, None, None, 1, backend)
+    out = ops.conv_bn_add_relu(x, weight, geometry, affine, backend=backend)
     assert torch.equal(out.isnan().cpu(), _want(x, weight, None, geometry)[0].isnan())
 
 
@@ -391,23 +398,23 @@ def test_conv_fprop_errors():
         (ValueError, r"weight must have shape \(K, 8, R, S\) for x", (x, _tensor(4, 4, 3, 3), None, one, one, one)),
         (ValueError, "weight must be dense and channels_last", (x, weight.contiguous(), None, one, one, one)),
         (ValueError, "weight must have shape .* and not be empty", (x, _tensor(0, 8, 3, 3), None, one, one, one)),
-        (ValueError, r"state must have shape \(4, 8\)", (x, weight, torch.zeros(4, 4), one, one, one)),
-        (TypeError, r"state must be torch\.float32", (x, weight, torch.zeros(4, 8).double(), one, one, one)),
+        (ValueError, r"x_state must have shape \(4, 8\)", (x, weight, torch.zeros(4, 4), one, one, one)),
+        (TypeError, r"x_state must be torch\.float32", (x, weight, torch.zeros(4, 8).double(), one, one, one)),
         (ValueError, r"stride must be two integers of at least 1, got \(0, 1\)", (x, weight, None, (0, 1), one, one)),
         (ValueError, "padding must be two integers of at least 0", (x, weight, None, one, (0, -1), one)),
         (ValueError, "dilation must be two integers of at least 1", (x, weight, None, one, one, (1, 0))),
         (ValueError, "x must be at least as large as the dilated weight", (x, weight, None, one, none, (3, 1))),
     ]  # fmt: skip
-    for error, message, arguments in cases:
+    for error, message, (x, weight, affine, *geometry) in cases:
         with pytest.raises(error, match=f"conv_fprop: .*{message}"):
-            ops.conv_fprop(*arguments, True, "reference")
+            ops.conv_fprop(Raw(x, affine), weight, Geometry(*geometry), True, backend="reference")
     with pytest.raises(RuntimeError, match="there is no nonsense backend"):
-        ops.conv_fprop(x, weight, None, one, one, one, True, "nonsense")
+        ops.conv_fprop(Raw(x, None), weight, Geometry(one, one, one), True, backend="nonsense")
 
 
 def test_conv_bn_add_relu_errors():
     x, weight, affine = _tensor(2, 8, 6, 6), _tensor(4, 8, 3, 3), torch.zeros(4, 4)
-    geometry = ((2, 2), (1, 1), (1, 1))
+    geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
     cases = [
         (ValueError, r"state must have shape \(4, 4\)", (torch.zeros(4, 8), None, None, 1)),
         (ValueError, "was the downsample branch skipped", (affine, _tensor(2, 4, 6, 6), None, 1)),
@@ -415,8 +422,10 @@ def test_conv_bn_add_relu_errors():
         (ValueError, "neither strided nor padded", (affine, _tensor(2, 4, 6, 6), affine, 2)),
         (ValueError, "shortcut_state must be None without shortcut", (affine, None, affine, 1)),
         (TypeError, r"shortcut must be torch\.float32 like x", (affine, _tensor(2, 4, 3, 3).double(), None, 1)),
-        (ValueError, "stride must be at least 1", (affine, _tensor(2, 4, 3, 3), None, 0)),
+        (ValueError, "shortcut_stride must be at least 1", (affine, _tensor(2, 4, 3, 3), None, 0)),
     ]
     for error, message, arguments in cases:
+        names = ("state", "shortcut", "shortcut_state", "shortcut_stride")
+        values = dict(zip(names, arguments, strict=True))
         with pytest.raises(error, match=f"conv_bn_add_relu: .*{message}"):
-            ops.conv_bn_add_relu(x, weight, *geometry, *arguments, "reference")
+            call("conv_bn_add_relu", "reference", x=x, weight=weight, **geometry, **values)

@@ -50,7 +50,7 @@ def test_dtypes_and_layouts(backend, source, target):
         for seed, (shape, layout) in enumerate(zip(shapes, layouts, strict=True))
     ]
     kept = [weight.clone() for weight in weights]
-    _expect(ops.conv_weights(weights, target, backend), weights, target)
+    _expect(ops.conv_weights(weights, target, backend=backend), weights, target)
     assert all(torch.equal(weight, copy) for weight, copy in zip(weights, kept, strict=True))
 
 
@@ -59,7 +59,7 @@ def test_dtypes_and_layouts(backend, source, target):
 @pytest.mark.parametrize("shape", [(7, 129, 3, 3), (64, 65, 1, 1), (2, 1, 3, 3), (1, 127, 1, 3), (33, 3, 7, 7)])
 def test_every_layout(backend, layout, shape):
     weight = _weight(shape, torch.float32, layout, 1, device(backend))
-    _expect(ops.conv_weights([weight], torch.float16, backend), [weight], torch.float16)
+    _expect(ops.conv_weights([weight], torch.float16, backend=backend), [weight], torch.float16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,7 +77,7 @@ def test_one_call_of_mixed_dtypes_and_sizes(backend, count):
             ][:count]
         )
     ]
-    _expect(ops.conv_weights(weights, torch.float32, backend), weights, torch.float32)
+    _expect(ops.conv_weights(weights, torch.float32, backend=backend), weights, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,7 +85,7 @@ def test_fresh_even_where_nothing_changes_and_nan_kept(backend):
     place = device(backend)
     weight = _weight((8, 16, 3, 3), torch.float32, "channels_last", 0, place)
     weight[1, 2, 0, 0], weight[2, 3, 1, 1] = torch.nan, -torch.inf
-    (got,) = ops.conv_weights([weight], torch.float32, backend)
+    (got,) = ops.conv_weights([weight], torch.float32, backend=backend)
     assert got.data_ptr() != weight.data_ptr()
     assert torch.equal(got.nan_to_num(7.0), weight.nan_to_num(7.0)) and got[1, 2, 0, 0].isnan()
     got.zero_()
@@ -95,7 +95,7 @@ def test_fresh_even_where_nothing_changes_and_nan_kept(backend):
 def test_meta_tensors_have_the_results_layout():
     weights = [torch.empty(8, 16, 3, 3, device="meta"), torch.empty(4, 8, 1, 1, device="meta")]
     for backend in BACKENDS:
-        got = ops.conv_weights(weights, torch.bfloat16, backend)
+        got = ops.conv_weights(weights, torch.bfloat16, backend=backend)
         assert [tuple(out.shape) for out in got] == [(8, 16, 3, 3), (4, 8, 1, 1)]
         assert all(out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last) for out in got)
 
@@ -111,4 +111,4 @@ def test_errors():
     ]
     for error, message, weights, dtype in cases:
         with pytest.raises(error, match=message):
-            ops.conv_weights(weights, dtype, "reference")
+            ops.conv_weights(weights, dtype, backend="reference")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_inputs import EPS, activation, assert_near, channels, device, state
+from op_inputs import EPS, activation, assert_near, call, channels, device, state
 from torch import Tensor
 from torch.nn.functional import conv2d
 
 from fusedres import ops
 from fusedres.kernels.reference_core import pack_bits
-from fusedres.ops.conv_wgrad import CONV_WGRAD
+from fusedres.ops._library import OPS
 
 BACKENDS = ("reference", "triton")
 # (N, C, H, W), K, kernel, stride, padding, dilation
@@ -62,8 +62,11 @@ class Case:
         tensors = (self.grad, self.gate, self.y, self.coefficients, self.input, self.input_state)
         return [None if t is None else t.to(where) for t in tensors] + self.pairs
 
+    def partials(self, backend: str) -> Tensor:
+        return OPS["conv_wgrad"](*OPS["conv_wgrad"].grouped(self.arguments(backend)), backend=backend)
+
     def run(self, backend: str) -> Tensor:
-        return ops.conv_wgrad(*self.arguments(backend), backend).cpu()
+        return self.partials(backend).cpu()
 
     def want(self) -> tuple[Tensor, Tensor]:
         """dW in float64, nothing rounded in between, and the size of its terms."""
@@ -225,7 +228,7 @@ def test_results_repeat_bit_by_bit(force_split, computed):
     first, again = (case.run("triton") for _ in range(2))
     assert first.shape[0] > 1 and torch.equal(first, again)
     sums = [
-        ops.conv_wgrad_finalize([p.to(device("triton"))], [weight.to(device("triton"))], "triton")[0]
+        ops.conv_wgrad_finalize([p.to(device("triton"))], [weight.to(device("triton"))], backend="triton")[0]
         for p in (first, again)
     ]
     assert torch.equal(*sums)
@@ -246,7 +249,7 @@ def test_finalize_adds_the_splits_and_keeps_the_layout(backend, count):
         k, c, r, s = weight.shape
         values = activation((splits * k, r, s, c), torch.float64, seed=i).contiguous().view(splits, k, r, s, c)
         partials.append(values if weight.dtype is torch.float64 else values.float())
-    grads = ops.conv_wgrad_finalize([p.to(where) for p in partials], [w.to(where) for w in weights], backend)
+    grads = ops.conv_wgrad_finalize([p.to(where) for p in partials], [w.to(where) for w in weights], backend=backend)
     for i, (grad, weight, partial) in enumerate(zip(grads, weights, partials, strict=True)):
         assert grad.dtype is weight.dtype and grad.stride() == weight.stride()
         want = partial.double().sum(0).permute(0, 3, 1, 2)
@@ -260,8 +263,8 @@ def test_a_layers_weight_gradient_is_autograds(backend):
     where = device(backend)
     case = Case(((2, 6, 7, 8), 10, 3, 2, 1, 1), torch.float64, h=True, dy=True, gate=True)
     weight = torch.empty(10, 6, 3, 3, dtype=torch.float64, device=where)
-    partials = ops.conv_wgrad(*case.arguments(backend), backend)
-    (got,) = ops.conv_wgrad_finalize([partials], [weight], backend)
+    partials = case.partials(backend)
+    (got,) = ops.conv_wgrad_finalize([partials], [weight], backend=backend)
     want, terms = (it.permute(0, 3, 1, 2) for it in case.want())
     assert_near("weight.grad", got.cpu(), want, terms, torch.float64, 8)
 
@@ -272,7 +275,7 @@ def test_fakes_have_the_shapes_of_the_results(backend, computed):
     case = Case(((2, 9, 9, 8), 5, 1, 1, 0, 1), torch.float32, **computed)
     arguments = (*case.arguments(backend), backend)
     torch.library.opcheck(torch.ops.fusedres.conv_wgrad.default, arguments, test_utils="test_faketensor")
-    partials = ops.conv_wgrad(*arguments)
+    partials = case.partials(backend)
     weights = [torch.empty(5, 9, 1, 1, device=partials.device), torch.empty(5, 9, 1, 1, device=partials.device).half()]
     arguments = ([partials, partials], weights, backend)
     torch.library.opcheck(torch.ops.fusedres.conv_wgrad_finalize.default, arguments, test_utils="test_faketensor")
@@ -328,11 +331,11 @@ def test_errors():
     ]
     for error, message, change in cases:
         with pytest.raises(error, match=f"conv_wgrad: .*{message}"):
-            ops.conv_wgrad(**good | pairs | change, backend="reference")
+            call("conv_wgrad", "reference", **good | pairs | change)
     huge = torch.empty(2**17, 1, 128, 128, device="meta").to(memory_format=torch.channels_last)
     ones = ((1, 1), (1, 1), (0, 0), (1, 1))
     with pytest.raises(ValueError, match="conv_wgrad: grad must have fewer than 2³¹ pixels"):
-        CONV_WGRAD.check(huge, None, None, None, huge, None, *ones, "reference")
+        OPS["conv_wgrad"].check(huge, None, None, None, huge, None, *ones, "reference")
     partial, weight = torch.zeros(2, 8, 3, 3, 4), torch.zeros(8, 4, 3, 3)
     cases = [
         (ValueError, "weights must be 1 to 4 tensors, got 5", [partial] * 5, [weight] * 5),
@@ -349,4 +352,4 @@ def test_errors():
     ]
     for error, message, partials, weights in cases:
         with pytest.raises(error, match=f"conv_wgrad_finalize: .*{message}"):
-            ops.conv_wgrad_finalize(partials, weights, "reference")
+            ops.conv_wgrad_finalize(partials, weights, backend="reference")

@@ -20,6 +20,7 @@ from fusedres.__main__ import as_text, info
 from fusedres.kernels import serving
 from fusedres.ops._library import OPS
 from fusedres.ops.launch import launches
+from fusedres.values import Norm
 
 
 @pytest.fixture
@@ -148,12 +149,12 @@ def test_stand_ins_run_and_are_traced():
     """On the host: an op without a CUDA kernel runs Triton's in the interpreter."""
     weight = torch.randn(4, 3, 3, 3, device=device("cuda"))
     assert OPS["conv_weights"].kernel("cuda").__module__ == "fusedres.kernels.conv_weights.triton"
-    (got,) = ops.conv_weights([weight], torch.float64, "cuda")
+    (got,) = ops.conv_weights([weight], torch.float64, backend="cuda")
     assert torch.equal(got, weight.double())
     (got,) = launches("cuda").conv_weights([weight], torch.float64)
     assert torch.equal(got, weight.double())
     compiled = torch.compile(
-        lambda weight: ops.conv_weights([weight], torch.float64, "cuda")[0], backend="aot_eager", fullgraph=True
+        lambda weight: ops.conv_weights([weight], torch.float64, backend="cuda")[0], backend="aot_eager", fullgraph=True
     )
     assert torch.equal(compiled(weight), weight.double())
 
@@ -162,7 +163,7 @@ def test_a_tensor_elsewhere_is_an_error(place):
     place("9.0a")
     statistics = torch.zeros(3, 2, 4), torch.ones(3)
     with pytest.raises(RuntimeError, match="bn_finalize: partials must be on cuda or meta for the cuda backend"):
-        ops.bn_finalize(*statistics, None, None, None, None, None, 0.1, 1e-5, "cuda")
+        ops.bn_finalize(*statistics, Norm(None, None, None, None, None, 0.1, 1e-5), backend="cuda")
 
 
 def test_a_failed_launch_names_the_op():
@@ -172,13 +173,13 @@ def test_a_failed_launch_names_the_op():
     with pytest.raises(
         RuntimeError, match=r"bn_finalize: cudaLaunchKernelEx\w* failed: invalid configuration argument"
     ):
-        launches("cuda").bn_finalize(*empty, None, None, None, None, None, 0.1, 1e-5)  # past the checks
+        launches("cuda").bn_finalize(*empty, Norm(None, None, None, None, None, 0.1, 1e-5))  # past the checks
 
 
 def test_meta_tensors_launch_nothing():
     device("cuda")
     meta = torch.empty((3, 2, 4), device="meta"), torch.empty(3, device="meta")
-    got = ops.bn_finalize(*meta, None, None, None, None, None, 0.1, 1e-5, "cuda")
+    got = ops.bn_finalize(*meta, Norm(None, None, None, None, None, 0.1, 1e-5), backend="cuda")
     assert got.shape == (4, 4) and got.is_meta
 
 

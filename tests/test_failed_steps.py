@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
-from fusedres.autograd import native
+from fusedres.autograd import cpu_passes
 from fusedres.autograd import stem as stem_passes
 from fusedres.autograd.backward import Backward
-from fusedres.autograd.conv_backward import ConvBackward
 from fusedres.ops.launch import launches
 
 AGAIN = "backward through the graph a second time"
@@ -51,15 +50,13 @@ def failing(after: int, function: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_backward_that_failed_cannot_be_called_again(
     backend: str, conv: str, memory: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "backward", lambda *_: None)  # the passes in Python, which can be made to fail
+    monkeypatch.setattr(cpu_passes, "backward", lambda *_: None)  # the passes in Python, which can be made to fail
     block, x, grad = stock_case(case("bottleneck", "projection", planes=4, batch=8), torch.float64)
     twin = fusedres.fuse(copy.deepcopy(block), memory=memory, conv=conv)
-    owner = ConvBackward if conv == "fused" else Backward
-    name = "_weight_gradient" if conv == "fused" else "_convolution"
     with fusedres.use_backend(backend):
         out = twin(x.requires_grad_())
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, failing(after, getattr(owner, name)))
+            patch.setattr(Backward, "_convolution", failing(after, Backward._convolution))
             with pytest.raises(OutOfMemoryError):
                 out.backward(grad)
         with pytest.raises(RuntimeError, match=AGAIN):
@@ -68,7 +65,7 @@ def test_a_backward_that_failed_cannot_be_called_again(
         twin.zero_grad()
         out = twin(x)
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, failing(after, getattr(owner, name)))
+            patch.setattr(Backward, "_convolution", failing(after, Backward._convolution))
             with pytest.raises(OutOfMemoryError):
                 out.backward(grad, retain_graph=True)
         twin.zero_grad()
@@ -88,9 +85,9 @@ def test_a_backward_that_failed_in_the_core_cannot_be_called_again(monkeypatch: 
         native_backward(*args)
         raise OutOfMemoryError("no memory left")
 
-    native_backward = native.backward
+    native_backward = cpu_passes.backward
     with monkeypatch.context() as patch:
-        patch.setattr(native, "backward", half_way)
+        patch.setattr(cpu_passes, "backward", half_way)
         with pytest.raises(OutOfMemoryError):
             out.backward(grad)
     with pytest.raises(RuntimeError, match=AGAIN):
@@ -120,7 +117,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 def test_statistics_are_put_back_where_a_forward_fails(
     op: str, after: int, recorded: bool, momentum: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "forward", lambda *_: None)
+    monkeypatch.setattr(cpu_passes, "forward", lambda *_: None)
     block, x, _ = stock_case(case("basic", "projection"))
     for norm in (block.bn1, block.bn2):
         norm.momentum = momentum

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from op_inputs import DTYPES, activation, assert_near, backends_of, channels, device, state, vector
 
 from fusedres import ops
+from fusedres.values import Gram, GramState, Norm
 
 SHAPES = ((2, 1, 5, 3), (3, 3, 4, 4), (1, 65, 9, 7), (2, 129, 5, 5), (5, 64, 14, 13), (2, 33, 40, 31), (1, 136, 9, 7))
 
@@ -20,7 +21,7 @@ def test_gram(backend, dtype, shape, with_state, stride):
     where = device(backend, dtype)
     x = activation(shape, dtype)
     affine = state(shape[1], dtype) if with_state else None
-    got = ops.gram(x.to(where), None if affine is None else affine.to(where), backend, stride)
+    got = ops.gram(x.to(where), None if affine is None else affine.to(where), stride, backend=backend)
     out, pivot, total, matrix = (t.cpu() for t in got)
     z = x.double()[:, :, ::stride, ::stride]
     if affine is not None:
@@ -38,8 +39,8 @@ def test_gram(backend, dtype, shape, with_state, stride):
 def test_statistics_are_those_of_gram(backend):
     x, affine = activation((2, 24, 9, 7), torch.float32), state(24, torch.float32)
     where = device(backend)
-    _, *want = ops.gram(x.to(where), affine.to(where), backend, 2)
-    got = ops.gram_statistics(x.to(where), affine.to(where), backend, 2)
+    _, *want = ops.gram(x.to(where), affine.to(where), 2, backend=backend)
+    got = ops.gram_statistics(x.to(where), affine.to(where), 2, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -48,7 +49,9 @@ def test_nan_stays_in_its_channel(backend):
     x = activation((2, 40, 6, 5), torch.float32)
     x[1, 7, 3, 2] = float("nan")
     where = device(backend)
-    out, _, total, matrix = (t.cpu() for t in ops.gram(x.to(where), state(40, torch.float32).to(where), backend))
+    out, _, total, matrix = (
+        t.cpu() for t in ops.gram(x.to(where), state(40, torch.float32).to(where), backend=backend)
+    )
     assert out.isnan().sum() == 1 and total.isnan().nonzero().tolist() == [[7]]
     wrong = matrix.isnan()
     assert wrong[7].all() and wrong[:, 7].all() and wrong.sum() == 79
@@ -60,7 +63,7 @@ def test_cuda_one_split_of_many_steps(dtype, shape, monkeypatch):
 
     where = device("cuda")
     monkeypatch.setattr(cuda, "_split", lambda rows, channels: (-(-rows // 64) * 64, 1))
-    out, _, total, matrix = (t.cpu() for t in ops.gram(activation(shape, dtype).to(where), None, "cuda"))
+    out, _, total, matrix = (t.cpu() for t in ops.gram(activation(shape, dtype).to(where), None, backend="cuda"))
     rows = out.double().permute(0, 2, 3, 1).reshape(-1, shape[1])
     assert_near("sum", total, rows.sum(0), rows.abs().sum(0), dtype, 128)
     assert_near("gram", matrix, rows.T @ rows, rows.abs().T @ rows.abs(), dtype, 512)
@@ -72,7 +75,7 @@ def test_cuda_takes_tf32_where_torch_does():
 
     def error(precision):
         torch.backends.cudnn.conv.fp32_precision = precision
-        out, _, _, matrix = (t.cpu() for t in ops.gram(x, None, "cuda"))
+        out, _, _, matrix = (t.cpu() for t in ops.gram(x, None, backend="cuda"))
         rows = out.double().permute(0, 2, 3, 1).reshape(-1, 68)
         return ((matrix - rows.T @ rows).abs() / (rows.abs().T @ rows.abs())).max().item()
 
@@ -98,10 +101,10 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     where = device(backend, dtype)
     on_device = [t.to(where) for t in (conv_weight, weight, bias)]
     running = [t.to(where) for t in running]
-    centred, pivot, total, matrix = ops.gram(z.to(where), None, backend)
+    centred, pivot, total, matrix = ops.gram(z.to(where), None, backend=backend)
     count = z.numel() // c_in
     got_state, projected = ops.one_pass_statistics(
-        on_device[0], pivot, total, matrix, count, *on_device[1:], *running, 0.1, 1e-5, backend
+        on_device[0], Gram(pivot, total, matrix), count, Norm(*on_device[1:], *running, 0.1, 1e-5), backend=backend
     )
     out = F.conv2d(centred, on_device[0]) * got_state[2].view(1, -1, 1, 1) + got_state[3].view(1, -1, 1, 1)
 
@@ -123,14 +126,19 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     d = activation(tuple(want.shape), dtype, 5)
     want.backward(d.double())
     grad_z, grad_conv, grad_weight = ops.one_pass_backward(
-        d.to(where), d.sum((0, 2, 3)).to(where), centred, on_device[0], got_state, projected, total, backend
+        d.to(where),
+        d.sum((0, 2, 3)).to(where),
+        centred,
+        on_device[0],
+        GramState(got_state, projected, total),
+        backend=backend,
     )
     for name, got, leaf in zip(("z", "conv", "weight"), (grad_z, grad_conv, grad_weight), leaves, strict=False):
         close(f"grad_{name}", got, leaf.grad, 10.0)
+    gram_state = GramState(got_state, projected, total)
     empty, *others = ops.one_pass_backward(
-        d.to(where), d.sum((0, 2, 3)).to(where), centred, on_device[0], got_state, projected, total, backend,
-        with_input=False,
-    )  # fmt: skip
+        d.to(where), d.sum((0, 2, 3)).to(where), centred, on_device[0], gram_state, False, backend=backend
+    )
     assert empty.numel() == 0
     for name, got, leaf in zip(("conv", "weight"), others, leaves[1:], strict=False):
         close(f"grad_{name} alone", got, leaf.grad, 10.0)
@@ -139,9 +147,13 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
 def test_errors():
     x = activation((2, 4, 3, 3), torch.float32)
     with pytest.raises(ValueError, match=r"gram: x must have shape .* and not be empty"):
-        ops.gram(x[:0], None, "cpu")
-    _, pivot, total, matrix = ops.gram(x, None, "cpu")
+        ops.gram(x[:0], None, backend="cpu")
+    _, pivot, total, matrix = ops.gram(x, None, backend="cpu")
     with pytest.raises(ValueError, match="one_pass_statistics: gram must have shape"):
         ops.one_pass_statistics(
-            torch.ones(8, 4, 1, 1), pivot, total, matrix[:2], 18, None, None, None, None, None, 0.1, 1e-5, "cpu"
+            torch.ones(8, 4, 1, 1),
+            Gram(pivot, total, matrix[:2]),
+            18,
+            Norm(None, None, None, None, None, 0.1, 1e-5),
+            backend="cpu",
         )

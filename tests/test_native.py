@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fusedres import _C, ops
+from fusedres.values import Norm
 
 TESTS = Path(__file__).parent
 
@@ -59,11 +60,11 @@ def test_more_than_two_to_the_31_values():
     x[0, :, -1, -1] = 3.0
     identity = torch.zeros(4, 64)
     identity[1:3] = 1
-    state = ops.bn_statistics(x, None, None, None, None, None, 0.1, 0.0, "cpu")
+    state = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 0.0), backend="cpu")
     share = 1 / (height * 1024)
     assert torch.allclose(state[0].double(), torch.tensor(-1 + 4 * share).double().expand(64), atol=1e-9)
     assert torch.allclose(
         state[1].double() ** -2, torch.tensor(16 * share * (1 - share)).double().expand(64), rtol=1e-5
     )
-    ops.bn_relu_(x, identity, "cpu")
+    ops.bn_relu_(x, identity, backend="cpu")
     assert x[0, 63, -1, -1] == 3.0 and x[0, 0, -1, -2] == 0.0 and x[0, 5, 0, 0] == 0.0

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres import _C
-from fusedres.autograd import BlockPlan, ConvBN, native
-from fusedres.kernels import cpu_block
+from fusedres.autograd import BlockPlan, ConvBN, cpu_passes
 
 ONE_PASS = (
     Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
@@ -48,7 +47,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     for name in PASSES:
-        monkeypatch.setattr(cpu_block, name, counted(name, getattr(cpu_block, name)))
+        monkeypatch.setattr(cpu_passes, name, counted(name, getattr(cpu_passes, name)))
     return counts
 
 
@@ -58,7 +57,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(function: Callable[..., Any], *args: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_serves", lambda x, plan: False)
+            patch.setattr(cpu_passes, "_serves", lambda x, plan: False)
             return function(*args)
 
     return call
@@ -321,9 +320,9 @@ def test_a_saved_tensor_in_another_layout_is_not_served(served: dict[str, int]) 
 @pytest.fixture
 def reconnected() -> Iterator[None]:
     """Connects anew inside and again behind."""
-    native._connected.cache_clear()
+    cpu_passes._connected.cache_clear()
     yield
-    native._connected.cache_clear()
+    cpu_passes._connected.cache_clear()
 
 
 @pytest.mark.usefixtures("reconnected")
@@ -334,13 +333,13 @@ def test_a_torch_without_the_functions_runs_in_python(monkeypatch: pytest.Monkey
     without = run(fused_twin(block), x, grad)
     assert not any(served.values())
     monkeypatch.undo()
-    native._connected.cache_clear()
+    cpu_passes._connected.cache_clear()
     assert_same(run(fused_twin(block), x, grad), without)
-    assert native._connected()
+    assert cpu_passes._connected()
 
 
 def test_the_core_checks_what_it_is_given() -> None:
-    assert native._connected()
+    assert cpu_passes._connected()
     unit = ConvBN((1, 1), (1, 1), (1, 1), 1, False, True, True, 0.1, 1e-5)
     plan = BlockPlan((unit, unit), None, 1, (False, False), 1, torch.float32, "cpu")
     x = torch.zeros(2, 8, 4, 4).to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import torch
 from op_inputs import EPS, backends_of, device, state, vector
 
 from fusedres import ops
+from fusedres.values import Gram, GramState, Norm
 
 EPSILON = 1e-5
 # K, C: one value, off the tiles, several tiles each way, a product that Triton takes in float32 (FLOAT64_PRODUCTS)
@@ -42,7 +43,9 @@ def _statistics(backend, weight, pivot, total, gram, count, gamma, beta, running
     running = [None if r is None else r.to(where) for r in running]
     tensors = [None if t is None else t.to(where) for t in (weight, pivot, total, gram)]
     norm = [None if t is None else t.to(where) for t in (gamma, beta)]
-    got = ops.one_pass_statistics(*tensors, count, *norm, *running, momentum, EPSILON, backend)
+    weight, *sums = tensors
+    norm = Norm(*norm, *running, momentum, EPSILON)
+    got = ops.one_pass_statistics(weight, Gram(*sums), count, norm, backend=backend)
     return *(t.cpu() for t in got), [None if r is None else r.cpu() for r in running]
 
 
@@ -173,8 +176,9 @@ def test_products(backend, dtype, weight_dtype, size, strides):
     cross, sum_d, projected = (_random(k, c, seed=3)).to(wide), vector(k, wide, 4), _random(k, c, seed=5).to(wide)
     total, folded = _random(c, seed=6) * count, _random(k, c, seed=7).to(dtype)
     on = [t.to(where) for t in (cross, sum_d, weight, folded, of, projected, total)]
-    results = ops.one_pass_products(*on, count, dtype, backend)
-    for name, first, second in zip("WγQc", results, ops.one_pass_products(*on, count, dtype, backend), strict=True):
+    arguments = (*on[:4], GramState(*on[4:]), count, dtype)
+    results = ops.one_pass_products(*arguments, backend=backend)
+    for name, first, second in zip("WγQc", results, ops.one_pass_products(*arguments, backend=backend), strict=True):
         assert torch.equal(first, second), f"{name} differs from call to call"
     grad_conv, grad_weight, quadratic, constant = (t.cpu() for t in results)
     assert grad_conv.dtype == weight_dtype and grad_conv.stride() == weight.stride()
@@ -205,7 +209,7 @@ def test_products(backend, dtype, weight_dtype, size, strides):
 
 def test_errors():
     weight, vectors, gram = torch.ones(8, 4, 1, 1), torch.ones(8), torch.ones(4, 4, dtype=torch.float64)
-    before = (weight, torch.ones(4), torch.ones(4, dtype=torch.float64), gram, 18, None, None)
+    sums = Gram(torch.ones(4), torch.ones(4, dtype=torch.float64), gram)
     running = vectors.clone()
     for error, message, rest in (
         (ValueError, "one_pass_statistics: momentum must be a number", (running, running.clone(), None, None)),
@@ -213,23 +217,23 @@ def test_errors():
         (ValueError, "one_pass_statistics: running_var must have shape", (running, running[:2], None, 0.1)),
     ):
         with pytest.raises(error, match=message):
-            ops.one_pass_statistics(*before, *rest, EPSILON, "reference")
+            ops.one_pass_statistics(weight, sums, 18, Norm(None, None, *rest, EPSILON), backend="reference")
     assert torch.equal(running, vectors)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        ops.one_pass_statistics(*before[:4], 1, *before[5:], None, None, None, 0.1, EPSILON, "reference")
+        ops.one_pass_statistics(weight, sums, 1, Norm(None, None, None, None, None, 0.1, EPSILON), backend="reference")
 
 
 def test_backward_is_float32_under_autocast():
     """The C++ kernels take tensors by address: no operator between them may be rounded by an autocast around the op."""
     z = _random(2, 16, 5, 7, seed=3).float().to(memory_format=torch.channels_last)
     d = _random(2, 24, 5, 7, seed=4).float().to(memory_format=torch.channels_last)
-    z, pivot, total, gram = ops.gram(z, None, "cpu")
+    z, pivot, total, gram = ops.gram(z, None, backend="cpu")
     weight = _weight(24, 16, torch.float32)
     state, projected = ops.one_pass_statistics(
-        weight, pivot, total, gram, 70, None, None, None, None, None, 0.1, EPSILON, "cpu"
+        weight, Gram(pivot, total, gram), 70, Norm(None, None, None, None, None, 0.1, EPSILON), backend="cpu"
     )
-    arguments = (d, d.sum((0, 2, 3)), z, weight, state, projected, total, "cpu")
-    plain = ops.one_pass_backward(*arguments)
+    arguments = (d, d.sum((0, 2, 3)), z, weight, GramState(state, projected, total))
+    plain = ops.one_pass_backward(*arguments, backend="cpu")
     with torch.autocast("cpu", torch.bfloat16):
-        inside = ops.one_pass_backward(*arguments)
+        inside = ops.one_pass_backward(*arguments, backend="cpu")
     assert all(torch.equal(mine, other) for mine, other in zip(inside, plain, strict=True))

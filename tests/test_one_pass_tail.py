@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
 from fusedres.kernels.reference_core import unpack_bits
+from fusedres.values import Centred, Folded, Gated, Gram, GramState, Norm, ShortcutInput
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5
@@ -68,10 +69,10 @@ def _to(inputs, where):
 def _branch(z, affine, stride, weight, gamma, beta, count, dtype, backend):
     """One 1x1 convolution with its BatchNorm, before it runs."""
     b = SimpleNamespace()
-    b.pivot, b.total, gram = ops.gram_statistics(z, affine, backend, stride)
-    arguments = (weight, b.pivot, b.total, gram, count, gamma, beta, None, None, None, 0.1, EPS)
-    b.state, b.projected = ops.one_pass_statistics(*arguments, backend)
-    b.folded, b.offset = ops.one_pass_fold(weight, b.state, b.total, count, dtype, backend)
+    b.pivot, b.total, gram = ops.gram_statistics(z, affine, stride, backend=backend)
+    norm = Norm(gamma, beta, None, None, None, 0.1, EPS)
+    b.state, b.projected = ops.one_pass_statistics(weight, Gram(b.pivot, b.total, gram), count, norm, backend=backend)
+    b.folded, b.offset = ops.one_pass_fold(weight, b.state, b.total, count, dtype, backend=backend)
     return b
 
 
@@ -82,29 +83,29 @@ def _run(i, backend):
     if i.kind == "projection":
         arguments = (i.other_weight, i.other_gamma, i.other_beta, i.count, dtype, backend)
         other = _branch(i.other, None, i.other_stride, *arguments)
-        shortcut = {"x": i.other, "x_pivot": other.pivot, "x_folded": other.folded, "x_offset": other.offset}
-        shortcut["x_stride"] = i.other_stride
-        columns = {"x": i.other, "x_pivot": other.pivot, "x_stride": i.other_stride}
+        x = Centred(i.other, other.pivot, i.other_stride)
+        shortcut = None, x, Folded(other.folded, other.offset)
     else:
-        shortcut = {"shortcut": i.other, "shortcut_stride": i.other_stride}
-        shortcut["shortcut_state"] = i.other_state if i.kind == "normalised" else None
-        columns = {}
-    arguments = (i.z, i.state, main.pivot, main.folded, main.offset, backend, i.stride)
-    r["out"], r["gate"] = ops.one_pass_tail(*arguments, **shortcut, with_mask=True)
-    where = (i.grad, r["gate"], i.z, i.state, main.pivot)
-    cross, x_cross, r["beta"] = ops.one_pass_reduce(*where, backend, i.stride, **columns)
+        x = None
+        other_state = i.other_state if i.kind == "normalised" else None
+        shortcut = ShortcutInput(i.other, other_state, i.other_stride), None, None
+    z = Centred(i.z, main.pivot, i.stride)
+    folded = Folded(main.folded, main.offset)
+    r["out"], r["gate"] = ops.one_pass_tail(z, i.state, folded, *shortcut, True, backend=backend)
+    gated = Gated(i.grad, r["gate"])
+    cross, x_cross, r["beta"] = ops.one_pass_reduce(gated, z, i.state, x, backend=backend)
 
     def products(cross, weight, branch):
-        arguments = (weight, branch.folded, branch.state, branch.projected, branch.total, i.count, dtype)
-        return ops.one_pass_products(cross, r["beta"], *arguments, backend)
+        gram_state = GramState(branch.state, branch.projected, branch.total)
+        arguments = (cross, r["beta"], weight, branch.folded, gram_state, i.count, dtype)
+        return ops.one_pass_products(*arguments, backend=backend)
 
     r["weight"], r["gamma"], *rest = products(cross, i.weight, main)
     masked = i.state is not None
-    r["z"], r["partials"] = ops.one_pass_dgrad(*where, main.folded, *rest, backend, i.stride, masked)
+    r["z"], r["partials"] = ops.one_pass_dgrad(gated, z, i.state, main.folded, *rest, masked, backend=backend)
     if i.kind == "projection":
         r["other_weight"], r["other_gamma"], *rest = products(x_cross, i.other_weight, other)
-        where = (i.grad, r["gate"], i.other, None, other.pivot)
-        r["other"], _ = ops.one_pass_dgrad(*where, other.folded, *rest, backend, i.other_stride)
+        r["other"], _ = ops.one_pass_dgrad(gated, x, None, other.folded, *rest, backend=backend)
     else:
         assert x_cross.shape == (i.k, 0)
     return r
@@ -221,8 +222,9 @@ def test_constants_come_from_what_is_rounded(backend):
     on = _to(i, where)
     main = _branch(on.z, None, 1, on.weight, on.gamma, on.beta, i.count, torch.float16, backend)
     cross, sum_d = torch.randn(64, 32), vector(64, seed=20)
-    arguments = (on.weight, main.folded, main.state, main.projected, main.total, i.count, torch.float16)
-    *_, quadratic, constant = ops.one_pass_products(cross.to(where), sum_d.to(where), *arguments, backend)
+    gram_state = GramState(main.state, main.projected, main.total)
+    arguments = (cross.to(where), sum_d.to(where), on.weight, main.folded, gram_state, i.count, torch.float16)
+    *_, quadratic, constant = ops.one_pass_products(*arguments, backend=backend)
     main = _to(main, "cpu")
     exact = main.state[2].double()[:, None] * i.weight.double().flatten(1)
     beta = (main.state[3] + main.state[2] * main.state[0]).double()
@@ -241,13 +243,23 @@ def test_nan_and_inf_pass(backend):
     pivot, folded, offset = torch.zeros(16, device=where), torch.eye(16, device=where), torch.zeros(16, device=where)
     shortcut = torch.zeros_like(z)
     shortcut[0, 3, 1, 2], shortcut[0, 5, 0, 0], shortcut[0, 6, 0, 0] = torch.nan, torch.inf, -torch.inf
-    out, gate = ops.one_pass_tail(z, None, pivot, folded, offset, backend, shortcut=shortcut, with_mask=True)
+    out, gate = ops.one_pass_tail(
+        Centred(z, pivot), None, Folded(folded, offset), ShortcutInput(shortcut), None, None, True, backend=backend
+    )
     want = (z + shortcut).relu()
     assert torch.allclose(out, want, equal_nan=True)
     open_ = unpack_bits(gate, 16)
     assert open_[0, 3, 1, 2] and open_[0, 5, 0, 0] and not open_[0, 6, 0, 0]
     z[0, 2, 3, 3] = torch.nan
-    out, _ = ops.one_pass_tail(z, torch.ones(4, 16, device=where), pivot, folded, offset, backend, shortcut=shortcut)
+    out, _ = ops.one_pass_tail(
+        Centred(z, pivot),
+        torch.ones(4, 16, device=where),
+        Folded(folded, offset),
+        ShortcutInput(shortcut),
+        None,
+        None,
+        backend=backend,
+    )
     assert out[0, :, 3, 3].isnan().all() and out.isnan().sum() == 17
 
 
@@ -256,10 +268,11 @@ def test_without_mask(backend):
     where = device(backend)
     i = _to(_inputs("identity", torch.float32), where)
     main = _branch(i.z, i.state, 1, i.weight, i.gamma, i.beta, i.count, torch.float32, backend)
-    arguments = (i.z, i.state, main.pivot, main.folded, main.offset, backend)
-    out, gate = ops.one_pass_tail(*arguments, shortcut=i.other)
+    folded, shortcut = Folded(main.folded, main.offset), (ShortcutInput(i.other), None, None)
+    arguments = (Centred(i.z, main.pivot), i.state, folded, *shortcut)
+    out, gate = ops.one_pass_tail(*arguments, backend=backend)
     assert gate.shape == (0,) and gate.dtype == torch.uint8
-    assert torch.equal(out, ops.one_pass_tail(*arguments, shortcut=i.other, with_mask=True)[0])
+    assert torch.equal(out, ops.one_pass_tail(*arguments, with_mask=True, backend=backend)[0])
 
 
 def test_same_bits_at_every_call():
@@ -284,56 +297,67 @@ def test_fakes_are_like_the_results():
 def test_errors():
     i = _inputs("projection", torch.float32)
     main = _branch(i.z, i.state, 1, i.weight, i.gamma, i.beta, i.count, torch.float32, "reference")
-    plain = (i.z, i.state, main.pivot, main.folded, main.offset, "reference")
+    plain = {"z": i.z, "z_state": i.state, "z_pivot": main.pivot, "folded": main.folded, "offset": main.offset}
+    plain["with_mask"] = False
     out = torch.zeros_like(i.grad)
     gate = torch.zeros(2, 7, 7, 9, dtype=torch.uint8)
-    back = (i.grad, gate, i.z, i.state, main.pivot)
+    back = {"grad": i.grad, "gate": gate, "z": i.z, "z_state": i.state, "z_pivot": main.pivot}
     one = torch.ones(1)
+
+    def tail(**change):
+        return lambda: call("one_pass_tail", "reference", **plain | change)
+
+    def reduce(**change):
+        return lambda: call("one_pass_reduce", "reference", **back | change)
+
     cases = [
-        (ValueError, "one_pass_tail: shortcut must be given where x is None", lambda: ops.one_pass_tail(*plain)),
-        (ValueError, "one_pass_tail: x_pivot must be given with x", lambda: ops.one_pass_tail(*plain, x=i.z)),
-        (ValueError, "one_pass_tail: shortcut must have shape", lambda: ops.one_pass_tail(*plain, shortcut=i.other)),
+        (ValueError, "one_pass_tail: shortcut must be given where x is None", tail()),
+        (ValueError, "one_pass_tail: x_pivot must be given with x", tail(x=i.z)),
+        (ValueError, "one_pass_tail: shortcut must have shape", tail(shortcut=i.other)),
         (
             ValueError,
             "one_pass_tail: shortcut must have 65 channels and shortcut_stride 1",
-            lambda: ops.one_pass_tail(*plain, shortcut=out[:, :64].clone(), shortcut_state=torch.ones(4, 65)),
+            tail(shortcut=out[:, :64].clone(), shortcut_state=torch.ones(4, 65)),
         ),
-        (TypeError, "one_pass_tail: shortcut must be", lambda: ops.one_pass_tail(*plain, shortcut=out.double())),
-        (ValueError, "one_pass_tail: pivot must", lambda: ops.one_pass_tail(*plain[:2], one, *plain[3:], shortcut=out)),
-        (ValueError, "one_pass_reduce: gate must", lambda: ops.one_pass_reduce(out, gate[1:], *back[2:], "reference")),
-        (ValueError, "one_pass_reduce: z must .* 13 to 14", lambda: ops.one_pass_reduce(*back, "reference", 2)),
-        (ValueError, "one_pass_reduce: x_pivot must be given", lambda: ops.one_pass_reduce(*back, "reference", x=i.z)),
+        (TypeError, "one_pass_tail: shortcut must be", tail(shortcut=out.double())),
+        (ValueError, "one_pass_tail: z_pivot must", tail(z_pivot=one, shortcut=out)),
+        (ValueError, "one_pass_reduce: gate must", reduce(grad=out, gate=gate[1:])),
+        (ValueError, "one_pass_reduce: z must .* 13 to 14", reduce(z_stride=2)),
+        (ValueError, "one_pass_reduce: x_pivot must be given", reduce(x=i.z)),
         (
             ValueError,
             "one_pass_dgrad: masked must be False",
             lambda: ops.one_pass_dgrad(
-                i.grad, gate, i.z, None, *back[4:], main.folded, torch.eye(16), main.pivot, "reference", masked=True
+                Gated(i.grad, gate), Centred(i.z, main.pivot), None, main.folded, torch.eye(16), main.pivot, True,
+                backend="reference",
             ),
         ),
         (
             ValueError,
             "one_pass_fold: conv_weight must have shape",
-            lambda: ops.one_pass_fold(torch.ones(4, 4, 3, 3), main.state, main.total, 8, torch.float32, "reference"),
+            lambda: ops.one_pass_fold(
+                torch.ones(4, 4, 3, 3), main.state, main.total, 8, torch.float32, backend="reference"
+            ),
         ),
         (
             TypeError,
             "one_pass_fold: state must be",
-            lambda: ops.one_pass_fold(i.weight, main.state, main.total, 8, torch.float64, "reference"),
+            lambda: ops.one_pass_fold(i.weight, main.state, main.total, 8, torch.float64, backend="reference"),
         ),
         (
             ValueError,
             "one_pass_fold: count must be",
-            lambda: ops.one_pass_fold(i.weight, main.state, main.total, 0, torch.float32, "reference"),
+            lambda: ops.one_pass_fold(i.weight, main.state, main.total, 0, torch.float32, backend="reference"),
         ),
         (
             ValueError,
             "one_pass_products: sum_d must have shape",
             lambda: ops.one_pass_products(
-                i.weight[:, :, 0, 0].contiguous(), one, i.weight, main.folded, main.state, main.projected, main.total,
-                98, torch.float32, "reference",
+                i.weight[:, :, 0, 0].contiguous(), one, i.weight, main.folded,
+                GramState(main.state, main.projected, main.total), 98, torch.float32, backend="reference",
             ),
         ),
-        (RuntimeError, "there is no cpu backend", lambda: ops.one_pass_tail(*plain[:5], "cpu", shortcut=out)),
+        (RuntimeError, "there is no cpu backend", lambda: call("one_pass_tail", "cpu", **plain, shortcut=out)),
     ]  # fmt: skip
     for error, message, call in cases:
         with pytest.raises(error, match=message):

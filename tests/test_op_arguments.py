@@ -149,10 +149,10 @@ _RELATIONS: dict[str, list[tuple[int, Example]]] = {
     "conv_fprop": [(0, {"dilation": [40, 1]}), (0, {"padding": [2**31 - 1, 2**31 - 1]})],
     "conv_wgrad": [(0, {"stride": [1, 1]}), (1, {"gate": torch.zeros(2, 3, 5, 3, dtype=torch.uint8)})],
     "conv_wgrad_finalize": [(0, {"weights": [torch.zeros(10, 9, 3, 3)]})],
-    "one_pass_dgrad": [(0, {"state": None})],
+    "one_pass_dgrad": [(0, {"z_state": None})],
     "one_pass_statistics": [(0, {"count": 1}), (0, {"momentum": None, "num_batches_tracked": None})],
-    "one_pass_tail": [(0, {"shortcut": None}), (0, {"shortcut_state": torch.zeros(4, 10)}), (1, {"stride": 1})],
-    "shortcut_grad_": [(0, {"stride": 1}), (0, {"stride": 7})],
+    "one_pass_tail": [(0, {"shortcut": None}), (0, {"shortcut_state": torch.zeros(4, 10)}), (1, {"z_stride": 1})],
+    "shortcut_grad_": [(0, {"shortcut_stride": 1}), (0, {"shortcut_stride": 7})],
 }  # fmt: skip
 
 
@@ -206,9 +206,9 @@ def test_results_are_on_the_inputs_device(name: str) -> None:
     op = OPS[name]
     kernel = op.kernel(backend_of(name))
     for example, again in zip(examples()[name], examples()[name], strict=True):
-        want = kernel(*[example[a] for a in op.arguments[:-1]])
+        want = kernel(*op.grouped([example[a] for a in op.arguments[:-1]]))
         with torch.device("meta"):
-            got = kernel(*[again[a] for a in op.arguments[:-1]])
+            got = kernel(*op.grouped([again[a] for a in op.arguments[:-1]]))
         for one, other in zip(tensors_in(got), tensors_in(want), strict=True):
             assert one.device == other.device and one.shape == other.shape and one.dtype == other.dtype
         for argument in op.written:

@@ -8,6 +8,7 @@ from op_inputs import DTYPES, SHAPES, activation, assert_near, backends_of, devi
 
 from fusedres import ops
 from fusedres.kernels.reference_core import pack_bits
+from fusedres.values import Gated, ShortcutGradient
 
 
 def _gate(active, kind, dtype):
@@ -23,7 +24,7 @@ def _gate(active, kind, dtype):
 def test_relu_backward(backend, dtype, shape, kind):
     where = device(backend, dtype)
     grad, active = activation(shape, dtype).to(where), activation(shape, torch.float32, 4).to(where) > 0
-    d, total = ops.relu_backward(grad, _gate(active, kind, dtype), backend)
+    d, total = ops.relu_backward(Gated(grad, _gate(active, kind, dtype)), backend=backend)
     assert torch.equal(d, grad * active)
     want = d.double()
     assert_near("sum", total, want.sum((0, 2, 3)), want.abs().sum((0, 2, 3)), dtype, 16)
@@ -45,15 +46,15 @@ def test_shortcut_grad(backend, dtype, kind, c_in, c_out, h, w, stride):
     want = grad_x.double()
     want[:, :, ::stride, ::stride] += (grad * active if gate is not None else grad).double()[:, :c_in]
     terms = torch.ones_like(want)
-    ops.shortcut_grad_(grad_x, grad, backend, gate=gate, stride=stride)
+    ops.shortcut_grad_(grad_x, ShortcutGradient(grad, gate, stride), backend=backend)
     assert_near("grad_x", grad_x, want, terms, dtype, 8)
 
 
 def test_errors():
     grad_x, grad = activation((2, 8, 6, 6), torch.float32), activation((2, 8, 6, 6), torch.float32)
     with pytest.raises(ValueError, match="was the downsample branch skipped"):
-        ops.shortcut_grad_(grad_x, grad, "cpu", stride=2)
+        ops.shortcut_grad_(grad_x, ShortcutGradient(grad, None, 2), backend="cpu")
     with pytest.raises(ValueError, match="shortcut_grad_: gate must have shape"):
-        ops.shortcut_grad_(grad_x, grad, "cpu", gate=grad[:1])
+        ops.shortcut_grad_(grad_x, ShortcutGradient(grad, grad[:1]), backend="cpu")
     with pytest.raises(ValueError, match="relu_backward: gate must have shape"):
-        ops.relu_backward(grad, torch.zeros(2, 6, 6, 2, dtype=torch.uint8), "cpu")
+        ops.relu_backward(Gated(grad, torch.zeros(2, 6, 6, 2, dtype=torch.uint8)), backend="cpu")

@@ -176,7 +176,7 @@ def test_inference_and_stems_choose_among_what_they_run(monkeypatch: pytest.Monk
 
 
 def test_a_wrong_way_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
-    launches = fusedres.autograd.conv_forward.launches("reference")
+    launches = fusedres.autograd.forward.launches("reference")
     right = launches.conv_dgrad
     monkeypatch.setattr(launches, "conv_dgrad", lambda *args: [1.5 * right(*args)[0], right(*args)[1]])
     found, clock = found_with(monkeypatch, lambda name: 10 - name.count("grad"))
@@ -190,7 +190,7 @@ def test_a_way_that_raises_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch,
         raise RuntimeError("out of registers\nand more")
 
     for name in ("bn_statistics", "bn_finalize"):
-        monkeypatch.setattr(fusedres.autograd.conv_forward.launches("reference"), name, broken)
+        monkeypatch.setattr(fusedres.autograd.forward.launches("reference"), name, broken)
     found, _ = found_with(monkeypatch, lambda name: 1.0)
     assert found.entry == (UNFUSED, None)
     assert found.wrong[0] == "reference: RuntimeError: out of registers" and len(found.wrong) == 2

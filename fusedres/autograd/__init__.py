@@ -1,11 +1,12 @@
 """Autograd of the fused blocks: which ops run in which order, and what is saved."""
 
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
+from fusedres.autograd.inference import Frozen, run_frozen
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import to_channels_last
-from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
-from fusedres.autograd.stem import StemPlan, run_stem
+from fusedres.autograd.stem import run_stem
 from fusedres.dispatch import LIBRARY, Directions
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BlockPlan",
     "ConvBN",
     "Directions",
+    "Frozen",
     "StemPlan",
     "UncheckedError",
     "are_plain",
@@ -22,6 +24,7 @@ __all__ = [
     "in_format",
     "path_counts",
     "run_block",
+    "run_frozen",
     "run_stem",
     "suggests_channels_last",
     "to_channels_last",

@@ -1,26 +1,48 @@
-"""The backward passes of a residual block, in the order that keeps the fewest tensors alive.
+"""The backward passes of a residual block, whoever runs its convolutions.
 
-With d = dL/dout where NOT (out <= 0), else 0: dL/dx = S'(x)ᵀd + F'(x)ᵀd. The shortcut's term is added into the branch's
-own gradient last, straight from grad_out and the mask.
+With d = dL/dout where NOT (out <= 0), else 0: dL/dx = S'(x)ᵀd + F'(x)ᵀd. The shortcut's term is added to the branch's
+own gradient last, straight from grad_out and the mask: by the first convolution's dgrad where that is this package's
+own, else in place.
+
+The gradient dy of a convolution's output is formed where this package's own products load it, or written once
+(`stored`): for the library, and for a 3x3 convolution, whose two products would otherwise form it nine times for each
+element. An own dgrad masks its result with the previous layer's ReLU, recomputed from that layer's raw output, and
+takes the two sums of that layer's BatchNorm where it stores the result. After the library's, one more pass does both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fusedres.autograd.convolution import convolution_backward
-from fusedres.autograd.forward import in_dtype
-from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, ConvBN, OnePass, Saved
-from fusedres.ops.launch import launches
+from fusedres.autograd import one_pass
+from fusedres.autograd.library_convolution import convolution_backward
+from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Saved
+from fusedres.ops.launch import Launches, launches
+from fusedres.values import (
+    DENSE,
+    BnBranch,
+    Centred,
+    Gated,
+    Gradient,
+    NormState,
+    Raw,
+    ShortcutGradient,
+    in_dtype,
+    pixel_rows,
+)
+
+
+def stored(gradient: Gradient, launch: Launches) -> Gradient:
+    """The gradient with dy written out."""
+    return gradient if gradient.y is None else Gradient(launch.bn_backward_apply(gradient)[0])
 
 
 class Backward:
     """One backward of a block: the gradients of x and of conv weight, BN weight, BN bias of every unit.
 
-    Index 0 of `needs` and of the result is x, then UNIT_PARAMS a unit; what is not needed stays None.
+    Index 0 of `needs` and of the result is x, then UNIT_PARAMS for each unit; what is not needed stays None. Donated:
+    the raw outputs of the last unit and of the projection may be overwritten with their gradients.
     """
 
     def __init__(
@@ -33,56 +55,32 @@ class Backward:
         needs: list[bool],
         donated: bool,
     ) -> None:
-        if not grad_out.is_contiguous(memory_format=torch.channels_last):
-            grad_out = grad_out.contiguous(memory_format=torch.channels_last)
-        self.grad_out = grad_out
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous(memory_format=torch.channels_last)
+        self.gated = Gated(grad_out.contiguous(memory_format=torch.channels_last), saved.mask)
         self.x_dtype = x.dtype
-        self.entry = in_dtype(x, plan.dtype)
-        self.plan, self.params, self.saved, self.needs = plan, params, saved, needs
+        self.entry = in_dtype(x.contiguous(memory_format=torch.channels_last), plan.dtype)
+        self.plan, self.params, self.saved, self.needs, self.donated = plan, params, saved, needs, donated
         self.launch = launches(plan.backend)
-        self.donated = donated  # the saved outputs may be overwritten with their gradients
         self.grads: list[Tensor | None] = [None] * len(needs)
+        self._partials: dict[int, Tensor] = {}  # of weight gradients, by unit
 
     def run(self) -> list[Tensor | None]:
         """The gradients, in the order of `needs`."""
-        plan, saved = self.plan, self.saved
-        grad, grad_projection = self._tail()
-        shortcut = self._projection_convolution(grad_projection)
-        del grad_projection
-        last = len(plan.units) - 1
-        # Where the last unit was one-pass, grad is already that of its input.
-        for index in range(last - 1 if saved.last.one_pass else last, -1, -1):
-            if grad is None or not self._needs_first(index + 1):
-                return self.grads
-            unit = plan.units[index]
-            if index < last:
-                sums = self.launch.bn_relu_backward_(
-                    grad, saved.ys[index], saved.states[index], True, unit.batch_statistics, self._needs_sums(index)
-                )
-                self._set_norm_grads(index, sums)
-            if index > 0:
-                h = self.launch.bn_relu(saved.ys[index - 1], saved.states[index - 1], None, 1)
+        gradient, of_projection = self._tail()
+        shortcut = self._shortcut(of_projection)
+        del of_projection
+        last = len(self.plan.units) - 1
+        for index in range(last - 1 if self.plan.one_pass[0] else last, -1, -1):
+            if gradient is None:
+                break
+            if index == 0:
+                self.grads[0] = self._first(gradient, shortcut)
+            elif self._needs_first(index):
+                gradient = self._through(index, gradient)
             else:
-                h = self.entry
-            grad = self._convolution(index, unit, grad, h, self._needs_first(index))
-            del h
-        if grad is None:
-            return self.grads
-        if plan.projection is None:
-            grad = in_dtype(grad, self.x_dtype)  # under autocast x may be wider: both terms are added in its dtype
-            grad_out = in_dtype(self.grad_out, self.x_dtype)
-            self.launch.shortcut_grad_(grad, grad_out, saved.mask, plan.pad_stride)
-        elif shortcut is not None:
-            self.launch.shortcut_grad_(grad, shortcut[0], None, shortcut[1])
-        self.grads[0] = grad
+                self._convolution(index, gradient, self._input(index))
+                break
+        self._finalize_weights()
         return self.grads
-
-    def _weight(self, index: int) -> Tensor:
-        weight = self.params[UNIT_PARAMS * index]
-        assert weight is not None
-        return weight
 
     def _needs_first(self, units: int) -> bool:
         """Whether the gradient of x, or of a parameter of the branch's first `units` units, is asked for."""
@@ -91,123 +89,262 @@ class Backward:
     def _needs_sums(self, index: int) -> bool:
         return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
 
-    def _set_norm_grads(self, index: int, sums: Tensor | Sequence[Tensor]) -> None:
-        """From Σd and Σd·x̂."""
-        slot = UNIT_PARAMS * index
-        if self.needs[slot + 2]:
-            self.grads[slot + 2] = in_dtype(sums[1], self.params[slot + 1].dtype)  # type: ignore[union-attr]
-        if self.needs[slot + 3]:
-            self.grads[slot + 3] = in_dtype(sums[0], self.params[slot + 2].dtype)  # type: ignore[union-attr]
+    def _input(self, index: int) -> Raw:
+        """What a unit of the branch reads."""
+        return Raw(self.entry, None) if index == 0 else Raw(self.saved.ys[index - 1], self.saved.states[index - 1])
 
-    def _convolution(
-        self, index: int, unit: ConvBN, grad: Tensor, h: Tensor, need_h: bool, subsampled: bool = False
-    ) -> Tensor | None:
-        """The gradient of h where needed; the weight's goes to its slot."""
-        slot = 1 + UNIT_PARAMS * index
-        grad_h, self.grads[slot] = convolution_backward(
-            grad, h, self._weight(index), unit, (need_h, self.needs[slot]), subsampled=subsampled
-        )
-        return grad_h
-
-    def _tail(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients behind the last ReLU: of the last unit and of the projection.
-
-        Each is that of the convolution's output, or of the convolution's input where the unit is one-pass; then it is
-        None where it leads to nothing that is asked for.
-        """
-        plan, saved = self.plan, self.saved
-        last, projection = saved.last, saved.projection
-        if last.one_pass or (projection is not None and projection.one_pass):
-            return self._tail_one_pass()
-        index = len(plan.units) - 1
-        assert last.y is not None
-        needs_sums = self._needs_sums(index) or (projection is not None and self._needs_sums(index + 1))
-        y, projection_y = last.y, None if projection is None else projection.y
-        arguments = (
-            self.grad_out,
-            saved.mask,
-            y,
-            last.state,
-            plan.units[-1].batch_statistics,
-            projection_y,
-            None if projection is None else projection.state,
-            plan.projection is not None and plan.projection.batch_statistics,
-            needs_sums,
-        )
-        if self.donated:
-            sums = self.launch.bn_add_relu_backward_(*arguments)
-            grad, grad_projection = y, projection_y
+    def _bn_branch(self, index: int) -> BnBranch:
+        """The raw output of an ordinary unit, as its BatchNorm reads it."""
+        last, saved = len(self.plan.units) - 1, self.saved
+        if index < last:
+            y, state = saved.ys[index], saved.states[index]
         else:
-            grad, grad_projection, sums = self.launch.bn_add_relu_backward(*arguments)
-        self._set_norm_grads(index, sums)
-        if projection is None:
-            return grad, None
-        self._set_norm_grads(index + 1, (sums[0].clone(), sums[2]))  # no two gradients share memory
-        return grad, grad_projection
+            end = saved.last if index == last else saved.projection
+            assert end is not None and end.y is not None
+            y, state = end.y, end.state
+        return BnBranch(y, state, self.plan.all_units[index].batch_statistics)
 
-    def _tail_one_pass(self) -> tuple[Tensor | None, Tensor | None]:
-        plan, saved = self.plan, self.saved
-        index = len(plan.units) - 1
-        d, sum_d = self.launch.relu_backward(self.grad_out, saved.mask)
-        grad: Tensor | None = None
-        grad_projection: Tensor | None = None
-        source: tuple[Tensor, Tensor | None, Tensor, int]
-        if saved.last.one_pass:
-            source = (saved.ys[-1], saved.states[-1], saved.last.one_pass.pivot, 1)
-            needed = self._needs_first(index)
-            grad = self._one_pass(index, d, sum_d, source, saved.last.state, saved.last.one_pass, needed)
-        if saved.projection is not None and saved.projection.one_pass and plan.projection is not None:
-            source = (self.entry, None, saved.projection.one_pass.pivot, plan.projection.stride[0])
-            branch = saved.projection
-            needed = self._needs_first(0)
-            grad_projection = self._one_pass(
-                index + 1, d, sum_d, source, branch.state, saved.projection.one_pass, needed
-            )
-        # An ordinary branch turns d into its own gradient in place, last, when nobody else reads it.
-        if not saved.last.one_pass:
-            grad = self._ordinary(index, d, saved.last.y, saved.last.state, plan.units[-1])
-        if saved.projection is not None and not saved.projection.one_pass and plan.projection is not None:
-            branch = saved.projection
-            grad_projection = self._ordinary(index + 1, d, branch.y, branch.state, plan.projection)
-        return grad, grad_projection
+    def _weight(self, index: int) -> Tensor:
+        weight = self.saved.weights[index] if self.saved.weights else None
+        if weight is None:
+            weight = self.params[UNIT_PARAMS * index]
+        assert weight is not None
+        return weight
 
-    def _one_pass(
-        self,
-        index: int,
-        d: Tensor,
-        sum_d: Tensor,
-        source: tuple[Tensor, Tensor | None, Tensor, int],  # of ops.bn_relu: what to centre, state, pivot, stride
-        state: Tensor,
-        one_pass: OnePass,
-        needs_input: bool,
-    ) -> Tensor | None:
-        slot = 1 + UNIT_PARAMS * index
+    def _set_norm_grads(self, index: int, sum_d: Tensor, sum_product: Tensor, copy: bool = False) -> None:
+        """Put both gradients in their place; copy: sum_d goes to another unit too, and no gradients share memory."""
+        slot = UNIT_PARAMS * index
+        for offset, value in ((2, sum_product), (3, sum_d)):
+            parameter = self.params[slot + offset - 1]
+            if self.needs[slot + offset] and parameter is not None:
+                if copy and offset == 3:
+                    value = value.to(parameter.dtype, copy=True)
+                self.grads[slot + offset] = in_dtype(value, parameter.dtype)
+
+    # --- the tail ----------------------------------------------------------------------------------------------------
+
+    def _tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
+        """Gradients before the last ReLU: of the last unit (of the one before if that is one-pass), of the projection.
+
+        The projection's is that of its convolution's output; or that of x at the pixels that it reads, if it is
+        one-pass. A one-pass unit's is None if nothing that is asked for depends on it.
+        """
+        if not any(self.plan.one_pass):
+            return self._ordinary_tail()
+        return self._product_tail() if self.plan.own_convolutions else self._stored_tail()
+
+    def _ordinary_tail(self) -> tuple[Gradient, Gradient | None]:
+        index = len(self.plan.units) - 1
+        x = self._bn_branch(index)
+        shortcut = None if self.plan.projection is None else self._bn_branch(index + 1)
+        with_sums = self._needs_sums(index) or (shortcut is not None and self._needs_sums(index + 1))
+        if self.donated:
+            sums = self.launch.bn_add_relu_backward_(self.gated, x, shortcut, with_sums)
+            dy, dy_projection = x.x, None if shortcut is None else shortcut.x
+        else:
+            dy, dy_projection, sums = self.launch.bn_add_relu_backward(self.gated, x, shortcut, with_sums)
+        self._set_norm_grads(index, sums[0], sums[1])
+        if shortcut is None:
+            return Gradient(dy), None
+        assert dy_projection is not None
+        self._set_norm_grads(index + 1, sums[0], sums[2], copy=True)
+        return Gradient(dy), Gradient(dy_projection)
+
+    def _stored_tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
+        """With one-pass units whose convolutions are the library's."""
+        plan, last = self.plan, len(self.plan.units) - 1
+        d, sum_d = self.launch.relu_backward(self.gated)
+        gradient: Gradient | None = None
+        of_projection: Gradient | Tensor | None = None
+        if plan.one_pass[0]:
+            grad_h = self._stored_one_pass(last, d, sum_d)
+            gradient = None if grad_h is None else self._through_norm(last - 1, grad_h)
+        if plan.one_pass[1]:
+            of_projection = self._stored_one_pass(last + 1, d, sum_d)
+        # An ordinary branch turns d into its own gradient in place, last, when nothing else reads d.
+        if not plan.one_pass[0]:
+            gradient = self._through_norm(last, d, relu=False)
+        elif plan.projection is not None and not plan.one_pass[1]:
+            of_projection = self._through_norm(last + 1, d, relu=False)
+        return gradient, of_projection
+
+    def _stored_one_pass(self, index: int, d: Tensor, sum_d: Tensor) -> Tensor | None:
+        """The gradient of a one-pass unit's input, after its ReLU, if something that is asked for depends on it."""
+        slot, of_branch = 1 + UNIT_PARAMS * index, index < len(self.plan.units)
+        needs_input = self._needs_first(index if of_branch else 0)
         if not (needs_input or self.needs[slot] or self._needs_sums(index)):
             return None
-        z = self.launch.bn_relu(*source)
-        grad_z, grad_conv, grad_weight = self.launch.one_pass_backward(
-            d, sum_d, z, self._weight(index), state, one_pass.projected, one_pass.total, needs_input
+        h = self._input(index) if of_branch else Raw(self.entry, None)
+        branch = self.saved.last if of_branch else self.saved.projection
+        assert branch is not None
+        stride = self.plan.all_units[index].stride[0]
+        grad_h, grad_conv, grad_norm = one_pass.backward_stored(
+            d, sum_d, h, self._weight(index), branch, stride, needs_input, self.launch
         )
-        self._set_norm_grads(index, (sum_d.clone(), grad_weight))  # the other branch may hand out sum_d too
+        self._set_norm_grads(index, sum_d, grad_norm, copy=True)
         if self.needs[slot]:
             self.grads[slot] = grad_conv
-        return grad_z if needs_input else None
+        return grad_h
 
-    def _ordinary(self, index: int, d: Tensor, y: Tensor | None, state: Tensor, unit: ConvBN) -> Tensor:
-        assert y is not None
-        sums = self.launch.bn_relu_backward_(d, y, state, False, unit.batch_statistics, self._needs_sums(index))
-        self._set_norm_grads(index, sums)
-        return d
+    def _product_tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
+        """With one-pass units whose tail was one product."""
+        plan, saved, last = self.plan, self.saved, len(self.plan.units) - 1
+        x = None
+        if plan.one_pass[1]:
+            assert plan.projection is not None and saved.projection is not None
+            x = one_pass.centred(self.entry, saved.projection, plan.projection.stride[0])
+        if not plan.one_pass[0]:
+            assert x is not None
+            cross, _, sum_d = self.launch.one_pass_reduce(self.gated, x, None)
+            found = self._product(last + 1, x, None, (cross, sum_d))
+            return stored(self._on_load(last), self.launch), None if found is None else found[0]
+        h = self._input(last)
+        z = one_pass.centred(h.y, saved.last)
+        cross, x_cross, sum_d = self.launch.one_pass_reduce(self.gated, z, h.state, x)
+        found = self._product(last, z, h.state, (cross, sum_d))
+        gradient = None if found is None else self._after_norm(last - 1, *found)
+        if x is not None:
+            found = self._product(last + 1, x, None, (x_cross, sum_d))
+            return gradient, None if found is None else found[0]
+        return gradient, None if plan.projection is None else self._on_load(last + 1)
 
-    def _projection_convolution(self, grad: Tensor | None) -> tuple[Tensor, int] | None:
-        """The gradient that the projection sends to x, with the stride of the pixels it reaches."""
-        unit, branch = self.plan.projection, self.saved.projection
-        if grad is None or unit is None or branch is None:
+    def _product(
+        self, index: int, z: Centred, z_state: Tensor | None, sums: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The gradient of a one-pass unit's input, before its ReLU, and its sums; None if it is not asked for."""
+        slot, of_branch = 1 + UNIT_PARAMS * index, index < len(self.plan.units)
+        weight, branch = self.params[slot - 1], self.saved.last if of_branch else self.saved.projection
+        assert weight is not None and branch is not None
+        needs_input = self._needs_first(index if of_branch else 0)
+        found, grad_conv, grad_norm = one_pass.backward_product(
+            self.gated, z, z_state, sums, weight, branch, needs_input, self.launch
+        )
+        both = all(self.plan.one_pass)  # one sum is the gradient of the last unit's and of the projection's bias
+        self._set_norm_grads(index, sums[1], grad_norm, copy=both and not of_branch)
+        if self.needs[slot]:
+            self.grads[slot] = grad_conv
+        return found
+
+    # --- BatchNorm and ReLU ------------------------------------------------------------------------------------------
+
+    def _on_load(self, index: int) -> Gradient:
+        """The gradient of an ordinary last convolution, or projection, beside a one-pass unit."""
+        branch = self._bn_branch(index)
+        partials = self.launch.bn_backward_reduce(self.gated, Raw(branch.x, branch.state))
+        return Gradient(*self.gated, branch.x, self._coefficients(index, branch, partials))
+
+    def _coefficients(self, index: int, branch: BnBranch, partials: Tensor) -> Tensor:
+        sums, coefficients, _ = self.launch.bn_backward_coefficients(
+            partials, pixel_rows(branch.x), NormState(branch.state, branch.batch_statistics)
+        )
+        self._set_norm_grads(index, sums[0], sums[1])
+        result: Tensor = coefficients
+        return result
+
+    def _after_norm(self, index: int, d: Tensor, partials: Tensor) -> Gradient:
+        """From the gradient of BatchNorm's output and its sums to the gradient of an inner convolution's output."""
+        branch, unit = self._bn_branch(index), self.plan.units[index]
+        gradient = Gradient(d, None, branch.x, self._coefficients(index, branch, partials))
+        # Both products form dy on load for a 1x1 convolution whose input is there as it is.
+        on_load = index == 0 and unit.pixelwise and unit.own.dgrad and unit.own.wgrad
+        return gradient if on_load else stored(gradient, self.launch)
+
+    def _through_norm(self, index: int, grad: Tensor, relu: bool = True) -> Gradient:
+        """From the gradient after BatchNorm and ReLU to that of the convolution's output, in place."""
+        sums = self.launch.bn_relu_backward_(grad, self._bn_branch(index), relu, self._needs_sums(index))
+        self._set_norm_grads(index, sums[0], sums[1])
+        return Gradient(grad)
+
+    # --- convolutions ------------------------------------------------------------------------------------------------
+
+    def _through(self, index: int, gradient: Gradient) -> Gradient:
+        """Both products of an inner convolution, and the ReLU and BatchNorm before it."""
+        unit, h = self.plan.units[index], self._input(index)
+        if not unit.own.dgrad:
+            grad_h = self._convolution(index, gradient, h, with_input=True)
+            assert grad_h is not None
+            return self._through_norm(index - 1, grad_h)
+        self._convolution(index, gradient, h)
+        d, partials = self.launch.conv_dgrad(gradient, self._weight(index), list(h.y.shape), unit.geometry, h)
+        return self._after_norm(index - 1, d, partials)
+
+    def _first(self, gradient: Gradient, shortcut: ShortcutGradient | None) -> Tensor | None:
+        """Both products of the first convolution, and the shortcut's gradient."""
+        unit, h = self.plan.units[0], self._input(0)
+        if not self.needs[0]:
+            self._convolution(0, gradient, h)
             return None
-        if branch.one_pass:
-            return grad, unit.stride[0]
-        subsampled = unit.pixelwise and unit.stride != (1, 1)
+        assert shortcut is not None
+        grad: Tensor | None
+        if unit.own.dgrad:
+            self._convolution(0, gradient, h)
+            in_product = shortcut if self.x_dtype is self.plan.dtype else None
+            grad = self.launch.conv_dgrad(gradient, self._weight(0), list(h.y.shape), unit.geometry, None, in_product)[
+                0
+            ]
+            if in_product is not None:
+                return grad
+        else:
+            grad = self._convolution(0, gradient, h, with_input=True)
+        assert grad is not None
+        grad = in_dtype(grad, self.x_dtype)  # under autocast x may be wider: both terms are added in its dtype
+        share = in_dtype(shortcut.grad, self.x_dtype)
+        self.launch.shortcut_grad_(grad, ShortcutGradient(share, shortcut.gate, shortcut.stride))
+        return grad
+
+    def _convolution(self, index: int, gradient: Gradient, h: Raw, with_input: bool = False) -> Tensor | None:
+        """Put the weight's gradient in its place; with_input: also return the library's gradient of the input."""
+        unit, slot = self.plan.all_units[index], 1 + UNIT_PARAMS * index
+        wanted = self.needs[slot]
+        if wanted and unit.own.wgrad:
+            kernel = list(self._weight(index).shape[2:])
+            self._partials[index] = self.launch.conv_wgrad(gradient, h, kernel, unit.geometry)
+            wanted = False
+        if not (wanted or with_input):
+            return None
+        subsampled = unit.subsamples and index == len(self.plan.units)
         stride = unit.stride[0] if subsampled else 1
-        h = self.launch.bn_relu(self.entry, None, None, stride) if subsampled else self.entry
-        grad_h = self._convolution(len(self.plan.units), unit, grad, h, self.needs[0], subsampled)
-        return None if grad_h is None else (grad_h, stride)
+        if wanted and (h.state is not None or subsampled):
+            z = self.launch.bn_relu(h.y, h.state, None, stride)
+        else:
+            z = h.y[:, :, ::stride, ::stride] if subsampled else h.y  # read as it is, or for its size alone
+        dy = stored(gradient, self.launch).grad
+        grad_h, grad_weight = convolution_backward(
+            dy, z, self._weight(index), unit, (with_input, wanted), subsampled=subsampled
+        )
+        parameter = self.params[slot - 1]
+        if grad_weight is not None and parameter is not None:
+            self.grads[slot] = in_dtype(grad_weight, parameter.dtype)
+        return grad_h
+
+    def _shortcut(self, of_projection: Gradient | Tensor | None) -> ShortcutGradient | None:
+        """What the shortcut sends to x; a projection's weight gradient goes to its place."""
+        unit = self.plan.projection
+        if unit is None:
+            return ShortcutGradient(*self.gated, self.plan.pad_stride)
+        if of_projection is None:
+            return None
+        if isinstance(of_projection, Tensor):
+            return ShortcutGradient(of_projection, None, unit.stride[0])
+        index, x = len(self.plan.units), Raw(self.entry, None)
+        if not self.needs[0]:
+            self._convolution(index, of_projection, x)
+            return None
+        if unit.own.dgrad and unit.pixelwise:
+            self._convolution(index, of_projection, x)
+            n, _, height, width = of_projection.grad.shape
+            size = [n, self.entry.shape[1], height, width]  # the pixels that it reads
+            grad = self.launch.conv_dgrad(of_projection, self._weight(index), size, DENSE)[0]
+            return ShortcutGradient(grad, None, unit.stride[0])
+        of_input = self._convolution(index, stored(of_projection, self.launch), x, with_input=True)
+        assert of_input is not None
+        return ShortcutGradient(of_input, None, unit.stride[0] if unit.subsamples else 1)
+
+    def _finalize_weights(self) -> None:
+        if not self._partials:
+            return
+        indices = list(self._partials)
+        weights = [self.params[UNIT_PARAMS * index] for index in indices]
+        found = self.launch.conv_wgrad_finalize([self._partials[index] for index in indices], weights)
+        for index, grad in zip(indices, found, strict=True):
+            self.grads[1 + UNIT_PARAMS * index] = grad

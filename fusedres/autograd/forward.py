@@ -1,158 +1,161 @@
-"""The forward passes of a residual block on a channels_last input."""
+"""The forward passes of a residual block on a channels_last input, whoever runs its convolutions.
+
+A convolution of this package's own takes BatchNorm's statistics where it stores its output, and applies the affine map
+and ReLU of the BatchNorm before it where it loads its input: between two such convolutions only the raw output exists.
+The library's convolutions read and write whole tensors, with a pass before and after each.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fusedres.autograd.convolution import convolution
-from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, OnePass, Saved
+from fusedres.autograd import one_pass
+from fusedres.autograd.library_convolution import convolution
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, Saved, Tensors, norm_of
 from fusedres.ops.launch import Launches, direct, launches
-
-Tensors = tuple[Tensor | None, ...]  # UNIT_TENSORS of every unit, one after the other
-
-
-def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor converted, or itself."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+from fusedres.values import Folded, Raw, ShortcutInput, in_dtype
 
 
 def unit_state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, launch: Launches) -> Tensor:
     """The (4, C) state of a unit's BatchNorm: from y, or from the running statistics."""
-    _, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
-    if not unit.batch_statistics:
-        return launch.bn_frozen(y, weight, bias, mean, var, unit.eps)
-    if not unit.update:
-        mean = var = batches = None
-    return launch.bn_statistics(y, weight, bias, mean, var, batches, unit.momentum, unit.eps)
+    norm = norm_of(tensors, index, unit)
+    state: Tensor = launch.bn_statistics(y, norm) if unit.batch_statistics else launch.bn_frozen(y, norm)
+    return state
 
 
-def _weight(tensors: Tensors, index: int) -> Tensor:
-    weight = tensors[index * UNIT_TENSORS]
-    assert weight is not None
-    return weight
+def own_weights(plan: BlockPlan, tensors: Tensors, launch: Launches) -> list[Tensor | None]:
+    """Every unit's weight in the plan's dtype and channels_last, converted in one launch; None where it is already.
+
+    Empty where the library runs all convolutions.
+    """
+    if not plan.own_convolutions:
+        return []
+    found: list[Tensor | None] = [None] * len(plan.all_units)
+    convert: list[int] = []
+    for index, unit in enumerate(plan.all_units):
+        weight = tensors[index * UNIT_TENSORS]
+        assert weight is not None
+        fits = weight.dtype is plan.dtype and weight.is_contiguous(memory_format=torch.channels_last)
+        if any(unit.own) and not plan.is_one_pass(index) and not fits:
+            convert.append(index)
+    if convert:
+        originals = [tensors[index * UNIT_TENSORS] for index in convert]
+        for index, weight in zip(convert, launch.conv_weights(originals, plan.dtype), strict=True):
+            found[index] = weight
+    return found
 
 
-def _one_pass(
-    h: Tensor, state: Tensor | None, stride: int, unit: ConvBN, tensors: Tensors, index: int, launch: Launches
-) -> tuple[Tensor, Branch]:
-    """The raw convolution of the centred input, and the branch's end. With a state h is raw: relu(BN(h)) is meant."""
-    conv_weight, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
-    assert conv_weight is not None
-    if not unit.update:
-        mean = var = batches = None
-    z, pivot, total, gram = launch.gram(h, state, stride)
-    count = z.numel() // z.shape[1]
-    end_state, projected = launch.one_pass_statistics(
-        conv_weight, pivot, total, gram, count, weight, bias, mean, var, batches, unit.momentum, unit.eps
-    )
-    return convolution(z, conv_weight, unit, subsampled=True), Branch(None, end_state, OnePass(pivot, total, projected))
+class Forward:
+    """One forward of a block: its passes share the plan, the tensors and the converted weights."""
 
+    def __init__(self, x: Tensor, plan: BlockPlan, tensors: Tensors) -> None:
+        self.plan, self.tensors = plan, tensors
+        self.launch = launches(plan.backend)
+        self.entry = in_dtype(x, plan.dtype)
+        self.weights = own_weights(plan, tensors, self.launch)
+        # What one-pass units leave for the tail: their raw outputs, or their folded products that are still to run.
+        self._outputs: dict[int, Tensor] = {}
+        self._products: dict[int, Folded] = {}
 
-def forward_passes(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool) -> tuple[Tensor, Saved]:
-    """relu(F(x) + S(x)), and what its backward needs."""
-    launch = launches(plan.backend)
-    entry = in_dtype(x, plan.dtype)
-    ys: list[Tensor] = []
-    states: list[Tensor] = []
-    h = entry
-    last_index = len(plan.units) - 1
-    for index in range(last_index):
-        unit = plan.units[index]
-        y = convolution(h, _weight(tensors, index), unit)
-        state = unit_state(y, unit, tensors, index, launch)
-        ys.append(y)
-        states.append(state)
-        if index + 1 < last_index or not plan.one_pass[0]:
-            h = launch.bn_relu(y, state, None, 1)
-    unit = plan.units[last_index]
-    if plan.one_pass[0]:
-        y, last = _one_pass(ys[-1], states[-1], 1, unit, tensors, last_index, launch)
-    else:
-        y = convolution(h, _weight(tensors, last_index), unit)
-        last = Branch(y, unit_state(y, unit, tensors, last_index, launch), None)
-    del h
+    def run(self, with_mask: bool) -> tuple[Tensor, Saved]:
+        """Return relu(F(x) + S(x)), and what its backward needs."""
+        plan = self.plan
+        ys: list[Tensor] = []
+        states: list[Tensor] = []
+        h = Raw(self.entry, None)
+        for index in range(len(plan.units) - 1):
+            branch = self._conv_bn(h, index)
+            assert branch.y is not None
+            ys.append(branch.y)
+            states.append(branch.state)
+            h = Raw(branch.y, branch.state)
+        last = self._end(h, len(plan.units) - 1)
+        projection = None if plan.projection is None else self._end(Raw(self.entry, None), len(plan.units))
+        tail = self._one_pass_tail if self._products else self._tail
+        out, mask = tail(h, last, projection, with_mask)
+        return out, Saved(ys, states, last, projection, mask, self.weights)
 
-    if plan.projection is None:
-        shortcut, projection, stride = entry, None, plan.pad_stride
-    else:
-        shortcut, projection = _projection(entry, plan, plan.projection, tensors)
-        stride = 1
-    shortcut_state = None if projection is None else projection.state
+    def weight(self, index: int) -> Tensor:
+        """A unit's convolution weight, as its convolution takes it."""
+        weight = self.weights[index] if self.weights else None
+        if weight is None:
+            weight = self.tensors[index * UNIT_TENSORS]
+        assert weight is not None
+        return weight
 
-    in_place = direct() or torch.compiler.is_compiling()
-    # The result goes into a raw convolution output that nobody saves, where there is one.
-    # Not where a dispatch mode may have kept it, as selective checkpoints do.
-    if last.y is None and in_place:
-        mask = launch.bn_add_relu_(y, last.state, shortcut, shortcut_state, stride, with_mask)
-        return y, Saved(ys, states, last, projection, mask)
-    if projection is not None and projection.y is None and in_place:
-        mask = launch.bn_add_relu_(shortcut, projection.state, y, last.state, 1, with_mask)
-        return shortcut, Saved(ys, states, last, projection, mask)
-    out, mask = launch.bn_add_relu(y, last.state, shortcut, shortcut_state, stride, with_mask)
-    return out, Saved(ys, states, last, projection, mask)
+    def convolution(self, h: Raw, index: int) -> Tensor:
+        """The raw convolution of a unit, without statistics."""
+        unit = self.plan.all_units[index]
+        if unit.own.fprop:
+            y: Tensor = self.launch.conv_fprop(h, self.weight(index), unit.geometry, False)[0]
+            return y
+        subsampled = unit.subsamples and index == len(self.plan.units)
+        source = h.y
+        if h.state is not None or subsampled:
+            source = self.launch.bn_relu(h.y, h.state, None, unit.stride[0] if subsampled else 1)
+        return convolution(source, self.weight(index), unit, subsampled=subsampled)
 
+    def _conv_bn(self, h: Raw, index: int) -> Branch:
+        """A convolution and its BatchNorm's state."""
+        unit = self.plan.all_units[index]
+        if not (unit.own.fprop and unit.batch_statistics):
+            y = self.convolution(h, index)
+            return Branch(y, unit_state(y, unit, self.tensors, index, self.launch))
+        y, partials, rows = self.launch.conv_fprop(h, self.weight(index), unit.geometry, True)
+        return Branch(y, self.launch.bn_finalize(partials, rows, norm_of(self.tensors, index, unit)))
 
-def _projection(entry: Tensor, plan: BlockPlan, unit: ConvBN, tensors: Tensors) -> tuple[Tensor, Branch]:
-    """The projection's raw convolution and its end. A strided 1x1 reads every stride-th pixel: taken out before."""
-    index, launch = len(plan.units), launches(plan.backend)
-    if plan.one_pass[1]:
-        return _one_pass(entry, None, unit.stride[0], unit, tensors, index, launch)
-    source, subsampled = _projection_source(entry, unit, launch)
-    y = convolution(source, _weight(tensors, index), unit, subsampled=subsampled)
-    return y, Branch(y, unit_state(y, unit, tensors, index, launch), None)
+    def _end(self, h: Raw, index: int) -> Branch:
+        """The end of a branch: an ordinary convolution, or a one-pass unit."""
+        plan = self.plan
+        if not plan.is_one_pass(index):
+            return self._conv_bn(h, index)
+        unit, weight = plan.all_units[index], self.tensors[index * UNIT_TENSORS]
+        assert weight is not None
+        norm = norm_of(self.tensors, index, unit)
+        if plan.own_convolutions:
+            branch, self._products[index] = one_pass.fold(h, unit, weight, norm, self.launch)
+        else:
+            branch, self._outputs[index] = one_pass.convolve_centred(h, unit, weight, norm, self.launch)
+        return branch
 
+    def _tail(self, h: Raw, last: Branch, projection: Branch | None, with_mask: bool) -> tuple[Tensor, Tensor]:
+        """The add and the last ReLU, in the memory of a raw output that nobody saves, if there is one."""
+        launch, end = self.launch, len(self.plan.units)
+        y = self._outputs.get(end - 1, last.y)
+        assert y is not None
+        shortcut = ShortcutInput(self.entry, None, self.plan.pad_stride)
+        if projection is not None:
+            projected = self._outputs.get(end, projection.y)
+            assert projected is not None
+            shortcut = ShortcutInput(projected, projection.state)
+        # A dispatch mode may have kept the raw output, as selective checkpoints do.
+        in_place = direct() or torch.compiler.is_compiling()
+        if in_place and end - 1 in self._outputs:
+            return y, launch.bn_add_relu_(y, last.state, shortcut, with_mask)
+        if in_place and projection is not None and end in self._outputs:
+            mask = launch.bn_add_relu_(shortcut.x, projection.state, ShortcutInput(y, last.state), with_mask)
+            return shortcut.x, mask
+        out, mask = launch.bn_add_relu(y, last.state, shortcut, with_mask)
+        return out, mask
 
-def _projection_source(entry: Tensor, unit: ConvBN, launch: Launches) -> tuple[Tensor, bool]:
-    if unit.pixelwise and unit.stride != (1, 1):
-        return launch.bn_relu(entry, None, None, unit.stride[0]), True
-    return entry, False
-
-
-def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
-    """relu(F(x) + S(x)) where no gradient is wanted and all statistics are constants: nothing is kept."""
-    launch = launches(plan.backend)
-    states: list[Tensor] = []
-    units = plan.units if plan.projection is None else (*plan.units, plan.projection)
-    entry = in_dtype(x[:0], plan.dtype)
-    for index, unit in enumerate(units):
-        states.append(unit_state(entry, unit, tensors, index, launch))
-    return in_parts(x, plan, lambda part, out: _infer(part, plan, tensors, states, out))
-
-
-def in_parts(x: Tensor, plan: BlockPlan, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """Runs inference some images at a time: run(images, where their result goes, fresh where None) -> result."""
-    images = plan.infer_images
-    if images >= x.shape[0]:
-        return run(x, None)
-    first = run(x[:images], None)
-    out: Tensor = launches(plan.backend).empty_batch(first, x.shape[0])
-    out[:images] = first
-    for begin in range(images, x.shape[0], images):
-        run(x[begin : begin + images], out[begin : begin + images])
-    return out
-
-
-def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
-    """The block on some images, into out where given."""
-    launch = launches(plan.backend)
-    h = entry = in_dtype(x, plan.dtype)
-    last_index = len(plan.units) - 1
-    for index in range(last_index):
-        h = convolution(h, _weight(tensors, index), plan.units[index])
-        launch.bn_relu_(h, states[index])
-    y = convolution(h, _weight(tensors, last_index), plan.units[last_index])
-    del h
-    if plan.projection is None:
-        shortcut, shortcut_state, stride = entry, None, plan.pad_stride
-    else:
-        source, subsampled = _projection_source(entry, plan.projection, launch)
-        shortcut = convolution(source, _weight(tensors, last_index + 1), plan.projection, subsampled=subsampled)
-        shortcut_state, stride = states[last_index + 1], 1
-    if out is None:
-        launch.bn_add_relu_(y, states[last_index], shortcut, shortcut_state, stride, False)
-        return y
-    launch.bn_add_relu_out(y, states[last_index], shortcut, shortcut_state, stride, out)
-    return out
+    def _one_pass_tail(self, h: Raw, last: Branch, projection: Branch | None, with_mask: bool) -> tuple[Tensor, Tensor]:
+        """The same as one product of the last unit, of the projection, or of both."""
+        plan, end = self.plan, len(self.plan.units)
+        joined = None
+        if plan.one_pass[1]:
+            assert plan.projection is not None and projection is not None
+            joined = one_pass.centred(self.entry, projection, plan.projection.stride[0])
+        if not plan.one_pass[0]:  # the projection's product, with the branch as its shortcut
+            assert last.y is not None
+            branch = ShortcutInput(last.y, last.state)
+            out, mask = self.launch.one_pass_tail(joined, None, self._products[end], branch, None, None, with_mask)
+            return out, mask
+        shortcut: ShortcutInput | None = ShortcutInput(self.entry, None, plan.pad_stride)
+        if projection is not None:
+            shortcut = None if projection.y is None else ShortcutInput(projection.y, projection.state)
+        z = one_pass.centred(h.y, last)
+        out, mask = self.launch.one_pass_tail(
+            z, h.state, self._products[end - 1], shortcut, joined, self._products.get(end), with_mask
+        )
+        return out, mask

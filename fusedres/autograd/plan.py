@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from fusedres.dispatch import LIBRARY, Directions
-from fusedres.ops._sizes import output_size
+from fusedres.values import Geometry, Norm
 
 UNIT_TENSORS = 6  # conv weight, BN weight, BN bias, running_mean, running_var, num_batches_tracked
 UNIT_PARAMS = 3  # the first of them
 
+Tensors = tuple[Tensor | None, ...]  # UNIT_TENSORS of every unit, one after the other
+
 
 class ConvBN(NamedTuple):
-    """A convolution without bias and the BatchNorm behind it."""
+    """A convolution without bias and the BatchNorm after it."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -24,16 +26,24 @@ class ConvBN(NamedTuple):
     groups: int
     pixelwise: bool  # a 1x1 kernel without padding or groups, same stride both ways: reads every stride-th pixel
     batch_statistics: bool  # else the running ones, as constants
-    update: bool  # running statistics take this batch in
+    update: bool  # update the running statistics with this batch
     momentum: float | None
     eps: float
     own: Directions = LIBRARY
 
+    @property
+    def geometry(self) -> Geometry:
+        """How the convolution moves over its input."""
+        return Geometry(self.stride, self.padding, self.dilation)
+
+    @property
+    def subsamples(self) -> bool:
+        """Whether the convolution is a dense 1x1 convolution of every stride-th pixel."""
+        return self.pixelwise and self.stride != (1, 1)
+
     def output_shape(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
-        """That of the convolution of an input of this shape with a weight of that one."""
-        axes = zip(shape[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
-        height, width = (output_size(*axis) for axis in axes)
-        return shape[0], weight[0], height, width
+        """Shape of the convolution of an input of this shape with a weight of that shape."""
+        return self.geometry.output_shape(shape, weight)
 
 
 class BlockPlan(NamedTuple):
@@ -47,7 +57,7 @@ class BlockPlan(NamedTuple):
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else the input's
     backend: str
     channels_last: bool = False  # the result's memory format, else contiguous NCHW
-    checked: bool = True  # else what the tensors' memory holds is for the C++ passes to check: no others may run
+    checked: bool = True  # False: only the C++ passes may run, as they check the tensors' memory themselves
 
     @property
     def all_units(self) -> tuple[ConvBN, ...]:
@@ -58,6 +68,30 @@ class BlockPlan(NamedTuple):
     def own_convolutions(self) -> bool:
         """Some convolution runs in a kernel of this package, with BatchNorm on its load or store."""
         return any(any(unit.own) for unit in self.all_units)
+
+    def is_one_pass(self, index: int) -> bool:
+        """Whether a unit takes its statistics before its convolution."""
+        last = len(self.units) - 1
+        return index >= last and self.one_pass[index - last]
+
+
+class StemPlan(NamedTuple):
+    """The constants of one call of a stem."""
+
+    unit: ConvBN
+    dtype: torch.dtype  # of the convolution: the autocast dtype, else the input's
+    backend: str
+    channels_last: bool = False  # the result's memory format, else contiguous NCHW
+
+
+def norm_of(tensors: Tensors, index: int, unit: ConvBN) -> Norm:
+    """A unit's BatchNorm, with the running statistics that a call reads or updates."""
+    _, weight, bias, mean, var, batches = tensors[index * UNIT_TENSORS : (index + 1) * UNIT_TENSORS]
+    if not unit.batch_statistics:
+        batches = None
+    elif not unit.update:
+        mean = var = batches = None
+    return Norm(weight, bias, mean, var, batches, unit.momentum, unit.eps)
 
 
 class OnePass(NamedTuple):
@@ -74,7 +108,7 @@ class Branch(NamedTuple):
 
     y: Tensor | None
     state: Tensor
-    one_pass: OnePass | None
+    one_pass: OnePass | None = None
 
 
 class Saved(NamedTuple):
@@ -107,7 +141,7 @@ class Saved(NamedTuple):
             state = states[i]
             assert state is not None
             if pivot is None or total is None or projected is None:
-                ends.append(Branch(ys[i], state, None))
+                ends.append(Branch(ys[i], state))
             else:
                 ends.append(Branch(None, state, OnePass(pivot, total, projected, folded)))
         assert mask is not None

@@ -5,8 +5,7 @@ For units F_1 … F_n of convolution + BatchNorm and a shortcut S (He et al. 201
     h_0 = x;  y_i = conv_i(h_{i-1});  h_i = relu(BN_i(y_i)) for i < n;  out = relu(BN_n(y_n) + S(x))
 
 Saved: x, the raw y_i, each BatchNorm's (4, C) state, and one bit an element for the last ReLU. The h_i are recomputed
-in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y. forward.py and backward.py
-run the library's convolutions, conv_forward.py and conv_backward.py this package's own.
+in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y.
 """
 
 from __future__ import annotations
@@ -18,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.autograd import native
+from fusedres.autograd import cpu_passes
 from fusedres.autograd.backward import Backward
-from fusedres.autograd.composite import composite_block
-from fusedres.autograd.conv_backward import ConvBackward
-from fusedres.autograd.conv_forward import ConvForward
-from fusedres.autograd.forward import forward_passes, infer
+from fusedres.autograd.double_backward import differentiable_block
+from fusedres.autograd.forward import Forward
 from fusedres.autograd.graph import are_plain, donate_saved, materialized, needs_composite, used_gradients
+from fusedres.autograd.inference import infer
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
-from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved
+from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved, Tensors
 from fusedres.autograd.saved import check_saved
 
 # How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused of the blocks;
@@ -45,7 +43,7 @@ def count_path(path: str) -> None:
         path_counts[path] += 1
 
 
-def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], recorded: bool) -> Tensor:
+def run_block(x: Tensor, plan: BlockPlan, tensors: Tensors, recorded: bool) -> Tensor:
     """Runs a residual block; recorded: with its backward, as gradients are wanted. x must fit the plan."""
     if recorded:
         result: Tensor = ResidualBlockFunction.apply(x, plan, *tensors)
@@ -59,13 +57,11 @@ def run_block(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], re
     return in_format(out, plan.channels_last)
 
 
-def _forward(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], with_mask: bool) -> tuple[Tensor, Saved]:
+def _forward(x: Tensor, plan: BlockPlan, tensors: Tensors, with_mask: bool) -> tuple[Tensor, Saved]:
     _require_checked(plan)
     require_memory(x, tensors)
     with statistics_kept_on_error(tensors, plan.all_units):
-        if plan.own_convolutions:
-            return ConvForward(x, plan, tensors).run(with_mask)
-        return forward_passes(x, plan, tensors, with_mask)
+        return Forward(x, plan, tensors).run(with_mask)
 
 
 def _require_checked(plan: BlockPlan) -> None:
@@ -73,13 +69,13 @@ def _require_checked(plan: BlockPlan) -> None:
         raise UncheckedError
 
 
-def _infer(x: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    found = native.infer(x, plan, tensors)
+def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
+    found = cpu_passes.infer(x, plan, tensors)
     if found is not None:
         return found
     _require_checked(plan)
     require_memory(x, tensors)
-    return ConvForward(x, plan, tensors).infer() if plan.own_convolutions else infer(x, plan, tensors)
+    return infer(x, plan, tensors)
 
 
 def as_saved(tensor: Any) -> Any:
@@ -97,7 +93,7 @@ class ResidualBlockFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: BlockPlan, *tensors: Tensor | None) -> Tensor:
         """Saves what backward needs through save_for_backward, nothing else."""
         source = to_channels_last(x)
-        found: Sequence[Tensor | None] | None = native.forward(source, plan, tensors)
+        found: Sequence[Tensor | None] | None = cpu_passes.forward(source, plan, tensors)
         if found is None:
             out, saved = _forward(source, plan, tensors, with_mask=True)
             found = (out, *saved.flat())
@@ -121,12 +117,13 @@ class ResidualBlockFunction(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if needs_composite(grad_out):
             count_path("composite_backward")
-            grads = _differentiable(grad_out, plan, tensors, needs)
+            x, params, flat = tensors[0], tensors[1 : len(needs)], tensors[len(needs) :]
+            grads = differentiable_block(grad_out, x, plan, params, Saved.of(flat, plan), needs)
         else:
             count_path("fused_backward")
             x, grad_out = tensors[0], materialized(grad_out)
             donated = donate_saved(ctx)
-            found = native.backward(grad_out, plan, tensors, needs, donated) if are_plain(*tensors) else None
+            found = cpu_passes.backward(grad_out, plan, tensors, needs, donated) if are_plain(*tensors) else None
             grads = _backward(grad_out, plan, tensors, needs, donated) if found is None else found
             grad_x = grads[0]
             if grad_x is not None:
@@ -141,7 +138,7 @@ class ResidualBlockFunction(torch.autograd.Function):
 
 
 def _backward(
-    grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool], donated: bool
+    grad_out: Tensor, plan: BlockPlan, tensors: Tensors, needs: list[bool], donated: bool
 ) -> list[Tensor | None]:
     tensors = tuple(None if tensor is None else materialized(tensor) for tensor in tensors)
     x, params, flat = tensors[0], tensors[1 : len(needs)], tensors[len(needs) :]
@@ -150,31 +147,9 @@ def _backward(
     assert mask is not None
     saved = Saved.of([mask.contiguous(), *(as_saved(tensor) for tensor in rest)], plan)
     check_saved(saved, grad_out, x, params, plan)
-    if plan.own_convolutions:
-        run = ConvBackward(grad_out, x, plan, params, saved, needs).run
-    else:
-        run = Backward(grad_out, x, plan, params, saved, needs, donated).run
+    run = Backward(grad_out, x, plan, params, saved, needs, donated).run
     kind = x.device.type
     if torch.compiler.is_compiling() or x.is_meta or not torch.is_autocast_enabled(kind):
         return run()
     with torch.autocast(kind, enabled=False):  # everything has its dtype from forward
         return run()
-
-
-def _differentiable(
-    grad_out: Tensor, plan: BlockPlan, tensors: tuple[Tensor | None, ...], needs: list[bool]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: the block is recomputed from x and the parameters."""
-    x, params = tensors[0], tensors[1 : len(needs)]
-    assert x is not None
-    saved = Saved.of(tensors[len(needs) :], plan)
-    states = [*saved.states, saved.last.state]
-    if saved.projection is not None:
-        states.append(saved.projection.state)
-    constants = [None if unit.batch_statistics else state for unit, state in zip(plan.all_units, states, strict=True)]
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        out = composite_block(x, plan, params, constants)
-    inputs = [tensor for tensor, need in zip((x, *params), needs, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))
-    return [next(found) if need else None for need in needs]

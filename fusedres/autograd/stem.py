@@ -11,32 +11,22 @@ ReLU is ever in memory.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedres.autograd.composite import composite_stem
-from fusedres.autograd.convolution import convolution, convolution_backward
-from fusedres.autograd.forward import Tensors, in_dtype, unit_state
+from fusedres.autograd.double_backward import differentiable_stem
+from fusedres.autograd.forward import unit_state
 from fusedres.autograd.graph import donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
+from fusedres.autograd.library_convolution import convolution, convolution_backward
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
-from fusedres.autograd.plan import UNIT_PARAMS, ConvBN
+from fusedres.autograd.plan import UNIT_PARAMS, StemPlan, Tensors, norm_of
 from fusedres.autograd.residual_block import as_saved, count_path
 from fusedres.autograd.saved import check_saved_stem
 from fusedres.ops.launch import launches
-
-_CHANNELS_LAST = torch.channels_last
-
-
-class StemPlan(NamedTuple):
-    """The constants of one call."""
-
-    unit: ConvBN
-    dtype: torch.dtype  # of the convolution: the autocast dtype, else the input's
-    backend: str
-    channels_last: bool = False  # the result's memory format, else contiguous NCHW
+from fusedres.values import BnBranch, BnGradient, NormState, Pooled, Raw, in_dtype, pixel_rows
 
 
 def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors, recorded: bool) -> Tensor:
@@ -68,17 +58,15 @@ def _library_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[
 def _own_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """The same, with the statistics of the batch taken as y is stored."""
     launch, unit = launches(plan.backend), plan.unit
-    weight, scale, shift, *running = tensors
+    weight = tensors[0]
     assert weight is not None
-    if weight.dtype is not plan.dtype or not weight.is_contiguous(memory_format=_CHANNELS_LAST):
+    if weight.dtype is not plan.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
         weight = launch.conv_weights([weight], plan.dtype)[0]
-    geometry = (unit.stride, unit.padding, unit.dilation)
-    entry = in_dtype(source, plan.dtype)
-    y, partials, rows = launch.conv_fprop(entry, weight, None, *geometry, unit.batch_statistics)
+    entry = Raw(in_dtype(source, plan.dtype), None)
+    y, partials, rows = launch.conv_fprop(entry, weight, unit.geometry, unit.batch_statistics)
     if not unit.batch_statistics:
         return y, unit_state(y, unit, tensors, 0, launch)
-    updated = running if unit.update else (None, None, None)
-    return y, launch.bn_finalize(partials, rows, scale, shift, *updated, unit.momentum, unit.eps)
+    return y, launch.bn_finalize(partials, rows, norm_of(tensors, 0, unit))
 
 
 class StemFunction(torch.autograd.Function):
@@ -103,7 +91,7 @@ class StemFunction(torch.autograd.Function):
         x, *params, y, state, argmax = tensors
         if needs_composite(grad_out):
             count_path("stem_composite_backward")
-            grads = _differentiable(grad_out, x, plan, params, state, needs)
+            grads = differentiable_stem(grad_out, x, plan, tuple(params), state, needs)
         else:
             count_path("stem_backward")
             grad_out, donated = materialized(grad_out), donate_saved(ctx)
@@ -157,9 +145,10 @@ def _stored(
 ) -> _Gradients:
     """With dy written out, and the library's products."""
     launch, unit = launches(plan.backend), plan.unit
-    arguments = (grad_out, *saved, unit.batch_statistics, needs[2] or needs[3])
+    argmax, y, state = saved
+    arguments = (Pooled(grad_out, argmax), BnBranch(y, state, unit.batch_statistics), needs[2] or needs[3])
     if donated:  # y may be overwritten with its gradient
-        dy, sums = saved[1], launch.bn_relu_maxpool_backward_(*arguments)
+        dy, sums = y, launch.bn_relu_maxpool_backward_(*arguments)
     else:
         dy, sums = launch.bn_relu_maxpool_backward(*arguments)
     return (*convolution_backward(dy, entry, weight, unit, (needs[0], needs[1])), sums)
@@ -176,33 +165,17 @@ def _formed_on_load(
     """The weight's gradient alone; dy is never in memory."""
     launch, unit = launches(plan.backend), plan.unit
     argmax, y, state = saved
+    pooled = Pooled(grad_out, argmax)
     if unit.batch_statistics or needs[2] or needs[3]:
-        partials = launch.bn_relu_maxpool_reduce(grad_out, argmax, y, state)
+        partials = launch.bn_relu_maxpool_reduce(pooled, y, state)
     else:
         partials = state.new_zeros((1, 2, y.shape[1]))
-    count = y.shape[0] * y.shape[2] * y.shape[3]
-    sums, coefficients, _ = launch.bn_backward_coefficients(partials, count, state, unit.batch_statistics, None, False)
+    sums, coefficients, _ = launch.bn_backward_coefficients(
+        partials, pixel_rows(y), NormState(state, unit.batch_statistics)
+    )
     grad_weight = None
     if needs[1]:
-        geometry = (list(weight.shape[2:]), unit.stride, unit.padding, unit.dilation)
-        partials = launch.bn_relu_maxpool_wgrad(grad_out, argmax, y, coefficients, entry, *geometry)
+        kernel = list(weight.shape[2:])
+        partials = launch.bn_relu_maxpool_wgrad(pooled, BnGradient(y, coefficients), entry, kernel, unit.geometry)
         (grad_weight,) = launch.conv_wgrad_finalize([partials], [weight])
     return None, grad_weight, sums
-
-
-def _differentiable(
-    grad_out: Tensor,
-    x: Tensor,
-    plan: StemPlan,
-    params: list[Tensor | None],
-    state: Tensor,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: the stem is recomputed from x and the parameters."""
-    again = torch.is_grad_enabled()
-    constant = None if plan.unit.batch_statistics else state
-    with torch.enable_grad():
-        out = composite_stem(x, plan.unit, tuple(params), constant, plan.dtype)
-    inputs = [tensor for tensor, need in zip((x, *params), needs, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))
-    return [next(found) if need else None for need in needs]

@@ -36,7 +36,7 @@ def unpack_bits(mask: Tensor, channels: int) -> Tensor:
     return bits.flatten(-2)[..., :channels].to(torch.bool).permute(0, 3, 1, 2)
 
 
-def gated(grad: Tensor, gate: Tensor | None) -> Tensor:
+def masked(grad: Tensor, gate: Tensor | None) -> Tensor:
     """grad where the gate (packed bits or a ReLU's output) is open, else 0; NaN in the output lets it pass."""
     if gate is None:
         return grad

@@ -10,11 +10,18 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 from typing_extensions import Self
 
-from fusedres.autograd import BlockPlan, UncheckedError, count_path, run_block, wants_gradients
+from fusedres.autograd import (
+    BlockPlan,
+    Frozen,
+    UncheckedError,
+    count_path,
+    run_block,
+    run_frozen,
+    wants_gradients,
+)
 from fusedres.dispatch import Way
 from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
 from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
-from fusedres.modules.frozen import Frozen, run_frozen
 from fusedres.modules.reading import Tensors, read_block, read_input, read_stem
 from fusedres.modules.remembered import recall, remember
 from fusedres.ops._sizes import FLOATING

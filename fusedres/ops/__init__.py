@@ -1,10 +1,15 @@
-"""The fused operators, as torch.library ops of the namespace fusedres. Each takes its backend as an argument."""
+"""The fused operators, as torch.library ops of the namespace fusedres.
+
+Each op takes its backend as the keyword argument `backend`; `python -m fusedres info` lists which backend has which op.
+The rows above an op's function say shape, dtype and memory format of every tensor that it takes. An activation is a
+dense channels_last tensor (N, C, H, W) in float32, float64, bfloat16 or float16; sums and states are in float64 for
+float64 activations, else in float32. A tensor that is not what the rows say is a ValueError, TypeError or RuntimeError
+that names op and argument, raised before anything is computed or written.
+"""
 
 from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_, bn_add_relu_out
 from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_add_relu_backward_, bn_relu_backward_
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_coefficients, bn_backward_reduce
-from fusedres.ops.bn_finalize import bn_finalize
-from fusedres.ops.bn_frozen import bn_frozen
 from fusedres.ops.bn_relu import bn_relu, bn_relu_
 from fusedres.ops.bn_relu_maxpool import (
     bn_relu_maxpool,
@@ -13,7 +18,7 @@ from fusedres.ops.bn_relu_maxpool import (
     bn_relu_maxpool_reduce,
     bn_relu_maxpool_wgrad,
 )
-from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.bn_statistics import bn_finalize, bn_frozen, bn_statistics
 from fusedres.ops.conv_dgrad import conv_dgrad
 from fusedres.ops.conv_fprop import conv_bn_add_relu, conv_fprop
 from fusedres.ops.conv_weights import conv_weights

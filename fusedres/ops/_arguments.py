@@ -27,7 +27,8 @@ from fusedres import backends
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.ops._memory import fail
 from fusedres.ops._shapes import Scope, Shape
-from fusedres.ops._sizes import FLOATING, WIDE, output_size, wide_dtype
+from fusedres.ops._sizes import FLOATING, WIDE, wide_dtype
+from fusedres.values import Geometry
 
 _LARGEST = 2**31 - 1  # of an int argument: products of a few of them and a tensor's size stay inside of 64 bits
 _MAKE_CHANNELS_LAST = "call .contiguous(memory_format=torch.channels_last)"
@@ -63,6 +64,7 @@ class Argument:
     dtype: str | torch.dtype  # "x": that of the activations; "wide": what they are computed in; "floating": any such
     layout: str  # "channels_last", "contiguous", or "strided": any
     empty: bool = True  # whether N may be 0; no other size may
+    required: bool = False  # may not be None, although the value that it is a field of says so
     given_with: str = ""  # None exactly where this argument is None
     only_with: str = ""  # None where this argument is None
     not_with: str = ""  # None where this argument is not None
@@ -77,6 +79,8 @@ class Argument:
 
     def _check_presence(self, call: Call, name: str, value: Tensor | None) -> None:
         if value is None:
+            if self.required:
+                call.fail(DtypeError, name, "be a tensor", "None", "this op needs it")
             if self.given_with and call[self.given_with] is not None:
                 remedy = "pass both or neither"
                 call.fail(ValueError, name, f"be given with {self.given_with}", "None", remedy)
@@ -243,8 +247,8 @@ class Convolved:
         """Raises where the output has no pixels, or an argument other ones."""
         sizes, outputs = call.scope.sizes, tuple(name.split())
         image, kernel = (tuple(sizes[n] for n in names) for names in (self.image, self.kernel))
-        numbers = zip(image, kernel, call["stride"], call["padding"], call["dilation"], strict=True)
-        reached = tuple(output_size(*axis) for axis in numbers)
+        geometry = Geometry(call["stride"], call["padding"], call["dilation"])
+        reached = geometry.output_shape((0, 0, *image), (0, 0, *kernel))[2:]
         of_what = f"a convolution of {image[0]}x{image[1]} pixels with a kernel of {kernel[0]}x{kernel[1]}"
         setter = call.scope.setters[self.image[0]]
         if min(reached) < 1:
@@ -290,19 +294,19 @@ def bits(shape: str, **options: Any) -> Argument:
     return dense(f"{n} {h} {w} {c}/8", torch.uint8, **options)
 
 
-def gate(shape: str) -> Gate:
+def gate(shape: str, **options: Any) -> Gate:
     """Where a ReLU is open: packed bits, or its output."""
-    return Gate(bits(shape), activation(shape))
+    return Gate(bits(shape, **options), activation(shape, **options))
 
 
-def channels(name: str) -> dict[str, Argument]:
-    """What BatchNorm keeps for each of `name` channels, each in a floating dtype of its own, and its counter."""
-    vector = dense(name, "floating")
+def norm(channels: str, *, running: bool = False) -> dict[str, Argument]:
+    """Rows of a Norm with this many channels; running: its running statistics may not be None."""
+    vector = dense(channels, "floating")
     return {
         "weight": vector,
         "bias": vector,
-        "running_mean": vector,
-        "running_var": dense(name, "floating", given_with="running_mean"),
+        "running_mean": dense(channels, "floating", required=running),
+        "running_var": dense(channels, "floating", given_with="running_mean"),
         "num_batches_tracked": dense("", torch.int64),
     }
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-
-from fusedres.kernels.conv_fprop.geometry import output_size
-
-__all__ = ["FLOATING", "WIDE", "arithmetic_dtype", "mask_shape", "output_size", "subsampled", "wide_dtype"]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
@@ -32,3 +30,8 @@ def mask_shape(x: Tensor) -> tuple[int, int, int, int]:
 def subsampled(size: int, stride: int) -> int:
     """Pixels left when every stride-th is taken: ceil(size / stride)."""
     return (size + stride - 1) // stride
+
+
+def empty_activation(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised activation of this shape, with the dtype and device of another tensor."""
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedres.errors import ShapeError
-from fusedres.ops._arguments import Call, Integer, Row, activation, gate, wide
-from fusedres.ops._library import Op
-
-_BRANCHES: dict[str, Row] = {
-    "grad": activation("N C H W"),
-    "gate": gate("N C H W"),
-    "x": activation("N C H W"),
-    "shortcut_x": activation("N C H W"),
-}
+from fusedres.ops._arguments import Call, Integer, activation, gate, wide
+from fusedres.ops._library import op
+from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
 
 def _tiles(x: Tensor, backend: str) -> int:
@@ -34,46 +28,31 @@ def _tiles(x: Tensor, backend: str) -> int:
     return -(-rows // tile)
 
 
-BN_BACKWARD_REDUCE = Op(
-    "bn_backward_reduce(Tensor grad, Tensor? gate, Tensor x, Tensor state, Tensor? shortcut_x, "
-    "Tensor? shortcut_state, str backend) -> Tensor",
+@op(
     "bn_backward",
-    {**_BRANCHES, "state": wide("4 C"), "shortcut_state": wide("4 C", given_with="shortcut_x")},
-    lambda grad, gate, x, state, shortcut_x, shortcut_state, backend: state.new_empty(
-        (_tiles(x, backend), 2 if shortcut_x is None else 3, x.shape[1])
-    ),
+    {
+        "grad": activation("N C H W"),
+        "gate": gate("N C H W"),
+        "x": activation("N C H W"),
+        "shortcut": activation("N C H W"),
+        "x_state": wide("4 C", required=True),
+        "shortcut_state": wide("4 C", given_with="shortcut"),
+    },
 )
-
-
-def bn_backward_reduce(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    backend: str,
-    *,
-    shortcut_x: Tensor | None = None,
-    shortcut_state: Tensor | None = None,
-) -> Tensor:
+def bn_backward_reduce(gated: Gated, x: Raw, shortcut: Raw | None = None, *, backend: str) -> Tensor:
     """Sums over row tiles that BatchNorm's backward needs: Σd, Σd·x̂ and, with a shortcut, its Σd·x̂.
 
-    d = grad where the gate is open, else 0; x̂ = (x − mean)·invstd.
+    d of Gated; x̂ = (x − mean)·invstd.
 
     Args:
-        grad: (N, C, H, W), channels_last, the gradient behind the ReLU; left as it is.
-        gate: packed bits of bn_add_relu, the ReLU's output (closed where it is <= 0, so NaN is open), or None.
-        x: like grad, the raw convolution output. state: (4, C), its bn_statistics or bn_frozen.
-        backend: "reference", "triton" or "cuda".
-        shortcut_x, shortcut_state: the same for the projection of a shortcut, or None.
+        x: the raw convolution output and its state.
+        shortcut: the same for the projection of a shortcut.
 
     Returns:
         (T, 2, C), or (T, 3, C) with a shortcut, float64 for float64, else float32: one row of sums for each of T tiles.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    partials: Tensor = BN_BACKWARD_REDUCE(grad, gate, x, state, shortcut_x, shortcut_state, backend)
-    return partials
+    assert x.state is not None  # checked by the op
+    return x.state.new_empty((_tiles(x.y, backend), 2 if shortcut is None else 3, x.y.shape[1]))
 
 
 def _check_rows(call: Call) -> None:
@@ -83,16 +62,7 @@ def _check_rows(call: Call) -> None:
         call.fail(ShapeError, "partials", expected, tuple(call["partials"].shape))
 
 
-def _fake_coefficients(
-    partials: Tensor, count: int, state: Tensor, batch_statistics: bool, shortcut_state: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    shortcut = state.new_empty(0) if shortcut_state is None else torch.empty_like(state)
-    return partials.new_empty(partials.shape[1:]), torch.empty_like(state), shortcut
-
-
-BN_BACKWARD_COEFFICIENTS = Op(
-    "bn_backward_coefficients(Tensor partials, int count, Tensor state, bool batch_statistics, "
-    "Tensor? shortcut_state, bool shortcut_batch_statistics, str backend) -> (Tensor, Tensor, Tensor)",
+@op(
     "bn_backward",
     {
         "partials": wide("N B C"),  # of N tiles: none where a batch is empty
@@ -100,84 +70,48 @@ BN_BACKWARD_COEFFICIENTS = Op(
         "state": wide("4 C"),
         "shortcut_state": wide("4 C"),
     },
-    _fake_coefficients,
-    _check_rows,
+    relations=_check_rows,
 )
-
-
 def bn_backward_coefficients(
-    partials: Tensor,
-    count: int,
-    state: Tensor,
-    backend: str,
-    *,
-    batch_statistics: bool,
-    shortcut_state: Tensor | None = None,
-    shortcut_batch_statistics: bool = False,
+    partials: Tensor, count: int, norm_state: NormState, shortcut_state: NormState | None = None, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merges the partials of bn_backward_reduce into what the elementwise gradient needs per channel.
+    """Merge the partials of bn_backward_reduce into what the elementwise gradient needs per channel.
 
     a = scale, c1 = Σd/count, μ = mean, k = invstd·(Σd·x̂)/count; c1 = k = 0 with constant statistics.
 
     Args:
         partials: (T, 2, C), or (T, 3, C) with a shortcut; float32 or float64; summed in fixed order.
-        count: N·H·W. state: (4, C), bn_statistics or bn_frozen of the branch, of partials' dtype.
-        backend: "reference", "triton" or "cuda".
-        batch_statistics: the statistics of state depend on x.
-        shortcut_state, shortcut_batch_statistics: the same for a shortcut's branch, or None.
+        count: N·H·W.
 
     Returns:
         sums (2 or 3, C): Σd, Σd·x̂, and Σd·x̂ of the shortcut; coefficients (4, C): a, c1, μ, k; the shortcut's
         coefficients (empty without one).
-
-    Raises:
-        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
     """
-    sums, coefficients, shortcut_coefficients = BN_BACKWARD_COEFFICIENTS(
-        partials, count, state, batch_statistics, shortcut_state, shortcut_batch_statistics, backend
-    )
-    return sums, coefficients, shortcut_coefficients
+    state = norm_state.state
+    shortcut = state.new_empty(0) if shortcut_state is None else torch.empty_like(state)
+    return partials.new_empty(partials.shape[1:]), torch.empty_like(state), shortcut
 
 
-def _fake_apply(
-    grad: Tensor, gate: Tensor | None, x: Tensor, coefficients: Tensor, shortcut_x: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor]:
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return grad_x, x.new_empty(0) if shortcut_x is None else torch.empty_like(grad_x)
-
-
-BN_BACKWARD_APPLY = Op(
-    "bn_backward_apply(Tensor grad, Tensor? gate, Tensor x, Tensor coefficients, Tensor? shortcut_x, "
-    "Tensor? shortcut_coefficients, str backend) -> (Tensor, Tensor)",
+@op(
     "bn_backward",
-    {**_BRANCHES, "coefficients": wide("4 C"), "shortcut_coefficients": wide("4 C", given_with="shortcut_x")},
-    _fake_apply,
+    {
+        "grad": activation("N C H W"),
+        "gate": gate("N C H W"),
+        "y": activation("N C H W", required=True),
+        "shortcut": activation("N C H W"),
+        "coefficients": wide("4 C", given_with="y"),
+        "shortcut_coefficients": wide("4 C", given_with="shortcut"),
+    },
 )
-
-
-def bn_backward_apply(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    coefficients: Tensor,
-    backend: str,
-    *,
-    shortcut_x: Tensor | None = None,
-    shortcut_coefficients: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient at a raw convolution output: a·(d − c1 − (x − μ)·k), for one branch or two that meet.
+def bn_backward_apply(gradient: Gradient, shortcut: BnGradient | None = None, *, backend: str) -> tuple[Tensor, Tensor]:
+    """The gradient dy of a raw convolution output (see Gradient), written out; for one branch or two that meet.
 
     Args:
-        grad, gate, x, shortcut_x: as in bn_backward_reduce; left as they are.
-        coefficients, shortcut_coefficients: (4, C) of bn_backward_coefficients. Where k = 0, as with constant
-            statistics, the gradient does not depend on x, NaN or not.
-        backend: "reference", "triton" or "cuda".
+        gradient: with y.
+        shortcut: the branch of a projection, to which the same grad and gate come.
 
     Returns:
-        x's gradient and the shortcut's (empty without one), like x.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: a wrong shape or layout, dtype, or device.
+        dy and the shortcut's (empty without one), like y.
     """
-    grad_x, grad_shortcut = BN_BACKWARD_APPLY(grad, gate, x, coefficients, shortcut_x, shortcut_coefficients, backend)
-    return grad_x, grad_shortcut
+    grad_y = torch.empty_like(gradient.grad, memory_format=torch.channels_last)
+    return grad_y, grad_y.new_empty(0) if shortcut is None else torch.empty_like(grad_y)

@@ -1,12 +1,22 @@
-"""Batch statistics of a convolution's output, and everything BatchNorm derives from them per channel."""
+"""The state of a BatchNorm: from a batch, from partial statistics of a batch, or from the running statistics."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.ops._arguments import Call, activation, channels
-from fusedres.ops._library import Op
+from fusedres.ops._arguments import Call, activation, norm, strided, wide
+from fusedres.ops._library import op
 from fusedres.ops._sizes import arithmetic_dtype
+from fusedres.values import Norm
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def check_momentum(call: Call) -> None:
+    """There is something to average the running statistics with."""
+    if call["momentum"] is None and call["running_mean"] is not None and call["num_batches_tracked"] is None:
+        expected = "be a number where num_batches_tracked is None"
+        call.fail(ValueError, "momentum", expected, "None", "pass num_batches_tracked for the cumulative average")
 
 
 def _check_values(call: Call) -> None:
@@ -17,60 +27,52 @@ def _check_values(call: Call) -> None:
     check_momentum(call)
 
 
-def check_momentum(call: Call) -> None:
-    """There is something to average the running statistics with."""
-    if call["momentum"] is None and call["running_mean"] is not None and call["num_batches_tracked"] is None:
-        expected = "be a number where num_batches_tracked is None"
-        call.fail(ValueError, "momentum", expected, "None", "pass num_batches_tracked for the cumulative average")
-
-
-def _fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x))
-
-
-BN_STATISTICS = Op(
-    "bn_statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str backend) -> Tensor",
-    "bn_statistics",
-    {"x": activation("N C H W"), **channels("C")},
-    _fake,
-    _check_values,
-)
-
-
-def bn_statistics(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    backend: str,
-) -> Tensor:
+@op("bn_statistics", {"x": activation("N C H W"), **norm("C")}, writes=RUNNING, relations=_check_values)
+def bn_statistics(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     """Per-channel statistics of a batch, and the affine map that normalises it.
 
     mean μ and biased variance σ² over the N·H·W values of a channel; r = (σ² + eps)^-½; scale = weight·r;
-    shift = bias − scale·μ, so that BatchNorm(x) = scale·x + shift (Ioffe and Szegedy 2015).
-
-    Args:
-        x: (N, C, H, W), channels_last; float32, float64, bfloat16 or float16.
-        weight, bias: (C,) or None (1 and 0).
-        running_mean, running_var: (C,) or None; updated in place with the averaging factor, the variance unbiased.
-        num_batches_tracked: () int64 or None; incremented in place.
-        momentum: averaging factor; None: 1 / num_batches_tracked, computed on the device.
-        eps: added to the variance.
-        backend: "reference", "cpu" or "triton".
+    shift = bias − scale·μ, so that BatchNorm(x) = scale·x + shift (Ioffe and Szegedy 2015). The running statistics are
+    updated in place, with the unbiased variance; after an error they are untouched.
 
     Returns:
         (4, C): mean, invstd, scale, shift; float64 for float64 x, else float32.
-
-    Raises:
-        ValueError: one value a channel, or a wrong shape. TypeError: a wrong dtype. RuntimeError: a device mix. The
-        running statistics are untouched then.
     """
-    state: Tensor = BN_STATISTICS(
-        x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, backend
-    )
-    return state
+    return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x))
+
+
+@op(
+    "bn_statistics",
+    {"partials": wide("T 2 C"), "rows": wide("T"), **norm("C")},
+    writes=RUNNING,
+    relations=check_momentum,
+)
+def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm, *, backend: str) -> Tensor:
+    """bn_statistics of a batch whose rows were reduced tile by tile, as a convolution does on store.
+
+    With n_t rows, mean μ_t and M2_t = Σ(x − μ_t)² of tile t: μ = Σ n_t·μ_t / Σ n_t and
+    σ² = (Σ M2_t + Σ n_t·(μ_t − μ)²) / Σ n_t (Chan, Golub and LeVeque 1983); the rest as in bn_statistics.
+
+    Args:
+        partials: (T, 2, C): mean and M2 of each tile; float32 or float64.
+        rows: (T,) like partials: the rows of each tile. Their sum must be more than 1, which is not checked: it is on
+            the device.
+
+    Returns:
+        (4, C) like partials: mean, invstd, scale, shift.
+    """
+    return partials.new_empty((4, partials.shape[2]))
+
+
+@op("bn_statistics", {"x": strided(None, "x"), **norm("C", running=True)})
+def bn_frozen(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
+    """The state of a BatchNorm in eval mode, from its running statistics, which are left as they are.
+
+    Args:
+        x: any tensor of the dtype and device of the activation that will be normalised.
+
+    Returns:
+        (4, C), float64 for float64 x, else float32; a copy, so later updates of the running statistics do not reach it.
+    """
+    assert norm.running_mean is not None  # checked by the op
+    return x.new_empty((4, norm.running_mean.shape[0]), dtype=arithmetic_dtype(x))

@@ -1,8 +1,8 @@
 """The ops of one backend for callers that have checked their arguments.
 
-`launches(backend).bn_relu(x, state, pivot, stride)` takes the arguments of torch.ops.fusedres.bn_relu without the
-backend and runs the kernel itself, past the dispatcher and the checks; where torch.compile or a dispatch mode has to
-see the op, it goes through the dispatcher.
+`launches(backend).bn_relu(x, state, pivot, stride)` takes the parameters of fusedres.ops.bn_relu without the backend
+and runs the kernel itself, without the dispatcher and the checks. Where torch.compile or a dispatch mode has to see the
+op, it goes through the dispatcher.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Call:
     def results(self, backend: str) -> list[Tensor]:
         """What a backend returns and writes, with partial results brought to one form."""
         args = self.fresh()
-        result = self.op.kernel(backend)(*args)
+        result = self.op.kernel(backend)(*self.op.grouped(args))
         found = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         return _merged(self.op.name, self._defined(found)) + self.written(args)
 
@@ -77,20 +77,21 @@ class Call:
         if "with_sums" not in named:
             return results
         *others, sums = results
-        if not (named["with_sums"] or named["batch_statistics"] or named.get("shortcut_batch_statistics")):
+        if not (named["with_sums"] or named["x_batch_statistics"] or named.get("shortcut_batch_statistics")):
             return others
-        return [*others, sums if named.get("shortcut_x") is not None else sums[:2]]
+        return [*others, sums if named.get("shortcut") is not None else sums[:2]]
 
     def variant(self, name: str, backend: str) -> Variant:
         """Timed on its own copy of what is written, which is set back after each call."""
         args, kernel = self.fresh(), self.op.kernel(backend)
+        parameters = self.op.grouped(args)
         pairs = list(zip(self.written(args), self.written(self.args[:-1]), strict=True))
 
         def restore() -> None:
             for target, source in pairs:
                 target.copy_(source)
 
-        return Variant(name, lambda: kernel(*args), restore if pairs else None)
+        return Variant(name, lambda: kernel(*parameters), restore if pairs else None)
 
 
 def _merged(op: str, tensors: list[Tensor]) -> list[Tensor]:

@@ -34,8 +34,8 @@ _ORDER = 32  # unit roundoffs of the accumulator that the order of a long sum ma
 # Ops that recompute a gate, and from what: multiplied by 1 ± u it would open and close gates.
 _REGATED = {
     "conv_dgrad": ("input", "input_state"),
-    "one_pass_dgrad": ("z", "state"),
-    "bn_relu_backward_": ("x", "state"),
+    "one_pass_dgrad": ("z", "z_state"),
+    "bn_relu_backward_": ("x", "x_state"),
 }
 
 

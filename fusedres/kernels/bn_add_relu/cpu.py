@@ -6,56 +6,36 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, address, empty_like
+from fusedres.kernels.arguments import address, pixels_of
+from fusedres.kernels.cpu_core import empty_like
+from fusedres.values import ShortcutInput
 
 
-def bn_add_relu(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
-) -> tuple[Tensor, Tensor]:
+def bn_add_relu(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu."""
     out = empty_like(x)
-    return out, _launch(x, state, shortcut, shortcut_state, stride, with_mask, out)
+    return out, _launch(x, state, shortcut, with_mask, out)
 
 
-def bn_add_relu_(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
-) -> Tensor:
+def bn_add_relu_(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu."""
-    return _launch(x, state, shortcut, shortcut_state, stride, with_mask, x)
+    return _launch(x, state, shortcut, with_mask, x)
 
 
-def bn_add_relu_out(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor
-) -> None:
+def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tensor) -> None:
     """See fusedres.ops.bn_add_relu."""
-    _launch(x, state, shortcut, shortcut_state, stride, False, out)
+    _launch(x, state, shortcut, False, out)
 
 
-def _launch(
-    x: Tensor,
-    state: Tensor,
-    shortcut: Tensor,
-    shortcut_state: Tensor | None,
-    stride: int,
-    with_mask: bool,
-    out: Tensor,
-) -> Tensor:
-    channels = x.shape[1]
-    n, shortcut_channels, h, w = shortcut.shape
-    mask_shape = (n, x.shape[2], x.shape[3], (channels + 7) // 8) if with_mask else (0,)
-    mask = x.new_empty(mask_shape, dtype=torch.uint8)
+def _launch(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool, out: Tensor) -> Tensor:
+    n, channels, h, w = x.shape
+    mask = x.new_empty((n, h, w, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8)
     _C.bn_add_relu(
         x.data_ptr(),
-        DTYPE_CODE[x.dtype],
         channels,
         state.data_ptr(),
-        shortcut.data_ptr(),
-        n,
-        h,
-        w,
-        stride,
-        shortcut_channels,
-        address(shortcut_state),
+        pixels_of(shortcut.x, shortcut.stride),
+        address(shortcut.state),
         out.data_ptr(),
         mask.data_ptr() if with_mask else 0,
         torch.get_num_threads(),

@@ -5,59 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import pixels_of
+from fusedres.kernels.cuda_core import launch
+from fusedres.values import ShortcutInput
 
 
-def bn_add_relu(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
-) -> tuple[Tensor, Tensor]:
+def bn_add_relu(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    return out, _launch(x, state, shortcut, shortcut_state, stride, with_mask, out)
+    return out, _launch(x, state, shortcut, with_mask, out)
 
 
-def bn_add_relu_(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
-) -> Tensor:
+def bn_add_relu_(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu."""
-    return _launch(x, state, shortcut, shortcut_state, stride, with_mask, x)
+    return _launch(x, state, shortcut, with_mask, x)
 
 
-def bn_add_relu_out(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor
-) -> None:
+def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tensor) -> None:
     """See fusedres.ops.bn_add_relu."""
-    _launch(x, state, shortcut, shortcut_state, stride, False, out)
+    _launch(x, state, shortcut, False, out)
 
 
-def _launch(
-    x: Tensor,
-    state: Tensor,
-    shortcut: Tensor,
-    shortcut_state: Tensor | None,
-    stride: int,
-    with_mask: bool,
-    out: Tensor,
-) -> Tensor:
-    channels = x.shape[1]
-    n, shortcut_channels, h, w = shortcut.shape
-    mask_shape = (n, x.shape[2], x.shape[3], (channels + 7) // 8) if with_mask else (0,)
+def _launch(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool, out: Tensor) -> Tensor:
+    n, channels, h, w = x.shape
+    mask_shape = (n, h, w, (channels + 7) // 8) if with_mask else (0,)
     mask = torch.empty(mask_shape, dtype=torch.uint8, device=x.device)
-    launch(
-        "bn_add_relu",
-        x.device,
-        x,
-        code(x),
-        channels,
-        state,
-        shortcut,
-        n,
-        h,
-        w,
-        stride,
-        shortcut_channels,
-        shortcut_state,
-        out,
-        mask if with_mask else None,
-    )
+    pixels, out_mask = pixels_of(shortcut.x, shortcut.stride), mask if with_mask else None
+    launch("bn_add_relu", x.device, x, channels, state, pixels, shortcut.state, out, out_mask)
     return mask

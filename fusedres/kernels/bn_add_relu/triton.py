@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.rows import affine, pixel_offsets, pixels, relu, row_tiles, tile
+from fusedres.values import ShortcutInput
 
 
 @jit_for_any_batch
@@ -59,58 +60,44 @@ def bn_add_relu_kernel(
         tl.store(out_mask_ptr + rows[:, None] * width + bytes_[None, :], tl.sum(bits, 2).to(tl.uint8), mask=inside)
 
 
-def bn_add_relu(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
-) -> tuple[Tensor, Tensor]:
+def bn_add_relu(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    return out, _launch(x, state, shortcut, shortcut_state, stride, with_mask, out)
+    return out, _launch(x, state, shortcut, with_mask, out)
 
 
-def bn_add_relu_(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, with_mask: bool
-) -> Tensor:
+def bn_add_relu_(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu."""
-    return _launch(x, state, shortcut, shortcut_state, stride, with_mask, x)
+    return _launch(x, state, shortcut, with_mask, x)
 
 
-def bn_add_relu_out(
-    x: Tensor, state: Tensor, shortcut: Tensor, shortcut_state: Tensor | None, stride: int, out: Tensor
-) -> None:
+def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tensor) -> None:
     """See fusedres.ops.bn_add_relu."""
-    _launch(x, state, shortcut, shortcut_state, stride, False, out)
+    _launch(x, state, shortcut, False, out)
 
 
-def _launch(
-    x: Tensor,
-    state: Tensor,
-    shortcut: Tensor,
-    shortcut_state: Tensor | None,
-    stride: int,
-    with_mask: bool,
-    out: Tensor,
-) -> Tensor:
+def _launch(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool, out: Tensor) -> Tensor:
     n, c, p, q = x.shape
     mask = torch.empty((n, p, q, ceil_div(c, 8)) if with_mask else (0,), dtype=torch.uint8, device=x.device)
-    view, (stride_n, stride_h, stride_w) = pixels(shortcut, stride)
+    view, (stride_n, stride_h, stride_w) = pixels(shortcut.x, shortcut.stride)
     candidates = row_tiles(c, x.dtype)
     config = choose(candidates)
     arguments = {
         "x_ptr": x,
         "state_ptr": state,
         "shortcut_ptr": view,
-        "shortcut_state_ptr": shortcut_state,
+        "shortcut_state_ptr": shortcut.state,
         "out_ptr": out,
         "out_mask_ptr": mask if with_mask else None,
         "M": n * p * q,
         "C": c,
         "P": p,
         "Q": q,
-        "shortcut_C": shortcut.shape[1],
+        "shortcut_C": shortcut.x.shape[1],
         "stride_n": stride_n,
         "stride_h": stride_h,
         "stride_w": stride_w,
-        "IS_STRIDED": stride > 1,
+        "IS_STRIDED": shortcut.stride > 1,
     }
     grid = (ceil_div(n * p * q, config["BLOCK_M"]) * ceil_div(c, config["BLOCK_C"]),)
     launch(bn_add_relu_kernel, grid, arguments, config, candidates)

@@ -6,110 +6,53 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, GATE_NONE, GATE_RECOMPUTE, address, empty_like, gate_code
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, address, gate_of, matrix_of
+from fusedres.kernels.cpu_core import empty_like
+from fusedres.values import BnBranch, Gated
 
 
 def bn_add_relu_backward(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
+    gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu_backward."""
-    grad_x = empty_like(x)
-    grad_shortcut = x.new_empty(0) if shortcut_x is None else empty_like(shortcut_x)
-    sums = _launch(
-        grad,
-        gate_code(gate),
-        address(gate),
-        x,
-        state,
-        batch_statistics,
-        grad_x,
-        shortcut_x,
-        shortcut_state,
-        shortcut_batch_statistics,
-        grad_shortcut,
-        with_sums,
-    )
+    grad_x = empty_like(x.x)
+    grad_shortcut = grad_x.new_empty(0) if shortcut is None else empty_like(shortcut.x)
+    sums = _launch(gated.grad, gate_of(gated.gate), x, grad_x, shortcut, grad_shortcut, with_sums)
     return grad_x, grad_shortcut, sums
 
 
-def bn_add_relu_backward_(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
-) -> Tensor:
+def bn_add_relu_backward_(gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu_backward."""
-    return _launch(
-        grad,
-        gate_code(gate),
-        address(gate),
-        x,
-        state,
-        batch_statistics,
-        x,
-        shortcut_x,
-        shortcut_state,
-        shortcut_batch_statistics,
-        shortcut_x,
-        with_sums,
-    )
+    grad_shortcut = None if shortcut is None else shortcut.x
+    return _launch(gated.grad, gate_of(gated.gate), x, x.x, shortcut, grad_shortcut, with_sums)
 
 
-def bn_relu_backward_(
-    grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
-) -> Tensor:
-    """See fusedres.ops.bn_add_relu_backward.bn_relu_backward_."""
-    kind = GATE_RECOMPUTE if gated else GATE_NONE
-    return _launch(grad, kind, 0, x, state, batch_statistics, grad, None, None, False, None, with_sums)
+def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    return _launch(grad, RECOMPUTED_GATE if relu else NO_GATE, x, grad, None, None, with_sums)
 
 
 def _launch(
     grad: Tensor,
-    gate_kind: int,
-    gate: int,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
+    gate: Gate,
+    x: BnBranch,
     grad_x: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
+    shortcut: BnBranch | None,
     grad_shortcut: Tensor | None,
     with_sums: bool,
 ) -> Tensor:
-    channels = x.shape[1]
-    sums = state.new_empty((3, channels))
+    matrix = matrix_of(grad)
+    sums = x.state.new_empty((3, matrix[-1]))
+    second = (0, 0, False, 0)
+    if shortcut is not None:
+        second = (shortcut.x.data_ptr(), shortcut.state.data_ptr(), shortcut.batch_statistics, address(grad_shortcut))
     _C.bn_add_relu_backward(
-        grad.data_ptr(),
-        DTYPE_CODE[grad.dtype],
-        x.numel() // channels,
-        channels,
-        gate_kind,
+        matrix,
         gate,
-        x.data_ptr(),
-        state.data_ptr(),
-        batch_statistics,
-        grad_x.data_ptr(),
-        address(shortcut_x),
-        address(shortcut_state),
-        shortcut_batch_statistics,
-        address(grad_shortcut),
+        (x.x.data_ptr(), x.state.data_ptr(), x.batch_statistics, grad_x.data_ptr()),
+        second,
         sums.data_ptr(),
-        with_sums or batch_statistics or shortcut_batch_statistics,
-        True,
+        with_sums or x.batch_statistics or second[2],
         torch.get_num_threads(),
     )
     return sums

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles
-from fusedres.kernels.cpu_core import GATE_NONE, GATE_RECOMPUTE, gate_code
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, gate_of, matrix_of
+from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles, tiles_of
+from fusedres.values import BnBranch, Gated
 
 # csrc/bn_add_relu_backward/config.h chooses, or a launch for each step, or one for all: the numbers are the same.
 CHOSEN, SEPARATE, FUSED = range(3)
@@ -14,75 +15,41 @@ launches = CHOSEN
 
 
 def bn_add_relu_backward(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
+    gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu_backward."""
-    grad_x, grad_shortcut = torch.empty_like(x), x.new_empty(0)
-    branches: tuple[Branch, ...] = (_branch(x, state, batch_statistics, grad_x),)
-    if shortcut_x is not None and shortcut_state is not None:
-        grad_shortcut = torch.empty_like(shortcut_x)
-        branches += (_branch(shortcut_x, shortcut_state, shortcut_batch_statistics, grad_shortcut),)
-    return grad_x, grad_shortcut, _launch(grad, gate_code(gate), gate, branches, with_sums)
+    grad_x, grad_shortcut = torch.empty_like(x.x), x.x.new_empty(0)
+    branches: tuple[Branch, ...] = (_branch(x, grad_x),)
+    if shortcut is not None:
+        grad_shortcut = torch.empty_like(shortcut.x)
+        branches += (_branch(shortcut, grad_shortcut),)
+    return grad_x, grad_shortcut, _launch(gated.grad, gate_of(gated.gate), branches, with_sums)
 
 
-def bn_add_relu_backward_(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
-) -> Tensor:
+def bn_add_relu_backward_(gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu_backward."""
-    branches: tuple[Branch, ...] = (_branch(x, state, batch_statistics, x),)
-    if shortcut_x is not None and shortcut_state is not None:
-        branches += (_branch(shortcut_x, shortcut_state, shortcut_batch_statistics, shortcut_x),)
-    return _launch(grad, gate_code(gate), gate, branches, with_sums)
+    branches = tuple(_branch(branch, branch.x) for branch in (x, shortcut) if branch is not None)
+    return _launch(gated.grad, gate_of(gated.gate), branches, with_sums)
 
 
-def bn_relu_backward_(
-    grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
-) -> Tensor:
-    """See fusedres.ops.bn_add_relu_backward.bn_relu_backward_."""
-    kind = GATE_RECOMPUTE if gated else GATE_NONE
-    return _launch(grad, kind, None, (_branch(x, state, batch_statistics, grad),), with_sums)
+def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    return _launch(grad, RECOMPUTED_GATE if relu else NO_GATE, (_branch(x, grad),), with_sums)
 
 
-def _branch(x: Tensor, state: Tensor, batch_statistics: bool, grad_x: Tensor) -> Branch:
-    return Branch(x, state, batch_statistics, torch.empty_like(state), grad_x)
+def _branch(branch: BnBranch, grad_x: Tensor) -> Branch:
+    return Branch(*branch, torch.empty_like(branch.state), grad_x)
 
 
-def _launch(grad: Tensor, kind: int, gate: Tensor | None, branches: tuple[Branch, ...], with_sums: bool) -> Tensor:
+def _launch(grad: Tensor, gate: Gate, branches: tuple[Branch, ...], with_sums: bool) -> Tensor:
     channels = grad.shape[1]
-    rows = grad.numel() // channels
     tile_rows, tiles = row_tiles(grad)
     state = branches[0].state
     assert state is not None
     sums = state.new_empty((3, channels))
+    partials = state.new_empty((tiles, 1 + len(branches), channels))
+    tiled = tiles_of(tile_rows, partials)
     launch_step(
-        "bn_add_relu_backward",
-        grad,
-        rows,
-        branches,
-        grad,
-        kind,
-        gate,
-        count=max(rows, 1),
-        tile_rows=tile_rows,
-        partials=state.new_empty((tiles, 1 + len(branches), channels)),
-        sums=sums,
-        with_sums=with_sums,
-        launches=launches,
+        "bn_add_relu_backward", grad.device, matrix_of(grad), gate, branches, tiled, sums, (with_sums, launches)
     )
     return sums

@@ -8,119 +8,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.bn_backward.triton import apply_launch, coefficients_launch, reduce_launch
+from fusedres.kernels.bn_backward.triton import Elementwise, apply_launch, coefficients_launch, reduce_launch
 from fusedres.kernels.triton_core.gate import gate_kind
+from fusedres.values import BnBranch, Gated, NormState, Raw
 
 
 def bn_add_relu_backward(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
+    gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.bn_add_relu_backward."""
-    grad_x = torch.empty_like(x)
-    grad_shortcut = x.new_empty(0) if shortcut_x is None else torch.empty_like(shortcut_x)
-    sums = _backward(
-        grad,
-        gate,
-        x,
-        state,
-        batch_statistics,
-        grad_x,
-        shortcut_x,
-        shortcut_state,
-        shortcut_batch_statistics,
-        grad_shortcut,
-        with_sums,
-        gate_kind(gate),
-    )
+    grad_x = torch.empty_like(x.x)
+    grad_shortcut = grad_x.new_empty(0) if shortcut is None else torch.empty_like(shortcut.x)
+    sums = _backward(gated, gate_kind(gated.gate), x, grad_x, shortcut, grad_shortcut, with_sums)
     return grad_x, grad_shortcut, sums
 
 
-def bn_add_relu_backward_(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    with_sums: bool,
-) -> Tensor:
+def bn_add_relu_backward_(gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu_backward."""
-    return _backward(
-        grad,
-        gate,
-        x,
-        state,
-        batch_statistics,
-        x,
-        shortcut_x,
-        shortcut_state,
-        shortcut_batch_statistics,
-        shortcut_x,
-        with_sums,
-        gate_kind(gate),
-    )
+    grad_shortcut = None if shortcut is None else shortcut.x
+    return _backward(gated, gate_kind(gated.gate), x, x.x, shortcut, grad_shortcut, with_sums)
 
 
-def bn_relu_backward_(
-    grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
-) -> Tensor:
-    """See fusedres.ops.bn_add_relu_backward.bn_relu_backward_."""
-    kind = "affine" if gated else "none"
-    return _backward(grad, None, x, state, batch_statistics, grad, None, None, False, None, with_sums, kind)
+def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    return _backward(Gated(grad, None), "affine" if relu else "none", x, grad, None, None, with_sums)
 
 
 def _backward(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
+    gated: Gated,
+    kind: str,
+    x: BnBranch,
     out: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
+    shortcut: BnBranch | None,
     shortcut_out: Tensor | None,
     with_sums: bool,
-    kind: str,
 ) -> Tensor:
-    channels = x.shape[1]
-    if shortcut_x is None:
-        shortcut_state = shortcut_out = None
-        shortcut_batch_statistics = False
-    if with_sums or batch_statistics or shortcut_batch_statistics:
-        partials = reduce_launch(grad, gate, x, state, shortcut_x, shortcut_state, kind)
+    channels = x.x.shape[1]
+    shortcut_raw = None if shortcut is None else Raw(shortcut.x, shortcut.state)
+    shortcut_state = None if shortcut is None else NormState(*shortcut[1:])
+    if with_sums or x.batch_statistics or (shortcut is not None and shortcut.batch_statistics):
+        partials = reduce_launch(gated, kind, Raw(x.x, x.state), shortcut_raw)
     else:
-        partials = state.new_empty((0, 2, channels))
-    sums = state.new_empty((3, channels))
-    coefficients, shortcut_coefficients = coefficients_launch(
-        partials,
-        max(x.numel() // channels, 1),
-        state,
-        batch_statistics,
-        shortcut_state,
-        shortcut_batch_statistics,
-        sums,
-    )
-    apply_launch(
-        grad,
-        gate,
-        x if batch_statistics or kind == "affine" else None,
-        coefficients,
-        out,
-        kind,
-        state if kind == "affine" else None,
-        shortcut_x if shortcut_batch_statistics else None,
-        shortcut_coefficients,
-        shortcut_out,
-    )
+        partials = x.state.new_empty((0, 2, channels))
+    sums = x.state.new_empty((3, channels))
+    count = max(x.x.numel() // channels, 1)
+    coefficients, shortcut_coefficients = coefficients_launch(partials, count, NormState(*x[1:]), shortcut_state, sums)
+    first = Elementwise(x.x if x.batch_statistics or kind == "affine" else None, coefficients, out)
+    second = None
+    if shortcut is not None and shortcut_coefficients is not None and shortcut_out is not None:
+        second = Elementwise(shortcut.x if shortcut.batch_statistics else None, shortcut_coefficients, shortcut_out)
+    apply_launch(gated, kind, first, second, x.state if kind == "affine" else None)
     return sums

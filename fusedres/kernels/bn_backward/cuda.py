@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cpu_core import GATE_NONE, gate_code
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import NO_GATE, Gate, address, gate_of, matrix_of, vector_of
+from fusedres.kernels.cuda_core import launch
+from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
 _BLOCKS = 2048  # that a sum over rows is split over, at 512 bytes of a row each
 
@@ -28,7 +29,7 @@ def row_tiles(x: Tensor) -> tuple[int, int]:
 
 
 class Branch(NamedTuple):
-    """A raw convolution output under the ReLU, as the launches take it."""
+    """A raw convolution output before the ReLU; a launch ignores what it does not need."""
 
     x: Tensor | None = None
     state: Tensor | None = None
@@ -37,99 +38,69 @@ class Branch(NamedTuple):
     grad_x: Tensor | None = None
 
 
+Tiles = tuple[int, int, int]
+NO_TILES: Tiles = (1, 0, 0)
+
+
+def tiles_of(tile_rows: int, partials: Tensor) -> Tiles:
+    """Return the rows of a tile, the number of tiles, and the address of their sums."""
+    return tile_rows, partials.shape[0], partials.data_ptr()
+
+
 def launch_step(
     function: str,
-    like: Tensor,
-    rows: int,
+    device: torch.device,
+    grad: tuple[int, int, int, int],
+    gate: Gate,
     branches: tuple[Branch, ...],
-    grad: Tensor | None,
-    kind: int,
-    gate: Tensor | None,
-    *,
-    count: int = 1,
-    tile_rows: int = 1,
-    partials: Tensor | None = None,
+    tiles: Tiles = NO_TILES,
     sums: Tensor | None = None,
-    with_sums: bool = True,
-    launches: int = 0,
+    options: tuple[bool, int] = (True, 0),  # whether the sums are needed, and how many launches there are
 ) -> None:
-    """Calls a launch with what it needs of BnBackwardParams; dtype, device and C (the second size) are `like`'s."""
-    shortcut = branches[1] if len(branches) > 1 else Branch()
-    launch(
-        function,
-        like.device,
-        code(like),
-        rows,
-        like.shape[1],
-        grad,
-        kind,
-        gate,
-        len(branches),
-        *branches[0],
-        *shortcut,
-        count,
-        tile_rows,
-        0 if partials is None else partials.shape[0],
-        partials,
-        sums,
-        with_sums,
-        launches,
+    """Call a launch with what it needs of BnBackwardParams; grad is a matrix."""
+    at = tuple(
+        (address(x), address(state), batch_statistics, address(coefficients), address(grad_x))
+        for x, state, batch_statistics, coefficients, grad_x in branches
     )
+    launch(function, device, grad, gate, at, tiles, sums, *options)
 
 
-def bn_backward_reduce(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-) -> Tensor:
+def bn_backward_reduce(gated: Gated, x: Raw, shortcut: Raw | None = None) -> Tensor:
     """See fusedres.ops.bn_backward."""
-    branches: tuple[Branch, ...] = (Branch(x, state),)
-    if shortcut_x is not None:
-        branches += (Branch(shortcut_x, shortcut_state),)
-    tile_rows, tiles = row_tiles(x)
-    partials = state.new_empty((tiles, 1 + len(branches), x.shape[1]))
-    rows = x.numel() // x.shape[1]
-    kind = gate_code(gate)
-    launch_step("bn_backward_reduce", x, rows, branches, grad, kind, gate, tile_rows=tile_rows, partials=partials)
+    branches = tuple(Branch(*raw) for raw in (x, shortcut) if raw is not None)
+    tile_rows, tiles = row_tiles(x.y)
+    assert x.state is not None  # checked by the op
+    partials = x.state.new_empty((tiles, 1 + len(branches), x.y.shape[1]))
+    gate, tiled = gate_of(gated.gate), tiles_of(tile_rows, partials)
+    launch_step("bn_backward_reduce", x.y.device, matrix_of(gated.grad), gate, branches, tiled)
     return partials
 
 
 def bn_backward_coefficients(
-    partials: Tensor,
-    count: int,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
+    partials: Tensor, count: int, norm_state: NormState, shortcut_state: NormState | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.bn_backward."""
+    state, batch_statistics = norm_state
     sums = partials.new_empty(partials.shape[1:])
     coefficients, shortcut = torch.empty_like(state), state.new_empty(0)
     branches: tuple[Branch, ...] = (Branch(None, state, batch_statistics, coefficients),)
     if shortcut_state is not None:
-        shortcut = torch.empty_like(shortcut_state)
-        branches += (Branch(None, shortcut_state, shortcut_batch_statistics, shortcut),)
-    function = "bn_backward_coefficients"
-    launch_step(function, state, count, branches, None, GATE_NONE, None, count=count, partials=partials, sums=sums)
+        shortcut = torch.empty_like(shortcut_state.state)
+        branches += (Branch(None, *shortcut_state, shortcut),)
+    grad = (0, vector_of(state)[1], count, state.shape[1])  # only its dtype and sizes are read
+    tiled = tiles_of(1, partials)
+    launch_step("bn_backward_coefficients", state.device, grad, NO_GATE, branches, tiled, sums)
     return sums, coefficients, shortcut
 
 
-def bn_backward_apply(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    coefficients: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_coefficients: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def bn_backward_apply(gradient: Gradient, shortcut: BnGradient | None = None) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_backward."""
-    grad_x, grad_shortcut = torch.empty_like(x), x.new_empty(0)
-    branches: tuple[Branch, ...] = (Branch(x, coefficients=coefficients, grad_x=grad_x),)
-    if shortcut_x is not None:
-        grad_shortcut = torch.empty_like(shortcut_x)
-        branches += (Branch(shortcut_x, coefficients=shortcut_coefficients, grad_x=grad_shortcut),)
-    launch_step("bn_backward_apply", x, x.numel() // x.shape[1], branches, grad, gate_code(gate), gate)
-    return grad_x, grad_shortcut
+    grad, gate, y, coefficients = gradient
+    assert y is not None  # checked by the op
+    grad_y, grad_shortcut = torch.empty_like(y), y.new_empty(0)
+    branches: tuple[Branch, ...] = (Branch(y, coefficients=coefficients, grad_x=grad_y),)
+    if shortcut is not None:
+        grad_shortcut = torch.empty_like(shortcut.y)
+        branches += (Branch(shortcut.y, coefficients=shortcut.coefficients, grad_x=grad_shortcut),)
+    launch_step("bn_backward_apply", y.device, matrix_of(grad), gate_of(gate), branches)
+    return grad_y, grad_shortcut

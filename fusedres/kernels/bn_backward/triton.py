@@ -5,6 +5,8 @@ Functions named …_launch leave open what the ops fix: where results are writte
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,28 +18,24 @@ from fusedres.kernels.bn_backward.triton_kernels import (
 )
 from fusedres.kernels.triton_core.gate import gate_kind
 from fusedres.kernels.triton_core.launch import ceil_div, choose, launch, loop_bound
+from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
 
-def reduce_launch(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-    kind: str,
-) -> Tensor:
-    """Partials (T, 2 or 3, C) behind a gate of this kind."""
-    channels = x.shape[1]
-    rows = x.numel() // channels
-    candidates = configs.reduction(rows, channels, x.element_size())
+def reduce_launch(gated: Gated, kind: str, x: Raw, shortcut: Raw | None) -> Tensor:
+    """Partials (T, 2 or 3, C) after a gate of this kind."""
+    (grad, gate), (y, state) = gated, x
+    shortcut_x, shortcut_state = (None, None) if shortcut is None else shortcut
+    assert state is not None  # checked by the op
+    channels = y.shape[1]
+    rows = y.numel() // channels
+    candidates = configs.reduction(rows, channels, y.element_size())
     config = choose(candidates)
     tiles = ceil_div(rows, configs.row_tile(rows, channels))
     partials = state.new_empty((tiles, 2 if shortcut_x is None else 3, channels))
     arguments = {
         "grad_ptr": grad,
         "gate_ptr": gate,
-        "x_ptr": x,
+        "x_ptr": y,
         "state_ptr": state,
         "shortcut_x_ptr": shortcut_x,
         "shortcut_state_ptr": None if shortcut_x is None else shortcut_state,
@@ -52,37 +50,24 @@ def reduce_launch(
     return partials
 
 
-def bn_backward_reduce(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    state: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_state: Tensor | None,
-) -> Tensor:
+def bn_backward_reduce(gated: Gated, x: Raw, shortcut: Raw | None = None) -> Tensor:
     """See fusedres.ops.bn_backward."""
-    return reduce_launch(grad, gate, x, state, shortcut_x, shortcut_state, gate_kind(gate))
+    return reduce_launch(gated, gate_kind(gated.gate), x, shortcut)
 
 
 def coefficients_launch(
-    partials: Tensor,
-    count: int,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
-    sums: Tensor,
+    partials: Tensor, count: int, norm_state: NormState, shortcut_state: NormState | None, sums: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Coefficients of both branches, each (4, C); the merged sums are written to the first rows of `sums`."""
     tiles, _, channels = partials.shape
     candidates = configs.merge(channels)
     config = choose(candidates)
-    coefficients = torch.empty_like(state)
-    shortcut = None if shortcut_state is None else torch.empty_like(shortcut_state)
+    coefficients = torch.empty_like(norm_state.state)
+    shortcut = None if shortcut_state is None else torch.empty_like(shortcut_state.state)
     arguments = {
         "partials_ptr": partials,
-        "state_ptr": state,
-        "shortcut_state_ptr": shortcut_state,
+        "state_ptr": norm_state.state,
+        "shortcut_state_ptr": None if shortcut_state is None else shortcut_state.state,
         "out_sums_ptr": sums,
         "out_ptr": coefficients,
         "out_shortcut_ptr": shortcut,
@@ -90,8 +75,8 @@ def coefficients_launch(
         "C": channels,
         "count": count,
         "steps": loop_bound(ceil_div(tiles, config["BLOCK_T"])),
-        "BATCH_STATISTICS": batch_statistics,
-        "SHORTCUT_BATCH_STATISTICS": shortcut_batch_statistics,
+        "BATCH_STATISTICS": norm_state.batch_statistics,
+        "SHORTCUT_BATCH_STATISTICS": shortcut_state is not None and shortcut_state.batch_statistics,
     }
     grid = (ceil_div(channels, config["BLOCK_C"]),)
     launch(bn_backward_coefficients_kernel, grid, arguments, config, candidates)
@@ -99,34 +84,28 @@ def coefficients_launch(
 
 
 def bn_backward_coefficients(
-    partials: Tensor,
-    count: int,
-    state: Tensor,
-    batch_statistics: bool,
-    shortcut_state: Tensor | None,
-    shortcut_batch_statistics: bool,
+    partials: Tensor, count: int, norm_state: NormState, shortcut_state: NormState | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.bn_backward."""
     sums = partials.new_empty(partials.shape[1:])
-    coefficients, shortcut = coefficients_launch(
-        partials, count, state, batch_statistics, shortcut_state, shortcut_batch_statistics, sums
-    )
-    return sums, coefficients, state.new_empty(0) if shortcut is None else shortcut
+    coefficients, shortcut = coefficients_launch(partials, count, norm_state, shortcut_state, sums)
+    return sums, coefficients, coefficients.new_empty(0) if shortcut is None else shortcut
+
+
+class Elementwise(NamedTuple):
+    """A branch in the elementwise pass: its raw output (None if nothing depends on it), and where its gradient goes."""
+
+    x: Tensor | None
+    coefficients: Tensor
+    out: Tensor  # may be x, or the gradient itself
 
 
 def apply_launch(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor | None,
-    coefficients: Tensor,
-    out: Tensor,
-    kind: str,
-    state: Tensor | None = None,
-    shortcut_x: Tensor | None = None,
-    shortcut_coefficients: Tensor | None = None,
-    shortcut_out: Tensor | None = None,
+    gated: Gated, kind: str, branch: Elementwise, shortcut: Elementwise | None = None, state: Tensor | None = None
 ) -> None:
-    """Writes the gradients of the branches to `out` and `shortcut_out`, which may be x, shortcut_x or grad."""
+    """Write the gradients of one or two branches; a gate of the kind "affine" is recomputed from x and the state."""
+    (grad, gate), (x, coefficients, out) = gated, branch
+    shortcut_x, shortcut_coefficients, shortcut_out = (None, None, None) if shortcut is None else shortcut
     channels = grad.shape[1]
     rows = grad.numel() // channels
     candidates = configs.elementwise(channels, grad.element_size(), 1 if shortcut_out is None else 2)
@@ -149,19 +128,14 @@ def apply_launch(
     launch(bn_backward_apply_kernel, grid, arguments, config, candidates)
 
 
-def bn_backward_apply(
-    grad: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    coefficients: Tensor,
-    shortcut_x: Tensor | None,
-    shortcut_coefficients: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def bn_backward_apply(gradient: Gradient, shortcut: BnGradient | None = None) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_backward."""
-    grad_x = torch.empty_like(x)
-    if shortcut_x is None:
-        apply_launch(grad, gate, x, coefficients, grad_x, gate_kind(gate))
-        return grad_x, x.new_empty(0)
-    shortcut = shortcut_x, shortcut_coefficients, torch.empty_like(shortcut_x)
-    apply_launch(grad, gate, x, coefficients, grad_x, gate_kind(gate), None, *shortcut)
-    return grad_x, shortcut[2]
+    grad, gate, y, coefficients = gradient
+    assert y is not None and coefficients is not None  # checked by the op
+    grad_y, grad_shortcut = torch.empty_like(y), y.new_empty(0)
+    second = None
+    if shortcut is not None:
+        grad_shortcut = torch.empty_like(shortcut.y)
+        second = Elementwise(*shortcut, grad_shortcut)
+    apply_launch(Gated(grad, gate), gate_kind(gate), Elementwise(y, coefficients, grad_y), second)
+    return grad_y, grad_shortcut

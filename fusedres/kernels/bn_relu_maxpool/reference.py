@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from fusedres.kernels.bn_add_relu_backward.reference import bn_relu_backward_
 from fusedres.kernels.bn_backward.reference import bn_backward_apply, bn_backward_reduce
 from fusedres.kernels.conv_wgrad.reference import conv_wgrad
 from fusedres.kernels.reference_core import affine
+from fusedres.values import BnBranch, BnGradient, Gated, Geometry, Gradient, Pooled, Raw
 
 _CHANNELS_LAST = torch.channels_last
 CLOSED = 9  # the place of a window's maximum where its ReLU is closed
@@ -28,48 +31,37 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
     return out, place.to(torch.uint8).contiguous(memory_format=_CHANNELS_LAST)
 
 
-def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
-) -> tuple[Tensor, Tensor]:
+def bn_relu_maxpool_backward(pooled: Pooled, x: BnBranch, with_sums: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool; the sums are always there."""
-    d = _unpooled(grad, argmax, x, state)
-    sums = bn_relu_backward_(d, x, state, False, batch_statistics, with_sums)
-    return d.to(x.dtype), sums[:2]
+    d = _unpooled(pooled, x.x, x.state)
+    sums = bn_relu_backward_(d, x, False, with_sums)
+    return d.to(x.x.dtype), sums[:2]
 
 
-def bn_relu_maxpool_backward_(
-    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
-) -> Tensor:
+def bn_relu_maxpool_backward_(pooled: Pooled, x: BnBranch, with_sums: bool) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
-    grad_x, sums = bn_relu_maxpool_backward(grad, argmax, x, state, batch_statistics, with_sums)
-    x.copy_(grad_x)
+    grad_x, sums = bn_relu_maxpool_backward(pooled, x, with_sums)
+    x.x.copy_(grad_x)
     return sums
 
 
-def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:
+def bn_relu_maxpool_reduce(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool; one tile."""
-    return bn_backward_reduce(_unpooled(grad, argmax, x, state), None, x, state, None, None)
+    return bn_backward_reduce(Gated(_unpooled(pooled, x, state), None), Raw(x, state))
 
 
 def bn_relu_maxpool_wgrad(
-    grad: Tensor,
-    argmax: Tensor,
-    y: Tensor,
-    coefficients: Tensor,
-    input: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    pooled: Pooled, y: BnGradient, input: Tensor, kernel: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool; one split."""
-    d = _unpooled(grad, argmax, y, coefficients)
-    dy, _ = bn_backward_apply(d, None, y, coefficients, None, None)
-    return conv_wgrad(dy, None, None, None, input, None, kernel, stride, padding, dilation)
+    d = _unpooled(pooled, *y)
+    dy, _ = bn_backward_apply(Gradient(d, None, *y))
+    return conv_wgrad(Gradient(dy), Raw(input, None), kernel, geometry)
 
 
-def _unpooled(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:
+def _unpooled(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
     """The gradient of scale·x + shift, in the arithmetic type: every window's, at its place."""
+    grad, argmax = pooled
     n, c, rows, columns = grad.shape
     wide = grad.to(state.dtype)
     padded = wide.new_zeros((n, c, 2 * rows + 1, 2 * columns + 1))

@@ -16,6 +16,7 @@ from fusedres.kernels.bn_relu_maxpool.triton_kernels import (
 )
 from fusedres.kernels.bn_relu_maxpool.wgrad import bn_relu_maxpool_wgrad
 from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
+from fusedres.values import BnBranch, NormState, Pooled
 
 __all__ = [
     "bn_relu_maxpool",
@@ -48,23 +49,20 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
     return out, argmax
 
 
-def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
-) -> tuple[Tensor, Tensor]:
+def bn_relu_maxpool_backward(pooled: Pooled, x: BnBranch, with_sums: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool."""
-    grad_x = torch.empty_like(x)
-    return grad_x, _launch(grad, argmax, x, state, batch_statistics, with_sums, grad_x)
+    grad_x = torch.empty_like(x.x)
+    return grad_x, _launch(pooled, x, with_sums, grad_x)
 
 
-def bn_relu_maxpool_backward_(
-    grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor, batch_statistics: bool, with_sums: bool
-) -> Tensor:
+def bn_relu_maxpool_backward_(pooled: Pooled, x: BnBranch, with_sums: bool) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
-    return _launch(grad, argmax, x, state, batch_statistics, with_sums, x)
+    return _launch(pooled, x, with_sums, x.x)
 
 
-def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tensor) -> Tensor:
+def bn_relu_maxpool_reduce(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
+    grad, argmax = pooled
     c = x.shape[1]
     candidates = configs.reduction(c)
     config = choose(candidates)
@@ -83,23 +81,17 @@ def bn_relu_maxpool_reduce(grad: Tensor, argmax: Tensor, x: Tensor, state: Tenso
     return partials
 
 
-def _launch(
-    grad: Tensor,
-    argmax: Tensor,
-    x: Tensor,
-    state: Tensor,
-    batch_statistics: bool,
-    with_sums: bool,
-    grad_x: Tensor,
-) -> Tensor:
+def _launch(pooled: Pooled, branch: BnBranch, with_sums: bool, grad_x: Tensor) -> Tensor:
+    (grad, argmax), (x, state, batch_statistics) = pooled, branch
     n, c, h, w = x.shape
     sums = state.new_zeros((2, c)) if n == 0 else state.new_empty((2, c))
     if n == 0:
         return sums
     coefficients = state[2:]  # without sums and batch statistics only a, the scale, is read
     if batch_statistics or with_sums:
-        partials = bn_relu_maxpool_reduce(grad, argmax, x, state)
-        coefficients, _ = coefficients_launch(partials, n * h * w, state, batch_statistics, None, False, sums)
+        partials = bn_relu_maxpool_reduce(pooled, x, state)
+        norm_state = NormState(state, batch_statistics)
+        coefficients, _ = coefficients_launch(partials, n * h * w, norm_state, None, sums)
     candidates = configs.elementwise(c)
     config = choose(candidates)
     arguments = {

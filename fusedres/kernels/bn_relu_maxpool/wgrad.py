@@ -15,6 +15,8 @@ of columns, mostly from L2, where the programs of one split run side by side; wr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from fusedres.kernels.bn_relu_maxpool.triton_kernels import quad_gradients, wind
 from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.triton_core.product import add_product
+from fusedres.values import BnGradient, Geometry, Pooled
 
 FAR = tl.constexpr(1 << 29)  # a row outside of every image
 
@@ -143,17 +146,12 @@ def bn_relu_maxpool_wgrad_kernel(
 
 
 def bn_relu_maxpool_wgrad(
-    grad: Tensor,
-    argmax: Tensor,
-    y: Tensor,
-    coefficients: Tensor,
-    input: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    pooled: Pooled, y: BnGradient, input: Tensor, kernel: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool."""
+    grad, argmax = pooled
+    raw, coefficients = y
+    stride, padding, dilation = geometry
     c, h, w = input.shape[1:]
     k, p, q = grad.shape[1:]
     candidates, config, tiles, steps, splits = configs.wgrad_plan(grad, input, kernel)
@@ -163,7 +161,7 @@ def bn_relu_maxpool_wgrad(
     arguments = {
         "grad_ptr": grad,
         "argmax_ptr": argmax,
-        "y_ptr": y,
+        "y_ptr": raw,
         "coefficients_ptr": coefficients,
         "x_ptr": input,
         "out_ptr": out,
@@ -171,8 +169,8 @@ def bn_relu_maxpool_wgrad(
         "steps": loop_bound(steps),
         "P": p,
         "Q": q,
-        "Y_H": y.shape[2],
-        "Y_W": y.shape[3],
+        "Y_H": raw.shape[2],
+        "Y_W": raw.shape[3],
         "H": h,
         "W": w,
         "K": k,

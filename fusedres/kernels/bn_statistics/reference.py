@@ -6,59 +6,38 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.reference_core import arithmetic_dtype
+from fusedres.values import Norm
 
 
-def bn_statistics(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
+def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     dtype = arithmetic_dtype(x.dtype)
     wide = x.to(dtype)
     mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)  # not var_mean: its mean of infinities is NaN
-    count = x.numel() // x.shape[1]
-    update_running(mean, var, count, running_mean, running_var, num_batches_tracked, momentum)
-    return normalisation(mean, var, weight, bias, eps)
+    update_running(mean, var, x.numel() // x.shape[1], norm)
+    return normalisation(mean, var, norm.weight, norm.bias, norm.eps)
 
 
-def bn_finalize(
-    partials: Tensor,
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    """See fusedres.ops.bn_finalize."""
+def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
     means, m2 = partials.unbind(1)
     pivot = torch.where(means[0].isfinite(), means[0], 0.0)  # small differences of large means stay exact
     shifted, weights, count = means - pivot, rows.unsqueeze(1), rows.sum()
     mean = (weights * shifted).sum(0) / count
     var = (m2 + weights * (shifted - mean).square()).sum(0) / count
     mean = mean + pivot
-    update_running(mean, var, count, running_mean, running_var, num_batches_tracked, momentum)
-    return normalisation(mean, var, weight, bias, eps)
+    update_running(mean, var, count, norm)
+    return normalisation(mean, var, norm.weight, norm.bias, norm.eps)
 
 
 def update_running(
     mean: Tensor,
     var: Tensor,
     count: int | Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
+    norm: Norm,
 ) -> None:
-    """Counts the batch and averages its statistics in, the variance unbiased."""
+    """Count the batch, and update the running statistics with its own, the variance unbiased."""
+    _, _, running_mean, running_var, num_batches_tracked, momentum, _ = norm
     if num_batches_tracked is not None:
         num_batches_tracked += 1
     if running_mean is None or running_var is None:
@@ -81,14 +60,9 @@ def normalisation(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor
     return torch.stack((mean, invstd, scale, shift))
 
 
-def bn_frozen(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-) -> Tensor:
-    """See fusedres.ops.bn_frozen."""
+def bn_frozen(x: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    weight, bias, running_mean, running_var, *_, eps = norm
+    assert running_mean is not None and running_var is not None  # checked by the op
     dtype = arithmetic_dtype(x.dtype)
     return normalisation(running_mean.to(dtype), running_var.to(dtype), weight, bias, eps)

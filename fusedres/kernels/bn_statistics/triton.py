@@ -26,6 +26,7 @@ from fusedres.kernels.bn_statistics import configs
 from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, multiprocessors
 from fusedres.kernels.triton_core.rows import tile
+from fusedres.values import Norm
 
 
 @triton.jit
@@ -194,16 +195,7 @@ def bn_frozen_kernel(
     store_state(out_state_ptr, mean, var, weight_ptr, bias_ptr, eps, C, columns, BLOCK_C)
 
 
-def bn_statistics(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
+def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     n, c, h, w = x.shape
     candidates = configs.bn_partials(c, x.dtype)
@@ -222,39 +214,16 @@ def bn_statistics(
         "tile_rows": tile_rows,
     }
     launch(bn_partials_kernel, (tiles * ceil_div(c, config["BLOCK_C"]),), arguments, config, candidates)
-    running = (running_mean, running_var, num_batches_tracked)
-    return _finalize(partials, rows, pivot, True, weight, bias, *running, momentum, eps)
+    return _finalize(partials, rows, norm, pivot, True)
 
 
-def bn_finalize(
-    partials: Tensor,
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    """See fusedres.ops.bn_finalize."""
-    running = (running_mean, running_var, num_batches_tracked)
-    return _finalize(partials, rows, partials[0, 0], False, weight, bias, *running, momentum, eps)
+def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    return _finalize(partials, rows, norm, partials[0, 0], False)
 
 
-def _finalize(
-    partials: Tensor,
-    rows: Tensor,
-    pivot: Tensor,
-    shifted: bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
+def _finalize(partials: Tensor, rows: Tensor, norm: Norm, pivot: Tensor, shifted: bool) -> Tensor:
+    weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps = norm
     tiles, _, c = partials.shape
     state = torch.empty((4, c), dtype=partials.dtype, device=partials.device)
     averaged = running_mean is not None and running_var is not None
@@ -286,15 +255,10 @@ def _finalize(
     return state
 
 
-def bn_frozen(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-) -> Tensor:
-    """See fusedres.ops.bn_frozen."""
+def bn_frozen(x: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    weight, bias, running_mean, running_var, *_, eps = norm
+    assert running_mean is not None and running_var is not None  # checked by the op
     c = running_mean.shape[0]
     state = torch.empty((4, c), dtype=arithmetic_dtype(x.dtype), device=running_mean.device)
     candidates = configs.bn_frozen(c)

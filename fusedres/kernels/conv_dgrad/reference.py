@@ -7,30 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, gated, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, masked, per_channel
+from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient
 
 
 def conv_dgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    coefficients: Tensor | None,
+    gradient: Gradient,
     weight: Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    input: Tensor | None,
-    input_state: Tensor | None,
-    shortcut_grad: Tensor | None,
-    shortcut_gate: Tensor | None,
-    shortcut_stride: int,
+    geometry: Geometry,
+    input: Raw | None = None,
+    shortcut: ShortcutGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.conv_dgrad; the sums are one tile's."""
+    grad, gate, y, coefficients = gradient
+    stride, padding, dilation = geometry
     dtype = arithmetic_dtype(grad.dtype)
     if y is not None and coefficients is not None:
         a, c1, mean, k = (per_channel(row) for row in coefficients)
-        d = gated(grad, gate).to(dtype)
+        d = masked(grad, gate).to(dtype)
         grad = (a * (d - c1 - (y.to(dtype) - mean) * k)).to(grad.dtype)
     dx, _, _ = torch.ops.aten.convolution_backward.default(
         grad.to(dtype),
@@ -46,14 +41,13 @@ def conv_dgrad(
         [True, False, False],
     )
     sums = torch.empty(0, dtype=dtype, device=grad.device)
-    if shortcut_grad is not None:
-        share = gated(shortcut_grad, shortcut_gate)[:, : dx.shape[1]]
-        dx[:, :, ::shortcut_stride, ::shortcut_stride] += share
-    if input is not None and input_state is not None:
-        dx = dx.masked_fill(affine(input, input_state) <= 0, 0)
+    if shortcut is not None:
+        share = masked(shortcut.grad, shortcut.gate)[:, : dx.shape[1]]
+        dx[:, :, :: shortcut.stride, :: shortcut.stride] += share
+    if input is None or input.state is None:
+        return dx.to(grad.dtype).contiguous(memory_format=torch.channels_last), sums
+    dx = dx.masked_fill(affine(input.y, input.state) <= 0, 0)
     dx = dx.to(grad.dtype).contiguous(memory_format=torch.channels_last)
-    if input is not None and input_state is not None:
-        d = dx.to(dtype)
-        normalised = (input.to(dtype) - per_channel(input_state[0])) * per_channel(input_state[1])
-        sums = torch.stack((d.sum((0, 2, 3)), (d * normalised).sum((0, 2, 3)))).unsqueeze(0)
-    return dx, sums
+    d = dx.to(dtype)
+    normalised = (input.y.to(dtype) - per_channel(input.state[0])) * per_channel(input.state[1])
+    return dx, torch.stack((d.sum((0, 2, 3)), (d * normalised).sum((0, 2, 3)))).unsqueeze(0)

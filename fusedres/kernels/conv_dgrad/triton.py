@@ -29,6 +29,7 @@ from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
 from fusedres.kernels.triton_core.gate import before_product
 from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.product import add_product
+from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient
 
 
 @triton.constexpr_function
@@ -225,22 +226,18 @@ def conv_dgrad_kernel(
 
 
 def conv_dgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    coefficients: Tensor | None,
+    gradient: Gradient,
     weight: Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    input: Tensor | None,
-    input_state: Tensor | None,
-    shortcut_grad: Tensor | None,
-    shortcut_gate: Tensor | None,
-    shortcut_stride: int,
+    geometry: Geometry,
+    input: Raw | None = None,
+    shortcut: ShortcutGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.conv_dgrad."""
+    raw, input_state = (None, None) if input is None else input
+    shortcut_grad, shortcut_gate, shortcut_stride = (None, None, 1) if shortcut is None else shortcut
+    grad, gate, y, coefficients = gradient
+    stride, padding, dilation = geometry
     n, c, h, w = input_size
     grad, gate = before_product(grad, gate)
     options = candidates(grad, weight, stride, y is not None)
@@ -257,7 +254,7 @@ def conv_dgrad(
         "y_ptr": y,
         "coefficients_ptr": coefficients,
         "weight_ptr": weight,
-        "input_ptr": input,
+        "input_ptr": raw,
         "state_ptr": input_state,
         "shortcut_ptr": None if shortcut_grad is None else shortcut_grad[:, :c],
         "shortcut_gate_ptr": None if shortcut_gate is None else shortcut_gate[..., : ceil_div(c, 8)],

@@ -11,7 +11,6 @@ output once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +21,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusedres.kernels.conv_fprop.accumulate import accumulate
 from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, candidates, chosen
 from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
-from fusedres.kernels.conv_fprop.geometry import empty_output, tap_table
+from fusedres.kernels.conv_fprop.taps import tap_table
 from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.gemm import affine, below, column_slices, output_pixel, store
 from fusedres.kernels.triton_core.launch import Config, ceil_div, choose, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.rows import pixels, relu
+from fusedres.values import Geometry, Raw, ShortcutInput
 
 
 @jit_for_any_batch
@@ -144,29 +144,23 @@ def conv_bn_add_relu_kernel(
         tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], relu(z).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def conv_fprop(
-    x: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    with_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_fprop(x: Raw, weight: Tensor, geometry: Geometry, with_statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.conv_fprop."""
-    y = empty_output(x, weight, stride, padding, dilation)
+    source, state = x
+    stride, padding = geometry.stride, geometry.padding
+    y = empty_output(source, weight, geometry)
     rows, k = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
-    aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    configs = candidates(x, weight, y, stride, padding, state is not None, aligned)
-    config = chosen(configs, x, weight, y, stride, state is not None)
+    aligned = source.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    configs = candidates(source, weight, y, stride, padding, state is not None, aligned)
+    config = chosen(configs, source, weight, y, stride, state is not None)
     tiles = ceil_div(rows, config["BLOCK_M"])
-    dtype = arithmetic_dtype(x.dtype)
-    partials = torch.empty((tiles, 2, k) if with_statistics else (0,), dtype=dtype, device=x.device)
-    tile_rows = torch.empty((tiles,) if with_statistics else (0,), dtype=dtype, device=x.device)
+    dtype = arithmetic_dtype(source.dtype)
+    partials = torch.empty((tiles, 2, k) if with_statistics else (0,), dtype=dtype, device=source.device)
+    tile_rows = torch.empty((tiles,) if with_statistics else (0,), dtype=dtype, device=source.device)
     by_table = isinstance(config, DescriptorConfig) or config["TABLE"]
-    arguments = _convolution(x, weight, y, stride, padding, dilation) | {
+    arguments = _convolution(source, weight, y, geometry) | {
         "state_ptr": state,
-        "table_ptr": tap_table(x, weight, stride, padding, dilation) if by_table and any(padding) else None,
+        "table_ptr": tap_table(source, weight, geometry) if by_table and any(padding) else None,
         "out_ptr": y,
         "out_partials_ptr": partials if with_statistics else None,
         "out_rows_ptr": tile_rows if with_statistics else None,
@@ -179,27 +173,20 @@ def conv_fprop(
 
 
 def conv_bn_add_relu(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    state: Tensor,
-    shortcut: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_stride: int,
+    x: Tensor, weight: Tensor, geometry: Geometry, state: Tensor, shortcut: ShortcutInput | None = None
 ) -> Tensor:
     """See fusedres.ops.conv_bn_add_relu."""
-    out = empty_output(x, weight, stride, padding, dilation)
+    stride, padding = geometry.stride, geometry.padding
+    out = empty_output(x, weight, geometry)
     rows, k = out.shape[0] * out.shape[2] * out.shape[3], out.shape[1]
     configs = by_pointers(candidates(x, weight, out, stride, padding, False))
     taps = f"{weight.shape[2]}x{weight.shape[3]}"
     config = choose(configs, "conv_bn_add_relu", x.dtype, rows, weight.shape[1], k, taps, stride[0])
-    reached, strides = (None, (0, 0, 0)) if shortcut is None else pixels(shortcut, shortcut_stride)
-    arguments = _convolution(x, weight, out, stride, padding, dilation) | {
+    reached, strides = (None, (0, 0, 0)) if shortcut is None else pixels(shortcut.x, shortcut.stride)
+    arguments = _convolution(x, weight, out, geometry) | {
         "state_ptr": state,
         "shortcut_ptr": reached,
-        "shortcut_state_ptr": shortcut_state,
+        "shortcut_state_ptr": None if shortcut is None else shortcut.state,
         "out_ptr": out,
         "shortcut_channels": 0 if reached is None else reached.shape[1],
         "shortcut_stride_n": strides[0],
@@ -214,15 +201,15 @@ def _grid(rows: int, columns: int, config: Config) -> tuple[int]:
     return (ceil_div(rows, config["BLOCK_M"]) * ceil_div(columns, config["BLOCK_K"]),)
 
 
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> dict[str, Any]:
+def empty_output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Room for a convolution's output, channels_last."""
+    shape = geometry.output_shape(x.shape, weight.shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _convolution(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> dict[str, Any]:
     """The arguments of the reduction."""
+    stride, padding, dilation = geometry
     k, c, r, s = weight.shape
     _, _, h, w = x.shape
     x_strides = (h * w * c, w * c, c)  # torch's may differ where a size is 1

@@ -7,7 +7,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fusedres.kernels.triton_core.launch import (
     INTERPRETED,
@@ -20,6 +19,7 @@ from fusedres.kernels.triton_core.launch import (
     multiprocessors,
     shared_memory,
 )
+from fusedres.values import Gradient, Raw
 
 
 @cache
@@ -87,21 +87,13 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    input: Tensor,
-    input_state: Tensor | None,
-    kernel: Sequence[int],
-) -> Plan:
+def plan(gradient: Gradient, input: Raw, kernel: Sequence[int]) -> Plan:
     """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
-    k, c, taps = int(grad.shape[1]), int(input.shape[1]), int(kernel[0] * kernel[1])
-    candidates = conv_wgrad(
-        k, c, grad.dtype, input_state is not None, y is not None, gate is not None, gpu(grad.device)
-    )
+    grad, normalised, on_load = gradient.grad, input.state is not None, gradient.y is not None
+    k, c, taps = int(grad.shape[1]), int(input.y.shape[1]), int(kernel[0] * kernel[1])
+    candidates = conv_wgrad(k, c, grad.dtype, normalised, on_load, gradient.gate is not None, gpu(grad.device))
     rows = int(grad.numel()) // k
-    loads = "normalised" if input_state is not None else "plain", "stored" if y is None else "on-load"
+    loads = "normalised" if normalised else "plain", "on-load" if on_load else "stored"
     config = choose(candidates, "conv_wgrad", grad.dtype, rows, c, k, f"{kernel[0]}x{kernel[1]}", *loads)
     block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
     tiles = taps * ceil_div(k, block_k) * ceil_div(c, block_c)

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, gated, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, masked, per_channel
+from fusedres.values import Geometry, Gradient, Raw
 
 
-def conv_wgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    coefficients: Tensor | None,
-    input: Tensor,
-    input_state: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
+def conv_wgrad(gradient: Gradient, input: Raw, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """See fusedres.ops.conv_wgrad; one split."""
+    grad, gate, y, coefficients = gradient
+    stride, padding, dilation = geometry
     wide = arithmetic_dtype(grad.dtype)
-    dy, h = grad, input
+    dy, (h, input_state) = grad, input
     if y is not None and coefficients is not None:
         a, c1, mean, k = (per_channel(row) for row in coefficients)
-        dy = (a * (gated(grad, gate).to(wide) - c1 - (y.to(wide) - mean) * k)).to(grad.dtype)
+        dy = (a * (masked(grad, gate).to(wide) - c1 - (y.to(wide) - mean) * k)).to(grad.dtype)
     if input_state is not None:
-        h = torch.relu(affine(input, input_state)).to(input.dtype)
-    shape = (grad.shape[1], input.shape[1], kernel[0], kernel[1])
+        h = torch.relu(affine(h, input_state)).to(h.dtype)
+    shape = (grad.shape[1], h.shape[1], kernel[0], kernel[1])
     weight_grad = conv2d_weight(h.to(wide), shape, dy.to(wide), stride, padding, dilation)
     return weight_grad.permute(0, 2, 3, 1).contiguous().unsqueeze(0)
 

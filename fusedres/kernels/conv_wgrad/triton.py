@@ -19,6 +19,8 @@ one split run side by side; writes S·K·R·S'·C sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +31,7 @@ from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.triton_core.product import add_product
 from fusedres.kernels.triton_core.rows import relu
+from fusedres.values import Geometry, Gradient, Raw
 
 __all__ = ["conv_wgrad", "conv_wgrad_finalize"]
 
@@ -189,23 +192,15 @@ def _magic(divisor: int) -> tuple[int, int]:
     return (1 << (31 + shift)) // divisor + 1, shift
 
 
-def conv_wgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    y: Tensor | None,
-    coefficients: Tensor | None,
-    input: Tensor,
-    input_state: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
+def conv_wgrad(gradient: Gradient, input: Raw, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """See fusedres.ops.conv_wgrad."""
+    raw, input_state = input
+    grad, gate, y, coefficients = gradient
+    stride, padding, dilation = geometry
     n, k, p, q = grad.shape
-    c, h, w = input.shape[1:]
+    c, h, w = raw.shape[1:]
     taps = kernel[0] * kernel[1]
-    candidates, config, steps, splits = configs.plan(grad, gate, y, input, input_state, kernel)
+    candidates, config, steps, splits = configs.plan(gradient, input, kernel)
     out = grad.new_empty((splits, k, *kernel, c), dtype=arithmetic_dtype(grad.dtype))
     P_magic, P_shift = _magic(p)
     Q_magic, Q_shift = _magic(q)
@@ -214,7 +209,7 @@ def conv_wgrad(
         "gate_ptr": gate,
         "y_ptr": y,
         "coefficients_ptr": coefficients,
-        "x_ptr": input[:, :, :: stride[0], :: stride[1]] if taps == 1 and not any(padding) else input,
+        "x_ptr": raw[:, :, :: stride[0], :: stride[1]] if taps == 1 and not any(padding) else raw,
         "state_ptr": input_state,
         "out_ptr": out,
         "M": n * p * q,

@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedres.kernels.one_pass import configs
 from fusedres.kernels.one_pass.statistics import load_weight
 from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
+from fusedres.values import GramState
 
 
 @triton.jit
@@ -158,13 +159,12 @@ def one_pass_products(
     sum_d: Tensor,
     conv_weight: Tensor,
     folded: Tensor,
-    state: Tensor,
-    projected: Tensor,
-    total: Tensor,
+    gram_state: GramState,
     count: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
+    state, projected, total = gram_state
     channels, in_channels = folded.shape
     grad_conv, grad_weight, c2 = torch.empty_like(conv_weight), torch.empty_like(sum_d), torch.empty_like(sum_d)
     sizes = {

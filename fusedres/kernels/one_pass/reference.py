@@ -6,51 +6,36 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.bn_statistics.reference import normalisation, update_running
+from fusedres.values import Gram, GramState, Norm
 
 
-def one_pass_statistics(
-    conv_weight: Tensor,
-    pivot: Tensor,
-    total: Tensor,
-    gram: Tensor,
-    count: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def one_pass_statistics(conv_weight: Tensor, gram: Gram, count: int, norm: Norm) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
+    pivot, total, squares = gram
     matrix = conv_weight.detach().reshape(conv_weight.shape[:2]).double()
     centre = total / count
-    projected = matrix @ torch.addr(gram / count, centre, centre, alpha=-1)  # in float64: what cancels, cancels squared
+    projected = matrix @ torch.addr(
+        squares / count, centre, centre, alpha=-1
+    )  # in float64: what cancels, cancels squared
     mean = matrix @ centre
     var = (projected * matrix).sum(1).clamp_(min=0)
     moved = mean + matrix @ pivot.double()
-    update_running(moved, var, count, running_mean, running_var, num_batches_tracked, momentum)
-    return normalisation(mean, var, weight, bias, eps).to(pivot.dtype), projected.to(pivot.dtype)
+    update_running(moved, var, count, norm)
+    return normalisation(mean, var, norm.weight, norm.bias, norm.eps).to(pivot.dtype), projected.to(pivot.dtype)
 
 
 def one_pass_backward(
-    d: Tensor,
-    sum_d: Tensor,
-    z: Tensor,
-    conv_weight: Tensor,
-    state: Tensor,
-    projected: Tensor,
-    total: Tensor,
-    with_input: bool,
+    d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, gram_state: GramState, with_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
+    state = gram_state.state
     channels, in_channels = conv_weight.shape[:2]
     dtype = state.dtype
     rows_d = d.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
     rows_z = z.permute(0, 2, 3, 1).reshape(-1, in_channels).to(dtype)
     matrix = conv_weight.detach().reshape(channels, in_channels).to(dtype)
     grad_conv, grad_weight, quadratic, constant = small_products(
-        rows_d.T @ rows_z, sum_d, matrix, state, projected, total, rows_z.shape[0]
+        rows_d.T @ rows_z, sum_d, matrix, gram_state, rows_z.shape[0]
     )
     if with_input:
         grad_z = torch.addmm(constant, rows_d, state[2].unsqueeze(1) * matrix).addmm_(rows_z, quadratic, alpha=-1)
@@ -62,19 +47,21 @@ def one_pass_backward(
 
 
 def small_products(
-    cross: Tensor, sum_d: Tensor, matrix: Tensor, state: Tensor, projected: Tensor, total: Tensor, count: int
+    cross: Tensor, sum_d: Tensor, matrix: Tensor, gram_state: GramState, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dW, dγ, Q and dz's constant row from G = dᵀz', none larger than the weight."""
-    grad_conv, grad_weight = parameter_grads(cross, sum_d, matrix, state, projected, total, count)
+    state, _, total = gram_state
+    grad_conv, grad_weight = parameter_grads(cross, sum_d, matrix, gram_state, count)
     quadratic = quadratic_form(matrix, grad_weight, state, count)
     constant = (total.to(state.dtype) @ quadratic) / count - (state[2] * sum_d / count) @ matrix
     return grad_conv, grad_weight, quadratic, constant
 
 
 def parameter_grads(
-    cross: Tensor, sum_d: Tensor, matrix: Tensor, state: Tensor, projected: Tensor, total: Tensor, count: int
+    cross: Tensor, sum_d: Tensor, matrix: Tensor, gram_state: GramState, count: int
 ) -> tuple[Tensor, Tensor]:
     """dW and dγ."""
+    state, projected, total = gram_state
     mean, invstd, scale, _ = state
     grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
     grad_conv = torch.addr(scale.unsqueeze(1) * cross, scale * sum_d / count, total.to(state.dtype), alpha=-1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedres.kernels.bn_statistics.triton import store_average, store_state
 from fusedres.kernels.one_pass import configs
 from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
+from fusedres.values import Gram, Norm
 
 # Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
 FLOAT64_PRODUCTS = 1 << 24
@@ -153,21 +154,10 @@ def one_pass_fold_kernel(
     tl.store(out_offset_ptr + rows, shift + scale * mean - tl.sum(total, 1), mask=rows < K)
 
 
-def one_pass_statistics(
-    conv_weight: Tensor,
-    pivot: Tensor,
-    total: Tensor,
-    gram: Tensor,
-    count: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def one_pass_statistics(conv_weight: Tensor, gram: Gram, count: int, norm: Norm) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass."""
+    pivot, total, squares = gram
+    weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps = norm
     channels, in_channels = conv_weight.shape[:2]
     wide = channels * in_channels * in_channels <= FLOAT64_PRODUCTS
     dtype = torch.float64 if wide else pivot.dtype
@@ -182,7 +172,7 @@ def one_pass_statistics(
         "weight_ptr": conv_weight,
         "pivot_ptr": pivot,
         "total_ptr": total,
-        "gram_ptr": gram,
+        "gram_ptr": squares,
         "batches_ptr": num_batches_tracked,
         "out_ptr": projected,
         "out_shares_ptr": shares,

@@ -21,6 +21,7 @@ from fusedres.kernels.triton_core.gate import before_product
 from fusedres.kernels.triton_core.gemm import column_slices
 from fusedres.kernels.triton_core.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.product import add_product
+from fusedres.values import Centred, Gated
 
 
 @triton.jit
@@ -111,31 +112,23 @@ def one_pass_dgrad_kernel(
 
 
 def one_pass_dgrad(
-    grad: Tensor,
-    gate: Tensor | None,
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    folded: Tensor,
-    quadratic: Tensor,
-    constant: Tensor,
-    stride: int,
-    masked: bool,
+    gated: Gated, z: Centred, z_state: Tensor | None, folded: Tensor, quadratic: Tensor, constant: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
-    grad, gated_by = before_product(grad, gate)
+    grad, gate = before_product(*gated)
+    source, pivot, stride = z
     n, channels, p, q = grad.shape
-    rows, in_channels = n * p * q, z.shape[1]
-    taken = z[:, :, ::stride, ::stride]
+    rows, in_channels = n * p * q, source.shape[1]
+    taken = source[:, :, ::stride, ::stride]
     out = torch.empty_like(taken, memory_format=torch.channels_last)
     partials = pivot.new_empty((ceil_div(rows, ROWS_A_PARTIAL) if masked else 0, 2, in_channels))
     candidates = configs.dgrad(channels, in_channels, grad.dtype, gpu(grad.device))
     config = choose(candidates, "one_pass_dgrad", grad.dtype, rows, in_channels, channels)
     arguments = {
         "grad_ptr": grad,
-        "gate_ptr": gated_by,
+        "gate_ptr": gate,
         "z_ptr": taken,
-        "state_ptr": state,
+        "state_ptr": z_state,
         "pivot_ptr": pivot,
         "folded_ptr": folded,
         "quadratic_ptr": quadratic,
@@ -149,7 +142,7 @@ def one_pass_dgrad(
         "K": channels,
         "PARTIAL": ROWS_A_PARTIAL,
         "PRECISION": input_precision(grad.dtype),
-        **grid_arguments(z, stride),
+        **grid_arguments(source, stride),
     }
     grid = (ceil_div(rows, config["BLOCK_M"]) * ceil_div(in_channels, config["BLOCK_C"]),)
     launch(one_pass_dgrad_kernel, grid, arguments, config, candidates)

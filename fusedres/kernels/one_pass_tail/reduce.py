@@ -29,6 +29,7 @@ from fusedres.kernels.triton_core.launch import (
 )
 from fusedres.kernels.triton_core.product import add_product
 from fusedres.kernels.triton_core.splits import merge
+from fusedres.values import Centred, Gated
 
 
 @triton.jit
@@ -160,20 +161,14 @@ def one_pass_finalize_kernel(
 
 
 def one_pass_reduce(
-    grad: Tensor,
-    gate: Tensor | None,
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    stride: int,
-    x: Tensor | None,
-    x_pivot: Tensor | None,
-    x_stride: int,
+    gated: Gated, z: Centred, z_state: Tensor | None, x: Centred | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
-    grad, gated_by = before_product(grad, gate)
+    grad, gate = before_product(*gated)
+    source, pivot, stride = z
+    joined, x_pivot, x_stride = (None, None, 1) if x is None else x
     n, channels, p, q = grad.shape
-    rows, in_channels, x_channels = n * p * q, z.shape[1], 0 if x is None else x.shape[1]
+    rows, in_channels, x_channels = n * p * q, source.shape[1], 0 if joined is None else joined.shape[1]
     columns = in_channels, x_channels
     candidates = configs.reduce(channels, columns, grad.dtype, gpu(grad.device))
     config = choose(candidates, "one_pass_reduce", grad.dtype, rows, in_channels, channels, x_channels)
@@ -183,11 +178,11 @@ def one_pass_reduce(
     splits = pivot.new_empty((count, sum(sizes) + channels))
     arguments = {
         "grad_ptr": grad,
-        "gate_ptr": gated_by,
-        "z_ptr": z[:, :, ::stride, ::stride],
-        "state_ptr": state,
+        "gate_ptr": gate,
+        "z_ptr": source[:, :, ::stride, ::stride],
+        "state_ptr": z_state,
         "pivot_ptr": pivot,
-        "x_ptr": None if x is None else x[:, :, ::x_stride, ::x_stride],
+        "x_ptr": None if joined is None else joined[:, :, ::x_stride, ::x_stride],
         "x_pivot_ptr": x_pivot,
         "out_ptr": splits,
         "M": rows,
@@ -198,8 +193,8 @@ def one_pass_reduce(
         "K": channels,
         "X_C": x_channels,
         "PRECISION": input_precision(grad.dtype),
-        **grid_arguments(z, stride),
-        **grid_arguments(x, x_stride, "X_"),
+        **grid_arguments(source, stride),
+        **grid_arguments(joined, x_stride, "X_"),
     }
     tiles = ceil_div(in_channels, config["BLOCK_C"]) + ceil_div(x_channels, config["BLOCK_C"])
     grid = (ceil_div(channels, config["BLOCK_K"]) * tiles, count)

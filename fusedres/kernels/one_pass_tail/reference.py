@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.one_pass.reference import parameter_grads, quadratic_form
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, gated, pack_bits, per_channel
+from fusedres.kernels.reference_core import affine, arithmetic_dtype, pack_bits, per_channel
+from fusedres.kernels.reference_core import masked as masked_gradient
+from fusedres.values import Centred, Folded, Gated, GramState, ShortcutInput
 
 # Rows of dz behind one pair of partial sums (one_pass_dgrad).
 ROWS_A_PARTIAL = 64
@@ -24,55 +26,39 @@ def one_pass_fold(
 
 
 def one_pass_tail(
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    folded: Tensor,
-    offset: Tensor,
-    stride: int,
-    shortcut: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_stride: int,
-    x: Tensor | None,
-    x_pivot: Tensor | None,
-    x_folded: Tensor | None,
-    x_offset: Tensor | None,
-    x_stride: int,
+    z: Centred,
+    z_state: Tensor | None,
+    folded: Folded,
+    shortcut: ShortcutInput | None,
+    x: Centred | None,
+    x_folded: Folded | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail."""
-    dtype = arithmetic_dtype(z.dtype)
-    out = torch.addmm(offset, rows(centred(z, state, pivot, stride)).to(dtype), folded.to(dtype).T)
-    if x is not None:
-        assert x_pivot is not None and x_folded is not None and x_offset is not None  # checked by the op
-        out += torch.addmm(x_offset, rows(centred(x, None, x_pivot, x_stride)).to(dtype), x_folded.to(dtype).T)
-    out = activation(out, z, stride)
+    source = z.z
+    dtype = arithmetic_dtype(source.dtype)
+    out = torch.addmm(folded.offset, rows(centred(z, z_state)).to(dtype), folded.folded.to(dtype).T)
+    if x is not None and x_folded is not None:
+        out += torch.addmm(x_folded.offset, rows(centred(x, None)).to(dtype), x_folded.folded.to(dtype).T)
+    out = activation(out, z)
     if shortcut is not None:
-        shortcut = shortcut[:, :, ::shortcut_stride, ::shortcut_stride]
-        out[:, : shortcut.shape[1]] += shortcut if shortcut_state is None else affine(shortcut, shortcut_state)
-    mask = pack_bits(~(out <= 0)) if with_mask else torch.empty(0, dtype=torch.uint8, device=z.device)
-    return out.relu_().to(z.dtype), mask
+        share = shortcut.x[:, :, :: shortcut.stride, :: shortcut.stride]
+        out[:, : share.shape[1]] += share if shortcut.state is None else affine(share, shortcut.state)
+    mask = pack_bits(~(out <= 0)) if with_mask else torch.empty(0, dtype=torch.uint8, device=source.device)
+    return out.relu_().to(source.dtype), mask
 
 
 def one_pass_reduce(
-    grad: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    stride: int,
-    x: Tensor | None,
-    x_pivot: Tensor | None,
-    x_stride: int,
+    gated: Gated, z: Centred, z_state: Tensor | None, x: Centred | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
-    dtype = arithmetic_dtype(grad.dtype)
-    d = rows(gated(grad, gate)).to(dtype)
-    cross = d.T @ rows(centred(z, state, pivot, stride)).to(dtype)
-    if x is None or x_pivot is None:
+    dtype = arithmetic_dtype(gated.grad.dtype)
+    d = rows(masked_gradient(*gated)).to(dtype)
+    cross = d.T @ rows(centred(z, z_state)).to(dtype)
+    if x is None:
         x_cross = cross.new_empty((d.shape[1], 0))
     else:
-        x_cross = d.T @ rows(centred(x, None, x_pivot, x_stride)).to(dtype)
+        x_cross = d.T @ rows(centred(x, None)).to(dtype)
     return cross, x_cross, d.sum(0)
 
 
@@ -81,15 +67,14 @@ def one_pass_products(
     sum_d: Tensor,
     conv_weight: Tensor,
     folded: Tensor,
-    state: Tensor,
-    projected: Tensor,
-    total: Tensor,
+    gram_state: GramState,
     count: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
+    state, _, total = gram_state
     matrix = conv_weight.detach().reshape(conv_weight.shape[:2]).to(state.dtype)
-    grads, grad_weight = parameter_grads(cross, sum_d, matrix, state, projected, total, count)
+    grads, grad_weight = parameter_grads(cross, sum_d, matrix, gram_state, count)
     grad_conv = torch.empty_like(conv_weight).copy_(grads.view(conv_weight.shape))
     quadratic = quadratic_form(matrix, grad_weight, state, count).to(dtype)
     centre = (total / count).to(state.dtype).unsqueeze(1)
@@ -98,38 +83,30 @@ def one_pass_products(
 
 
 def one_pass_dgrad(
-    grad: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    folded: Tensor,
-    quadratic: Tensor,
-    constant: Tensor,
-    stride: int,
-    masked: bool,
+    gated: Gated, z: Centred, z_state: Tensor | None, folded: Tensor, quadratic: Tensor, constant: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail_backward."""
-    dtype, channels = arithmetic_dtype(grad.dtype), z.shape[1]
-    grad_z = torch.addmm(constant, rows(gated(grad, gate)).to(dtype), folded.to(dtype))
-    grad_z.addmm_(rows(centred(z, state, pivot, stride)).to(dtype), quadratic.to(dtype), alpha=-1)
+    source = z.z
+    dtype, channels = arithmetic_dtype(source.dtype), source.shape[1]
+    grad_z = torch.addmm(constant, rows(masked_gradient(*gated)).to(dtype), folded.to(dtype))
+    grad_z.addmm_(rows(centred(z, z_state)).to(dtype), quadratic.to(dtype), alpha=-1)
     if not masked:
-        return activation(grad_z, z, stride).to(z.dtype), constant.new_empty((0, 2, channels))
-    assert state is not None  # checked by the op
-    taken = z[:, :, ::stride, ::stride]
-    grad_z = grad_z.masked_fill(rows(affine(taken, state) <= 0), 0).to(z.dtype)
-    normalised = (rows(taken).to(dtype) - state[0]) * state[1]
+        return activation(grad_z, z).to(source.dtype), constant.new_empty((0, 2, channels))
+    assert z_state is not None  # checked by the op
+    taken = source[:, :, :: z.stride, :: z.stride]
+    grad_z = grad_z.masked_fill(rows(affine(taken, z_state) <= 0), 0).to(source.dtype)
+    normalised = (rows(taken).to(dtype) - z_state[0]) * z_state[1]
     sums = torch.stack((grad_z.to(dtype), grad_z * normalised))
     sums = torch.nn.functional.pad(sums, (0, 0, 0, -sums.shape[1] % ROWS_A_PARTIAL))
     partials = sums.view(2, -1, ROWS_A_PARTIAL, channels).sum(2).transpose(0, 1)
-    return activation(grad_z, z, stride), partials.contiguous()
+    return activation(grad_z, z), partials.contiguous()
 
 
-def centred(z: Tensor, state: Tensor | None, pivot: Tensor, stride: int) -> Tensor:
+def centred(z: Centred, state: Tensor | None) -> Tensor:
     """relu(scale·z + shift) − pivot, or z − pivot, of every stride-th pixel, rounded to z's dtype."""
-    taken = z[:, :, ::stride, ::stride]
-    wide = taken.to(pivot.dtype) if state is None else affine(taken, state).relu_()
-    return (wide - per_channel(pivot)).to(z.dtype)
+    taken = z.z[:, :, :: z.stride, :: z.stride]
+    wide = taken.to(z.pivot.dtype) if state is None else affine(taken, state).relu_()
+    return (wide - per_channel(z.pivot)).to(taken.dtype)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -137,7 +114,7 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def activation(matrix: Tensor, z: Tensor, stride: int) -> Tensor:
+def activation(matrix: Tensor, z: Centred) -> Tensor:
     """(N·P·Q, C) as (N, C, P, Q), channels_last, on the grid of z's strided pixels."""
-    n, _, h, w = z[:, :, ::stride, ::stride].shape
+    n, _, h, w = z.z[:, :, :: z.stride, :: z.stride].shape
     return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)

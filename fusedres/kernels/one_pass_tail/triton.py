@@ -23,6 +23,7 @@ from fusedres.kernels.triton_core.centred import grid_arguments, load_centred, l
 from fusedres.kernels.triton_core.gemm import column_slices
 from fusedres.kernels.triton_core.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.product import add_product
+from fusedres.values import Centred, Folded, ShortcutInput
 
 __all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
 
@@ -154,42 +155,38 @@ def one_pass_tail_kernel(
 
 
 def one_pass_tail(
-    z: Tensor,
-    state: Tensor | None,
-    pivot: Tensor,
-    folded: Tensor,
-    offset: Tensor,
-    stride: int,
-    shortcut: Tensor | None,
-    shortcut_state: Tensor | None,
-    shortcut_stride: int,
-    x: Tensor | None,
-    x_pivot: Tensor | None,
-    x_folded: Tensor | None,
-    x_offset: Tensor | None,
-    x_stride: int,
+    z: Centred,
+    z_state: Tensor | None,
+    folded: Folded,
+    shortcut: ShortcutInput | None,
+    x: Centred | None,
+    x_folded: Folded | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.one_pass_tail."""
-    taken = z[:, :, ::stride, ::stride]
+    source, pivot, stride = z
+    share, share_state, share_stride = (None, None, 1) if shortcut is None else shortcut
+    joined, x_pivot, x_stride = (None, None, 1) if x is None else x
+    x_weight, x_offset = (None, None) if x_folded is None else x_folded
+    taken = source[:, :, ::stride, ::stride]
     n, in_channels, p, q = taken.shape
-    channels, rows = folded.shape[0], n * p * q
-    out = torch.empty((n, channels, p, q), dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
-    mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=z.device)
-    candidates = configs.tail(channels, in_channels, x is not None, z.dtype, gpu(z.device))
-    x_channels = 0 if x is None else x.shape[1]
-    config = choose(candidates, "one_pass_tail", z.dtype, rows, in_channels, channels, x_channels)
+    channels, rows = folded.folded.shape[0], n * p * q
+    out = torch.empty((n, channels, p, q), dtype=source.dtype, device=source.device, memory_format=torch.channels_last)
+    mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=source.device)
+    candidates = configs.tail(channels, in_channels, x is not None, source.dtype, gpu(source.device))
+    x_channels = 0 if joined is None else joined.shape[1]
+    config = choose(candidates, "one_pass_tail", source.dtype, rows, in_channels, channels, x_channels)
     arguments = {
         "z_ptr": taken,
-        "state_ptr": state,
+        "state_ptr": z_state,
         "pivot_ptr": pivot,
-        "folded_ptr": folded,
-        "offset_ptr": offset,
-        "shortcut_ptr": None if shortcut is None else shortcut[:, :, ::shortcut_stride, ::shortcut_stride],
-        "shortcut_state_ptr": shortcut_state,
-        "x_ptr": None if x is None else x[:, :, ::x_stride, ::x_stride],
+        "folded_ptr": folded.folded,
+        "offset_ptr": folded.offset,
+        "shortcut_ptr": None if share is None else share[:, :, ::share_stride, ::share_stride],
+        "shortcut_state_ptr": share_state,
+        "x_ptr": None if joined is None else joined[:, :, ::x_stride, ::x_stride],
         "x_pivot_ptr": x_pivot,
-        "x_folded_ptr": x_folded,
+        "x_folded_ptr": x_weight,
         "x_offset_ptr": x_offset,
         "out_ptr": out,
         "out_mask_ptr": mask if with_mask else None,
@@ -198,11 +195,11 @@ def one_pass_tail(
         "Q": q,
         "C": in_channels,
         "K": channels,
-        "PRECISION": input_precision(z.dtype),
-        **grid_arguments(z, stride),
-        **grid_arguments(shortcut, shortcut_stride, "SHORTCUT_"),
-        **grid_arguments(x, x_stride, "X_"),
-        "SHORTCUT_C": 0 if shortcut is None else shortcut.shape[1],
+        "PRECISION": input_precision(source.dtype),
+        **grid_arguments(source, stride),
+        **grid_arguments(share, share_stride, "SHORTCUT_"),
+        **grid_arguments(joined, x_stride, "X_"),
+        "SHORTCUT_C": 0 if share is None else share.shape[1],
         "X_C": x_channels,
     }
     grid = (ceil_div(rows, config["BLOCK_M"]) * ceil_div(channels, config["BLOCK_K"]),)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference_core import arithmetic_dtype, gated
+from fusedres.kernels.reference_core import arithmetic_dtype, masked
+from fusedres.values import Gated
 
 
-def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.relu_backward."""
-    d = gated(grad, gate).contiguous(memory_format=torch.channels_last)
+    grad, gate = gated
+    d = masked(grad, gate).contiguous(memory_format=torch.channels_last)
     return d, d.to(arithmetic_dtype(d.dtype)).sum((0, 2, 3))

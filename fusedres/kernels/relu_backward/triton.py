@@ -18,6 +18,7 @@ from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.gate import gate_kind, load_gated
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.triton_core.rows import tile
+from fusedres.values import Gated
 
 
 @jit_for_any_batch
@@ -64,8 +65,9 @@ def merge_sums_kernel(
     tl.store(out_ptr + columns, tl.sum(total, 0), mask=columns < C)
 
 
-def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.relu_backward."""
+    grad, gate = gated
     channels = grad.shape[1]
     rows = grad.numel() // channels
     candidates = configs.reduction(rows, channels, grad.element_size())

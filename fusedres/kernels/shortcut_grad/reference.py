@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.kernels.reference_core import gated
+from fusedres.kernels.reference_core import masked
+from fusedres.values import ShortcutGradient
 
 
-def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int) -> None:
+def shortcut_grad_(grad_x: Tensor, shortcut: ShortcutGradient) -> None:
     """See fusedres.ops.shortcut_grad."""
-    grad_x[:, :, ::stride, ::stride] += gated(grad, gate)[:, : grad_x.shape[1]]
+    grad, gate, stride = shortcut
+    grad_x[:, :, ::stride, ::stride] += masked(grad, gate)[:, : grad_x.shape[1]]

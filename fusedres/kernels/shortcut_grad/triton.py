@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedres.kernels.triton_core.gate import gate_kind, load_gated
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.rows import pixel_offsets, pixels, row_tiles, tile
+from fusedres.values import ShortcutGradient
 
 
 @jit_for_any_batch
@@ -48,8 +49,9 @@ def shortcut_grad_kernel(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def shortcut_grad_(grad_x: Tensor, grad: Tensor, gate: Tensor | None, stride: int) -> None:
+def shortcut_grad_(grad_x: Tensor, shortcut: ShortcutGradient) -> None:
     """See fusedres.ops.shortcut_grad."""
+    grad, gate, stride = shortcut
     n, grad_c, p, q = grad.shape
     c = grad_x.shape[1]
     view, (stride_n, stride_h, stride_w) = pixels(grad_x, stride)

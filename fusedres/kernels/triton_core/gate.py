@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.reference_core import gated
+from fusedres.kernels.reference_core import masked
 
 
 def gate_kind(gate: Tensor | None) -> str:
@@ -24,7 +24,7 @@ def before_product(grad: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | 
     """
     if gate is None or grad.dtype is not torch.float64:
         return grad, gate
-    return gated(grad, gate).contiguous(memory_format=torch.channels_last), None
+    return masked(grad, gate).contiguous(memory_format=torch.channels_last), None
 
 
 @triton.jit

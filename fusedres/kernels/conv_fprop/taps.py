@@ -1,38 +1,15 @@
-"""Sizes of a convolution, and which of its taps fall on padding."""
+"""Which taps of a convolution fall on padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-_Axes = tuple[tuple[int, ...], ...]  # (size, kernel, stride, padding, dilation) of height and width
+from fusedres.values import Geometry
 
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Pixels of a convolution's output along one axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def output_shape(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
-    """(N, K, P, Q) of a convolution of (N, C, H, W) with (K, C, R, S)."""
-    p, q = (
-        output_size(x.shape[2 + axis], weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis])
-        for axis in (0, 1)
-    )
-    return x.shape[0], weight.shape[0], p, q
-
-
-def empty_output(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """Room for a convolution's output, channels_last."""
-    shape = output_shape(x, weight, stride, padding, dilation)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+_Axes = tuple[tuple[int, ...], ...]  # (outputs, size, kernel, stride, padding, dilation) of height and width
 
 
 # They are never freed, as a captured graph or another stream may still read them; so they are not many.
@@ -40,13 +17,10 @@ _tables: dict[tuple[_Axes, torch.device], Tensor] = {}
 _MOST_TABLES = 256
 
 
-def tap_table(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
+def tap_table(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(R·S, P·Q) float32: 1 where a tap of an output pixel is inside x, 0 where it falls on padding."""
-    axes = tuple(
-        (x.shape[2 + axis], weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)
-    )
+    outputs = geometry.output_shape(x.shape, weight.shape)[2:]
+    axes = tuple(zip(outputs, x.shape[2:], weight.shape[2:], *geometry, strict=True))
     table = _tables.get((axes, x.device))
     if table is not None:
         return table
@@ -73,8 +47,8 @@ def _build(axes: _Axes, device: torch.device) -> Tensor:
 
 def _inside(axis: tuple[int, ...], device: torch.device) -> Tensor:
     """(kernel, outputs) booleans of one axis."""
-    size, kernel, stride, padding, dilation = axis
+    outputs, size, kernel, stride, padding, dilation = axis
     taps = torch.arange(kernel, device=device)[:, None] * dilation - padding
-    pixels = torch.arange(output_size(size, kernel, stride, padding, dilation), device=device) * stride
+    pixels = torch.arange(outputs, device=device) * stride
     position = taps + pixels
     return (position >= 0) & (position < size)

@@ -1,0 +1,97 @@
+"""Gradients that can be differentiated again: blocks and stems recomputed by torch's own differentiable operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres.autograd.plan import BlockPlan, ConvBN, Saved, StemPlan, Tensors
+
+
+def differentiable_block(
+    grad_out: Tensor, x: Tensor, plan: BlockPlan, params: Tensors, saved: Saved, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x and of every unit's parameters; what is not needed stays None."""
+    states = [*saved.states, saved.last.state]
+    if saved.projection is not None:
+        states.append(saved.projection.state)
+    constants = [None if unit.batch_statistics else state for unit, state in zip(plan.all_units, states, strict=True)]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = _block(x, plan, params, constants)
+    return _gradients(out, grad_out, (x, *params), needs, again)
+
+
+def differentiable_stem(
+    grad_out: Tensor, x: Tensor, plan: StemPlan, params: Tensors, state: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x and of the unit's parameters; what is not needed stays None."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = _stem(x, plan.unit, params, None if plan.unit.batch_statistics else state, plan.dtype)
+    return _gradients(out, grad_out, (x, *params), needs, again)
+
+
+def _gradients(
+    out: Tensor, grad_out: Tensor, tensors: Tensors, needs: Sequence[bool], again: bool
+) -> list[Tensor | None]:
+    inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))
+    return [next(found) if need else None for need in needs]
+
+
+def _conv_bn(
+    h: Tensor, unit: ConvBN, params: tuple[Tensor | None, ...], state: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """BatchNorm(conv(h)) of conv weight, BN weight, BN bias; state is that of constant statistics, else None."""
+    conv_weight, weight, bias = params
+    assert conv_weight is not None
+    y = torch.convolution(
+        h.to(dtype),
+        conv_weight.to(dtype),
+        None,
+        unit.stride,
+        unit.padding,
+        unit.dilation,
+        False,
+        (0, 0),
+        unit.groups,
+    )
+    if state is None:
+        return F.batch_norm(y, None, None, weight, bias, True, 0.0, unit.eps)
+    normalised = (y.to(state.dtype) - state[0].view(1, -1, 1, 1)) * state[1].view(1, -1, 1, 1)
+    if weight is not None:
+        normalised = normalised * weight.to(state.dtype).view(1, -1, 1, 1)
+    if bias is not None:
+        normalised = normalised + bias.to(state.dtype).view(1, -1, 1, 1)
+    return normalised.to(y.dtype)
+
+
+def _stem(
+    x: Tensor, unit: ConvBN, params: tuple[Tensor | None, ...], state: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The stem's output as _conv_bn's arguments give it; running statistics are neither read nor updated."""
+    return F.max_pool2d(_conv_bn(x, unit, params, state, dtype).relu(), 3, 2, 1)
+
+
+def _block(x: Tensor, plan: BlockPlan, params: tuple[Tensor | None, ...], constants: list[Tensor | None]) -> Tensor:
+    """The block's output from its input and parameters; running statistics are neither read nor updated.
+
+    params holds conv weight, BN weight, BN bias of every unit; constants the saved (4, C) state of every unit whose
+    statistics are constants, None for the others.
+    """
+
+    def normalised(h: Tensor, unit: ConvBN, index: int) -> Tensor:
+        return _conv_bn(h, unit, params[3 * index : 3 * index + 3], constants[index], plan.dtype)
+
+    h = x
+    for index, unit in enumerate(plan.units[:-1]):
+        h = normalised(h, unit, index).relu()
+    z = normalised(h, plan.units[-1], len(plan.units) - 1)
+    if plan.projection is not None:
+        return (z + normalised(x, plan.projection, len(plan.units))).relu()
+    shortcut = x.to(z.dtype)[:, :, :: plan.pad_stride, :: plan.pad_stride]
+    return (z + F.pad(shortcut, (0, 0, 0, 0, 0, z.shape[1] - shortcut.shape[1]))).relu()

@@ -1,0 +1,185 @@
+"""Inference: passes that keep nothing, and blocks whose weights no longer change.
+
+A block whose BatchNorms all use constant statistics runs some images at a time. `Frozen` is for fusedres.freeze: it
+folds BatchNorm into the convolutions once, and lays the weights out once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd.forward import Forward, unit_state
+from fusedres.autograd.layout import in_format
+from fusedres.autograd.memory import to_channels_last
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Tensors
+from fusedres.ops.launch import launches
+from fusedres.values import Raw, ShortcutInput, in_dtype
+
+
+def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
+    """Return relu(F(x) + S(x)) where no gradient is wanted and all statistics are constants."""
+    launch = launches(plan.backend)
+    entry = in_dtype(x[:0], plan.dtype)
+    states = [unit_state(entry, unit, tensors, i, launch) for i, unit in enumerate(plan.all_units)]
+    if plan.own_convolutions:
+        return _infer(x, plan, tensors, states, None)
+    return in_parts(x, plan, lambda part, out: _infer(part, plan, tensors, states, out))
+
+
+def in_parts(x: Tensor, plan: BlockPlan, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """Run inference some images at a time: run(images, where their result goes, fresh where None) -> result."""
+    images = plan.infer_images
+    if images >= x.shape[0]:
+        return run(x, None)
+    first = run(x[:images], None)
+    out: Tensor = launches(plan.backend).empty_batch(first, x.shape[0])
+    out[:images] = first
+    for begin in range(images, x.shape[0], images):
+        run(x[begin : begin + images], out[begin : begin + images])
+    return out
+
+
+def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
+    """The block on some images, into out where given."""
+    passes = Forward(x, plan, tensors)
+    launch, last = passes.launch, len(plan.units) - 1
+    h = passes.entry
+    for index, unit in enumerate(plan.units[:-1]):
+        if unit.own.fprop:
+            h = launch.conv_bn_add_relu(h, passes.weight(index), unit.geometry, states[index])
+        else:
+            h = passes.convolution(Raw(h, None), index)
+            launch.bn_relu_(h, states[index])
+    unit = plan.units[last]
+    if unit.own.fprop:
+        shortcut = _shortcut(passes, states)
+        result: Tensor = launch.conv_bn_add_relu(h, passes.weight(last), unit.geometry, states[last], shortcut)
+        return result
+    y = passes.convolution(Raw(h, None), last)
+    del h  # before the projection takes memory
+    return _tail(y, states[last], _shortcut(passes, states), plan, out)
+
+
+def _shortcut(passes: Forward, states: list[Tensor]) -> ShortcutInput:
+    plan = passes.plan
+    if plan.projection is None:
+        return ShortcutInput(passes.entry, None, plan.pad_stride)
+    return ShortcutInput(passes.convolution(Raw(passes.entry, None), len(plan.units)), states[-1])
+
+
+def _tail(y: Tensor, state: Tensor, shortcut: ShortcutInput, plan: BlockPlan, out: Tensor | None) -> Tensor:
+    """The add and the last ReLU: into out where given, else into y."""
+    launch = launches(plan.backend)
+    if out is None:
+        launch.bn_add_relu_(y, state, shortcut, False)
+        return y
+    launch.bn_add_relu_out(y, state, shortcut, out)
+    return out
+
+
+class FrozenConv(NamedTuple):
+    """A convolution with its BatchNorm folded in: weight scale⊙W in oneDNN's own layout where it serves, bias shift."""
+
+    weight: Tensor
+    bias: Tensor
+    packed: bool
+    unit: ConvBN
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale⊙(W * x) + shift, channels_last."""
+        stride, padding, dilation, groups = self.unit[:4]
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""
+            )
+        else:
+            y = torch.convolution(x, self.weight, self.bias, stride, padding, dilation, False, (0, 0), groups)
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+class FrozenBlock(NamedTuple):
+    """The folded convolutions of a block, the projection's last, for inputs of one kind."""
+
+    kind: tuple[torch.dtype, torch.device, torch.dtype]
+    convs: tuple[FrozenConv, ...]
+    identities: tuple[Tensor, ...]  # states that only apply the ReLU, one a convolution
+
+
+class Frozen:
+    """What fusedres.freeze leaves on a block: its folds, made at the next call for each kind of input.
+
+    A block that leaves eval mode drops this object, and with it whatever a call in another thread still folds.
+    """
+
+    def __init__(self) -> None:
+        self._block: FrozenBlock | None = None
+
+    def folded(self, x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
+        """The folds for an input like x."""
+        block = self._block
+        if block is None or block.kind != input_kind(x, plan):
+            block = self._block = fold(x, plan, tensors)
+        return block
+
+
+def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, torch.dtype]:
+    """What the folds depend on besides the weights."""
+    return x.dtype, x.device, plan.dtype
+
+
+def fold(x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
+    """Folds every unit of a block whose statistics are constants, in float32 or wider, rounded once.
+
+    Weights that oneDNN packs are packed for inputs of x's size: packed for no size, a strided 1x1 convolution of a few
+    images took six times the time. Other sizes run as well, some of them slower.
+    """
+    convs: list[FrozenConv] = []
+    identities: list[Tensor] = []
+    launch = launches(plan.backend)
+    example = x[:0].to(plan.dtype)
+    entry = (min(plan.infer_images, x.shape[0]), *x.shape[1:])
+    size = entry  # of the unit's input
+    for index, unit in enumerate(plan.all_units):
+        if index == len(plan.units):
+            size = entry  # the projection's
+        conv_weight = tensors[UNIT_TENSORS * index]
+        assert conv_weight is not None
+        state = unit_state(example, unit, tensors, index, launch)
+        folded = (conv_weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(plan.dtype)
+        packed = plan.dtype is torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
+        if packed:
+            folded = torch.ops.mkldnn._reorder_convolution_weight(
+                folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, list(size)
+            )
+        size = unit.output_shape(size, conv_weight.shape)
+        convs.append(FrozenConv(folded, state[3].to(plan.dtype), packed, unit))
+        identity = torch.zeros_like(state)
+        identity[1:3] = 1
+        identities.append(identity)
+    return FrozenBlock(input_kind(x, plan), tuple(convs), tuple(identities))
+
+
+def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
+    """Return relu(F(x) + S(x)) of the folded block; x in any memory format."""
+    x = to_channels_last(x)
+    y = in_parts(x, plan, lambda part, out: _run_frozen(part, plan, frozen, out))
+    return in_format(y, plan.channels_last)
+
+
+def _run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock, out: Tensor | None) -> Tensor:
+    """The folded block on some images, into out where given."""
+    launch = launches(plan.backend)
+    h = entry = x.to(plan.dtype)
+    last = len(plan.units) - 1
+    for index in range(last):
+        h = frozen.convs[index](h)
+        launch.bn_relu_(h, frozen.identities[index])
+    y = frozen.convs[last](h)
+    shortcut = ShortcutInput(entry, None, plan.pad_stride)
+    if plan.projection is not None:
+        shortcut = ShortcutInput(frozen.convs[last + 1](entry))
+    return _tail(y, frozen.identities[last], shortcut, plan, out)

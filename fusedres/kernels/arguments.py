@@ -1,0 +1,61 @@
+"""Arguments as both extensions read them (csrc/bindings_values.h): addresses, and tuples of addresses and numbers.
+
+An address says nothing of its tensor: the ops check every tensor before, and the caller keeps it alive during the call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres import values
+
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+NO_GATE = (0, 0)
+RECOMPUTED_GATE = (3, 0)  # BatchNorm's output, computed again from x and its state
+
+Vector = tuple[int, int]
+Gate = tuple[int, int]
+Norm = tuple[Vector, Vector, Vector, Vector, int, bool, float, float]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return the address of the tensor's first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def vector_of(tensor: Tensor | None) -> Vector:
+    """Return address and dtype."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype])
+
+
+def matrix_of(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Return address, dtype, rows and columns; the columns are the second dimension, as for NHWC pixels."""
+    columns = tensor.shape[1]
+    return tensor.data_ptr(), DTYPE_CODE[tensor.dtype], tensor.numel() // columns, columns
+
+
+def pixels_of(x: Tensor, stride: int = 1) -> tuple[int, int, int, int, int, int, int]:
+    """Return address, dtype, batch, height, width, stride and channels of an activation."""
+    n, c, h, w = x.shape
+    return x.data_ptr(), DTYPE_CODE[x.dtype], n, h, w, stride, c
+
+
+def gate_of(gate: Tensor | None) -> Gate:
+    """Return what a gate tensor holds (nothing, bits as uint8, or a ReLU's output), and its address."""
+    return NO_GATE if gate is None else (1 if gate.dtype is torch.uint8 else 2, gate.data_ptr())
+
+
+def norm_of(norm: values.Norm) -> Norm:
+    """Return a BatchNorm's tensors and settings; momentum None averages cumulatively."""
+    return (
+        vector_of(norm.weight),
+        vector_of(norm.bias),
+        vector_of(norm.running_mean),
+        vector_of(norm.running_var),
+        address(norm.num_batches_tracked),
+        norm.momentum is None,
+        0.0 if norm.momentum is None else norm.momentum,
+        norm.eps,
+    )

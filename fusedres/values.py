@@ -1,0 +1,171 @@
+"""The values that passes, ops and kernels hand to each other: named tuples of tensors and numbers.
+
+Each field is described here, once. An op takes these values as its parameters; `fusedres/ops/_library.py` flattens them
+into the arguments of the op's torch.library schema. An activation is a dense channels_last tensor (N, C, H, W), and a
+state is the (4, C) tensor of a BatchNorm: mean, invstd, scale, shift, with BatchNorm(x) = scale·x + shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input: two integers each, for the rows and for the columns."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    def output_size(self, axis: int, size: int, kernel: int) -> int:
+        """Pixels of the output along one axis (0: rows, 1: columns); 0 or less where the kernel does not fit."""
+        covered = self.dilation[axis] * (kernel - 1) + 1
+        return (size + 2 * self.padding[axis] - covered) // self.stride[axis] + 1
+
+    def output_shape(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
+        """(N, K, P, Q) of the convolution of an input (N, C, H, W) with a weight (K, C, R, S)."""
+        p, q = (self.output_size(axis, x[2 + axis], weight[2 + axis]) for axis in (0, 1))
+        return x[0], weight[0], p, q
+
+
+DENSE = Geometry((1, 1), (0, 0), (1, 1))
+
+
+class Norm(NamedTuple):
+    """What a BatchNorm module holds. Vectors are (C,), each in a floating dtype of its own."""
+
+    weight: Tensor | None  # None: 1
+    bias: Tensor | None  # None: 0
+    running_mean: Tensor | None  # None, as running_var: there are no running statistics to update
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None  # () int64, the number of batches in the running statistics
+    momentum: float | None  # weight of the new batch in the running statistics; None: 1 / num_batches_tracked
+    eps: float  # is added to the variance
+
+
+class Raw(NamedTuple):
+    """A raw convolution output y, to be read as relu(scale·y + shift) with a state, as it is without one."""
+
+    y: Tensor
+    state: Tensor | None
+
+
+class ShortcutInput(NamedTuple):
+    """What is added to the residual branch.
+
+    It is x; or BatchNorm(x), with the state of a projection's BatchNorm; or every stride-th pixel of x, with zeros in
+    the channels that x lacks (option A of He et al. 2015).
+    """
+
+    x: Tensor
+    state: Tensor | None = None
+    stride: int = 1
+
+
+class Gated(NamedTuple):
+    """A gradient after a ReLU, and where that ReLU is open: d = grad where the gate is open, else 0.
+
+    The gate is the ReLU's output (closed where it is <= 0, so NaN is open); or its packed bits (N, H, W, ceil(C / 8))
+    in uint8, where channel 8k + j is bit j of byte k; or None, if grad is masked already.
+    """
+
+    grad: Tensor
+    gate: Tensor | None
+
+
+class Gradient(NamedTuple):
+    """The gradient dy of a convolution's output: grad itself, or to be formed from the gradient after its BatchNorm.
+
+    With y, dy = a·(d − c1 − (y − mean)·k), rounded to grad's dtype, with d as in Gated and the four rows a, c1, mean, k
+    of `coefficients` (4, C) from ops.bn_backward_coefficients. Where k = 0, dy does not depend on y, NaN or not.
+    """
+
+    grad: Tensor
+    gate: Tensor | None = None
+    y: Tensor | None = None
+    coefficients: Tensor | None = None
+
+
+class ShortcutGradient(NamedTuple):
+    """What a shortcut adds to the gradient of its input: d, as in Gated, at every stride-th pixel."""
+
+    grad: Tensor
+    gate: Tensor | None
+    stride: int = 1
+
+
+class BnBranch(NamedTuple):
+    """The input x of a BatchNorm, its state, and whether the statistics in that state depend on x."""
+
+    x: Tensor
+    state: Tensor
+    batch_statistics: bool
+
+
+class NormState(NamedTuple):
+    """The state of a BatchNorm, and whether its statistics depend on the batch."""
+
+    state: Tensor
+    batch_statistics: bool
+
+
+class BnGradient(NamedTuple):
+    """What the gradient of a BatchNorm's input is formed from, besides that of its output; see Gradient."""
+
+    y: Tensor
+    coefficients: Tensor
+
+
+class Pooled(NamedTuple):
+    """The gradient of a max-pool's output, and where in its 3x3 window each maximum was (ops.bn_relu_maxpool)."""
+
+    grad: Tensor
+    argmax: Tensor
+
+
+class Gram(NamedTuple):
+    """Pivot t (C,), column sums Σ(z − t) (C,) and Gram matrix Σ(z − t)(z − t)ᵀ (C, C) of an activation z (ops.gram)."""
+
+    pivot: Tensor
+    total: Tensor
+    gram: Tensor
+
+
+class GramState(NamedTuple):
+    """The state of the BatchNorm after a 1x1 convolution, derived from the Gram matrix of the convolution's input.
+
+    `state` (4, K) is that of the convolution of z − t; `projected` is W·Cov (K, C); `total` is that of Gram.
+    """
+
+    state: Tensor
+    projected: Tensor
+    total: Tensor
+
+
+class Centred(NamedTuple):
+    """The input of a one-pass product: z − pivot at every stride-th pixel, rounded to z's dtype."""
+
+    z: Tensor
+    pivot: Tensor
+    stride: int = 1
+
+
+class Folded(NamedTuple):
+    """A 1x1 convolution with its BatchNorm folded in: weight W̃ (K, C) and constant b (K,) of ops.one_pass_fold."""
+
+    folded: Tensor
+    offset: Tensor
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor converted to the dtype, or itself if it has that dtype."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def pixel_rows(x: Tensor, stride: int = 1) -> int:
+    """Return how many pixels the images of a batch have when every stride-th row and column is taken."""
+    return x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
