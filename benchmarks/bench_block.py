@@ -23,17 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
-import blocks
-import counting
-import harness
 import torch
-import traffic
-from harness import Variant, Verdict
+from common import blocks, harness
+from common.harness import Variant, Verdict
+from common.networks import Block, Stem
+from memory_traffic import closed_form, counting
 from torch import Tensor, nn
 
 import fusedres
@@ -90,7 +89,7 @@ class Case:
     """One block at one batch size in one phase, with everything that was found about it."""
 
     name: str
-    block: traffic.Block | traffic.Stem
+    block: Block | Stem
     batch: int
     phase: str
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -119,7 +118,7 @@ class Bench:
         self.stock = stock.to(memory_format=torch.channels_last)
         self.x = blocks.make_input(block, case.batch, device, settings.dtype)
         self.grad = grad.to(memory_format=torch.channels_last)
-        self.input_grad = self.train and not isinstance(block, traffic.Stem)
+        self.input_grad = self.train and not isinstance(block, Stem)
 
     def check(self) -> list[Verdict]:
         """Judges the fused block against eager and the float64 oracle."""
@@ -211,8 +210,8 @@ class Bench:
 def rows_of(case: Case, settings: Settings, where: dict[str, Any], ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """One row a variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
     block, itemsize = case.block, settings.dtype.itemsize
-    ways = traffic.MODES[1:]
-    floor = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
+    ways = closed_form.MODES[1:]
+    floor = min(closed_form.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
     bound = harness.summarize(case.samples[BOUND]).median
     rows = []
     for name, samples in case.samples.items():
@@ -239,7 +238,7 @@ def rows_of(case: Case, settings: Settings, where: dict[str, Any], ceilings: dic
             "saved_bytes": case.saved.get(name),
             "counted_bytes": case.counted.get(name),
             "floor_bytes": floor,
-            "flops": traffic.flops(block, case.phase, case.batch),
+            "flops": closed_form.flops(block, case.phase, case.batch),
             "data": "synthetic",
             "percent_of_conv_only": 100 * bound / summary.median,
         }
@@ -274,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="half precision: autocast (GPU bfloat16, CPU float32)")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (GPU 64, CPU 8; --full: 8 and 16)")
     parser.add_argument("--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, tiny")
-    parser.add_argument("--phase", choices=("both", *traffic.PHASES), default="both", help="(both)")
+    parser.add_argument("--phase", choices=("both", *closed_form.PHASES), default="both", help="(both)")
     parser.add_argument("--memory", default="auto", help="fuse()'s memory: auto or min (auto)")
     parser.add_argument("--conv", default="auto", help="fuse()'s conv (auto)")
     parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
@@ -327,7 +326,7 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     )  # fmt: skip
     if settings.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    phases = traffic.PHASES if options.phase == "both" else (options.phase,)
+    phases = closed_form.PHASES if options.phase == "both" else (options.phase,)
     cases = [Case(n, b, size, p) for size in options.batch for n, b in options.blocks.items() for p in phases]
 
     where = harness.machine(settings.device)
@@ -388,7 +387,7 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     if options.json:
         harness.write_rows(options.json, rows)
     if options.plot:
-        from plots import plot_blocks
+        from reporting.plots import plot_blocks
 
         plot_blocks(rows, Path(options.plot))
     return 0

@@ -25,14 +25,14 @@ from types import SimpleNamespace
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
 import triton
-from candidates import Specialised
-from harness import ROOT
+from common.harness import ROOT
+from compiled_code.candidates import Specialised
 from suite.launches import ARCH, Made, distinct, of_step
 from suite.miscompiled import forget, waiting
 from suite.pack import ARCHIVE, KERNELS, LAUNCHERS, MANIFEST, WAITS, about, key_of, misfit, taken

@@ -21,7 +21,7 @@ def _scripts(monkeypatch):
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Of a step that takes its CPU for a GPU, with one round of timing."""
-    import harness
+    from common import harness
     from suite import block_rows, models
     from suite.settings import Settings
 
@@ -51,9 +51,8 @@ def settings(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["", "stock", "compile", "graphs", "max-autotune"])
 @pytest.mark.parametrize("name", ["tiny.bottleneck.projection", "tiny.stem"])
 def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
-    import blocks
-    import harness
     from bench_block import Case
+    from common import blocks, harness
     from suite.block_rows import _Measurement, variants
     from suite.precision import PRECISIONS
 
@@ -74,8 +73,8 @@ def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
 
 def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
     """The replay is checked anew: its gradients in training, its output in inference."""
-    import blocks
     from bench_block import Case
+    from common import blocks
     from suite import block_rows
     from suite.precision import PRECISIONS
 
@@ -103,8 +102,8 @@ def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
 
 def test_what_the_process_died_of_is_not_tried_again(settings, monkeypatch):
     """The others of its case are."""
-    import blocks
     from bench_block import Case
+    from common import blocks
     from suite import right
     from suite.block_rows import _Measurement
     from suite.models import Work, measure

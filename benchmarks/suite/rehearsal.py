@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import gpu_pack
 import torch
-from harness import print_table
+from common.harness import print_table
 
 from suite.launches import ARCH, of_step
 from suite.pack import misfit

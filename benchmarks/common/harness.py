@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from equivalence import Verdict, check_block, clear_masks, judge
-from rows import ROOT, ROW_KEYS, busy_note, commit, machine, row, write_rows
-from stats import Interval, Summary, ratio_interval, removed_interval, summarize
-from terminal import Progress, print_table
 from torch import Tensor
 
+from common.equivalence import Verdict, check_block, clear_masks, judge
+from common.rows import ROOT, ROW_KEYS, busy_note, commit, machine, row, write_rows
+from common.stats import Interval, Summary, ratio_interval, removed_interval, summarize
+from common.terminal import Progress, print_table
 from fusedres.tune.timing import Timer, Variant, interleave
 
 __all__ = [

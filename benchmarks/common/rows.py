@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stats import Summary
 
-ROOT = Path(__file__).resolve().parent.parent
+from common.stats import Summary
+
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds for a program that only tells something: a busy machine must not leave a row without it
 
 # What every row holds, whatever it measures; None where something does not apply or cannot be known.

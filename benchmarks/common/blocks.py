@@ -6,9 +6,10 @@ import copy
 from fnmatch import fnmatchcase
 
 import torch
-from networks import Block, Stem, resnet_blocks
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from common.networks import Block, Stem, resnet_blocks
 
 # What a plain run measures: both kinds of blocks where memory counts most, and both kinds of shortcuts.
 DEFAULT = (

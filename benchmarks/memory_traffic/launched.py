@@ -1,9 +1,9 @@
 """Bytes that a residual block moves as it is launched: counted from the arguments of every launch, without a GPU.
 
 Blocks run on meta tensors under the triton backend, forward and backward. There a launch is only recorded, and what it
-moves follows from its arguments: every distinct tensor read once and every distinct tensor written once. Whatever runs
-beside (a library's convolutions above all) is counted as an operator by traffic.CountBytes. A kernel that reads an
-operand in several tiles again counts it once, as if a cache held it.
+moves follows from its arguments: every distinct tensor read once and every distinct tensor written once. Everything
+else that runs, such as a library's convolutions, is counted as an operator by counting.py. A kernel that reads an
+operand again for several tiles counts it once, as if a cache held it.
 
 Bytes an image are the slope from a batch to twice that batch; the rest (weights, their gradients, per-channel vectors)
 does not grow with the batch and stands apart. Where tiles or splits follow the batch neither is exact; their sum at the
@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blocks import make_block
-from harness import Progress, machine, print_table
+from common.blocks import make_block
+from common.harness import Progress, machine, print_table
+from common.networks import Block, Stem, resnet_blocks
 from torch import Tensor, nn
-from traffic import MODES, Block, CountBytes, Stem, bytes_moved, resnet_blocks
 
 import fusedres
 from fusedres.kernels.triton_core.launch import Launch, record_launches
 from fusedres.modules import fused_block, reading, resnet
 from fusedres.ops._library import OPS
+from memory_traffic.closed_form import MODES, bytes_moved
+from memory_traffic.counting import CountBytes
 
 # Name of a way → fuse()'s arguments, and the closed form's mode that it is held against.
 WAYS: dict[str, tuple[dict[str, str], str]] = {

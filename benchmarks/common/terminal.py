@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-_spec = spec_from_file_location("shared_terminal", Path(__file__).resolve().parent.parent / "fusedres" / "terminal.py")
+_spec = spec_from_file_location("shared_terminal", Path(__file__).resolve().parents[2] / "fusedres" / "terminal.py")
 assert _spec is not None and _spec.loader is not None
 _shared = module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
