@@ -14,9 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_block import BASE, BOUND, OPS, Bench
-from bench_block import Case as BlockCase
-from bench_block import Settings as BlockSettings
 from common import blocks, harness
 from common.harness import Variant
 from memory_traffic import counting
@@ -31,6 +28,7 @@ from suite import choices, floors, rivals
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
 from suite.settings import DIED, Case, Settings, first_lines, off_by
+from suite.timed_block import BASE, BOUND, OPS, Bench, BlockCase, BlockSettings
 
 # ‖fused − eager‖ / ‖eager‖ of gradients: in half precision masks near 0 fall to either side. Of a rival's output too.
 BOUNDS = {torch.bfloat16: 0.3, torch.float16: 0.15, torch.float32: 1e-2}

@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 import torchvision
-from bench_block import Bench
-from bench_block import Case as BlockCase
-from bench_block import Settings as BlockSettings
 from common import blocks
 from common.networks import Block
 from memory_traffic.closed_form import PHASES
@@ -19,6 +16,7 @@ from torch import Tensor
 import fusedres
 from fusedres.tune.calls import Visit
 from suite.settings import Settings
+from suite.timed_block import Bench, BlockCase, BlockSettings
 
 TINY = {"tiny": Block("bottleneck", 16, 8, 16, 2, "projection")}  # large enough for a Gram matrix
 
