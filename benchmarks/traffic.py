@@ -25,15 +25,17 @@ from memory_traffic.closed_form import MODES, bytes_moved, kernels, stem_bytes, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Bytes an image that a training step must move, by way of running it.")
+    parser = argparse.ArgumentParser(
+        description="Bytes per image that a training step must move, for each way of running it."
+    )
     parser.add_argument("--image", type=int, default=224, help="height and width of the images (224)")
-    parser.add_argument("--itemsize", type=int, default=2, help="bytes an element (2: bf16 or fp16)")
+    parser.add_argument("--itemsize", type=int, default=2, help="bytes per element (2: bf16 or fp16)")
     parser.add_argument(
-        "--block", help="list the kernels of one block: layer1.0 of ResNet-50, 18:layer2.0 of ResNet-18"
+        "--block", help="list the kernels of one block: layer1.0 is of ResNet-50, 18:layer2.0 of ResNet-18"
     )
     parser.add_argument("--launched", nargs="*", metavar="WAY", help="count the launches of the triton backend "
-        "instead, on meta tensors (all ways of launched.py)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=256, help="images of a step that is launched (256)")
+        "instead, on meta tensors (default: all ways of launched.py)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=256, help="images per step for --launched (256)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     options = parser.parse_args(argv)
     if options.launched is not None:
@@ -44,14 +46,16 @@ def main(argv: list[str] | None = None) -> None:
         block = resnet_blocks(int(depth or 50), options.image)[name]
         for mode in MODES:
             moved = bytes_moved(block, mode, "train", 1, options.itemsize, weights=False)
-            print(f"{mode}: {moved / 1e6:.3f} MB an image")
+            print(f"{mode}: {moved / 1e6:.3f} MB per image")
             for k in kernels(block, mode):
                 operands = ", ".join(k.reads) + (" + mask" if k.mask_bits else "")
                 results = ", ".join(k.writes) or "reduced"
                 print(f"    {k.bytes(options.itemsize) / 1e6:8.3f}  {k.name}: {operands} -> {results}")
         return
     rows = table(options.image, options.itemsize)
-    print(f"MB an image, training step of the residual blocks at {options.image}², {options.itemsize} bytes an element")
+    print(
+        f"MB per image, training step of the residual blocks at {options.image}², {options.itemsize} bytes per element"
+    )
     print(f"{'way':<12}" + "".join(f"{'ResNet-' + d:>12}" for d in ("18", "34", "50")))
     for row in rows:
         print(f"{row['mode']:<12}" + "".join(f"{row[f'resnet{d}']:>12.1f}" for d in (18, 34, 50)))

@@ -4,23 +4,24 @@
 writes. A kernel reads every operand once and writes every result once. Per-channel vectors are left out. Weights are
 kept apart, as they do not grow with the batch. `python benchmarks/traffic.py` prints totals per image.
 
-The ways, training (y: raw convolution output; z: normalised and activated; d: output gradient behind the last ReLU):
-    eager      an operator, a kernel. BatchNorm forward reads y twice (statistics, then apply); its backward reads d and
-               y twice. ReLU's backward takes its mask from the activated tensor.
-    pointwise  what a compiler of pointwise chains reaches around library convolutions: statistics of y; apply + ReLU;
-               last apply + add + ReLU. Backward a reduction and an elementwise pass for each BatchNorm, and the sum of
-               the two gradients, each taking the last ReLU's mask from the saved output.
-    library    the same kernels with that mask packed in bits: the least that library convolutions allow.
-    epilogue   statistics in the epilogue of the convolution that writes y; apply + ReLU on load by whoever reads y; no
-               z exists. BatchNorm's backward is applied on load of dgrad and wgrad, its sums are taken by the kernel
-               that writes the gradient.
-    one_pass   in addition the last 1x1 convolution (Bottleneck) and the projection take their statistics from the Gram
-               matrix of their input: their raw outputs never exist.
-    stored_dy  one_pass, but dy of each 3x3 convolution is written once instead of being recomputed by dgrad and wgrad.
+The modes in training. y is a raw convolution output, z is y after BatchNorm and ReLU, d is the gradient of the output
+after the mask of the last ReLU.
+    eager      one kernel for each operator. BatchNorm forward reads y twice (statistics, then apply); backward reads d
+               and y twice. ReLU's backward takes its mask from the activated tensor.
+    pointwise  what a compiler that fuses pointwise operators can reach around library convolutions: statistics of y;
+               apply + ReLU; last apply + add + ReLU. Backward has a reduction and an elementwise pass for each
+               BatchNorm, and the sum of the two gradients; each takes the mask of the last ReLU from the saved output.
+    library    the same kernels with that mask packed in bits: the minimum with library convolutions.
+    epilogue   the epilogue of the convolution that writes y takes the statistics; every kernel that reads y applies
+               BatchNorm and ReLU on load, so z is never stored. dgrad and wgrad apply BatchNorm's backward on load; the
+               kernel that writes the gradient takes its sums.
+    one_pass   like epilogue; in addition the last 1x1 convolution (Bottleneck) and the projection take their statistics
+               from the Gram matrix of their input, so their raw outputs are never stored.
+    stored_dy  like one_pass, but dy of each 3x3 convolution is written once instead of computed by dgrad and wgrad.
 
-ReLU masks cost one bit an element from `library` on; those of inner ReLUs are recomputed from y. A strided 1x1
-convolution touches only the pixels it uses; a library's dgrad nevertheless writes the whole gradient, zeros included,
-while a fused dgrad writes the touched pixels and conv1's dgrad adds them. Eager pools with int64 indices.
+From `library` on, the mask of the last ReLU takes one bit per element; the masks of inner ReLUs are recomputed from y.
+A strided 1x1 convolution touches only the pixels it uses. A library's dgrad nevertheless writes the whole gradient,
+zeros included; a fused dgrad writes the touched pixels, and conv1's dgrad adds them. Eager pools with int64 indices.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PHASES = ("train", "infer")
 
 @dataclass
 class Kernel:
-    """One pass over memory: elements read and written, ReLU mask bits, and elements of weights or their gradients."""
+    """One pass over memory: elements read and written per image, ReLU mask bits, and elements of weights."""
 
     name: str
     reads: dict[str, int]
@@ -44,7 +45,7 @@ class Kernel:
     weights: int = 0
 
     def bytes(self, itemsize: int) -> float:
-        """Bytes an image, without weights."""
+        """Return the bytes per image, without weights."""
         return itemsize * (sum(self.reads.values()) + sum(self.writes.values())) + self.mask_bits / 8
 
 
@@ -59,7 +60,7 @@ class _Recorder:
 
 
 def kernels(block: Block, mode: str, phase: str = "train") -> list[Kernel]:
-    """The kernels that run `block` in `mode`, in order, with their operands counted for one image."""
+    """Return the kernels that run `block` in `mode`, in order, with operands counted for one image."""
     if mode not in MODES:
         raise ValueError(f"kernels: mode must be one of {MODES}, got {mode!r}")
     if phase not in PHASES:
@@ -78,7 +79,7 @@ def kernels(block: Block, mode: str, phase: str = "train") -> list[Kernel]:
 
 
 def bytes_moved(block: Block | Stem, mode: str, phase: str, batch: int, itemsize: int, weights: bool = True) -> int:
-    """Bytes of one step of `block` over `batch` images; `weights=False` leaves weights and their gradients out."""
+    """Return the bytes of one step of `block` over `batch` images, with or without weights and their gradients."""
     if isinstance(block, Stem):
         kept = itemsize * block.convolutions[0].weight * (2 if phase == "train" else 1) if weights else 0
         return round(batch * stem_bytes(mode != "eager", block.size, itemsize, phase)) + kept
@@ -88,7 +89,7 @@ def bytes_moved(block: Block | Stem, mode: str, phase: str, batch: int, itemsize
 
 
 def flops(block: Block | Stem, phase: str, batch: int) -> int:
-    """Arithmetic of the convolutions: once forward, and twice that again backward; a stem's has no dgrad."""
+    """Return the operations of the convolutions: forward once, backward twice as much; a stem has no dgrad."""
     products = 1 if phase == "infer" else 2 if isinstance(block, Stem) else 3
     return batch * sum(c.flops for c in block.convolutions) * products
 
@@ -99,7 +100,7 @@ def _split(block: Block) -> tuple[list[Convolution], Convolution | None]:
 
 
 def _zero_pad_source(block: Block) -> int:
-    """Elements that the zero-padded shortcut reads: strided pixels, existing channels."""
+    """Return the elements that the zero-padded shortcut reads: strided pixels of the channels of x."""
     return block.in_channels * block.out_size**2
 
 
@@ -207,26 +208,26 @@ def _train_fused(block: Block, run: _Recorder, one_pass: bool, stored_dy: bool) 
         reads["x"] = _zero_pad_source(block) if block.shortcut == "zero_pad" else out
     run("tail", reads, {"out": out}, mask=out, weights=weights)
 
-    # Pass 1: sums of both branches, and Gᵀ = zᵀd where the convolution is inside the tail.
+    # Pass 1: the sums of both branches, and Gᵀ = zᵀd if the convolution is inside the tail.
     reads = {"grad": out} | ({"z": last.source} if tail else {"y": out})
     if projection:
         reads |= {"x": projection.touched} if joint else {"projection y": out}
     weights = (last.weight if tail else 0) + (projection.weight if projection and joint else 0)
     run("tail backward sums", reads, {}, mask=out, weights=weights)
-    # From the last convolution to the first. `gradient` holds the operands from which dy comes on load.
+    # From the last convolution to the first. dy is computed on load from the operands in `gradient`.
     for position in reversed(range(len(branch))):
         c = branch[position]
         y, is_last = c.target, c is last
         gradient, mask = ({"grad": y, "y": y}, y) if is_last else ({"dz": y, "y": y}, 0)
         if is_last and tail:
-            # dz = d·(a⊙W) − z·Q + constant; z masks the result and feeds the sums of the BatchNorm before.
+            # dz = d·(a⊙W) − z·Q + constant; z gives the mask and enters the sums of the BatchNorm before.
             run(f"{c.name} dgrad in tail", {"grad": y, "z": c.source}, {"dz": c.source}, mask=y, weights=c.weight)
             continue
         if stored_dy and c.kernel == 3:
             run(f"{c.name}.bn backward", gradient, {"dy": y}, mask=mask)
             gradient, mask = {"dy": y}, 0
         if position:
-            before = {"y before": c.source}  # recomputes the ReLU mask, feeds the sums
+            before = {"y before": c.source}  # gives the ReLU mask, enters the sums
             run(f"{c.name} dgrad", gradient | before, {"dz": c.source}, mask=mask, weights=c.weight)
         run(f"{c.name} wgrad", gradient | {"in": c.touched}, {}, mask=mask, weights=c.weight)
         if position == 0:
@@ -283,7 +284,7 @@ def _infer_fused(block: Block, run: _Recorder) -> None:
         run(f"{c.name} + bn + relu", {"in": c.touched}, {"z": c.target}, weights=c.weight)
     shortcut = {"x": _zero_pad_source(block) if block.shortcut == "zero_pad" else out}
     weights = last.weight
-    if projection:  # along the reduction axis of the same product when both are 1x1, else on load of its epilogue
+    if projection:  # part of the same product if both are 1x1, else read by its epilogue
         if last.kernel == 1:
             shortcut, weights = {"x": projection.touched}, weights + projection.weight
         else:
@@ -293,10 +294,10 @@ def _infer_fused(block: Block, run: _Recorder) -> None:
 
 
 def stem_bytes(fused: bool, image: int = 224, itemsize: int = 2, phase: str = "train") -> float:
-    """Bytes an image of conv1 + bn1 + relu + maxpool; images need no gradient.
+    """Return the bytes per image of conv1 + bn1 + relu + maxpool; images need no gradient.
 
-    Eager pools with int64 indices, in inference too, fused with uint8 ones. Fused, dy is recomputed by wgrad and never
-    stored.
+    Eager pools with int64 indices, also in inference. Fused pools with uint8 indices, and wgrad recomputes dy, which is
+    never stored.
     """
     x, y, out = 3 * image**2 * itemsize, 64 * (image // 2) ** 2 * itemsize, 64 * (image // 4) ** 2 * itemsize
     places = 64 * (image // 4) ** 2
@@ -314,7 +315,7 @@ def stem_bytes(fused: bool, image: int = 224, itemsize: int = 2, phase: str = "t
 
 
 def table(image: int = 224, itemsize: int = 2) -> list[dict]:
-    """A row a mode: MB an image of the blocks of ResNet-18, 34 and 50 in a training step, weights left out."""
+    """Return one row for each mode: MB per image of the blocks of ResNet-18, 34 and 50 in training, without weights."""
     rows = []
     for mode in MODES:
         row: dict = {"mode": mode}
