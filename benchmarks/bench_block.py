@@ -13,206 +13,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
-import blocks
-import counting
-import harness
 import torch
-import traffic
-from harness import Variant, Verdict
-from torch import Tensor, nn
+from common import blocks, harness
+from memory_traffic import closed_form
+from suite.timed_block import BASE, BOUND, FUSED, OPS, Bench, BlockCase, BlockSettings
+from torch import nn
 
 import fusedres
 from fusedres import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-OPS = {"basic": "basic_block", "bottleneck": "bottleneck", "stem": "stem"}
-BASE, BOUND, FUSED = "eager", "conv_only", "fused"
 HEADER = [
     "block", "phase", "batch", "NCHW ms", "eager ms", "conv ms", "fused ms", "ratio (95%)", "removed %",
     "saved MB", "moved MB",
 ]  # fmt: skip
 
 
-@dataclass
-class Settings:
-    """What is measured, and how."""
-
-    device: torch.device
-    dtype: torch.dtype
-    memory: str = "auto"
-    conv: str = "auto"
-    backend: str | None = None
-    freeze: bool = False
-    compile: bool = False
-    fuse: Callable[[nn.Module], nn.Module] | None = None  # replaces fusedres.fuse, for tests
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision as in training: float32 weights, autocast around the block."""
-        if self.dtype in (torch.float16, torch.bfloat16):
-            return torch.autocast(self.device.type, self.dtype)
-        return contextlib.nullcontext()
-
-    def selected(self) -> contextlib.AbstractContextManager:
-        """The backend asked for, if any."""
-        return fusedres.use_backend(self.backend) if self.backend else contextlib.nullcontext()
-
-    def fused(self, module: nn.Module) -> nn.Module:
-        """`module` fused in place."""
-        if self.fuse:
-            return self.fuse(module)
-        fused = fusedres.fuse(module, memory=self.memory, conv=self.conv)
-        return fusedres.freeze(fused) if self.freeze and not module.training else fused
-
-    def ran(self, module: nn.Module) -> tuple[str | None, str | None]:
-        """The backend that served the fused `module`, and why it runs unfused where it does."""
-        with self.selected():
-            reasons = [r.reason for r in fusedres.report(module) if not r.fused]
-            return (None, reasons[0]) if reasons else (backends.backend_for(self.device.type), None)
-
-
-@dataclass
-class Case:
-    """One block at one batch size in one phase, with everything that was found about it."""
-
-    name: str
-    block: traffic.Block | traffic.Stem
-    batch: int
-    phase: str
-    samples: dict[str, list[float]] = field(default_factory=dict)
-    saved: dict[str, int] = field(default_factory=dict)
-    counted: dict[str, int] = field(default_factory=dict)
-    peak: dict[str, int | None] = field(default_factory=dict)
-    backend: str | None = None
-    unfused: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.phase} batch {self.batch}"
-
-
-class Bench:
-    """Prepares one case: the module in each variant, its input, and the output's gradient."""
-
-    def __init__(self, case: Case, settings: Settings) -> None:
-        self.case, self.settings = case, settings
-        block, device = case.block, settings.device
-        self.train = case.phase == "train"
-        stock = blocks.make_block(block).to(device).train(self.train)
-        if settings.dtype == torch.float64:
-            stock = stock.double()
-        out = (case.batch, block.out_channels, block.out_size, block.out_size)
-        grad = torch.randn(out, generator=torch.Generator(device).manual_seed(2), device=device).to(settings.dtype)
-        self.stock = stock.to(memory_format=torch.channels_last)
-        self.x = blocks.make_input(block, case.batch, device, settings.dtype)
-        self.grad = grad.to(memory_format=torch.channels_last)
-        self.input_grad = self.train and not isinstance(block, traffic.Stem)
-
-    def check(self) -> list[Verdict]:
-        """Judges the fused block against eager and the float64 oracle."""
-        settings, eager = self.settings, copy.deepcopy(self.stock)
-        if self.train:
-            harness.clear_masks(eager.model if isinstance(eager, blocks.StemOnly) else eager, self.x)
-        fused, oracle = settings.fused(copy.deepcopy(eager)), copy.deepcopy(eager).double()
-        self.case.backend, self.case.unfused = settings.ran(fused)
-        grad = self.grad if self.train else None
-        with settings.selected():
-            return harness.check_block(fused, eager, oracle, self.x, grad, settings.autocast, self.input_grad)
-
-    def variants(self) -> tuple[list[Variant], dict[str, tuple[nn.Module, Tensor]]]:
-        """The variants to be timed, and the modules with their inputs."""
-        nchw = copy.deepcopy(self.stock).to(memory_format=torch.contiguous_format)
-        modules = {
-            "eager_nchw": (nchw, self.x.contiguous()),
-            BASE: (self.stock, self.x),
-            FUSED: (self.settings.fused(copy.deepcopy(self.stock)), self.x),
-        }
-        if self.settings.compile:
-            modules["compile"] = (torch.compile(copy.deepcopy(self.stock)), self.x)
-        variants = []
-        for name, (module, x) in modules.items():
-            source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.input_grad)
-            grad = self.grad.contiguous() if name == "eager_nchw" else self.grad
-            modules[name] = (module, source)
-            variants.append(self.variant(name, module, source, grad))
-        alone = blocks.ConvolutionsOnly(self.stock, self.case.block, self.case.batch, self.x)
-        variants.insert(2, Variant(BOUND, self.around(alone.train if self.train else alone.infer), alone.cleanup))
-        return variants, modules
-
-    def measure(self, pairs: int, at_least: int, budget: float | None, tick: Callable[[int], None]) -> None:
-        """Counts bytes, then times all variants interleaved; fills the case."""
-        case, device = self.case, self.settings.device
-        variants, modules = self.variants()
-        # Entered once, outside of what is timed.
-        with self.settings.selected(), torch.inference_mode(not self.train):
-            for v in variants:
-                self._count(v)
-            if self.train:
-                for name, (module, x) in modules.items():
-                    leave_out = [x, *module.parameters(), *module.buffers()]
-                    with self.settings.autocast():
-                        case.saved[name] = harness.saved_bytes(partial(module, x), leave_out)
-            case.samples = harness.interleave(
-                variants, harness.Timer(device), rounds=pairs, at_least=at_least, budget=budget, warmup=1, on_round=tick
-            )
-
-    def _count(self, variant: Variant) -> None:
-        case, cleanup = self.case, variant.cleanup or (lambda: None)
-        variant.run()  # compiles, picks algorithms
-        cleanup()
-        if variant.name != "compile":  # a compiled module would trace the counting itself
-            with counting.CountRun() as count:
-                variant.run()
-            case.counted[variant.name] = count.total
-            cleanup()
-        case.peak[variant.name] = harness.peak_bytes(variant.run, self.settings.device)
-        cleanup()
-
-    def around(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """`run` with autocast where the dtype asks for it; plain otherwise, as a context would be timed too."""
-        if self.settings.dtype not in (torch.float16, torch.bfloat16):
-            return run
-
-        def wrapped() -> Any:
-            with self.settings.autocast():
-                return run()
-
-        return wrapped
-
-    def variant(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> Variant:
-        """A step of `module`: forward, and in training backward from `grad`."""
-        forward = self.around(partial(module, x))
-        if not self.train:
-            return Variant(name, forward)
-
-        def step() -> None:
-            forward().backward(grad)
-
-        def cleanup() -> None:
-            x.grad = None
-            module.zero_grad(set_to_none=True)
-
-        return Variant(name, step, cleanup)
-
-
-def rows_of(case: Case, settings: Settings, where: dict[str, Any], ceilings: dict[str, float]) -> list[dict[str, Any]]:
+def rows_of(
+    case: BlockCase, settings: BlockSettings, where: dict[str, Any], ceilings: dict[str, float]
+) -> list[dict[str, Any]]:
     """One row a variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
     block, itemsize = case.block, settings.dtype.itemsize
-    ways = traffic.MODES[1:]
-    floor = min(traffic.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
+    ways = closed_form.MODES[1:]
+    floor = min(closed_form.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
     bound = harness.summarize(case.samples[BOUND]).median
     rows = []
     for name, samples in case.samples.items():
@@ -239,7 +74,7 @@ def rows_of(case: Case, settings: Settings, where: dict[str, Any], ceilings: dic
             "saved_bytes": case.saved.get(name),
             "counted_bytes": case.counted.get(name),
             "floor_bytes": floor,
-            "flops": traffic.flops(block, case.phase, case.batch),
+            "flops": closed_form.flops(block, case.phase, case.batch),
             "data": "synthetic",
             "percent_of_conv_only": 100 * bound / summary.median,
         }
@@ -247,7 +82,7 @@ def rows_of(case: Case, settings: Settings, where: dict[str, Any], ceilings: dic
     return rows
 
 
-def cells(case: Case, extra: bool) -> list[str]:
+def cells(case: BlockCase, extra: bool) -> list[str]:
     """The case as a line of the table."""
     times = {name: harness.summarize(samples).median * 1e3 for name, samples in case.samples.items()}
     ratio = harness.ratio_interval(case.samples[BASE], case.samples[FUSED])
@@ -274,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="half precision: autocast (GPU bfloat16, CPU float32)")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (GPU 64, CPU 8; --full: 8 and 16)")
     parser.add_argument("--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, tiny")
-    parser.add_argument("--phase", choices=("both", *traffic.PHASES), default="both", help="(both)")
+    parser.add_argument("--phase", choices=("both", *closed_form.PHASES), default="both", help="(both)")
     parser.add_argument("--memory", default="auto", help="fuse()'s memory: auto or min (auto)")
     parser.add_argument("--conv", default="auto", help="fuse()'s conv (auto)")
     parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
@@ -321,14 +156,14 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     started = time.perf_counter()
     if options.keep_pages and not harness.keep_pages():
         print("note: --keep-pages has no effect here, it is glibc's")
-    settings = Settings(
+    settings = BlockSettings(
         torch.device(options.device), DTYPES[options.dtype], options.memory, options.conv, options.backend,
         options.freeze, options.compile, fuse,
     )  # fmt: skip
     if settings.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    phases = traffic.PHASES if options.phase == "both" else (options.phase,)
-    cases = [Case(n, b, size, p) for size in options.batch for n, b in options.blocks.items() for p in phases]
+    phases = closed_form.PHASES if options.phase == "both" else (options.phase,)
+    cases = [BlockCase(n, b, size, p) for size in options.batch for n, b in options.blocks.items() for p in phases]
 
     where = harness.machine(settings.device)
     bandwidth = harness.copy_bandwidth(settings.device)
@@ -359,7 +194,7 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
         budget = None if options.pairs else max(0.0, left) / (len(cases) - done)
         begun, shown = time.perf_counter(), 0
 
-        def tick(rounds: int, case: Case = case, begun: float = begun, budget: float | None = budget) -> None:
+        def tick(rounds: int, case: BlockCase = case, begun: float = begun, budget: float | None = budget) -> None:
             nonlocal shown
             share = max(rounds / pairs, (time.perf_counter() - begun) / budget if budget else 0.0)  # noqa: B023
             progress.step(f"{case}: timing", int(100 * min(1.0, share)) - shown)
@@ -388,7 +223,7 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     if options.json:
         harness.write_rows(options.json, rows)
     if options.plot:
-        from plots import plot_blocks
+        from reporting.plots import plot_blocks
 
         plot_blocks(rows, Path(options.plot))
     return 0

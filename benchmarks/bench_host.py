@@ -16,14 +16,13 @@ import time
 import timeit
 from collections.abc import Callable
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
-import blocks
-import harness
 import torch
+from common import blocks, harness
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 

@@ -17,14 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
-import harness
 import torch
-from launched import WAYS
+from common import harness
+from memory_traffic.launched import WAYS
 from suite.models import Work, measure
 from suite.precision import PRECISIONS
 from suite.settings import Settings

@@ -18,15 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
-import counting
-import harness
 import torch
-from harness import Variant
+from common import harness
+from common.harness import Variant
+from memory_traffic import counting
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

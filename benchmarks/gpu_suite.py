@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long

@@ -34,14 +34,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
 import torch
 import triton
-from candidates import (
+from common.harness import Progress, machine, print_table
+from compiled_code.candidates import (
     DTYPES,
     GPUS,
     Specialised,
@@ -53,12 +54,11 @@ from candidates import (
     record,
     specialise,
 )
-from harness import Progress, machine, print_table
-from hazards import overwrites
-from launched import WAYS
-from pipelines import COPIES, STORES, lacks
-from ptx import races
-from sass import TENSOR_CORE, Binary
+from compiled_code.hazards import overwrites
+from compiled_code.pipelines import COPIES, STORES, lacks
+from compiled_code.ptx import races
+from compiled_code.sass import TENSOR_CORE, Binary
+from memory_traffic.launched import WAYS
 
 from fusedres.kernels.triton_core import launch as launching
 from fusedres.kernels.triton_core.launch import Config, Launch

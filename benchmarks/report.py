@@ -15,14 +15,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from terminal import begin, run
+from common.terminal import begin, run
 
 if __name__ == "__main__":
     begin()  # before the imports that take long
 
-import plots
-from plots import Row
-from tables import blocks_table, goals_table, models_table, ops_table
+from reporting import plots
+from reporting.plots import Row
+from reporting.tables import blocks_table, goals_table, models_table, ops_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- numbers: benchmarks/report.py -->", "<!-- end of numbers -->"
@@ -129,7 +129,7 @@ def draw(results: Path) -> None:
 
 def add(folder: Path, results: Path) -> list[Path]:
     """The rows of a run of gpu_suite.py as results files, one a device and step; returns them."""
-    from rows import ROW_KEYS
+    from common.rows import ROW_KEYS
     from suite.journal import Journal
 
     steps = sorted(path.stem for path in folder.glob("*.jsonl"))

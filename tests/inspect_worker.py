@@ -21,10 +21,9 @@ import triton.language as tl
 from fusedres.kernels.triton_core.launch import Config, Launch, ceil_div, launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import candidates
 import inspect_kernels
-import ptx
-from sass import Binary
+from compiled_code import candidates, ptx
+from compiled_code.sass import Binary
 from suite.miscompiled import waiting
 
 M, N, K = 65536, 256, 512

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 @pytest.fixture(scope="module")
 def harness():
-    import harness
+    from common import harness
 
     return harness
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    import blocks
+    from common import blocks
 
     return blocks
 

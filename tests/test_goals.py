@@ -120,15 +120,15 @@ def test_auto_is_as_slow_as_its_slowest_block():
 
 def test_the_floor_of_a_model_is_the_sum_of_its_parts():
     """At these rates memory decides everywhere, or arithmetic does."""
-    import traffic
+    from memory_traffic import closed_form
     from suite import floors
 
     slow_memory = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1e30}
     floor = floors.of_model("resnet50", "train", 8, 2, slow_memory)
     assert floor.seconds == floor.bytes
     per_image = (floors.of_model("resnet50", "train", 16, 2, slow_memory).bytes - floor.bytes) / 8 / 1e6
-    rows = {row["mode"]: row["resnet50"] for row in traffic.table()}
-    assert per_image == pytest.approx(rows["one_pass"] + traffic.stem_bytes(True) / 1e6, rel=1e-3)
+    rows = {row["mode"]: row["resnet50"] for row in closed_form.table()}
+    assert per_image == pytest.approx(rows["one_pass"] + closed_form.stem_bytes(True) / 1e6, rel=1e-3)
     slow_products = {"copy_bytes_per_s": 1e30, "matmul_flops_per_s": 1.0}
     floor = floors.of_model("resnet50", "infer", 1, 2, slow_products)
     assert floor.seconds == floor.flops == pytest.approx(8.2e9, rel=0.02)  # 4.1 G multiplications

@@ -42,7 +42,7 @@ def rows_of(folder: Path, *steps: str) -> dict[str, list[dict]]:
 
 
 def test_both_calls_run_and_nothing_runs_again(tmp_path):
-    import harness
+    from common import harness
 
     first, second = tmp_path / "first", tmp_path / "second"
     done = suite("--call", "first", "--out", str(first))
@@ -275,11 +275,10 @@ def test_the_package_and_the_kernels_come_from_a_pack_or_are_built(fits, install
 )
 def test_what_is_compiled_ahead_is_what_training_launches(name, way):
     """Recorded on meta tensors, and run under autocast: the same kernels, on tensors of the same dtypes or on None."""
-    import blocks
-    from bench_block import Bench, Case
-    from bench_block import Settings as Surroundings
-    from candidates import cases, record
-    from launched import WAYS
+    from common import blocks
+    from compiled_code.candidates import cases, record
+    from memory_traffic.launched import WAYS
+    from suite.timed_block import Bench, BlockCase, BlockSettings
 
     import fusedres
 
@@ -292,7 +291,7 @@ def test_what_is_compiled_ahead_is_what_training_launches(name, way):
     (run,) = cases(name, (way,), 2, torch.float16, mixed=True).values()
     ahead, real = record(run), []
     for phase in ("train", "infer"):
-        bench = Bench(Case(name, blocks.TINY[name], 2, phase), Surroundings(torch.device("cpu"), torch.float16))
+        bench = Bench(BlockCase(name, blocks.TINY[name], 2, phase), BlockSettings(torch.device("cpu"), torch.float16))
         module = fusedres.fuse(bench.stock, **WAYS[way][0])
         if isinstance(module, blocks.StemOnly):
             module.model.fused_conv = WAYS[way][0]["conv"]

@@ -84,8 +84,8 @@ def test_a_measured_choice_reaches_the_launch_and_nothing_else_does():
 
 
 def test_every_candidate_of_a_problem_has_its_own_label():
-    from launched import train_step
-    from traffic import Block
+    from common.networks import Block
+    from memory_traffic.launched import train_step
 
     steps = train_step(Block("bottleneck", 256, 64, 56), "fused min", 8, torch.bfloat16)
     launches = [found for count in steps.values() for found in count.kernels]

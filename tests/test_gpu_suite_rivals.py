@@ -21,7 +21,7 @@ def _scripts(monkeypatch):
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Of a step that takes its CPU for a GPU, with one round of timing."""
-    import harness
+    from common import harness
     from suite import block_rows, models
     from suite.settings import Settings
 
@@ -51,13 +51,12 @@ def settings(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["", "stock", "compile", "graphs", "max-autotune"])
 @pytest.mark.parametrize("name", ["tiny.bottleneck.projection", "tiny.stem"])
 def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
-    import blocks
-    import harness
-    from bench_block import Case
+    from common import blocks, harness
     from suite.block_rows import _Measurement, variants
     from suite.precision import PRECISIONS
+    from suite.timed_block import BlockCase
 
-    case = Case(name, blocks.TINY[name], 2, phase)
+    case = BlockCase(name, blocks.TINY[name], 2, phase)
     _Measurement(settings, "case", case, kind, PRECISIONS["float32"]).measure()
     rows = settings.journal.rows()
     wanted = ["eager", *variants(settings, kind, phase)]
@@ -74,10 +73,10 @@ def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
 
 def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
     """The replay is checked anew: its gradients in training, its output in inference."""
-    import blocks
-    from bench_block import Case
+    from common import blocks
     from suite import block_rows
     from suite.precision import PRECISIONS
+    from suite.timed_block import BlockCase
 
     def wrong(step, pool):
         def replay():
@@ -94,7 +93,7 @@ def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
         block_rows._Measurement, "_module", lambda self, way: held.setdefault("module", module_of(self, way))
     )
     monkeypatch.setattr(block_rows, "variants", lambda *_: ["graphed eager"])
-    case = Case("tiny.basic", blocks.TINY["tiny.basic"], 2, "train")
+    case = BlockCase("tiny.basic", blocks.TINY["tiny.basic"], 2, "train")
     block_rows._Measurement(settings, "case", case, "graphs", PRECISIONS["float32"]).measure()
     rows = {row["variant"]: row for row in settings.journal.rows()}
     assert "grad is off by 1 of its norm from eager" in rows["graphed eager"]["error"]
@@ -103,20 +102,20 @@ def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
 
 def test_what_the_process_died_of_is_not_tried_again(settings, monkeypatch):
     """The others of its case are."""
-    import blocks
-    from bench_block import Case
+    from common import blocks
     from suite import right
     from suite.block_rows import _Measurement
     from suite.models import Work, measure
     from suite.precision import PRECISIONS
     from suite.settings import DIED
+    from suite.timed_block import BlockCase
 
     def died(what):
         settings.journal.append(case="case", event="trying", what=what)
         settings.journal.append(case="case", event="crash")
 
     died("case, library")
-    case = Case("tiny.basic", blocks.TINY["tiny.basic"], 2, "train")
+    case = BlockCase("tiny.basic", blocks.TINY["tiny.basic"], 2, "train")
     _Measurement(settings, "case", case, "", PRECISIONS["float32"]).measure()
     measure(settings, "case", Work("tiny", "train", 2, PRECISIONS["float32"], 32, 10), ["library"], 1, 1)
     rows = [(row["name"], row["variant"], row.get("error")) for row in settings.journal.rows()]

@@ -1,4 +1,4 @@
-"""benchmarks/harness.py: statistics, interleaved timing, memory, and what a row holds."""
+"""benchmarks/common/harness.py: statistics, interleaved timing, memory, and what a row holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 @pytest.fixture(scope="module")
 def harness():
-    import harness
+    from common import harness
 
     return harness
 
@@ -94,7 +94,8 @@ def test_kept_pages_are_not_faulted_again():
     code = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import harness, torch
+import torch
+from common import harness
 if not harness.keep_pages():
     sys.exit(77)
 def faults():

@@ -1,4 +1,4 @@
-"""The readers of benchmarks/hazards.py and benchmarks/ptx.py on code written here, right and wrong."""
+"""The readers of hazards.py and ptx.py in benchmarks/compiled_code/ on code written here, right and wrong."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import ptx
-from hazards import overwrites
-from ptx import races
-from sass import Instruction
+from compiled_code import ptx
+from compiled_code.hazards import overwrites
+from compiled_code.ptx import races
+from compiled_code.sass import Instruction
 
 NO_SCOREBOARD = 7 << 49
 

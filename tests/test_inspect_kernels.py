@@ -15,7 +15,7 @@ from processes import HANG, once
 from fusedres.kernels.triton_core.launch import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from pipelines import COPIES, STORES, lacks
+from compiled_code.pipelines import COPIES, STORES, lacks
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "inspect_kernels.py"
@@ -74,7 +74,7 @@ def test_products_run_on_tensor_cores_and_load_ahead(inspected):
 
 
 def test_pipelines_stay_full(inspected):
-    """Where benchmarks/pipelines.py names no reason against it."""
+    """Where benchmarks/compiled_code/pipelines.py names no reason against it."""
     rows = [r for r in inspected["rows"] if r["product"] and not r["lacks"]]
     assert {
         "conv_fprop_kernel",

@@ -27,7 +27,7 @@ def report():
 
 def made_up(**fields: object) -> dict:
     """A row with every field, none of them measured."""
-    from rows import ROW_KEYS
+    from common.rows import ROW_KEYS
 
     row = dict.fromkeys(ROW_KEYS) | {"device": GPU, "versions": {"torch": "0"}, "date": "2000-01-01", "commit": "none"}
     row |= {"rounds": 3, "dtype": "bfloat16", "phase": "train", "median_s": 0.01, "shape": [256, 3, 224, 224]}
@@ -108,7 +108,7 @@ def test_a_changed_row_makes_its_plot_and_the_readme_outdated(report, tmp_path):
 
 def test_a_plot_shows_the_latest_measurement_only(report):
     """Of two runs the later one, though the earlier was luckier."""
-    import plots
+    from reporting import plots
 
     early = [of_block("eager", 1.0, date="2000-01-01"), of_block("fused", 9.0, date="2000-01-01")]
     late = [of_block("fused", 1.5, date="2000-01-02"), of_block("fused", 7.0, date="2000-01-03", kind="compile")]
@@ -132,7 +132,7 @@ def test_all_kinds_of_plots_and_the_same_rows_give_the_same_file(report, tmp_pat
 
 
 def test_the_block_table_takes_the_fastest_way_and_rival_of_a_kind(report):
-    from tables import blocks_table
+    from reporting.tables import blocks_table
 
     rows = [
         of_block("eager", 1.0), of_block("eager_nchw", 0.5), of_block("library", 1.4), of_block("fused", 1.8),
@@ -147,7 +147,7 @@ def test_the_block_table_takes_the_fastest_way_and_rival_of_a_kind(report):
 
 
 def test_the_model_and_op_tables(report):
-    from tables import models_table, ops_table
+    from reporting.tables import models_table, ops_table
 
     models = models_table([of_model("eager", 1.0), of_model("library", 1.3), of_model("compile", 1.2)])
     assert "synthetic data:" in models
@@ -175,7 +175,7 @@ def journal(folder: Path, step: str, rows: list[dict]) -> None:
 
 
 def test_a_run_becomes_a_file_a_step(report, tmp_path):
-    from rows import ROW_KEYS
+    from common.rows import ROW_KEYS
 
     run, results = tmp_path / "run", tmp_path / "results"
     run.mkdir()

@@ -19,7 +19,7 @@ def _scripts(monkeypatch):
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    import blocks
+    from common import blocks
 
     block = (blocks.TINY | blocks.STEM)[name]
     return blocks.make_block(block), blocks.make_input(block, 2, torch.device("cpu"), dtype)

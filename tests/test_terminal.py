@@ -141,7 +141,7 @@ def test_every_script_ends_so() -> None:
         text = path.read_text()
         assert f'run(main, "{path.name}"' in text, path
         before = re.findall(r"^(?:from|import) (\w+)", text.partition("begin()")[0], re.MULTILINE)
-        assert set(before) <= sys.stdlib_module_names | {"terminal", "shared"}, path
+        assert set(before) <= sys.stdlib_module_names | {"terminal", "shared", "common"}, path
 
 
 @pytest.mark.parametrize(

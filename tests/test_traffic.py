@@ -1,4 +1,4 @@
-"""benchmarks/traffic.py and counting.py: bytes in closed form, and counted as operators run."""
+"""benchmarks/traffic.py and memory_traffic/: bytes in closed form, and counted as operators run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
 @pytest.fixture(scope="module")
 def traffic():
-    import traffic
+    from memory_traffic import closed_form
 
-    return traffic
+    return closed_form
+
+
+@pytest.fixture(scope="module")
+def counting():
+    from memory_traffic import counting
+
+    return counting
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    import blocks
+    from common import blocks
 
     return blocks
 
@@ -151,9 +158,9 @@ def _remember(seen: dict, module: nn.Module, inputs: tuple, output: torch.Tensor
     seen[module] = (inputs[0].shape, output.shape)
 
 
-def test_counting_by_hand(traffic):
+def test_counting_by_hand(counting):
     a, b = torch.randn(10, 20), torch.randn(10, 20)
-    with traffic.CountBytes() as count:
+    with counting.CountBytes() as count:
         c = a + b  # reads 2, writes 1
         c.t().view(20, 10)  # views
         torch.empty(1000)  # nothing is touched
@@ -167,29 +174,29 @@ def test_counting_by_hand(traffic):
     assert next(iter(count.by_operator())) == "aten::add"
 
 
-def test_counting_passes_of_batch_norm_and_convolution(traffic):
+def test_counting_passes_of_batch_norm_and_convolution(counting):
     x = torch.randn(2, 8, 6, 6, requires_grad=True)
     weight = torch.ones(8, requires_grad=True)
-    with traffic.CountBytes() as count:
+    with counting.CountBytes() as count:
         out = F.batch_norm(x, torch.zeros(8), torch.ones(8), weight, torch.zeros(8), training=True)
     activations = x.numel() * 4
     # x twice, result once, and per channel: weight, bias, running mean and variance, mean and invstd
     assert activations * 3 <= count.total <= activations * 3 + 10 * 8 * 4
-    with traffic.CountBytes() as count:
+    with counting.CountBytes() as count:
         out.backward(torch.ones_like(x))
     ones = activations
     assert activations * 5 <= count.total - ones <= activations * 5 + 10 * 8 * 4
 
 
 @pytest.mark.parametrize("name", ["tiny.basic", "tiny.bottleneck"])
-def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, blocks, name):
+def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, counting, blocks, name):
     """Two counts that share nothing: operators' arguments as run, and kernels' operand lists from the shapes."""
     block = blocks.TINY[name]
     module, batch = blocks.make_block(block).to(memory_format=torch.channels_last), 16
     x = torch.randn(batch, block.in_channels, block.size, block.size).to(memory_format=torch.channels_last)
     x.requires_grad_()
     out = module(x)
-    with traffic.CountBytes() as count:
+    with counting.CountBytes() as count:
         module(x).backward(torch.ones_like(out, memory_format=torch.preserve_format))
     ones = out.numel() * 4
     expected = traffic.bytes_moved(block, "eager", "train", batch, 4)
@@ -198,10 +205,9 @@ def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, blocks, name
     assert vectors < 0.1 * expected
 
 
-def test_launches_count_where_an_op_makes_some(traffic):
+def test_launches_count_where_an_op_makes_some(traffic, counting):
     """Under triton, on meta tensors, as launched.py counts; under cpu as operators."""
-    import counting
-    import launched
+    from memory_traffic import launched
 
     block = traffic.Block("bottleneck", 32, 8, 8)
     module, x = launched.build(block, "fused min", 8, torch.float32)
@@ -214,14 +220,16 @@ def test_launches_count_where_an_op_makes_some(traffic):
     fused = fusedres.fuse(launched.make_block(block))
     x = torch.randn(out.shape)
     totals = []
-    for mode in (counting.CountRun, traffic.CountBytes):
+    for mode in (counting.CountRun, counting.CountBytes):
         with mode() as count:
             fused(x)
         totals.append(count.by_operator())
     assert totals[0] == totals[1] and any(name.startswith("fusedres::") for name in totals[0])
 
 
-def test_traffic_prints_the_table(traffic, capsys):
+def test_traffic_prints_the_table(capsys):
+    import traffic
+
     traffic.main([])
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
     assert lines["eager"] == ["73.3", "128.5", "440.6"]

@@ -27,14 +27,14 @@ def _path():
 
 @pytest.fixture(scope="module")
 def traffic():
-    import traffic
+    from memory_traffic import closed_form
 
-    return traffic
+    return closed_form
 
 
 @pytest.fixture(scope="module")
 def launched():
-    import launched
+    from memory_traffic import launched
 
     return launched
 
@@ -200,7 +200,9 @@ def test_an_op_without_a_kernel_is_an_error(launched, traffic, monkeypatch):
         (["--launched", "library", "--batch", "0"], "--batch must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(traffic, arguments, message, capsys):
+def test_what_cannot_be_counted_is_refused(arguments, message, capsys):
+    import traffic
+
     with pytest.raises(SystemExit, match="2"):
         traffic.main(arguments)
     assert message in capsys.readouterr().err

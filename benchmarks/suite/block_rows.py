@@ -13,16 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import blocks
-import counting
-import harness
 import torch
-import traffic
-from bench_block import BASE, BOUND, OPS, Bench
-from bench_block import Case as BlockCase
-from bench_block import Settings as BlockSettings
-from harness import Variant
-from launched import WAYS
+from common import blocks, harness
+from common.harness import Variant
+from memory_traffic import counting
+from memory_traffic.closed_form import PHASES
+from memory_traffic.launched import WAYS
 from torch import Tensor, nn
 
 import fusedres
@@ -32,6 +28,7 @@ from suite import choices, floors, rivals
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
 from suite.settings import DIED, Case, Settings, first_lines, off_by
+from suite.timed_block import BASE, BOUND, OPS, Bench, BlockCase, BlockSettings
 
 # ‖fused − eager‖ / ‖eager‖ of gradients: in half precision masks near 0 fall to either side. Of a rival's output too.
 BOUNDS = {torch.bfloat16: 0.3, torch.float16: 0.15, torch.float32: 1e-2}
@@ -67,12 +64,7 @@ def variants(settings: Settings, kind: str, phase: str) -> list[str]:
 def cases(settings: Settings) -> list[Case]:
     """Each way of each block, the large batch first."""
     chosen, batches, usual = _usual(settings)
-    return [
-        case
-        for batch in batches
-        for phase in traffic.PHASES
-        for case in _cases(settings, chosen, batch, phase, "", usual)
-    ]
+    return [case for batch in batches for phase in PHASES for case in _cases(settings, chosen, batch, phase, "", usual)]
 
 
 def all_cases(settings: Settings) -> list[Case]:
@@ -81,11 +73,11 @@ def all_cases(settings: Settings) -> list[Case]:
     some = dict(list(chosen.items())[:4])
     found = []
     for kind, of_toy in {"stock": "infer", "compile": "train", "graphs": "infer", "max-autotune": "train"}.items():
-        for phase in (of_toy,) if settings.tiny else traffic.PHASES:
+        for phase in (of_toy,) if settings.tiny else PHASES:
             found += _cases(settings, some if kind == "max-autotune" else chosen, batches[0], phase, kind, usual)
     others = (PRECISIONS["tf32"],) if settings.tiny else tuple(p for p in PRECISIONS.values() if p is not usual)
     for precision in others:
-        for phase in traffic.PHASES[: 1 if settings.tiny else None]:
+        for phase in PHASES[: 1 if settings.tiny else None]:
             found += _cases(settings, dict(list(chosen.items())[:6]), batches[-1], phase, "", precision)
     return found
 
@@ -93,7 +85,7 @@ def all_cases(settings: Settings) -> list[Case]:
 def auto_cases(settings: Settings) -> list[Case]:
     """What users of "auto" get, beside eager."""
     chosen, batches, usual = _usual(settings)
-    return [case for phase in traffic.PHASES for case in _cases(settings, chosen, batches[0], phase, AUTO, usual)]
+    return [case for phase in PHASES for case in _cases(settings, chosen, batches[0], phase, AUTO, usual)]
 
 
 def _cases(

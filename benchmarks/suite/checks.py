@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from harness import ROOT
+from common.harness import ROOT
 
 from suite.journal import Journal
 from suite.settings import Case, Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launched import WAYS
+from memory_traffic.launched import WAYS
 
 from fusedres import dispatch
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Way, batch_class, store

@@ -8,11 +8,10 @@ import shutil
 import subprocess
 from typing import Any
 
-import harness
 import torch
 
 from fusedres import cuda_support
-from suite.precision import PRECISIONS
+from suite.ceilings import measure_ceilings
 from suite.settings import Case, Settings
 
 
@@ -48,19 +47,4 @@ def _machine(settings: Settings) -> None:
 
 
 def _ceilings(settings: Settings) -> None:
-    settings.row("ceilings", **measure_ceilings(settings))
-
-
-def measure_ceilings(settings: Settings) -> dict[str, Any]:
-    """Bytes a second of a copy, read and written; operations a second of a product of random matrices."""
-    rounds = 20 if settings.on_gpu else 2 if settings.tiny else 10
-    rates = {}
-    for precision in PRECISIONS.values():
-        if settings.on_gpu or precision.dtype == torch.float32:
-            with precision.switched():
-                rates[precision.name] = harness.matmul_rate(settings.device, precision.dtype, rounds)
-    return {
-        "copy_bytes_per_s": harness.copy_bandwidth(settings.device, rounds),
-        "matmul_flops_per_s": rates["bfloat16" if settings.on_gpu else "float32"],
-        "matmul_by_precision": rates,
-    }
+    settings.row("ceilings", **measure_ceilings(settings.device, settings.tiny))

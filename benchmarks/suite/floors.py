@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import traffic
-from networks import Block, Stem, resnet_blocks
+from common.networks import Block, Stem, resnet_blocks
+from memory_traffic import closed_form
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Floor:
 
 def of_block(block: Block | Stem, phase: str, batch: int, itemsize: int, ceilings: Mapping[str, float]) -> Floor:
     """Whichever of memory and arithmetic takes longer."""
-    moved = min(traffic.bytes_moved(block, way, phase, batch, itemsize) for way in traffic.MODES[1:])
-    flops = traffic.flops(block, phase, batch)
+    moved = min(closed_form.bytes_moved(block, way, phase, batch, itemsize) for way in closed_form.MODES[1:])
+    flops = closed_form.flops(block, phase, batch)
     return Floor(moved, flops, max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"]))
 
 

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import blocks
 import torch
-from launched import train_step
-from networks import resnet_blocks
-from traffic import Block
+from common import blocks
+from common.networks import Block, resnet_blocks
+from memory_traffic.launched import train_step
 
 from fusedres.kernels.triton_core.launch import Config, Problem, choosing, problem_key
 from suite.arithmetic import flops

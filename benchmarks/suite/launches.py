@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from candidates import Specialised, cases, record, specialise
+from compiled_code.candidates import Specialised, cases, record, specialise
 
 from fusedres.kernels.triton_core.launch import Config, Launch, Problem, choosing, problem_key
 from suite import miscompiled

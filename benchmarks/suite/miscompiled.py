@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import blocks
 import torch
 import triton
+from common import blocks
 
 from fusedres.kernels.triton_core.launch import Config, Launch, Problem, choosing, record_launches
 from fusedres.tune.calls import Call, Visit

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import counting
-import harness
 import torch
 import torchvision
-from harness import Variant
-from launched import WAYS
+from common import harness
+from common.harness import Variant
+from memory_traffic import counting
+from memory_traffic.launched import WAYS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import blocks
-import harness
 import torch
-import traffic
-from harness import Variant
+from common import blocks, harness
+from common.harness import Variant
+from memory_traffic.counting import CountBytes
 from torch import Tensor
 
 from fusedres import cuda_support
@@ -88,7 +87,7 @@ class Measure:
         if launches:
             moved, operations = sum(launch.bytes() for launch in launches), flops(launches)
         else:
-            with traffic.CountBytes() as count:
+            with CountBytes() as count:
                 call.op.dispatched(backend)(*call.fresh())
             moved, operations = count.total, 0
         variants = {backend: call.variant(backend, backend)}

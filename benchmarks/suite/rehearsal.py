@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import gpu_pack
 import torch
-from harness import print_table
+from common.harness import print_table
 
 from suite.launches import ARCH, of_step
 from suite.pack import misfit
+from suite.pack_rehearsal import launch_pack
 from suite.schedule import CALLS, INSTALL
 from suite.settings import Settings
 
@@ -30,7 +30,7 @@ def rehearse(call: str, pack: Path | None) -> int:
             settings = Settings(step.name, Path(folder), torch.device("cuda"), False, time.time(), None, pack)
             cases = step.list_cases(settings)
             made = of_step(step.name) if pack else []
-            counts = gpu_pack.rehearse(pack, made) if pack and made else Counter[str]()
+            counts = launch_pack(pack, made) if pack and made else Counter[str]()
             missing += counts["compiled"] + counts["launchers compiled"]
             told = [str(counts[name]) if made else "–" for name in ("launches", "packed", "compiled")]
             first = cases[0].name if cases else "what failed"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import blocks
 import torch
-from launched import WAYS
+from common import blocks
+from memory_traffic.launched import WAYS
 
 from fusedres import cuda_support
 from fusedres.kernels import serving

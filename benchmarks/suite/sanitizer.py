@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from harness import ROOT
+from common.harness import ROOT
 
 from suite.checks import WANTED, files, pytest_of
 from suite.journal import Journal

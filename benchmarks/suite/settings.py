@@ -9,15 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
+from common import harness
 
 from fusedres.tune.compare import off_by
+from suite.ceilings import CEILINGS, measure_ceilings
 from suite.journal import Journal, Row
 from suite.precision import Precision
 
 DIED = "the process died of it"
-CEILINGS = ("copy_bytes_per_s", "matmul_flops_per_s")
 
 
 @dataclass
@@ -63,13 +63,11 @@ class Settings:
     @cached_property
     def ceilings(self) -> dict[str, Any]:
         """copy_bytes_per_s, matmul_flops_per_s and that of each precision, of the step facts, else measured now."""
-        from suite import facts
-
         for folder in filter(None, (self.out, self.after)):
             for row in Journal(folder, "facts").rows():
                 if row.get("case") == "ceilings" and row.get("device") == self.where["device"]:
                     return {name: row[name] for name in (*CEILINGS, "matmul_by_precision")}
-        return facts.measure_ceilings(self)
+        return measure_ceilings(self.device, self.tiny)
 
     def ceilings_of(self, precision: Precision) -> dict[str, float]:
         """copy_bytes_per_s and matmul_flops_per_s of products in this precision."""

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
-from launched import WAYS
-from traffic import PHASES
+from memory_traffic.closed_form import PHASES
+from memory_traffic.launched import WAYS
 
 from suite import choices, goals
 from suite.journal import Journal, Row

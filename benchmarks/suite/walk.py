@@ -5,28 +5,27 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import blocks
 import torch
 import torchvision
-import traffic
-from bench_block import Bench
-from bench_block import Case as BlockCase
-from bench_block import Settings as BlockSettings
-from launched import WAYS
+from common import blocks
+from common.networks import Block
+from memory_traffic.closed_form import PHASES
+from memory_traffic.launched import WAYS
 from torch import Tensor
 
 import fusedres
 from fusedres.tune.calls import Visit
 from suite.settings import Settings
+from suite.timed_block import Bench, BlockCase, BlockSettings
 
-TINY = {"tiny": traffic.Block("bottleneck", 16, 8, 16, 2, "projection")}  # large enough for a Gram matrix
+TINY = {"tiny": Block("bottleneck", 16, 8, 16, 2, "projection")}  # large enough for a Gram matrix
 
 
 def walk_block(
-    settings: Settings, visit: Visit, name: str, block: traffic.Block, way: str, batch: int, dtype: torch.dtype
+    settings: Settings, visit: Visit, name: str, block: Block, way: str, batch: int, dtype: torch.dtype
 ) -> None:
     """A block's training step and its inference."""
-    for phase in traffic.PHASES:
+    for phase in PHASES:
         bench = Bench(BlockCase(name, block, batch, phase), BlockSettings(settings.device, dtype))
         module = fusedres.fuse(copy.deepcopy(bench.stock), **WAYS[way][0])
         _walk(settings, visit, module, bench.x, bench.grad if phase == "train" else None, dtype)

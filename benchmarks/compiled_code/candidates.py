@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import triton
-from blocks import select
-from launched import WAYS, CountLaunched, Stem, build, mixed_precision
+from common.blocks import select
+from common.networks import Block
+from memory_traffic.launched import WAYS, CountLaunched, Stem, build, mixed_precision
 from torch import Tensor
-from traffic import Block
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend

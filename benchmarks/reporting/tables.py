@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median
 
-from plots import Row
 from suite import goals
+
+from reporting.plots import Row
 
 NONE = "–"
 

@@ -1,6 +1,6 @@
-"""What is shown while a benchmark runs, and after; and how a script ends where its reader or Ctrl-C ends it.
+"""Progress bars and tables, and a quiet end of scripts when their reader goes away or Ctrl-C stops them.
 
-`begin` and `run` are those of fusedres/terminal.py, loaded by its path: importing the package would import torch first.
+`begin` and `run` come from fusedres/terminal.py. It is loaded by its path, as importing the package would import torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-_spec = spec_from_file_location("shared_terminal", Path(__file__).resolve().parent.parent / "fusedres" / "terminal.py")
+_spec = spec_from_file_location("shared_terminal", Path(__file__).resolve().parents[2] / "fusedres" / "terminal.py")
 assert _spec is not None and _spec.loader is not None
 _shared = module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
@@ -18,7 +18,7 @@ begin, run = _shared.begin, _shared.run
 
 
 class Progress:
-    """A progress bar on stderr: tqdm's where it can be imported, and none unless stderr is a terminal."""
+    """A progress bar of tqdm on stderr. There is none if stderr is not a terminal or tqdm is not installed."""
 
     def __init__(self, total: int) -> None:
         self._bar = None
@@ -42,7 +42,7 @@ class Progress:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; the first two to the left, the others to the right."""
+    """Print columns as wide as their widest cell: the first two aligned left, the others aligned right."""
     widths = [max(len(r[k]) for r in [header, *rows]) for k in range(len(header))]
     for r in [header, *rows]:
         cells = (c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True)))

@@ -1,13 +1,13 @@
-"""Bytes that a residual block moves as it is launched: counted from the arguments of every launch, without a GPU.
+"""Bytes that a residual block moves, counted from the arguments of every kernel launch, without a GPU.
 
-Blocks run on meta tensors under the triton backend, forward and backward. There a launch is only recorded, and what it
-moves follows from its arguments: every distinct tensor read once and every distinct tensor written once. Whatever runs
-beside (a library's convolutions above all) is counted as an operator by traffic.CountBytes. A kernel that reads an
-operand in several tiles again counts it once, as if a cache held it.
+Blocks run on meta tensors with the triton backend, forward and backward. There a launch is only recorded. Its bytes
+follow from its arguments: every distinct tensor is read once or written once. Everything else that runs, such as a
+library's convolutions, is counted as an operator by counting.py. If a kernel reads an operand again for several tiles,
+it counts once, as if a cache held it.
 
-Bytes an image are the slope from a batch to twice that batch; the rest (weights, their gradients, per-channel vectors)
-does not grow with the batch and stands apart. Where tiles or splits follow the batch neither is exact; their sum at the
-batch is. `python benchmarks/traffic.py --launched` prints all beside the closed form.
+Bytes per image are the slope from one batch to twice that batch. The rest (weights, their gradients, per-channel
+vectors) does not grow with the batch and is listed separately. If tiles or splits depend on the batch, neither number
+is exact, but their sum at this batch is. `python benchmarks/traffic.py --launched` prints them beside the closed form.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blocks import make_block
-from harness import Progress, machine, print_table
+from common.blocks import make_block
+from common.harness import Progress, machine, print_table
+from common.networks import Block, Stem, resnet_blocks
 from torch import Tensor, nn
-from traffic import MODES, Block, CountBytes, Stem, bytes_moved, resnet_blocks
 
 import fusedres
 from fusedres.kernels.triton_core.launch import Launch, record_launches
 from fusedres.modules import fused_block, reading, resnet
 from fusedres.ops._library import OPS
+from memory_traffic.closed_form import MODES, bytes_moved
+from memory_traffic.counting import CountBytes
 
-# Name of a way → fuse()'s arguments, and the closed form's mode that it is held against.
+# Name of a way → the arguments of fuse(), and the mode of the closed form that it is compared with.
 WAYS: dict[str, tuple[dict[str, str], str]] = {
     "library": ({"conv": "library"}, "library"),
     "library min": ({"conv": "library", "memory": "min"}, "library"),
@@ -40,15 +42,15 @@ WAYS: dict[str, tuple[dict[str, str], str]] = {
 
 
 class MissingKernelError(RuntimeError):
-    """An op has no triton kernel, so what it moves is unknown."""
+    """An op has no triton kernel, so its bytes are unknown."""
 
 
 class CountLaunched(CountBytes):
-    """Keeps the launches of Triton kernels made inside, and counts every other operator.
+    """Keeps the launches of Triton kernels that are made inside, and counts every other operator.
 
-    An op of fusedres does not count as an operator: on meta tensors torch would call its fake, here its triton launcher
-    runs and what that launches and calls is what counts. Ops without a triton kernel are named in `missing`; their
-    fakes run. Goes with use_backend("triton").
+    An op of fusedres does not count as an operator. On meta tensors torch would call its fake; here its triton launcher
+    runs, and the launches and operators of the launcher count. Ops without a triton kernel are named in `missing`, and
+    their fakes run. Use it together with use_backend("triton").
     """
 
     def __init__(self) -> None:
@@ -60,7 +62,7 @@ class CountLaunched(CountBytes):
         if func.namespace != "fusedres":
             result = super().__torch_dispatch__(func, types, args, kwargs)
             if func is torch.ops.aten.convolution.default and args[0].is_meta:
-                # cuDNN keeps the input's memory format, which the meta kernel leaves open.
+                # cuDNN keeps the memory format of the input; the meta kernel does not say.
                 return result.contiguous(memory_format=torch.channels_last)
             return result
         op = OPS[func._schema.name.partition("::")[2]]
@@ -77,28 +79,28 @@ class CountLaunched(CountBytes):
 
 @dataclass(frozen=True)
 class Part:
-    """What one kernel or operator does in one phase of a training step."""
+    """The calls and bytes of one kernel or operator in one phase of a training step."""
 
     phase: str  # "forward" or "backward"
     name: str
-    kernel: bool  # a Triton kernel of this package, else an operator
+    kernel: bool  # True: a Triton kernel of this package; False: an operator
     calls: int
-    image_bytes: float  # an image
-    rest_bytes: float  # whatever the batch
+    image_bytes: float  # per image
+    rest_bytes: float  # independent of the batch
 
 
 def build(
     what: Block | Stem, way: str, batch: int, dtype: torch.dtype, mixed: bool = False
 ) -> tuple[nn.Module, Tensor]:
-    """The module, fused, and an input, both on the meta device. Images need no gradient.
+    """Return the fused module and an input, both on the meta device. Images need no gradient.
 
-    mixed: its weights are float32 in channels_last, as training has them; goes with `mixed_precision`.
+    mixed: the weights are float32 in channels_last, as in training; use it together with `mixed_precision`.
     """
     module = fusedres.fuse(make_block(what), **WAYS[way][0])
     module = module.to("meta").to(memory_format=torch.channels_last) if mixed else module.to("meta", dtype)
     for child in module.modules():
         if isinstance(child, fusedres.FusedResNet) and WAYS[way][0]["conv"] == "fused":
-            child.fused_conv = "fused"  # fuse() leaves it to what was measured
+            child.fused_conv = "fused"  # fuse() leaves the choice to measured tables
         if isinstance(child, nn.BatchNorm2d):
             child.to(dtype=torch.promote_types(dtype, torch.float32))  # float32 as under autocast
     x = torch.empty((batch, what.in_channels, what.size, what.size), dtype=dtype, device="meta")
@@ -107,7 +109,7 @@ def build(
 
 @contextmanager
 def mixed_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, blocks on meta tensors, where torch knows no autocast, run as under autocast to `dtype`."""
+    """Inside, blocks on meta tensors run as under autocast to `dtype`; torch has no autocast for the meta device."""
 
     def read(*args: Any) -> Any:
         return reading.read_input(*args)._replace(dtype=dtype, autocast=True)
@@ -123,7 +125,7 @@ def mixed_precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def train_step(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:
-    """One training step on meta tensors: what each phase launched and called."""
+    """Run one training step on meta tensors; return the launches and operators of each phase."""
     module, x = build(what, way, batch, dtype)
     wanted = [tensor for tensor in (x, *module.parameters()) if tensor.requires_grad]
     with fusedres.use_backend("triton"):
@@ -131,17 +133,17 @@ def train_step(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> 
             out = module(x)
         grad = torch.empty_like(out)
         with CountLaunched() as backward:
-            torch.autograd.grad(out, wanted, grad, allow_unused=True)  # nothing is accumulated
+            torch.autograd.grad(out, wanted, grad, allow_unused=True)  # unlike backward(), accumulates nothing
     return {"forward": forward, "backward": backward}
 
 
 def parts(what: Block | Stem, way: str, batch: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[Part]:
-    """What a training step at `batch` moves, kernel by kernel, most bytes first.
+    """Return the bytes of a training step at `batch` for each kernel and operator, most bytes first.
 
     Raises:
-        MissingKernelError: an op on the way has no triton kernel.
+        MissingKernelError: an op that runs has no triton kernel.
     """
-    train_step(what, way, batch, dtype)  # whatever is made once and kept
+    train_step(what, way, batch, dtype)  # fills what is made once and kept
     small, large = (train_step(what, way, images, dtype) for images in (batch, 2 * batch))
     missing = sorted(set().union(*(count.missing for count in small.values())))
     if missing:
@@ -149,7 +151,7 @@ def parts(what: Block | Stem, way: str, batch: int = 256, dtype: torch.dtype = t
     found = []
     for phase in ("forward", "backward"):
         at_batch, at_twice = _by_name(small[phase]), _by_name(large[phase])
-        for name, kernel in at_batch | at_twice:  # what runs may depend on the batch
+        for name, kernel in at_batch | at_twice:  # the choice of kernels may depend on the batch
             calls, moved = at_batch.get((name, kernel), (0, 0))
             image = (at_twice.get((name, kernel), (0, 0))[1] - moved) / batch
             found.append(Part(phase, name, kernel, calls, image, moved - batch * image))
@@ -157,7 +159,7 @@ def parts(what: Block | Stem, way: str, batch: int = 256, dtype: torch.dtype = t
 
 
 def _by_name(count: CountLaunched) -> dict[tuple[str, bool], tuple[int, int]]:
-    """(name, whether a kernel) → (calls, bytes)."""
+    """Return (name, whether it is a kernel) → (calls, bytes)."""
     table = {(name, False): found for name, found in count.by_operator().items()}
     for launch in count.kernels:
         calls, moved = table.get((launch.name, True), (0, 0))
@@ -167,7 +169,7 @@ def _by_name(count: CountLaunched) -> dict[tuple[str, bool], tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Total:
-    """Sums over parts."""
+    """The sums of several parts."""
 
     launches: tuple[int, int]  # forward, backward
     operators: tuple[int, int]
@@ -176,7 +178,7 @@ class Total:
 
     @classmethod
     def of(cls, found: Iterable[Part]) -> Total:
-        """Of some parts."""
+        """Return the sums of these parts."""
         found = list(found)
 
         def calls(kernel: bool) -> tuple[int, int]:
@@ -194,9 +196,9 @@ class Total:
 def rows(
     depths: Sequence[int], ways: Sequence[str], batch: int, dtype: torch.dtype = torch.bfloat16, image: int = 224
 ) -> list[dict]:
-    """A row a way of each distinct block, of each model (the sum over its blocks) and of the stem.
+    """Return one row for each way of each distinct block, each model (the sum over its blocks) and the stem.
 
-    A way that misses a kernel has one row, with the reason.
+    If a way lacks a kernel, it has a single row with the reason.
     """
     models = {depth: resnet_blocks(depth, image) for depth in depths}
     distinct = {block for blocks in models.values() for block in blocks.values()}
@@ -230,7 +232,7 @@ def rows(
 
 def _row(name: str, way: str, total: Total, of: Sequence[Block | Stem], batch: int, dtype: torch.dtype) -> dict:
     if name == "stem":
-        held_against = "stored_dy"  # its one fused form
+        held_against = "stored_dy"  # the stem has only one fused form
         modes: tuple[str, ...] = ("eager", held_against)
     else:
         held_against, modes = WAYS[way][1], MODES
@@ -252,7 +254,7 @@ def _row(name: str, way: str, total: Total, of: Sequence[Block | Stem], batch: i
 
 
 def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the rows."""
+    """Return the header and the cells of a table of the rows."""
     header = ["block", "way", "launches", "operators", "MB/image", "rest MB", "all/image", "ratio", *MODES]
     cells = []
     for row in found:
@@ -278,7 +280,7 @@ def table(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(ways: Sequence[str], batch: int, image: int, path: str | None) -> None:
-    """Prints the table of ResNet-18 and ResNet-50, and writes it to `path` as JSON."""
+    """Print the table of ResNet-18 and ResNet-50, and write it to `path`, if given, as JSON."""
     found = rows((18, 50), ways, batch, image=image)
     print(f"as launched, bf16, batch {batch}, {image}²; launches and operators forward+backward")
     print_table(*table(found))

@@ -1,4 +1,4 @@
-"""Whether a fused block gives eager's numbers, judged against float64; tests/tolerance.py derives the rule."""
+"""Check that a fused block gives the numbers of eager, judged against float64; tests/tolerance.py derives the rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Verdict:
-    """One tensor under the rule err(fused) ≤ factor·err(eager) + floor, in the max norm and in L2."""
+    """The result for one tensor of the rule err(fused) ≤ factor·err(eager) + floor, in the max norm and in L2."""
 
     tensor: str
     error: float
@@ -40,12 +40,12 @@ class Verdict:
 def judge(
     name: str, fused: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype, terms: Tensor | None = None
 ) -> Verdict:
-    """Applies the rule to one tensor.
+    """Apply the rule to one tensor.
 
-    err is the distance from the float64 `oracle`. factor is 2, for parameter gradients in half precision 3. floor is 64
-    units of rounding of the largest element in float32 and float64, where rounding is far below what is looked for, and
-    one in half precision, where it is not. Where `terms` is Σ|terms| of a sum whose terms may cancel, it is at least 4
-    units of that, except in half precision.
+    err is the distance from the float64 `oracle`. factor is 2, or 3 for parameter gradients in half precision. floor is
+    64 units of rounding of the largest element in float32 and float64, where rounding is far smaller than the errors
+    that are looked for, and 1 unit in half precision. `terms` is Σ|terms| of a sum in which terms may cancel. If it is
+    given, floor is at least 4 units of it, except in half precision.
     """
     if fused.shape != oracle.shape or eager.shape != oracle.shape:
         raise ValueError(
@@ -71,7 +71,7 @@ def judge(
 
 
 def _watch_terms(block: nn.Module) -> dict[str, Tensor]:
-    """Filled by the block's next backward: Σ|d·x̂| and Σ|d| of every BatchNorm in training, by its gradients' names."""
+    """Return a dict that the next backward fills: the name of each BatchNorm gradient → Σ|d·x̂| or Σ|d|."""
     found: dict[str, Tensor] = {}
 
     def watch(name: str, norm: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -92,10 +92,9 @@ def _watch_terms(block: nn.Module) -> dict[str, Tensor]:
 
 
 class _ClearZero(nn.Module):
-    """ReLU that first moves its input, channel by channel, so that no value is close to 0; `shifts` is by how much.
+    """A ReLU that first shifts each channel of its input so that no value is close to 0; `shifts` keeps the shifts.
 
-    Within a window of a twentieth of the root mean square around 0, the middle of the widest gap between two values
-    becomes 0.
+    Among the values within 0.05 root mean squares of 0, the middle of the widest gap between two values becomes 0.
     """
 
     def __init__(self) -> None:
@@ -108,7 +107,7 @@ class _ClearZero(nn.Module):
         inside = x.abs() < window
         channel = torch.arange(channels, device=x.device).view(1, -1, 1, 1).expand_as(x)[inside]
         ends = torch.arange(channels, device=x.device)
-        # One sort of them all: a channel's values lie within 1/4 of the channel's number.
+        # One sort for all channels: the keys of a channel lie within 1/4 of the number of the channel.
         key = torch.cat((channel + x[inside] / (4 * window), ends - 0.25, ends + 0.25)).sort().values
         gaps, left = key.diff(), key[:-1].round().long()
         gaps = torch.where(key[1:].round().long() == left, gaps, -1.0)
@@ -122,10 +121,10 @@ class _ClearZero(nn.Module):
 
 @torch.no_grad()
 def clear_masks(block: nn.Module, x: Tensor) -> None:
-    """Moves the BatchNorms' biases a little, in place, so that no ReLU of a training step on x is a matter of rounding.
+    """Change the biases of the BatchNorms a little, in place, so that rounding decides no ReLU of a training step on x.
 
-    Where a pre-activation is within rounding of 0, two right implementations may take either side, and their gradients
-    then differ by far more than rounding. Afterwards none is within some 1e-4 of 0.
+    If a pre-activation is within rounding of 0, two correct implementations may take different sides, and their
+    gradients then differ by far more than rounding. Afterwards every pre-activation is about 1e-4 or more away from 0.
     """
     probe = copy.deepcopy(block).double().train()
     clear = probe.relu = _ClearZero()
@@ -147,9 +146,10 @@ def check_block(
     context: Callable[[], Any],
     input_grad: bool = True,
 ) -> list[Verdict]:
-    """Runs the three modules on x, backward from `grad` if given, and judges output, gradients and running statistics.
+    """Run the three modules on x, and backward from `grad` if given; judge output, gradients and running statistics.
 
-    `oracle` is a float64 copy of `eager`. All three are changed (gradients, running statistics), so pass copies.
+    `oracle` is a float64 copy of `eager`. The gradients and running statistics of all three change, so
+    pass copies.
     """
 
     def run(module: nn.Module, source: Tensor, upstream: Tensor | None, around: Callable[[], Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The shapes of ResNets: residual blocks, their convolutions, and where each stands in a model."""
+"""The shapes of ResNets: the residual blocks of each model by name, and their convolutions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block by its shapes: `size` is the height and width of its input, `planes` torchvision's argument."""
+    """The shapes of a residual block: `size` is the height and width of its input, `planes` as in torchvision."""
 
     kind: str  # "basic" or "bottleneck"
     in_channels: int
@@ -35,7 +35,7 @@ class Block:
 
     @property
     def convolutions(self) -> list[Convolution]:
-        """The residual branch's convolutions in the order they run, the projection last."""
+        """The convolutions of the residual branch in the order they run, then the projection."""
         s, t = self.size, self.out_size
         if self.kind == "basic":
             convs = [
@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution by its shapes; `source` and `target` count the elements of its input and output, an image."""
+    """The shapes of a convolution; `source` and `target` are the elements of its input and output per image."""
 
     name: str
     in_channels: int
@@ -71,7 +71,7 @@ class Convolution:
 
     @property
     def touched(self) -> int:
-        """Elements of the input that are used: a strided 1x1 reads one pixel in stride²."""
+        """Elements of the input that are used: a strided 1x1 convolution reads one pixel of stride² pixels."""
         return self.in_channels * self.out_size**2 if self.kernel == 1 else self.source
 
     @property
@@ -84,13 +84,13 @@ class Convolution:
 
     @property
     def flops(self) -> int:
-        """Forward, an image; dgrad and wgrad cost the same again each."""
+        """Operations of the forward pass per image; dgrad and wgrad each cost the same again."""
         return 2 * self.weight * self.out_size**2
 
 
 @dataclass(frozen=True)
 class Stem:
-    """conv1, bn1, relu and maxpool of a ResNet, described like a block; `size` is the images' height and width."""
+    """conv1, bn1, relu and maxpool of a ResNet, described like a block; `size` is the height and width of images."""
 
     size: int = 224
 
@@ -107,12 +107,12 @@ class Stem:
 
     @property
     def convolutions(self) -> list[Convolution]:
-        """The one there is; images need no gradient."""
+        """The only convolution of the stem; images need no gradient."""
         return [Convolution("conv1", 3, 64, 7, 2, self.size, (self.size + 1) // 2)]
 
 
 def resnet_blocks(depth: int, image: int = 224) -> dict[str, Block]:
-    """Every residual block of torchvision's ResNet-18, 34 or 50 by its name in the model."""
+    """Return every residual block of torchvision's ResNet-18, 34 or 50 by its name in the model."""
     layouts = {18: ("basic", (2, 2, 2, 2)), 34: ("basic", (3, 4, 6, 3)), 50: ("bottleneck", (3, 4, 6, 3))}
     if depth not in layouts:
         raise ValueError(f"resnet_blocks: depth must be one of {sorted(layouts)}, got {depth}")

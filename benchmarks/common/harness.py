@@ -1,7 +1,7 @@
-"""Bandwidth and memory; with the timing, statistics, rows and checks that all benchmarks share.
+"""Bandwidth and memory; also the timing, statistics, rows and checks that all benchmarks share.
 
-How times are taken is said in fusedres/tune/timing.py. A claim is the median over rounds of the ratio within a round,
-with a bootstrap interval.
+fusedres/tune/timing.py says how times are taken. A speed-up is the ratio of two times within one round; benchmarks
+report its median over all rounds, with a bootstrap interval.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from equivalence import Verdict, check_block, clear_masks, judge
-from rows import ROOT, ROW_KEYS, busy_note, commit, machine, row, write_rows
-from stats import Interval, Summary, ratio_interval, removed_interval, summarize
-from terminal import Progress, print_table
 from torch import Tensor
 
+from common.equivalence import Verdict, check_block, clear_masks, judge
+from common.rows import ROOT, ROW_KEYS, busy_note, commit, machine, row, write_rows
+from common.stats import Interval, Summary, ratio_interval, removed_interval, summarize
+from common.terminal import Progress, print_table
 from fusedres.tune.timing import Timer, Variant, interleave
 
 __all__ = [
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def copy_variant(total_bytes: int, device: torch.device, name: str = "copy") -> Variant:
-    """A copy between two preallocated buffers that reads and writes `total_bytes` together."""
+    """Return a copy between two preallocated buffers; bytes read and bytes written sum to `total_bytes`."""
     count = max(1, total_bytes // 8)  # float32, half of the bytes are read
     source = torch.ones(count, device=device)
     target = torch.zeros(count, device=device)
@@ -62,7 +62,7 @@ def copy_variant(total_bytes: int, device: torch.device, name: str = "copy") -> 
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds; the median of `rounds`."""
+    """Return bytes per second, read and written, of a copy that is too large for the caches: the median of `rounds`."""
     size = (2 << 30) if device.type == "cuda" else (128 << 20)
     variant = copy_variant(size, device)
     samples = interleave([variant], Timer(device), rounds=rounds)["copy"]
@@ -70,10 +70,10 @@ def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 15) -> float:
-    """Operations a second of a large product, the median of `rounds`: of random matrices on a GPU.
+    """Return operations per second of a large product, the median of `rounds`.
 
-    On a CPU of a 3x3 convolution: torch's product of matrices may run at less than half of oneDNN's rate (180 against
-    435 GFLOP/s on two cores of an AMD EPYC).
+    On a GPU it is a product of random matrices, on a CPU a 3x3 convolution. There torch's product of matrices may reach
+    less than half of oneDNN's rate (180 against 435 GFLOP/s on two cores of an AMD EPYC).
     """
     if device.type == "cuda":
         size = 8192
@@ -91,10 +91,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 15) -> f
 
 
 def keep_pages() -> bool:
-    """Makes the C library keep freed memory mapped, for the rest of the process; False where it cannot (not glibc).
+    """Make the C library keep freed memory mapped for the rest of the process; return False if it is not glibc.
 
-    A large allocation is otherwise mapped anew each time, and its first touch costs a page fault every 4 KiB, which on
-    virtual machines can exceed the time of a pass over it several times.
+    Otherwise a large allocation is mapped anew each time, and touching it first costs a page fault for every 4 KiB. On
+    virtual machines these faults can take several times as long as a pass over the memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -108,12 +108,12 @@ def keep_pages() -> bool:
 
 
 def saved_bytes(run: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int:
-    """Bytes that `run`, a forward pass, saves for backward: each storage once, without those of `leave_out`.
+    """Return the bytes that `run`, a forward pass, saves for backward: each storage once, without those of `leave_out`.
 
-    Parameters and buffers of the caller belong into `leave_out`, as does the input: they live anyway.
+    Parameters, buffers and the input belong into `leave_out`, as they stay in memory anyway.
     """
     skipped = {t.untyped_storage()._cdata for t in leave_out}
-    kept: list[Tensor] = []  # alive until the end, so that no storage's address is used twice
+    kept: list[Tensor] = []  # kept alive until the end, so that no address is used by two storages
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def saved_bytes(run: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Device memory that `run` needs at its peak beyond what is allocated already; None on a CPU."""
+    """Return the peak of device memory of `run`, beyond what is already allocated; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

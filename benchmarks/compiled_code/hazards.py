@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sass import Instruction
+from compiled_code.sass import Instruction
 
 # Their first operand may be a register, and is not a result.
 _NO_RESULT = ("BAR", "BRX", "JMX", "NANOSLEEP", "R2B", "R2P", "R2UR", "RET", "WARPSYNC", "REDUX")

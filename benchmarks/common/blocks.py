@@ -1,4 +1,4 @@
-"""What is measured: each distinct residual block of ResNet-18 and ResNet-50, by its name in the model, and the stem."""
+"""The measured modules: each distinct residual block of ResNet-18 and ResNet-50 by its name, and the stem."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import copy
 from fnmatch import fnmatchcase
 
 import torch
-from networks import Block, Stem, resnet_blocks
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-# What a plain run measures: both kinds of blocks where memory counts most, and both kinds of shortcuts.
+from common.networks import Block, Stem, resnet_blocks
+
+# The blocks of a run without options: both kinds of blocks, where memory traffic counts most, and both shortcuts.
 DEFAULT = (
     "resnet18.layer1.0",
     "resnet18.layer2.0",
@@ -20,7 +21,7 @@ DEFAULT = (
     "stem",
 )
 STEM = {"stem": Stem()}
-# Small enough for any machine; to see that everything runs, not to measure.
+# Small enough for any machine: they show that everything runs, and are not for measuring.
 TINY: dict[str, Block | Stem] = {
     "tiny.basic": Block("basic", 8, 8, 8),
     "tiny.basic.projection": Block("basic", 8, 16, 8, 2, "projection"),
@@ -32,7 +33,7 @@ TINY: dict[str, Block | Stem] = {
 
 
 def stage_blocks() -> dict[str, Block]:
-    """Each distinct block shape of ResNet-18 and ResNet-50 at 224², under the name of the first block that has it."""
+    """Return each distinct block shape of ResNet-18 and ResNet-50 at 224², by the name of its first block."""
     found: dict[str, Block] = {}
     for depth in (18, 50):
         for name, block in resnet_blocks(depth).items():
@@ -42,7 +43,7 @@ def stage_blocks() -> dict[str, Block]:
 
 
 def select(patterns: list[str]) -> dict[str, Block | Stem]:
-    """Blocks whose name matches one of the patterns (`*` and `?` allowed); `all`, `default` and `tiny` are groups."""
+    """Return the blocks with a name that matches a pattern (`*`, `?`); `all`, `default` and `tiny` are groups."""
     real: dict[str, Block | Stem] = stage_blocks() | STEM
     known = real | TINY
     groups = {"all": list(real), "default": list(DEFAULT), "tiny": list(TINY)}
@@ -73,7 +74,7 @@ class StemOnly(nn.Module):
 
 
 def make_block(block: Block | Stem, seed: int = 0) -> nn.Module:
-    """torchvision's block of these shapes, with weights and running statistics that are not special values."""
+    """Return torchvision's block of these shapes, with random weights, BatchNorm parameters and running statistics."""
     if isinstance(block, Stem):
         return _make_stem(seed)
     kind = BasicBlock if block.kind == "basic" else Bottleneck
@@ -105,7 +106,7 @@ def _initialised(module: nn.Module) -> nn.Module:
 
 
 def _make_stem(seed: int) -> nn.Module:
-    """Weights -1, 0, 1: at images of `make_input` the convolution is exact in every dtype, so windows' winners are."""
+    """Return a stem with weights -1, 0, 1, so that it is exact in every dtype with images of `make_input`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ResNet(BasicBlock, [1, 1, 1, 1])
@@ -118,7 +119,7 @@ def _make_stem(seed: int) -> nn.Module:
 
 
 def make_input(block: Block | Stem, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """What reaches the block: behind a ReLU; small integers for a stem."""
+    """Return an input as the block gets it in a model: the output of a ReLU; for a stem, images of small integers."""
     source = torch.Generator(device).manual_seed(1)
     size = (batch, block.in_channels, block.size, block.size)
     if isinstance(block, Stem):
@@ -129,7 +130,7 @@ def make_input(block: Block | Stem, batch: int, device: torch.device, dtype: tor
 
 
 class ConvolutionsOnly:
-    """A block's convolutions alone, each at its own input: the bound of what fusion around them can reach."""
+    """The convolutions of a block alone, each with its own input: the bound for any fusion around them."""
 
     def __init__(self, module: nn.Module, block: Block | Stem, batch: int, x: torch.Tensor) -> None:
         projection = module.downsample[0] if block.shortcut == "projection" else None
@@ -146,15 +147,15 @@ class ConvolutionsOnly:
         return made.to(memory_format=torch.channels_last)
 
     def train(self) -> None:
-        """Forward and backward of each."""
+        """Run each forward and backward."""
         for conv, source, grad in self.parts:
             conv(source).backward(grad)
 
     def infer(self) -> list[torch.Tensor]:
-        """Forward of each."""
+        """Run each forward and return the outputs."""
         return [conv(source) for conv, source, _ in self.parts]
 
     def cleanup(self) -> None:
-        """Drops the gradients."""
+        """Drop the gradients."""
         for conv, source, _ in self.parts:
             source.grad = conv.weight.grad = None

@@ -1,4 +1,4 @@
-"""A row: one measurement with everything that says what was measured, where and with what."""
+"""The row of one measurement: what was measured, on which machine, and with which versions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stats import Summary
 
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 600  # seconds for a program that only tells something: a busy machine must not leave a row without it
+from common.stats import Summary
 
-# What every row holds, whatever it measures; None where something does not apply or cannot be known.
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 600  # seconds for git and nvidia-smi: long, so that a row has their answer even on a busy machine
+
+# The keys of every row. The value is None if a key does not apply or its value is not known.
 ROW_KEYS = (
-    "op",  # the operator, or basic_block, bottleneck, stem, model
+    "op",  # the name of an op, or basic_block, bottleneck, stem, model
     "name",  # the shape's name, e.g. resnet50.layer1.1
-    "variant",  # eager_nchw, eager, conv_only, fused, a way of fuse(), a rival; or the operator's variant
+    "variant",  # eager_nchw, eager, conv_only, fused, a way of fuse(), a rival; or the variant of an op
     "backend",
     "conv",
     "memory",
@@ -30,9 +31,9 @@ ROW_KEYS = (
     "shape",  # of the input, N C H W
     "geometry",  # planes, stride, shortcut of a block
     "dtype",
-    "tf32",  # whether float32 products may round their operands to it; None for other dtypes
+    "tf32",  # whether float32 products may round their operands to TF32; None for other dtypes
     "memory_format",
-    "phase",  # train, infer; forward, backward for operators
+    "phase",  # train, infer; forward, backward for ops
     "device",
     "driver",
     "threads",
@@ -43,8 +44,8 @@ ROW_KEYS = (
     "median_s",
     "p20_s",
     "p80_s",
-    "ratio",  # eager channels_last (for operators a copy) over this, within rounds: median, low, high of the interval
-    "removed_percent",  # of (eager - conv_only), likewise
+    "ratio",  # time of eager channels_last (for ops: of a copy) / this time, within rounds: median, low, high
+    "removed_percent",  # of (eager - conv_only), in the same form
     "peak_bytes",
     "saved_bytes",
     "counted_bytes",
@@ -53,18 +54,18 @@ ROW_KEYS = (
     "floor_bytes",
     "percent_of_floor",
     "percent_of_conv_only",
-    "flops",  # of the products, multiplications and additions counted apart; of an op all arithmetic
+    "flops",  # of the products (a multiply-add counts 2); for an op, of all arithmetic
     "flops_per_s",
-    "matmul_flops_per_s",  # of a large product in this dtype, measured
-    "bound_s",  # the least time: floor_bytes at copy_bytes_per_s, or flops at matmul_flops_per_s
+    "matmul_flops_per_s",  # measured rate of a large product in this dtype
+    "bound_s",  # lower bound: the larger of floor_bytes / copy_bytes_per_s and flops / matmul_flops_per_s
     "percent_of_bound",
-    "images_per_s",  # of a model
-    "data",  # synthetic: random numbers that are on the device
+    "images_per_s",  # only for models
+    "data",  # synthetic: random numbers that are already on the device
 )
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The fields of a row that say where and with what it was measured."""
+    """Return the fields of a row that name the machine, the versions, the commit and the date."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "driver": _driver() if device.type == "cuda" else None,
@@ -81,7 +82,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def busy_note(device: torch.device) -> str | None:
-    """A warning for CPU timings taken while other processes want the cores; None where nothing is to be said."""
+    """Return a warning if other processes use the cores while a CPU is timed, else None."""
     if device.type != "cpu" or not hasattr(os, "getloadavg"):
         return None
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -93,7 +94,7 @@ def busy_note(device: torch.device) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked when files under version control differ from it; None outside a checkout."""
+    """Return the commit of the checkout, marked if tracked files differ from it; None outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -103,7 +104,7 @@ def commit() -> str | None:
 
 
 def row(where: dict[str, Any], summary: Summary, **fields: Any) -> dict[str, Any]:
-    """A row with every key of ROW_KEYS; unknown fields are refused."""
+    """Return a row with every key of ROW_KEYS, computed rates included. Unknown fields raise ValueError."""
     unknown = fields.keys() - set(ROW_KEYS)
     if unknown:
         raise ValueError(f"row: unknown fields {sorted(unknown)}")
@@ -123,7 +124,7 @@ def row(where: dict[str, Any], summary: Summary, **fields: Any) -> dict[str, Any
 
 
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows as one JSON list, a row a line."""
+    """Write the rows as one JSON list with one row per line."""
     for r in rows:
         missing = set(ROW_KEYS) ^ r.keys()
         if missing:

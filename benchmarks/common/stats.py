@@ -1,4 +1,4 @@
-"""Medians over rounds, and how far they can be trusted."""
+"""Medians over rounds, and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and 20/80 percentiles of `rounds` samples."""
+    """The median and the 20th and 80th percentiles of `rounds` samples."""
 
     median: float
     p20: float
@@ -22,7 +22,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the ends of its 95% interval."""
+    """An estimate with the two ends of its 95% interval."""
 
     median: float
     low: float
@@ -33,7 +33,7 @@ class Interval:
 
 
 def summarize(samples: Sequence[float]) -> Summary:
-    """Median and 20/80 percentiles, interpolated linearly between samples."""
+    """Return the median and the 20th and 80th percentiles, interpolated linearly between samples."""
     if not samples:
         raise ValueError("summarize: expected at least one sample, got none")
     values = torch.tensor(samples, dtype=torch.float64)
@@ -42,7 +42,7 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def ratio_interval(base: Sequence[float], other: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
-    """Median over rounds of base/other (above 1: `other` is faster), with its bootstrap interval over rounds."""
+    """Return the median over rounds of base/other (above 1: `other` is faster), with its bootstrap interval."""
     a, b = _paired(base, other)
     ratios = a / b
     draws = ratios[_resample(len(ratios), resamples, seed)]
@@ -52,9 +52,10 @@ def ratio_interval(base: Sequence[float], other: Sequence[float], resamples: int
 def removed_interval(
     base: Sequence[float], other: Sequence[float], bound: Sequence[float], resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Percent of (base - bound) that `other` removes: medians over rounds of the differences, rounds resampled jointly.
+    """Return the percentage of (base - bound) that `other` removes, with its bootstrap interval.
 
-    NaN where base is not slower than the bound: there is nothing to remove.
+    Both differences are medians over rounds, and the rounds are resampled jointly. The result is NaN if `base` is not
+    slower than `bound`, as there is nothing to remove.
     """
     a, b, c = _paired(base, other, bound)
     gain, room = a - b, a - c

@@ -1,4 +1,4 @@
-"""Bytes counted as operators run, from their arguments and results, forward and backward."""
+"""Count the bytes that operators move while they run, from their arguments and results, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from fusedres.ops._library import OPS
 
-# Arguments that an operator's kernels read once more. BatchNorm in training needs the statistics before it can apply
-# them, and its backward the sums; a convolution's backward is dgrad and wgrad, each of which reads the gradient.
+# Arguments that an operator reads twice. BatchNorm in training takes the statistics before it applies them, and its
+# backward takes the sums first. A convolution's backward is dgrad and wgrad, and each of them reads the gradient.
 _EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
     "aten::native_batch_norm": lambda a: [a[0]] if a[5] else [],
     "aten::_native_batch_norm_legit": lambda a: [a[0]] if a[5] else [],
@@ -25,17 +25,17 @@ _EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
     "aten::cudnn_batch_norm_backward": lambda a: [a[0], a[1]],
     "aten::miopen_batch_norm_backward": lambda a: [a[0], a[1]],
     "aten::convolution_backward": lambda a: [a[0]] if a[-1][0] and a[-1][1] else [],
-    # grad, gate, x, ..., shortcut_x: sums first, unless statistics are frozen and nobody wants the sums
+    # grad, gate, x, ..., shortcut_x: the sums come first, unless the statistics are frozen and no sums are asked for
     "fusedres::bn_add_relu_backward": lambda a: [a[0], a[1], a[2], a[5]] if a[4] or a[7] or a[8] else [],
     "fusedres::bn_relu_backward_": lambda a: [a[0], a[1]] if a[4] or a[5] else [],
-    # with dz, d and z enter two products each, and dz (like z) is read and written once more to add the second one
+    # with dz: d and z each enter two products; dz, as large as z, is read and written once more for the second one
     "fusedres::one_pass_backward": lambda a: [a[0], a[2], a[2], a[2]] if a[7] else [],
 }
 
 
 @dataclass
 class Launch:
-    """One operator that ran: its name, bytes read and bytes written."""
+    """One operator that ran: its name, the bytes read and the bytes written."""
 
     name: str
     read: int
@@ -43,7 +43,7 @@ class Launch:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes that a pass over `tensor` touches; dimensions of stride 0 are one element."""
+    """Return the bytes that a pass over `tensor` touches; a dimension of stride 0 counts as one element."""
     if tensor.layout is not torch.strided:
         return tensor.numel() * tensor.element_size()
     count = 1
@@ -53,12 +53,12 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 class CountBytes(TorchDispatchMode):
-    """Counts the bytes of the tensor arguments and results of every operator run inside, gradients included.
+    """Counts the bytes of the tensor arguments and results of every operator that runs inside, gradients included.
 
-    An operator reads each distinct argument once and writes each result once; what it changes in place is written, and
-    read too unless the operator only fills it. Views and uninitialised allocations move nothing. Operators that
-    must pass over an argument twice (see `_EXTRA_READS`) count it twice. An argument counts whole even where a stride
-    skips part of it. What is below an operator, such as a library's workspace, is not seen.
+    An operator reads each distinct argument once and writes each result once. An argument that it changes in place is
+    written, and also read unless the operator only fills it. Views and uninitialised allocations move nothing.
+    Arguments in `_EXTRA_READS` count twice. An argument counts in full even if a stride skips part of it. Memory that
+    an operator uses inside, such as the workspace of a library, is not seen.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Shapes are taken before the call: an operator may resize what it is given.
+        # Sizes are taken before the call, as an operator may resize its arguments.
         inputs = _distinct(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         changed = _distinct(_written_arguments(func, args, kwargs))
         sizes = {key: tensor_bytes(t) for key, t in inputs.items()}
@@ -92,7 +92,7 @@ class CountBytes(TorchDispatchMode):
         storages = {_memory(t) for t in inputs.values()}
         fresh = {k: t for k, t in results.items() if _memory(t) not in storages}
         if inputs and results and not fresh and not changed:
-            return result  # a view, or an argument handed back
+            return result  # a view, or an argument that is returned
         only_filled = changed.keys() if _only_fills(func) else ()
         read = again
         if not _makes_constants(func):
@@ -102,7 +102,7 @@ class CountBytes(TorchDispatchMode):
         return result
 
     def by_operator(self) -> dict[str, tuple[int, int]]:
-        """Name → (calls, bytes), most bytes first."""
+        """Return name → (calls, bytes), most bytes first."""
         table: dict[str, tuple[int, int]] = {}
         for launch in self.launches:
             calls, moved = table.get(launch.name, (0, 0))
@@ -111,10 +111,10 @@ class CountBytes(TorchDispatchMode):
 
 
 class CountRun(CountBytes):
-    """Counts operators, and where one of fusedres launches Triton kernels, those launches instead, by their arguments.
+    """Counts operators. If an op of fusedres launches Triton kernels, the arguments of these launches count instead.
 
-    What such an operator calls beside its kernels counts as operators. Kernels of this package in C++ and CUDA make no
-    record of their launches: their operators count like any other.
+    Operators that such an op calls besides its kernels are counted too. The kernels of this package in C++ and CUDA do
+    not record their launches, so their ops count like any other operator.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -138,7 +138,7 @@ def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """What two views of the same memory share; a library's opaque tensor, e.g. of packed weights, is its own."""
+    """Return an id that views of the same memory share; an opaque tensor of a library is memory of its own."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 

@@ -1,0 +1,1 @@
+"""What the benchmarks share: the measured blocks, timing, statistics, the rows of results, and the check of numbers."""

@@ -1,0 +1,1 @@
+"""Triton kernels as they are compiled: their candidate configs, the machine code, and the checks of it."""
