@@ -30,14 +30,8 @@ from memory_traffic import counting
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fusedres import backends
-from fusedres.ops.bn_add_relu import bn_add_relu
-from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_relu_backward_
-from fusedres.ops.bn_relu import bn_relu
-from fusedres.ops.bn_statistics import bn_statistics
-from fusedres.ops.gram import gram
-from fusedres.ops.relu_backward import relu_backward
-from fusedres.ops.shortcut_grad import shortcut_grad_
+from fusedres import backends, ops
+from fusedres.values import BnBranch, Gated, Norm, ShortcutGradient, ShortcutInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SIZES = (56, 28, 14, 7)
@@ -88,37 +82,38 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
         one, zero = one.double(), zero.double()
 
     def state(of: Tensor) -> Tensor:
-        return bn_statistics(of, one, zero, None, None, None, 0.1, 1e-5, "reference")
+        return ops.bn_statistics(of, Norm(one, zero, None, None, None, 0.1, 1e-5), backend="reference")
 
     s, t = state(x), state(shortcut)
-    _, bits = bn_add_relu(x, s, shortcut, "reference", with_mask=True)
+    _, bits = ops.bn_add_relu(x, s, ShortcutInput(shortcut), True, backend="reference")
     running = {"running_mean": zero.clone(), "running_var": one.clone()}
     # Option A's shortcut: strided pixels, half of the channels.
     narrow = activation(channels // 2, 2 * size)
     # In place: a gradient that the op maps onto itself again and again stays of the same size.
     ready = activation()
     found = [
-        Op("bn_statistics", "", "forward", {"x": x} | running, lambda b, a: bn_statistics(
-            a["x"], one, zero, a["running_mean"], a["running_var"], None, 0.1, 1e-5, b)),
-        Op("bn_relu", "", "forward", {"x": x}, lambda b, a: bn_relu(a["x"], s, b)),
-        Op("bn_add_relu", "identity", "forward", {"x": x, "shortcut": shortcut}, lambda b, a: bn_add_relu(
-            a["x"], s, a["shortcut"], b, with_mask=True)),
-        Op("bn_add_relu", "two branches", "forward", {"x": x, "shortcut": shortcut}, lambda b, a: bn_add_relu(
-            a["x"], s, a["shortcut"], b, shortcut_state=t, with_mask=True)),
-        Op("bn_add_relu", "zero-pad", "forward", {"x": x, "shortcut": narrow}, lambda b, a: bn_add_relu(
-            a["x"], s, a["shortcut"], b, stride=2, with_mask=True)),
-        Op("bn_add_relu_backward", "identity", "backward", {"grad": grad, "x": x}, lambda b, a: bn_add_relu_backward(
-            a["grad"], bits, a["x"], s, b, batch_statistics=True)),
+        Op("bn_statistics", "", "forward", {"x": x} | running, lambda b, a: ops.bn_statistics(
+            a["x"], Norm(one, zero, a["running_mean"], a["running_var"], None, 0.1, 1e-5), backend=b)),
+        Op("bn_relu", "", "forward", {"x": x}, lambda b, a: ops.bn_relu(a["x"], s, backend=b)),
+        Op("bn_add_relu", "identity", "forward", {"x": x, "shortcut": shortcut}, lambda b, a: ops.bn_add_relu(
+            a["x"], s, ShortcutInput(a["shortcut"]), True, backend=b)),
+        Op("bn_add_relu", "two branches", "forward", {"x": x, "shortcut": shortcut}, lambda b, a: ops.bn_add_relu(
+            a["x"], s, ShortcutInput(a["shortcut"], t), True, backend=b)),
+        Op("bn_add_relu", "zero-pad", "forward", {"x": x, "shortcut": narrow}, lambda b, a: ops.bn_add_relu(
+            a["x"], s, ShortcutInput(a["shortcut"], None, 2), True, backend=b)),
+        Op("bn_add_relu_backward", "identity", "backward", {"grad": grad, "x": x},
+           lambda b, a: ops.bn_add_relu_backward(
+               Gated(a["grad"], bits), BnBranch(a["x"], s, True), None, backend=b)),
         Op("bn_add_relu_backward", "two branches", "backward", {"grad": grad, "x": x, "shortcut": shortcut},
-           lambda b, a: bn_add_relu_backward(
-               a["grad"], bits, a["x"], s, b, batch_statistics=True,
-               shortcut_x=a["shortcut"], shortcut_state=t, shortcut_batch_statistics=True)),
-        Op("bn_relu_backward_", "", "backward", {"grad": ready, "x": x}, lambda b, a: bn_relu_backward_(
-            a["grad"], a["x"], s, b, gated=True, batch_statistics=True)),
-        Op("relu_backward", "", "backward", {"grad": grad}, lambda b, a: relu_backward(a["grad"], bits, b)),
-        Op("gram", "", "forward", {"x": x}, lambda b, a: gram(a["x"], s, b)),
-        Op("shortcut_grad_", "", "backward", {"grad_x": activation(), "grad": grad}, lambda b, a: shortcut_grad_(
-            a["grad_x"], a["grad"], b, gate=bits)),
+           lambda b, a: ops.bn_add_relu_backward(
+               Gated(a["grad"], bits), BnBranch(a["x"], s, True), BnBranch(a["shortcut"], t, True), backend=b)),
+        Op("bn_relu_backward_", "", "backward", {"grad": ready, "x": x}, lambda b, a: ops.bn_relu_backward_(
+            a["grad"], BnBranch(a["x"], s, True), True, backend=b)),
+        Op("relu_backward", "", "backward", {"grad": grad}, lambda b, a: ops.relu_backward(
+            Gated(a["grad"], bits), backend=b)),
+        Op("gram", "", "forward", {"x": x}, lambda b, a: ops.gram(a["x"], s, backend=b)),
+        Op("shortcut_grad_", "", "backward", {"grad_x": activation(), "grad": grad}, lambda b, a: ops.shortcut_grad_(
+            a["grad_x"], ShortcutGradient(a["grad"], bits), backend=b)),
     ]  # fmt: skip
     for op in found:
         op.flops = x.numel() * (channels + 4 if op.op == "gram" else ARITHMETIC[str(op)])

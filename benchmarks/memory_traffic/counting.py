@@ -124,7 +124,7 @@ class CountRun(CountBytes):
         from fusedres.kernels.triton_core.launch import record_launches
 
         with self, record_launches() as launches:
-            result = op._checked(*args)
+            result = op.checked(*args)
         self.launches += [Launch(launch.name, launch.bytes(), 0) for launch in launches]
         return result
 

@@ -72,7 +72,7 @@ class CountLaunched(CountBytes):
             self.missing.add(op.name)
             return func(*args)
         with self, record_launches() as launches:
-            result = op._checked(*args)
+            result = op.checked(*args)
         self.kernels += launches
         return result
 

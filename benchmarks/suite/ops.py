@@ -88,7 +88,7 @@ class Measure:
             moved, operations = sum(launch.bytes() for launch in launches), flops(launches)
         else:
             with CountBytes() as count:
-                call.op.dispatched(backend)(*call.fresh())
+                call.op.dispatched(backend)(*call.op.grouped(call.fresh()))
             moved, operations = count.total, 0
         variants = {backend: call.variant(backend, backend)}
         if backend == "triton" and cuda_support.unsupported() is None and serving.find(

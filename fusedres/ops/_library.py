@@ -114,7 +114,7 @@ class Op:
         self.arguments = (*arguments, "backend")
         self.written = writes
         _LIBRARY.define(_schema(self.name, arguments | {"backend": backend}, returned, writes))
-        _LIBRARY.impl(self.name, self._checked, "CompositeExplicitAutograd")
+        _LIBRARY.impl(self.name, self.checked, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{self.name}", self._faked, lib=_LIBRARY)
         self._overload = getattr(torch.ops.fusedres, self.name).default
         # The dispatcher takes None for these too, as a tensor that is not defined.
@@ -167,7 +167,8 @@ class Op:
                 found.append(None if absent else parameter.kind(*values))
         return found
 
-    def _checked(self, *args: Any) -> Any:
+    def checked(self, *args: Any) -> Any:
+        """The op of the schema's arguments, checked, on the backend that the last of them names."""
         self.check(*args)
         return self.kernel(args[-1])(*self.grouped(args[:-1]))
 
