@@ -23,6 +23,7 @@ import fusedres
 from fusedres import backends
 from fusedres.autograd import Directions
 from fusedres.modules import choice
+from fusedres.modules.fused_block import plan_of
 
 # Small enough for the interpreter, which takes milliseconds a tile.
 SMALL = tuple(
@@ -179,14 +180,14 @@ def test_grouped_convolutions_stay_the_librarys() -> None:
     block = fusedres.FusedBottleneck(32, 8, groups=4, base_width=64)
     block.fused_conv = "fused"
     with fusedres.use_backend("reference"):
-        plan, _ = block._read(torch.randn(2, 32, 5, 5), "reference")
+        plan, _ = plan_of(block, torch.randn(2, 32, 5, 5), "reference")
     assert [any(unit.own) for unit in plan.units] == [True, False, True]
 
 
 def test_the_cpu_backend_keeps_the_librarys() -> None:
     block = fusedres.FusedBasicBlock(8, 8)
     block.fused_conv = "fused"
-    plan, _ = block._read(torch.randn(2, 8, 5, 5), "cpu")
+    plan, _ = plan_of(block, torch.randn(2, 8, 5, 5), "cpu")
     assert not plan.own_convolutions
 
 

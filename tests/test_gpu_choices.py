@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import fusedres
 from fusedres.dispatch import LIBRARY, Directions, Entry, Table, Way, store
 from fusedres.modules import choice
-from fusedres.modules.fused_block import without_kernels
+from fusedres.modules.calls import without_kernels
 from fusedres.modules.reading import own_products
 
 CUDA = torch.device("cuda", 0)

@@ -26,6 +26,7 @@ from fusedres.autograd import UNIT_TENSORS
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Shape, Way, store
 from fusedres.dispatch.table import batch_class
 from fusedres.modules import choice, fused_block
+from fusedres.modules.fused_block import plan_of
 
 OWN = Directions(True, True, True)
 FPROP = Directions(True, False, False)
@@ -104,7 +105,7 @@ def test_statistics_before_the_convolution_where_the_table_says_so(
     monkeypatch.setattr(choice, "_MIN_ROWS_A_CHANNEL", 1)
     block, x, _ = stock_case(BOTTLENECK, memory_format=torch.channels_last)
     twin = fused_twin(block)
-    plan, tensors = twin._read(x, "cpu", Way("cpu", one_pass=one_pass))
+    plan, tensors = plan_of(twin, x, "cpu", Way("cpu", one_pass=one_pass))
     assert plan.one_pass == (one_pass, one_pass) and len(tensors) == 4 * UNIT_TENSORS
     matches_eager(BOTTLENECK, Way("cpu", one_pass=one_pass), "cpu", fused_forward=1, fused_backward=1)
 
@@ -204,7 +205,7 @@ def test_arguments_of_fuse_win_over_products() -> None:
         twin = fused_twin(block, memory, conv)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(choice, "_MIN_ROWS_A_CHANNEL", 1)
-            plan, _ = twin._read(x, "reference", way)
+            plan, _ = plan_of(twin, x, "reference", way)
         assert {unit.own for unit in plan.all_units} == {own} and plan.one_pass == (one_pass, one_pass)
 
 
@@ -218,7 +219,7 @@ def test_a_selected_backend_wins() -> None:
             with fusedres.use_backend(backend):
                 served = backends.backend_for(CPU)
                 way = choice.measured_way(twin.anatomy(), x, served, "auto", "auto")
-                plan, _ = twin._read(x, way.backend if way else served, way)
+                plan, _ = plan_of(twin, x, way.backend if way else served, way)
             assert plan.units[0].own == own
 
 

@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock
 
 import fusedres
 from fusedres.modules import fused_block
+from fusedres.modules.fused_block import plan_of
 
 SMALL = case("basic", "projection")
 Change = Callable[[nn.Module], object]
@@ -202,7 +203,7 @@ def test_a_call_like_the_last_one_is_not_read_again(block_case: Case, monkeypatc
     with expect_paths(fused_forward=1), fusedres.use_backend("reference"):
         twin(x)
     fusedres.fuse(twin, memory="min")
-    assert twin._read(x, "cpu")[0].checked
+    assert plan_of(twin, x, "cpu")[0].checked
 
 
 def test_calls_in_either_mode_by_turns_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ class StemOnly(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         model = self.model
-        out = model._stem(x) if hasattr(model, "_stem") else None
+        out = model.fused_stem(x) if hasattr(model, "fused_stem") else None
         return model.maxpool(model.relu(model.bn1(model.conv1(x)))) if out is None else out
 
 

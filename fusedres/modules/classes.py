@@ -24,7 +24,7 @@ _of_subclasses: dict[Module, Module] = {}  # fused ones
 _of_sharded: dict[Module, Module] = {}  # stock ones, sharded
 refusals: dict[Module, str] = {}  # classes that do not let themselves be subclassed, and why
 _METHODS = ("forward", "_forward_impl", "__call__", "_call_impl", "__getattr__", "__getattribute__")
-_OWN_NAMES = ("anatomy", "unfused_reason", "_options", "_parts", "_read", "_stem", "_stock")  # of the fused classes
+_OWN_NAMES = ("anatomy", "fused_stem", "unfused_reason", "_parts", "_stock")  # of the fused classes
 
 
 def base_of(cls: Module) -> Module | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 from typing_extensions import Self
 
 from fusedres.autograd import (
@@ -21,22 +19,21 @@ from fusedres.autograd import (
 )
 from fusedres.dispatch import Way
 from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
-from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
-from fusedres.modules.reading import Tensors, read_block, read_input, read_stem
+from fusedres.modules.calls import (
+    holds_inference_tensors,
+    input_of_call,
+    keep_reason,
+    options_of,
+    reason_of_shapes,
+    unusual_input,
+    without_kernels,
+)
+from fusedres.modules.choice import serving_backend
+from fusedres.modules.reading import Tensors, read_block, read_input
 from fusedres.modules.remembered import recall, remember
-from fusedres.ops._sizes import FLOATING
 
 # Not copied with a block nor pickled: folds, and what the last call left.
 _OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")
-_ORDINARY = 256  # a side of images, in pixels, that any block takes
-
-
-class Options(NamedTuple):
-    """fuse()'s and freeze()'s settings of a block, read once a call: another thread may change them meanwhile."""
-
-    memory: str
-    conv: str
-    frozen: Frozen | None
 
 
 class FusedBlock(nn.Module):
@@ -63,7 +60,7 @@ class FusedBlock(nn.Module):
         anatomy = self.anatomy()
         if isinstance(anatomy, str):
             return anatomy
-        options = self._options()
+        options = options_of(self)
         without = without_kernels(anatomy.units[0].conv_weight, options.conv, options.memory)
         return without or reason_of_shapes(type(self).__name__, anatomy)
 
@@ -73,7 +70,7 @@ class FusedBlock(nn.Module):
         if not issubclass(cls, FusedBlock):  # unfuse() in another thread came between
             result: Tensor = cls.forward(self, x)
             return result
-        options = cls._options(self)
+        options = options_of(self)
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
@@ -91,13 +88,8 @@ class FusedBlock(nn.Module):
         anatomy = anatomy_of(gathered, cls._parts)
         if isinstance(anatomy, str):
             return run_unfused(cls, self, x, None)
-        chosen = chosen_way(backend, anatomy, x, options.conv, options.memory)
-        if chosen == FASTER_UNFUSED and options.frozen is not None and x.is_cpu and backend is not None:
-            chosen = backend, None  # freeze() asked for it, and the CPU's kernels are verified
-        if isinstance(chosen, str):
-            return run_unfused(cls, self, x, chosen)
-        given = read_input(cls.__name__, x, chosen[0], options.conv, chosen[1])
-        found = read_block(given, anatomy, options.memory)
+        given = input_of_call(cls.__name__, x, anatomy, backend, options)
+        found = given if isinstance(given, str) else read_block(given, anatomy, options.memory)
         if isinstance(found, str):
             return run_unfused(cls, self, x, found)
         if remembers:
@@ -117,44 +109,21 @@ class FusedBlock(nn.Module):
             return state
         return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
-    def _options(self) -> Options:
-        settings = self.__dict__
-        return Options(
-            settings.get("fused_memory") or FusedBlock.fused_memory,
-            settings.get("fused_conv") or FusedBlock.fused_conv,
-            settings.get("fused_frozen"),
-        )
 
-    def _read(self, x: Tensor, backend: str, way: Way | None = None) -> tuple[BlockPlan, Tensors]:
-        """The plan of a call and its tensors.
+def plan_of(block: FusedBlock, x: Tensor, backend: str, way: Way | None = None) -> tuple[BlockPlan, Tensors]:
+    """The plan of a call on a backend and its tensors.
 
-        Raises:
-            RuntimeError: the block runs unfused. ShapeError, DtypeError: see reading.py.
-        """
-        anatomy, options = self.anatomy(), self._options()
-        if not isinstance(anatomy, str):
-            given = read_input(type(self).__name__, x, backend, options.conv, way)
-            found = read_block(given, anatomy, options.memory)
-            if not isinstance(found, str):
-                return found
-            anatomy = found
-        raise RuntimeError(f"{type(self).__name__}: the block must be fused, got: {anatomy}; see report()")
-
-
-def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
-    """Why a batch of ordinary images does not run fused: the parts do not fit each other, say."""
-    first = anatomy.units[0]
-    size = (2, first.conv_weight.shape[1] * first.settings.groups, _ORDINARY, _ORDINARY)
-    x = first.conv_weight.detach().new_empty(1).expand(size)
-    given = read_input(op, x, "reference", "library", None)
-    norm = next((v.dtype for v in (first.weight, first.running_mean) if v is not None), None)
-    if norm in (torch.float16, torch.bfloat16) and norm is not given.dtype:  # such a block is for autocast
-        given = given._replace(dtype=norm, autocast=True)
-    try:
-        found = read_stem(given, anatomy) if len(anatomy.units) == 1 else read_block(given, anatomy, "auto")
-    except (RuntimeError, ValueError) as error:
-        return f"it raises: {error}"
-    return found if isinstance(found, str) else None
+    Raises:
+        RuntimeError: the block runs unfused. ShapeError, DtypeError: see reading.py.
+    """
+    anatomy, options = block.anatomy(), options_of(block)
+    if not isinstance(anatomy, str):
+        given = read_input(type(block).__name__, x, backend, options.conv, way)
+        found = read_block(given, anatomy, options.memory)
+        if not isinstance(found, str):
+            return found
+        anatomy = found
+    raise RuntimeError(f"{type(block).__name__}: the block must be fused, got: {anatomy}; see report()")
 
 
 def run_plan(
@@ -183,53 +152,6 @@ def run_unfused(cls: Any, block: FusedBlock, x: Tensor, reason: str | None) -> T
     keep_reason(block, reason)
     result: Tensor = cls._stock.forward(block, x)
     return result
-
-
-def keep_reason(block: nn.Module, reason: str | None) -> None:
-    """Keeps for report() why a call ran unfused: "" where it ran fused, None where the block's parts are the reason."""
-    if not torch.compiler.is_compiling() and block.__dict__.get("fused_last_reason") != reason:
-        block.__dict__["fused_last_reason"] = reason
-
-
-def has_function_mode() -> bool:
-    """Whether a TorchFunctionMode is active other than torch.device's."""
-    modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
-    return any(not isinstance(mode, DeviceContext) for mode in modes)
-
-
-def unusual_input(x: Any) -> str | None:
-    """Why an input must run through torch's own operators: they are observed, or its values are not in its memory."""
-    if type(x) not in (Tensor, nn.Parameter):
-        return f"the input was a {type(x).__name__}, not a plain tensor"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func was active"
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._len_torch_function_stack() and has_function_mode():
-        return "a mode that sees torch's functions was active"
-    if x.layout is not torch.strided or x.is_nested:
-        return "the input was sparse or nested"
-    if x.is_neg() or x._is_zerotensor():
-        return "the input was lazily negated or zero"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace was recording"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation was active"
-    return None
-
-
-def holds_inference_tensors(x: Tensor, tensors: Tensors, written_or_saved: bool) -> bool:
-    """Whether torch refuses a call outside inference mode, as tensors made inside it would be written or saved."""
-    if not written_or_saved or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    return x.is_inference() or any(tensor is not None and tensor.is_inference() for tensor in tensors)
-
-
-def without_kernels(weight: Tensor, conv: str, memory: str) -> str | None:
-    """Why nothing runs fused on a weight's dtype and device, or None where it does."""
-    if weight.dtype not in FLOATING:
-        return f"weights are {weight.dtype}"
-    return None if serving_backend(weight.device, conv, memory) is not None else not_measured(weight.device)
 
 
 def _is_constant(plan: BlockPlan) -> bool:

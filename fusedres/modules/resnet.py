@@ -10,15 +10,17 @@ from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import count_path, run_stem, wants_gradients
 from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
-from fusedres.modules.choice import chosen_way, serving_backend
-from fusedres.modules.fused_block import (
+from fusedres.modules.calls import (
     holds_inference_tensors,
+    input_of_call,
     keep_reason,
+    options_of,
     reason_of_shapes,
     unusual_input,
     without_kernels,
 )
-from fusedres.modules.reading import read_input, read_stem
+from fusedres.modules.choice import serving_backend
+from fusedres.modules.reading import read_stem
 
 
 class FusedStem(nn.Module):
@@ -43,40 +45,36 @@ class FusedStem(nn.Module):
         anatomy = self.anatomy()
         if isinstance(anatomy, str):
             return anatomy
-        without = without_kernels(anatomy.units[0].conv_weight, *_options(self))
+        options = options_of(self)
+        without = without_kernels(anatomy.units[0].conv_weight, options.conv, options.memory)
         return without or reason_of_shapes(type(self).__name__, anatomy)
 
-    def _stem(self, x: Tensor) -> Tensor | None:
+    def fused_stem(self, x: Tensor) -> Tensor | None:
         """maxpool(relu(bn1(conv1(x)))) where it can run fused, else None."""
         return run_fused_stem(type(self), self, x)
 
 
 def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     """maxpool(relu(bn1(conv1(x)))) of a module of the class cls, a FusedStem, where it can run fused, else None."""
-    conv, memory = _options(model)
+    options = options_of(model)
     reason = unusual_input(x)
     gathered = reason or gather(model, cls, cls._parts)
     anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered, cls._parts)
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
-    chosen = chosen_way(serving_backend(x.device, conv, memory), anatomy, x, conv, memory)
-    if isinstance(chosen, str):
-        keep_reason(model, chosen)
+    backend = serving_backend(x.device, options.conv, options.memory)
+    given = input_of_call(cls.__name__, x, anatomy, backend, options)
+    if isinstance(given, str):
+        keep_reason(model, given)
         return None
-    plan, tensors = read_stem(read_input(cls.__name__, x, chosen[0], conv, chosen[1]), anatomy)
+    plan, tensors = read_stem(given, anatomy)
     recorded = wants_gradients(x, tensors)
     if holds_inference_tensors(x, tensors, recorded or plan.unit.update):
         keep_reason(model, "a tensor was made in inference mode")
         return None
     keep_reason(model, "")
     return run_stem(x, plan, tensors, recorded)
-
-
-def _options(model: nn.Module) -> tuple[str, str]:
-    """fuse()'s conv and memory."""
-    settings = model.__dict__
-    return settings.get("fused_conv", "auto"), settings.get("fused_memory", "auto")
 
 
 class FusedResNet(FusedStem, ResNet):

@@ -34,7 +34,7 @@ class FusedStemAlone(FusedStem, Stem):
 
     def forward(self, x: Tensor) -> Tensor:
         """See Stem."""
-        out = self._stem(x)
+        out = self.fused_stem(x)
         return super().forward(x) if out is None else out
 
 

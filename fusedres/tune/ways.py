@@ -17,6 +17,7 @@ from fusedres.backends import use_backend
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Entry, Shape, Table, Way
 from fusedres.dispatch.store import family, versions
 from fusedres.modules import FusedBlock
+from fusedres.modules.fused_block import plan_of
 from fusedres.tune.compare import ExpectedOutput, off_by, wide_output
 from fusedres.tune.shapes import FUSED, Subject
 from fusedres.tune.timing import Timer, Variant, interleave
@@ -215,7 +216,7 @@ class Bench:
         if not (self.train and isinstance(self.fused, FusedBlock)):
             return False
         with self._autocast():
-            plan, _ = self.fused._read(self.x, self.backend, Way(self.backend, LIBRARY, LIBRARY, True))
+            plan, _ = plan_of(self.fused, self.x, self.backend, Way(self.backend, LIBRARY, LIBRARY, True))
         return any(plan.one_pass)
 
 

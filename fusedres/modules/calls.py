@@ -1,0 +1,113 @@
+"""What a call of a fused block and a call of a fused stem have in common, from the options to the checked input."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+from fusedres.autograd import Frozen
+from fusedres.modules.anatomy import Anatomy
+from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
+from fusedres.modules.reading import Input, Tensors, read_block, read_input, read_stem
+from fusedres.ops._sizes import FLOATING
+
+_ORDINARY = 256  # a side of images, in pixels, that any block takes
+
+
+class Options(NamedTuple):
+    """The settings that fuse() and freeze() made, read once for each call: another thread may change them meanwhile."""
+
+    memory: str
+    conv: str
+    frozen: Frozen | None  # None for a stem
+
+
+def options_of(module: nn.Module) -> Options:
+    """The options of a block or of a model with a fused stem."""
+    settings = module.__dict__
+    return Options(
+        settings.get("fused_memory") or "auto", settings.get("fused_conv") or "auto", settings.get("fused_frozen")
+    )
+
+
+def input_of_call(op: str, x: Tensor, anatomy: Anatomy, backend: str | None, options: Options) -> Input | str:
+    """The checked input of a call, with its backend and its measured way; or why the call runs unfused.
+
+    Args:
+        op: the module's class, for errors.
+        backend: of serving_backend.
+
+    Raises:
+        ShapeError, DtypeError: see read_input.
+    """
+    chosen = chosen_way(backend, anatomy, x, options.conv, options.memory)
+    if chosen == FASTER_UNFUSED and options.frozen is not None and x.is_cpu and backend is not None:
+        chosen = backend, None  # freeze() asked for it, and the CPU's kernels are verified
+    return chosen if isinstance(chosen, str) else read_input(op, x, chosen[0], options.conv, chosen[1])
+
+
+def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
+    """Why a batch of ordinary images does not run fused: the parts do not fit each other, say."""
+    first = anatomy.units[0]
+    size = (2, first.conv_weight.shape[1] * first.settings.groups, _ORDINARY, _ORDINARY)
+    x = first.conv_weight.detach().new_empty(1).expand(size)
+    given = read_input(op, x, "reference", "library", None)
+    norm = next((v.dtype for v in (first.weight, first.running_mean) if v is not None), None)
+    if norm in (torch.float16, torch.bfloat16) and norm is not given.dtype:  # such a block is for autocast
+        given = given._replace(dtype=norm, autocast=True)
+    try:
+        found = read_stem(given, anatomy) if len(anatomy.units) == 1 else read_block(given, anatomy, "auto")
+    except (RuntimeError, ValueError) as error:
+        return f"it raises: {error}"
+    return found if isinstance(found, str) else None
+
+
+def keep_reason(block: nn.Module, reason: str | None) -> None:
+    """Keeps for report() why a call ran unfused: "" where it ran fused, None where the block's parts are the reason."""
+    if not torch.compiler.is_compiling() and block.__dict__.get("fused_last_reason") != reason:
+        block.__dict__["fused_last_reason"] = reason
+
+
+def has_function_mode() -> bool:
+    """Whether a TorchFunctionMode is active other than torch.device's."""
+    modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
+def unusual_input(x: Any) -> str | None:
+    """Why an input must run through torch's own operators: they are observed, or its values are not in its memory."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"the input was a {type(x).__name__}, not a plain tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func was active"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_function_stack() and has_function_mode():
+        return "a mode that sees torch's functions was active"
+    if x.layout is not torch.strided or x.is_nested:
+        return "the input was sparse or nested"
+    if x.is_neg() or x._is_zerotensor():
+        return "the input was lazily negated or zero"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace was recording"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation was active"
+    return None
+
+
+def holds_inference_tensors(x: Tensor, tensors: Tensors, written_or_saved: bool) -> bool:
+    """Whether torch refuses a call outside inference mode, as tensors made inside it would be written or saved."""
+    if not written_or_saved or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return x.is_inference() or any(tensor is not None and tensor.is_inference() for tensor in tensors)
+
+
+def without_kernels(weight: Tensor, conv: str, memory: str) -> str | None:
+    """Why nothing runs fused on a weight's dtype and device, or None where it does."""
+    if weight.dtype not in FLOATING:
+        return f"weights are {weight.dtype}"
+    return None if serving_backend(weight.device, conv, memory) is not None else not_measured(weight.device)
