@@ -228,7 +228,7 @@ def _address(state: _Thread, operand: str) -> int:
 
 
 def _region(state: _Thread, line: _Line, operand: str) -> range:
-    """Return the bytes of an operand that a wgmma reads: rows of a swizzled tile from the start of a pattern of 8 rows."""
+    """Return the bytes of an operand that a wgmma reads: rows of a swizzled tile, from a start of its 8-row pattern."""
     shape = re.search(r"m(\d+)n(\d+)k(\d+)", line.opcode)
     assert shape is not None
     descriptor = state.value(operand)
