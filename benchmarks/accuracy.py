@@ -1,17 +1,18 @@
-"""How far a fused block's numbers are from exact ones, beside eager's: the budget of docs/accuracy.md.
+"""Compares the errors of a fused block with those of eager: the numbers of docs/accuracy.md.
 
-    python benchmarks/accuracy.py                                 500 random blocks, both ways of memory; under a minute
+    python benchmarks/accuracy.py                     500 random blocks, with both values of memory; under a minute
     python benchmarks/accuracy.py --blocks 4000 --format contiguous --markdown
 
-A random block is a BasicBlock or a Bottleneck of 1 to 64 channels (a Bottleneck's middle ones), its shortcut an
-identity or a projection, on 1 to 8 images of 1 to 14 pixels a side, with parameters as they are drawn, or with channels
-that are nearly the same, means far from zero, or small variances; most of them in training. Eager and the fused block
-run in float32, the same block in float64 says what is exact, and
+A random block is a BasicBlock or a Bottleneck with 1 to 64 channels (the middle ones of a Bottleneck), with an identity
+or a projection as shortcut, on 1 to 8 images of 1 to 14 pixels in height and width. Its parameters are random, or give
+channels that are nearly equal, means far from zero, or small variances. Most blocks are in training. Eager and the
+fused block run in float32; the same block in float64 is the exact result. For each tensor
 
-    ratio = |fused - exact| / |eager - exact|      L2 norms over a tensor, both with 2^-26 of |exact| added,
+    ratio = |fused - exact| / |eager - exact|      in L2 norms, both with 2^-26 |exact| added,
 
-which keeps numbers that one of the two hits by luck from deciding. No pre-activation lies so near zero that rounding
-flips a mask (tests/reference.py). The table has geometric mean / 95th percentile / maximum of the ratio.
+where the added term keeps errors that are small by chance from dominating the ratio. No pre-activation is so near to
+zero that rounding changes a mask (tests/reference.py). The table has geometric mean / 95th percentile / maximum of the
+ratio.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _LUCK = 2.0**-26
 
 @dataclass(frozen=True)
 class Drawn:
-    """A random block and what is done to its parameters and input."""
+    """A random block, and how its parameters and input are changed."""
 
     case: Case
     condition: str
@@ -64,18 +65,18 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Error:
-    """One tensor of one block: its ratio, and by how many times eager's error it is above the rule's floor."""
+    """The ratio of one tensor of one block, and how far its error is above the floor of the rule."""
 
     kind: str
     width: int
     memory: str
     ratio: float
-    above_floor: float  # (error - floor) / eager's error, the larger one of the max norm and L2
+    above_floor: float  # (error - floor) / error of eager: the larger one of the max norm and L2
     where: str
 
 
 def draw(seed: int, formats: Sequence[str] = tuple(FORMATS)) -> Drawn:
-    """The block of this seed."""
+    """Return the random block of this seed."""
     rng = random.Random(seed)
     block, planes = rng.choice(("basic", "bottleneck")), rng.choice(WIDTHS)
     channels = planes * EXPANSION[block]
@@ -83,7 +84,7 @@ def draw(seed: int, formats: Sequence[str] = tuple(FORMATS)) -> Drawn:
     if rng.random() < 0.6:
         shortcut = "projection"
         in_channels, stride = max(1, channels // rng.choice((1, 2, 2, 4))), rng.choice((1, 2))
-    least = rng.choice((1, 1, 9))  # large ones too: memory="min" needs rows
+    least = rng.choice((1, 1, 9))  # some large ones, as memory="min" needs many rows
     while True:
         batch, height, width = rng.randint(min(least, 6), 8), rng.randint(least, 14), rng.randint(least, 14)
         case = Case(block, shortcut, in_channels, planes, stride, batch, height, width, seed)
@@ -94,7 +95,7 @@ def draw(seed: int, formats: Sequence[str] = tuple(FORMATS)) -> Drawn:
 
 
 def prepare(drawn: Drawn) -> tuple[nn.Module, Tensor, Tensor]:
-    """The stock block, its input and the gradient of its output, in float32."""
+    """Return the stock block, its input and the gradient of its output, in float32."""
     block = reference.set_mode(reference.build(drawn.case, torch.float32, drawn.memory_format), drawn.mode)
     x, grad = reference.inputs(drawn.case, torch.float32, drawn.memory_format)
     _harden(block, x, drawn)
@@ -113,7 +114,7 @@ def _harden(block: nn.Module, x: Tensor, drawn: Drawn) -> None:
                 continue
             if name in ("conv1", "conv2"):
                 child.weight.copy_(child.weight[:1] + apart * child.weight)
-            elif child.in_channels > 1:  # what its inputs have in common cancels
+            elif child.in_channels > 1:  # the common part of its inputs cancels
                 child.weight.sub_(child.weight.mean(1, keepdim=True))
     elif drawn.condition == "offset":
         x.add_(10 * torch.randn(x.shape[1], generator=generator).view(1, -1, 1, 1))
@@ -124,7 +125,7 @@ def _harden(block: nn.Module, x: Tensor, drawn: Drawn) -> None:
 
 
 def takes_one_pass(drawn: Drawn) -> bool:
-    """Whether memory="min" changes anything: a training 1x1 convolution at a branch's end with rows enough."""
+    """Whether memory="min" changes anything: in training, a 1x1 convolution at the end of a branch with enough rows."""
     case = drawn.case
     wide = [case.planes] if case.block == "bottleneck" else []
     wide += [case.in_channels] if case.shortcut == "projection" else []
@@ -132,7 +133,7 @@ def takes_one_pass(drawn: Drawn) -> bool:
 
 
 def measure(drawn: Drawn, memories: Iterable[str] = ("auto", "min")) -> list[Error]:
-    """The errors of every tensor of a block that rounding may change."""
+    """Return the errors of every tensor of a block that rounding may change."""
     block, x, grad = prepare(drawn)
     oracle = reference.oracle(block, x, grad)
     eager = reference.run(copy.deepcopy(block), x, grad)
@@ -155,7 +156,7 @@ def measure(drawn: Drawn, memories: Iterable[str] = ("auto", "min")) -> list[Err
 
 
 def kind_of(name: str) -> str:
-    """One of KINDS, from a tensor's name (tests/reference.py)."""
+    """Return the entry of KINDS for the name of a tensor (tests/reference.py)."""
     if name in ("out", "grad_x"):
         return KINDS[0] if name == "out" else KINDS[1]
     if name.startswith("stats."):
@@ -169,7 +170,7 @@ Budget = dict[tuple[str, int, str], list[float]]  # memory, width, kind: sorted 
 
 
 def budget(errors: Iterable[Error]) -> Budget:
-    """The ratios of each memory, width and kind of tensor."""
+    """Return the sorted ratios of each memory, width and kind of tensor."""
     found: Budget = defaultdict(list)
     for error in errors:
         found[error.memory, error.width, error.kind].append(error.ratio)
@@ -177,12 +178,12 @@ def budget(errors: Iterable[Error]) -> Budget:
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
-    """exp of the mean logarithm."""
+    """Return exp of the mean logarithm."""
     return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
 
 
 def table(found: Budget, memory: str, markdown: bool = False) -> str:
-    """A row a width, a column a kind: geometric mean / 95th percentile / maximum."""
+    """Return a table with one row per width and one column per kind: geometric mean / 95th percentile / maximum."""
     widths = sorted({width for of, width, _ in found if of == memory})
     lines = [[f"memory={memory}", *KINDS]]
     for width in widths:
@@ -200,10 +201,10 @@ def table(found: Budget, memory: str, markdown: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the budget, and the tensor that is the most above the rule's floor."""
+    """Print the table, and the tensor that is the farthest above the floor of the rule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="of the first block")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first block")
     parser.add_argument("--memory", nargs="+", default=["auto", "min"], choices=["auto", "min"])
     parser.add_argument("--format", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--markdown", action="store_true")

@@ -1,12 +1,12 @@
 """Times fused residual blocks against torchvision's, in training and inference, after checking that they agree.
 
-    python benchmarks/bench_block.py                       the GPU if there is one, else the CPU; under two minutes
+    python benchmarks/bench_block.py                     on the GPU if there is one, else on the CPU; under two minutes
     python benchmarks/bench_block.py --full --json all.json    every stage shape of ResNet-18/50 at batch 8 and 16
     python benchmarks/bench_block.py --blocks 'resnet50.layer[12].1' --phase train --compile --plot blocks.png
 
-Columns: milliseconds of eager in NCHW, eager in channels_last, of the block's convolutions alone (what fusion around
-them can reach at best) and of the fused block; the ratio of eager to fused, both channels_last, with its 95% interval;
-how much of (eager - convolutions) is gone; megabytes saved for backward, and moved to and from memory, counted.
+The columns are: milliseconds of eager in NCHW, of eager in channels_last, of the convolutions of the block alone (the
+bound for any fusion around them), and of the fused block; eager / fused, both channels_last, with the 95% interval; the
+percentage of (eager - convolutions) that fusion removes; megabytes saved for backward; megabytes moved, as counted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEADER = [
 def rows_of(
     case: BlockCase, settings: BlockSettings, where: dict[str, Any], ceilings: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """One row a variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
+    """Return one row per variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
     block, itemsize = case.block, settings.dtype.itemsize
     ways = closed_form.MODES[1:]
     floor = min(closed_form.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
@@ -83,7 +83,7 @@ def rows_of(
 
 
 def cells(case: BlockCase, extra: bool) -> list[str]:
-    """The case as a line of the table."""
+    """Return the case as a line of the table."""
     times = {name: harness.summarize(samples).median * 1e3 for name, samples in case.samples.items()}
     ratio = harness.ratio_interval(case.samples[BASE], case.samples[FUSED])
     removed = harness.removed_interval(case.samples[BASE], case.samples[FUSED], case.samples[BOUND])
@@ -100,7 +100,7 @@ def cells(case: BlockCase, extra: bool) -> list[str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device."""
+    """Return the options of the command line, with defaults that depend on the device."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,9 +114,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--conv", default="auto", help="fuse()'s conv (auto)")
     parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
     parser.add_argument(
-        "--pairs", type=int, help="rounds, each timing every variant once (what the budget allows, to 40)"
+        "--pairs", type=int, help="rounds; each times every variant once (as many as the budget allows, at most 40)"
     )
-    parser.add_argument("--budget", type=float, default=95, help="seconds for everything, without --pairs (95)")
+    parser.add_argument(
+        "--budget", type=float, default=95, help="seconds for the whole run, unless --pairs is given (95)"
+    )
     parser.add_argument("--full", action="store_true", help="every stage shape, at least 30 pairs, no budget")
     parser.add_argument("--freeze", action="store_true", help="inference with weights folded once (fusedres.freeze)")
     parser.add_argument("--keep-pages", action="store_true", help="CPU: freed memory stays mapped (glibc)")
@@ -151,11 +153,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] | None = None) -> int:
-    """Runs the benchmark; returns 1, and times nothing more, when a fused block disagrees."""
+    """Run the benchmark; stop and return 1 if a fused block disagrees."""
     options = parse(argv)
     started = time.perf_counter()
     if options.keep_pages and not harness.keep_pages():
-        print("note: --keep-pages has no effect here, it is glibc's")
+        print("note: --keep-pages has no effect here, as it needs glibc")
     settings = BlockSettings(
         torch.device(options.device), DTYPES[options.dtype], options.memory, options.conv, options.backend,
         options.freeze, options.compile, fuse,
@@ -210,8 +212,8 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     harness.print_table(HEADER + (["compile ms", "vs compile"] if options.compile else []), lines)
     counts = [len(c.samples[BASE]) for c in cases]
     print(
-        f"{min(counts)}-{max(counts)} interleaved rounds a line; ratio: eager channels_last over fused; saved, moved: "
-        f"eager/fused; outputs{' and gradients' if 'train' in phases else ''} checked against float64; "
+        f"{min(counts)}-{max(counts)} interleaved rounds per line; ratio: eager channels_last over fused; "
+        f"saved, moved: eager/fused; outputs{' and gradients' if 'train' in phases else ''} checked against float64; "
         f"{time.perf_counter() - started:.0f} s"
     )
     if left_out:

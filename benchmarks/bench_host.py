@@ -1,11 +1,11 @@
-"""Times what calling a block costs where its tensors are tiny: forward, backward and inference, eager against fused.
+"""Times the overhead of calling a block with tiny tensors: forward, backward and inference, eager against fused.
 
-    python benchmarks/bench_host.py                the GPU if there is one, else the CPU; seconds
+    python benchmarks/bench_host.py                on the GPU if there is one, else on the CPU; takes seconds
     python benchmarks/bench_host.py --blocks tiny.basic --rounds 3000
 
-Microseconds of one call until it returns, a GPU's work not waited for; one CPU thread. Eager and fused take turns; the
-ratio is the median over rounds, with its 95% interval. The last line is what of it goes into comparing the code that a
-fused block bypasses with torch's own, at every call.
+The table has microseconds until a call returns, without waiting for the GPU, on one CPU thread. Eager and fused take
+turns; the ratio is the median over rounds, with its 95% interval. The last line is a part of each call: the check that
+nobody has replaced the code that a fused block bypasses.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ HEADER = ["block", "phase", "eager us", "fused us", "ratio (95%)"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device."""
+    """Return the options of the command line, with defaults that depend on the device."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
     parser.add_argument("--blocks", nargs="+", default=["tiny.b*"], help="names or patterns (tiny.b*)")
-    parser.add_argument("--rounds", type=int, default=1000, help="calls of each (1000)")
+    parser.add_argument("--rounds", type=int, default=1000, help="calls of each variant (1000)")
     parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def calls(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> dict[str, Callable[[], float]]:
-    """Seconds of one call of each phase; backward is timed behind an untimed forward."""
+    """Return phase → a function that makes one call and returns its seconds; backward follows an untimed forward."""
 
     def timed(call: Callable[[], object]) -> float:
         if x.is_cuda:
@@ -80,12 +80,12 @@ def calls(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> dict[str, C
 
 
 def measure(module: nn.Module, x: torch.Tensor, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Samples of eager and fused, a phase each."""
+    """Return phase → the samples of eager and of fused."""
     fused = fusedres.fuse(copy.deepcopy(module))
     grad = torch.ones_like(module(x))
     both = [calls(each, x, grad) for each in (module, fused)]
     samples: dict[str, tuple[list[float], list[float]]] = {phase: ([], []) for phase in PHASES}
-    for index in range(-10, rounds):  # the first ones warm up
+    for index in range(-10, rounds):  # the first 10 rounds warm up
         for phase in PHASES:
             for mine, kept in zip(both, samples[phase], strict=True):
                 seconds = mine[phase]()
@@ -95,13 +95,13 @@ def measure(module: nn.Module, x: torch.Tensor, rounds: int) -> dict[str, tuple[
 
 
 def seconds_of_comparison() -> float:
-    """The least time, over some series, in which a block finds that nobody replaced what it bypasses."""
+    """Return the least time, over several series, of the check that no bypassed code was replaced."""
     cls, base = fusedres.FusedBasicBlock, BasicBlock
     return min(timeit.repeat(lambda: replaced_code(cls, base), number=2000, repeat=20)) / 2000
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures and prints a table."""
+    """Measure, and print the table."""
     options = parse(argv)
     device = torch.device(options.device)
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if note := harness.busy_note(device):
         print(note)
     harness.print_table(HEADER, lines)
-    print(f"comparing the code that is bypassed: {seconds_of_comparison() * 1e6:.2f} us a call")
+    print(f"comparing the code that is bypassed: {seconds_of_comparison() * 1e6:.2f} us per call")
 
 
 if __name__ == "__main__":

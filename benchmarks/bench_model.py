@@ -1,12 +1,12 @@
-"""Times whole ResNets: images a second and memory of a training step and of inference, eager against fused.
+"""Times whole ResNets: images per second and memory of a training step and of inference, eager against fused.
 
     python benchmarks/bench_model.py                      the GPU if there is one, else the CPU
     python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
 
-A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are on the
-device. Variants are interleaved in one process, and timed only after their scores were found to be eager's. Bytes
-moved are counted as operators and kernels run; bound is what the traffic model allows at the machine's copy bandwidth
-and matrix product.
+A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are already
+on the device. Variants are interleaved in one process, and timed only if their scores agree with those of eager. Moved
+bytes are counted while operators and kernels run. The bound follows from the traffic model and the measured rates of a
+copy and of a matrix product.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MEMORY = ("peak_bytes", "saved_bytes", "counted_bytes")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device."""
+    """Return the options of the command line, with defaults that depend on the device."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,15 +46,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = ("resnet18", "resnet34", "resnet50")
     parser.add_argument("--models", nargs="+", choices=names, default=["resnet18", "resnet50"])
     parser.add_argument("--phase", choices=("both", "train", "infer"), default="both", help="(both)")
-    parser.add_argument("--batch", type=int, help="images of a step (GPU 64, CPU 8)")
+    parser.add_argument("--batch", type=int, help="images per step (GPU 64, CPU 8)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (224)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=tuple(PRECISIONS), help="half precision: autocast (GPU bfloat16, CPU float32)"
     )
-    parser.add_argument("--rounds", type=int, default=12, help="each times every variant once (12)")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds; each times every variant once (12)")
     parser.add_argument(
-        "--budget", type=float, default=150, help="seconds of timing, then three rounds are enough (150)"
+        "--budget", type=float, default=150, help="seconds of timing, after which three rounds are enough (150)"
     )
     parser.add_argument("--keep-pages", action="store_true", help="CPU: freed memory stays mapped (glibc)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as a line of the table."""
+    """Return a row as a line of the table."""
     ratio = row["ratio"]
     megabytes = ["-" if row[key] is None else f"{row[key] / 1e6:,.0f}" for key in MEMORY]
     return [
@@ -83,11 +83,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark; returns 1 when a variant failed or disagrees."""
+    """Run the benchmark; return 1 if a variant failed or disagrees."""
     options = parse(argv)
     device = torch.device(options.device)
     if options.keep_pages and not harness.keep_pages():
-        print("note: --keep-pages has no effect here, it is glibc's")
+        print("note: --keep-pages has no effect here, as it needs glibc")
     names = ["eager_nchw", *(WAYS if device.type == "cuda" else ("library", "library min"))]
     names += ["compile"] if options.compile else []
     phases = ("train", "infer") if options.phase == "both" else (options.phase,)

@@ -1,13 +1,12 @@
-"""Times each memory-bound op alone, against a copy that moves as many bytes.
+"""Times each memory-bound op alone against a copy that moves the same number of bytes.
 
     python benchmarks/bench_ops.py                         56², 28², 14² and 7², the widths of ResNet-18 and ResNet-50
     python benchmarks/bench_ops.py --ops bn_add_relu --sizes 56 --json ops.json
 
-Op and copy alternate in one run, after the caches have been flushed of data: what is read comes from memory. The copy
-works between preallocated buffers and moves the same number of bytes; the op allocates its results, as it does in a
-model. On a CPU the memory of earlier results is kept mapped, so that page faults of fresh memory stay out of it
-(--fresh-pages lets them in). A second pass over an argument is counted, though a cache may serve it. Each op is checked
-against the reference backend before it is timed.
+Op and copy alternate in one run. The caches are flushed before each, so all data comes from memory. The copy works
+between preallocated buffers; the op allocates its results, as it does in a model. On a CPU freed memory stays mapped,
+so that page faults are not timed (--fresh-pages includes them). A second pass over an argument is counted, although a
+cache may serve it. Each op is checked against the reference backend before it is timed.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ from fusedres.values import BnBranch, Gated, Norm, ShortcutGradient, ShortcutInp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SIZES = (56, 28, 14, 7)
-# What rounding may leave between two backends, relative to the largest element. Sums run over up to 100,000 terms.
+# Allowed difference of two backends by rounding, relative to the largest element. Sums have up to 100,000 terms.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
-# Additions, multiplications and maxima an element by each op's formulas; a Gram matrix has C + 1 more.
+# Additions, multiplications and maxima per element by the formulas of each op; a Gram matrix adds C + 1 to bn_relu.
 ARITHMETIC = {
-    "bn_statistics": 4,  # x - p, its sum, its square's sum
+    "bn_statistics": 4,  # x - p, its sum, the sum of its square
     "bn_relu": 3,
     "bn_add_relu identity": 4,
     "bn_add_relu two branches": 6,
     "bn_add_relu zero-pad": 4,
     "bn_add_relu_backward identity": 8,  # the two sums; a(d - c1 - (x - mean) c2)
     "bn_add_relu_backward two branches": 15,
-    "bn_relu_backward_": 14,  # ReLU's mask is found again, twice
+    "bn_relu_backward_": 14,  # the mask of ReLU is computed again, twice
     "relu_backward": 1,
     "shortcut_grad_": 1,
 }
@@ -69,7 +68,7 @@ class Op:
 
 
 def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Op]:
-    """Every memory-bound op at one activation shape."""
+    """Return every memory-bound op at one activation shape."""
     source = torch.Generator().manual_seed(0)
 
     def activation(c: int = channels, s: int = size) -> Tensor:
@@ -87,9 +86,9 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
     s, t = state(x), state(shortcut)
     _, bits = ops.bn_add_relu(x, s, ShortcutInput(shortcut), True, backend="reference")
     running = {"running_mean": zero.clone(), "running_var": one.clone()}
-    # Option A's shortcut: strided pixels, half of the channels.
+    # The shortcut of option A: strided pixels, half of the channels.
     narrow = activation(channels // 2, 2 * size)
-    # In place: a gradient that the op maps onto itself again and again stays of the same size.
+    # For the op in place: a gradient that keeps its magnitude when the op is applied again and again.
     ready = activation()
     found = [
         Op("bn_statistics", "", "forward", {"x": x} | running, lambda b, a: ops.bn_statistics(
@@ -121,21 +120,23 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
 
 
 def disagreement(op: Op, backend: str) -> str | None:
-    """Where `backend` and the reference differ by more than rounding, in words; None where they agree."""
+    """Return how `backend` and the reference differ by more than rounding, as text; None if they agree."""
     found = []
     for name in (backend, "reference"):
         arguments = tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.preserve_format), op.arguments)
         result = op.call(name, arguments)
         tensors = [result] if isinstance(result, Tensor) else list(result or ())
         if op.phase == "backward" and "shortcut" not in arguments:
-            tensors = [t[:2] if t.shape[:1] == (3,) else t for t in tensors]  # the third sum is the second branch's
+            tensors = [
+                t[:2] if t.shape[:1] == (3,) else t for t in tensors
+            ]  # the third sum belongs to the second branch
         found.append(tensors + list(arguments.values()))
     for position, (ours, reference) in enumerate(zip(*found, strict=True)):
         if ours.shape != reference.shape:
             return f"result {position} has shape {tuple(ours.shape)}, the reference {tuple(reference.shape)}"
         if not ours.numel():
             continue
-        if ours.dtype == torch.uint8:  # mask bits: where a value is within rounding of 0 they may differ
+        if ours.dtype == torch.uint8:  # mask bits: they may differ if a value is within rounding of 0
             share = (ours != reference).double().mean().item()
             if not share <= 1e-3:
                 return f"result {position}: {share:.2%} of the mask bytes differ"
@@ -148,7 +149,7 @@ def disagreement(op: Op, backend: str) -> str | None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device."""
+    """Return the options of the command line, with defaults that depend on the device."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -160,8 +161,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, nargs="+", help="(those of ResNet-18 and ResNet-50 at each size)")
     parser.add_argument("--ops", nargs="+", help="names of ops (all)")
     parser.add_argument("--backend", default="auto", help="(auto)")
-    parser.add_argument("--pairs", type=int, default=30, help="rounds, each timing op and copy once (30)")
-    parser.add_argument("--fresh-pages", action="store_true", help="CPU: allocate as the C library does by itself")
+    parser.add_argument("--pairs", type=int, default=30, help="rounds; each times op and copy once (30)")
+    parser.add_argument("--fresh-pages", action="store_true", help="CPU: do not keep freed memory mapped")
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark; returns 1 when an op disagrees with the reference."""
+    """Run the benchmark; return 1 if an op disagrees with the reference."""
     options = parse(argv)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     if options.backend == "auto":
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 1
             with counting.CountRun() as count:
                 op.call(backend, op.arguments)
-            # The flush evicts the interpreter's code, too: a call on a few pixels brings that back, and no data.
+            # The flush also evicts the code of the interpreter. A call on a few pixels loads it again, but no data.
             small = few[str(op)]
             variants = [
                 Variant(

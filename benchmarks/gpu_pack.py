@@ -1,10 +1,10 @@
-"""Builds what a GPU's minutes should not go into, on a machine without one: a wheel and everything Triton compiles.
+"""Builds the wheel and all kernels of Triton on a machine without a GPU, to save time on the GPU.
 
     python benchmarks/gpu_pack.py --out DIR                 for sm_90a and this Python, torch and Triton
-    python benchmarks/gpu_pack.py --out DIR --rehearse      launches all of it on a stubbed driver, and compiles nothing
+    python benchmarks/gpu_pack.py --out DIR --rehearse      launch all kernels on a stubbed driver; compiles nothing
 
-DIR holds the wheel, a manifest, and an archive of each kernel that the calls of gpu_suite.py launch, and of Triton's
-launchers where its version compiles those; less than 64 MiB together.
+DIR gets the wheel, a manifest, and an archive of the kernels that the calls of gpu_suite.py launch and of Triton's
+launchers, if its version compiles them. Together these are smaller than 64 MiB.
 """
 
 from __future__ import annotations
@@ -34,29 +34,31 @@ MOST_BYTES = 64 << 20
 
 
 def launched_by(calls: Iterable[str], blocks: str) -> list[Made]:
-    """What these calls launch on these blocks."""
+    """Return what these calls launch on these blocks."""
     return [made for call in calls for step in CALLS[call] for made in of_step(step.name, blocks)]
 
 
 def size_of(out: Path) -> int:
-    """Bytes of everything in it."""
+    """Return the bytes of all files in the folder."""
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Builds, or rehearses; 1 where the pack is too large, does not fit, or lacks something."""
+    """Build a pack or rehearse with it; return 1 if the pack is too large or lacks something."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pack")
-    parser.add_argument("--rehearse", action="store_true", help="launch all of it on a stubbed driver")
-    parser.add_argument("--call", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="of gpu_suite.py (both)")
-    parser.add_argument("--blocks", default="all", help="a name or pattern of blocks.py, or stem (all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pack")
+    parser.add_argument("--rehearse", action="store_true", help="launch all kernels of the pack on a stubbed driver")
+    parser.add_argument(
+        "--call", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="calls of gpu_suite.py (both)"
+    )
+    parser.add_argument("--blocks", default="all", help="a name or pattern of common/blocks.py, or stem (all)")
     parser.add_argument("--no-wheel", action="store_true", help="kernels only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
     if launching.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     if not is_checkout():
-        parser.error("the installed fusedres has other kernels than this checkout; install it: pip install .")
+        parser.error("the installed fusedres has other kernels than this checkout; install the checkout: pip install .")
     out: Path = options.out
     if options.rehearse:
         reason = misfit(out, ARCH)

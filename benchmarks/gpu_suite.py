@@ -1,23 +1,24 @@
-"""Verifies and measures everything on a GPU in two calls of a few minutes, most valuable first.
+"""Verifies and measures everything on a GPU in two calls of a few minutes, the most valuable steps first.
 
     python benchmarks/gpu_suite.py --call first --out DIR --pack PACK
     python benchmarks/gpu_suite.py --call second --after DIR --out DIR2 --pack PACK
-    python benchmarks/gpu_suite.py --call first --dry-run                      the schedule, without a GPU
-    python benchmarks/gpu_suite.py --only sanitizer all-ops --out DIR          these steps, anew
-    python benchmarks/gpu_suite.py --call first --out DIR --device cpu --tiny  the same path on toy shapes
+    python benchmarks/gpu_suite.py --call first --dry-run                      print the schedule; needs no GPU
+    python benchmarks/gpu_suite.py --only sanitizer all-ops --out DIR          run these steps again
+    python benchmarks/gpu_suite.py --call first --out DIR --device cpu --tiny  the same steps on toy shapes
 
-first, 330 seconds: facts (device, copy bandwidth, matrix product), right (every op at full size: all elements, and the
-same bits twenty times), miscompiled (products with every wgmma waited for, and float32 in eight warps), train (images/s
-of ResNet-50, compiled and in graphs too), profile (a training step by kernel), tests.
-second, 350 seconds: again (what was wrong in the first), ops (candidates of the heaviest problems), blocks (each way at
-three batches), dispatch (the table of what was fastest, and blocks that follow it), models (training and inference with
-"auto", plain and in graphs).
-By --only alone: all-right, all-ops, all-blocks, all-models (every op, dtype, batch, candidate and rival), sanitizer.
+The first call takes 330 seconds: facts (device, copy bandwidth, matrix product), right (every op at full size: all
+elements are checked, and 20 calls must give the same bits), miscompiled (products that wait for every wgmma, and
+float32 in eight warps), train (images/s of ResNet-50, also compiled and in graphs), profile (a training step by
+kernel), tests.
+The second call takes 350 seconds: again (the errors of the first call), ops (candidates of the heaviest problems),
+blocks (each way at three batches), dispatch (the table of the fastest ways, and blocks that follow it), models
+(training and inference with "auto", plain and in graphs).
+Only with --only: all-right, all-ops, all-blocks, all-models (every op, dtype, batch, candidate and rival), sanitizer.
 
-Each step runs in its own process until its second of the call and writes DIR/STEP.jsonl a row at a time; a crash or a
-timeout is a row. Called again with the same DIR it goes on where it was: finished steps are skipped. All output is in
-DIR/log.txt; a table comes last. The package and the kernels come from PACK, which gpu_pack.py builds on a machine
-without a GPU; where it does not fit they are built before the clock starts.
+Each step runs in its own process, up to a fixed second of the call, and appends rows to DIR/STEP.jsonl. A crash or a
+timeout is a row, too. The same command with the same DIR continues an interrupted call and skips finished steps. All
+output is in DIR/log.txt. A table is printed at the end. The package and the kernels come from PACK, which gpu_pack.py
+builds on a machine without a GPU. If PACK does not fit this machine, they are built before the clock starts.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from suite.settings import Settings
 
 HERE = Path(__file__).resolve().parent
-CRASHES = 4  # of one case, then it is left
-# Seconds at least of a case on a CPU, where nothing is measured and other processes may have the cores.
+CRASHES = 4  # a case that crashes so often is given up
+# The least limit of a case on a CPU, in seconds: nothing is measured there, and other processes may use the cores.
 UNHURRIED = 4 * 3600.0
 
 
@@ -59,12 +60,12 @@ UNHURRIED = 4 * 3600.0
 
 
 def work(options: argparse.Namespace) -> int:
-    """Runs the cases of a step that have not ended, once it is told until when."""
+    """Run the unfinished cases of a step, after reading from stdin until when it may run."""
     from suite.pack import misfit, taken
     from suite.settings import Settings
 
     step = next(step for step in steps_of(options) if step.name == options.worker)
-    import_module(f"suite.{step.module}")  # takes long; another step has the GPU
+    import_module(f"suite.{step.module}")  # takes long; meanwhile another step uses the GPU
     said = sys.stdin.readline()
     if not said.strip():
         return 0
@@ -103,16 +104,16 @@ def _run_cases(settings: Settings, step: Step) -> None:
             settings.row(case.name, error=f"{type(error).__name__}: {first_lines(str(error))}")
             if settings.on_gpu:
                 torch.cuda.empty_cache()
-                torch.cuda.synchronize()  # raises where the GPU is lost to this process, which ends
+                torch.cuda.synchronize()  # raises if this process has lost the GPU, and so ends it
         settings.journal.append(case=case.name, event=event, s=time.perf_counter() - begun)
     settings.journal.append(event="end", why="finished")
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- supervising a step -----------------------------------------------------------------------------------------------
 
 
 class Child:
-    """A process group of its own, which is killed whole."""
+    """A process in its own process group; `kill` ends the whole group."""
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         with log.open("ab") as file:
@@ -123,19 +124,19 @@ class Child:
         self.killed = False
 
     def begin(self, until: float) -> None:
-        """Tells it until when it may run: before that it only imports."""
+        """Tell the process until when it may run. Before that it only imports."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died
+        with contextlib.suppress(BrokenPipeError):  # the process has died
             self.process.stdin.write(f"{until}\n".encode())
             self.process.stdin.close()
 
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process has not ended."""
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """Ends it and what it started."""
-        if not self.killed:  # later its number may be another's
+        """End the process and all processes that it started."""
+        if not self.killed:  # later another process may have its number
             self.killed = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -143,13 +144,13 @@ class Child:
 
 
 def start(step: str, options: argparse.Namespace) -> Child:
-    """The process of a step, which imports and waits for `begin`."""
+    """Start the process of a step, which imports its modules and waits for `begin`."""
     command = [sys.executable, str(HERE / "gpu_suite.py"), "--out", str(options.out), "--device", options.device]
     command += ["--worker", step, *(["--tiny"] if options.tiny else [])]
     for name in ("call", "after", "pack"):
         if getattr(options, name):
             command += [f"--{name}", str(getattr(options, name))]
-    # torch.compile would set another one in its process
+    # torch.compile would set a different folder in its process
     environment = {"TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache")} | os.environ
     if options.device == "cpu":
         environment |= {"TRITON_INTERPRET": "1"}
@@ -157,14 +158,14 @@ def start(step: str, options: argparse.Namespace) -> Child:
 
 
 def supervise(step: str, options: argparse.Namespace, until: float, child: Child) -> str:
-    """Runs a step within its time, again after a crash; returns how it ended."""
+    """Run a step within its time, and start it again after a crash; return how it ended."""
     journal, log = Journal(options.out, step), options.out / "log.txt"
-    crashes: dict[str, list[str | None]] = {}  # of a case, what was being tried
+    crashes: dict[str, list[str | None]] = {}  # case → what was tried at each crash
     while time.time() < until:
         child.begin(until)
         try:
             why = _watch(child, journal, until)
-        finally:  # after Ctrl-C too, which does not reach it
+        finally:  # also after Ctrl-C, which does not reach the child
             child.kill()
         if why is None:
             return "finished" if journal.finished() else "time was up"
@@ -186,7 +187,7 @@ def supervise(step: str, options: argparse.Namespace, until: float, child: Child
 
 
 def _watch(child: Child, journal: Journal, until: float) -> str | None:
-    """Waits; None where the process ended well, else what went wrong."""
+    """Wait for the process; return None if it ended well, else what went wrong."""
     begun, seen = time.time(), None
     while child.running():
         time.sleep(0.05 if time.time() - begun < 2 else 0.5)
@@ -208,7 +209,7 @@ def _tail(log: Path) -> str:
 
 
 def capability_of(device: str) -> int:
-    """As a pack has it; 0: no GPU."""
+    """Return the capability in the form of a pack, for example 90; 0: no GPU."""
     if not device.startswith("cuda"):
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -217,7 +218,7 @@ def capability_of(device: str) -> int:
 
 @contextlib.contextmanager
 def ready(options: argparse.Namespace) -> Iterator[float]:
-    """Inside, the package is installed and options.pack fits this machine or is None; gives the seconds of building."""
+    """Inside, the package is installed, and options.pack fits or is None; yield the seconds that building took."""
     from suite.pack import misfit
 
     log, capability, building = options.out / "log.txt", capability_of(options.device), time.time()
@@ -225,7 +226,7 @@ def ready(options: argparse.Namespace) -> Iterator[float]:
         reason, wheels = misfit(options.pack, capability), sorted(options.pack.glob("*.whl"))
         if reason is None and find_spec("fusedres") is None and wheels and not _pip(log, "--no-index", str(wheels[-1])):
             reason = f"pip failed; see {log}"
-        reason = reason or misfit(options.pack, capability)  # of the package too, now that it is there
+        reason = reason or misfit(options.pack, capability)  # now of the package, too, as it is installed
         if reason:
             print(f"--pack is not taken: {reason}", flush=True)
             options.pack = None
@@ -259,21 +260,29 @@ def _built(folder: Path, call: str, log: Path) -> Path | None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--call", choices=tuple(CALLS), help="the steps of a call, each until its second")
+    parser.add_argument("--call", choices=tuple(CALLS), help="run the steps of a call, each up to its fixed second")
     parser.add_argument(
-        "--only", nargs="+", choices=tuple(STEPS), metavar="STEP", help=f"without limit: {', '.join(STEPS)}"
+        "--only",
+        nargs="+",
+        choices=tuple(STEPS),
+        metavar="STEP",
+        help=f"run these steps without a time limit: {', '.join(STEPS)}",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where rows and the log go")
-    parser.add_argument("--after", type=Path, metavar="DIR", help="the --out of the first call, whose rows are read")
-    parser.add_argument("--pack", type=Path, metavar="PACK", help="what gpu_pack.py built, taken where it fits")
-    parser.add_argument("--dry-run", action="store_true", help="print the schedule; with --pack, launch it on a stub")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows and the log")
+    parser.add_argument("--after", type=Path, metavar="DIR", help="the --out of the first call; its rows are read")
+    parser.add_argument(
+        "--pack", type=Path, metavar="PACK", help="the folder that gpu_pack.py built; used if it fits this machine"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the schedule; with --pack, launch it on a stubbed driver"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (cuda)")
-    parser.add_argument("--tiny", action="store_true", help="toy shapes, nothing worth measuring")
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, only to see that everything runs")
     parser.add_argument("--worker", choices=tuple(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not options.worker and (options.call is None) == (options.only is None):
@@ -294,7 +303,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the steps and prints the table; 1 where something is wrong."""
+    """Run the steps and print the table; return 1 if something is wrong."""
     begun = time.time()
     options = parse(argv)
     if options.worker:
@@ -314,13 +323,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def steps_of(options: argparse.Namespace) -> list[Step]:
-    """In their order."""
+    """Return the steps of this run, in order."""
     return list(CALLS[options.call]) if options.call else [STEPS[name] for name in options.only or [options.worker]]
 
 
 def run_steps(options: argparse.Namespace, begun: float) -> None:
-    """Each in its own process, which imports what it needs while the one before runs."""
-
+    """Run each step in its own process, which imports its modules while the step before runs."""
     timed = options.call and options.device.startswith("cuda")
 
     def end(step: Step) -> float:
@@ -356,7 +364,7 @@ def run_steps(options: argparse.Namespace, begun: float) -> None:
 
 
 def settle(step: Step, child: Child, options: argparse.Namespace, until: float) -> None:
-    """Waits for what runs beside, at most until its time."""
+    """Wait until a step that runs beside the others has ended, at most until its time."""
     journal = Journal(options.out, step.name)
     why = _watch(child, journal, until)
     child.kill()

@@ -1,8 +1,8 @@
-"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, pipelining.
+"""Compiles every Triton kernel without a GPU, and shows registers, spills, shared memory and pipelining.
 
-Blocks and ops run on meta tensors, where a launch is only recorded. Each recorded kernel is compiled for every one of
-its candidate configs, specialised as Triton's JIT would for these arguments, and read back from SASS and resource
-usage. Nothing is timed. Needs a process without TRITON_INTERPRET.
+Blocks and ops run on meta tensors, where a launch is only recorded. Each recorded kernel is compiled with each of its
+candidate configs, specialised as Triton's JIT does for these arguments. The numbers come from the SASS and the resource
+usage. Nothing is timed. TRITON_INTERPRET must not be set.
 
     python benchmarks/inspect_kernels.py --arch 90 --kernel bn_relu --json rows.json
     python benchmarks/inspect_kernels.py --hazards
@@ -13,10 +13,10 @@ As a library:
     print(table(rows))
     row = inspect_launch(launch, config, arch=90)
 
-The verdict holds products of 16-bit operands to tensor cores (wgmma on sm_90) and to a full pipeline; pipelines.py says
-where a kernel's design has it otherwise. No kernel may touch what a wgmma in flight uses: hazards.py reads registers,
-ptx.py shared memory, and --hazards prints what they found, candidate by candidate. The end of the command names
-products with fewer than FEWEST candidates that nothing is wrong with.
+A product of 16-bit operands must use tensor cores (wgmma on sm_90) and have a full pipeline; the exceptions are in
+compiled_code/pipelines.py. No kernel may touch data that a wgmma in flight uses: hazards.py checks registers, ptx.py
+checks shared memory, and --hazards prints what they found for each candidate. The last lines name products with fewer
+than FEWEST good candidates.
 """
 
 from __future__ import annotations
@@ -64,50 +64,50 @@ from fusedres.kernels.triton_core import launch as launching
 from fusedres.kernels.triton_core.launch import Config, Launch
 
 FEWEST = 4
-THREADS = {80: 2048, 89: 1536, 90: 2048}  # of a multiprocessor
+THREADS = {80: 2048, 89: 1536, 90: 2048}  # per multiprocessor
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one compilation gave. Loop counts are None where the kernel has no main loop."""
+    """The result of one compilation. Loop counts are None if the kernel has no main loop."""
 
     kernel: str
     problem: str
     config: str
     arch: int
     key: str  # of the compilation
-    failed: str | None  # why it does not compile
+    failed: str | None  # the error if it does not compile
     registers: int
-    spilled: int  # bytes a thread
-    shared: int  # bytes a program
-    resident: int  # programs a multiprocessor, by registers, shared memory and threads
+    spilled: int  # bytes per thread
+    shared: int  # bytes per program
+    resident: int  # programs per multiprocessor, by registers, shared memory and threads
     dot: bool
     product: bool  # a dot of 16-bit operands
     tensor_core: str | None  # HGMMA (wgmma), HMMA (mma), DMMA; None: no tensor-core instruction
     tensor_core_count: int
     unrolled: bool  # tensor-core instructions stand in no loop
-    loop_async_copies: int | None  # fewest of any main loop: cp.async or TMA
-    loop_shared_stores: int | None  # most of any main loop
-    wgmma_waits: tuple[int, ...]  # of every wait in main loops: how many groups of wgmma may stay in flight
+    loop_async_copies: int | None  # cp.async or TMA: the fewest of the main loops
+    loop_shared_stores: int | None  # the most of the main loops
+    wgmma_waits: tuple[int, ...]  # for every wait in main loops: how many groups of wgmma may stay in flight
     overwrites: int  # instructions that touch registers of a wgmma in flight
     races: int  # writes to shared memory that a wgmma may still read
     loads: int  # from global memory, asynchronous ones included
-    loads_16: int  # of these, 16 bytes a thread
+    loads_16: int  # of these, loads of 16 bytes per thread
     stores: int
     stores_16: int
-    compile_s: float  # near 0 where Triton's cache had it
-    fp_fusion: bool | None  # None: left to Triton's default
-    lacks: tuple[str, ...]  # of a full pipeline, by design: pipelines.py
+    compile_s: float  # near 0 if it was in Triton's cache
+    fp_fusion: bool | None  # None: Triton's default
+    lacks: tuple[str, ...]  # what a full pipeline has and this one lacks by design: pipelines.py
     problems: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
-        """ok, or what is wrong."""
+        """The problems, or ok."""
         return "; ".join(self.problems) or "ok"
 
 
 def inspect_launch(launch: Launch, config: Config, arch: int = 90) -> Row:
-    """Compiles the launch's kernel with `config` and reads the result."""
+    """Compile the kernel of the launch with `config`, and return what the compiler made of it."""
     return _inspect(specialise(launch, config, arch))
 
 
@@ -129,7 +129,7 @@ def _inspect(what: Specialised, known: dict[str, Any] | None = None) -> Row:
     start = time.perf_counter()
     try:
         compiled = triton.compile(what.source, target=what.target, options=what.options)
-    except Exception as error:  # whatever Triton or ptxas raise is the finding
+    except Exception as error:  # every error of Triton or ptxas is a result
         reason = (str(error).strip().splitlines() or [""])[-1][:200]
         nothing: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 0) | {
             "tensor_core": None,
@@ -177,7 +177,7 @@ def _inspect(what: Specialised, known: dict[str, Any] | None = None) -> Row:
 
 
 def _races(ptx: str, what: Specialised) -> int:
-    """Of a thread of each warpgroup."""
+    """Return the races of one thread of each warpgroup."""
     if "wgmma" not in ptx:
         return 0
     return sum(len(races(ptx, what.arguments, 128 * group)) for group in range(what.config.num_warps // 4))
@@ -207,7 +207,7 @@ def _problems(row: Row) -> Iterator[str]:
         yield "a 16-bit dot without wgmma"
     elif row.tensor_core is None:
         yield "a 16-bit dot without tensor cores"
-    # mma is synchronous: behind an unrolled loop what stores the first columns mixes with the products of the last ones
+    # mma is synchronous: if it is unrolled, stores of the first columns mix with the products of the last columns.
     missed = {
         COPIES: row.loop_async_copies == 0 and not row.unrolled,
         STORES: bool(row.loop_shared_stores) and not (row.unrolled and row.tensor_core == "HMMA"),
@@ -219,17 +219,17 @@ def _problems(row: Row) -> Iterator[str]:
 
 
 def inspect_launches(launches: Iterable[Launch], arch: int = 90, limit: int | None = None) -> list[Row]:
-    """One row for every distinct compilation of the launches' candidates (the first `limit` of each)."""
+    """Return one row for every distinct compilation of the candidates of the launches (the first `limit` of each)."""
     return [_inspect(what) for what in compilations(launches, arch, limit)]
 
 
 def inspect_function(function: Callable[[], Any], arch: int = 90, limit: int | None = None) -> list[Row]:
-    """inspect_launches of what `function` launches; it runs ops or blocks on meta tensors."""
+    """Call inspect_launches for the launches of `function`, which runs ops or blocks on meta tensors."""
     return inspect_launches(record(function, arch), arch, limit)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, problem by problem."""
+    """Return the rows as text, grouped by problem."""
     lines = []
     for _, group in groupby(rows, lambda r: (r.kernel, r.arch, r.problem)):
         same = list(group)
@@ -238,12 +238,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def heading(row: Row) -> list[str]:
-    """What stands above the rows of a problem."""
+    """Return the lines above the rows of a problem."""
     return [f"{row.kernel} [sm_{row.arch}] {row.problem}", "  ".join(f"{n:>{w}}" for n, w in _COLUMNS)]
 
 
 def line(row: Row) -> str:
-    """The row as text."""
+    """Return the row as text."""
     loop = "-" if row.loop_async_copies is None else f"{row.loop_async_copies}/{row.loop_shared_stores}"
     cells = (
         row.config, row.registers, row.spilled, f"{row.shared:,}", row.resident,
@@ -265,7 +265,7 @@ def _waits(rows: Iterable[Row]) -> str:
 
 
 def hazards(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: what a wgmma in flight meets, by kernel and candidate, the worst of its compilations."""
+    """Return header and cells of the hazards of each kernel and candidate: the worst of its compilations."""
     named = ((row.kernel, row.config, row) for row in rows if "HGMMA" in (row.tensor_core or ""))
     by_candidate: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for kernel, config, row in sorted(named, key=lambda found: found[:2]):
@@ -281,7 +281,7 @@ def hazards(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def live(launches: Iterable[Launch], rows: Iterable[Row], arch: int = 90) -> dict[tuple[str, str], int]:
-    """Kernel and problem of every product → how many of its candidates nothing is wrong with."""
+    """Return kernel and problem of every product → how many of its candidates have no problem."""
     rows = list(rows)
     dots, good = {row.kernel for row in rows if row.dot}, {row.key for row in rows if not row.problems}
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -302,16 +302,24 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compiles every candidate of every Triton kernel; needs no GPU.")
+    parser = argparse.ArgumentParser(description="Compile every candidate of every Triton kernel; needs no GPU.")
     parser.add_argument("--arch", type=int, choices=tuple(GPUS), default=90)
-    parser.add_argument("--kernel", nargs="*", default=("",), help="only those whose names contain one of these (all)")
-    parser.add_argument("--blocks", default="all", help="what runs (all): a name or pattern of blocks.py, or stem")
+    parser.add_argument(
+        "--kernel", nargs="*", default=("",), help="only kernels with one of these texts in their names (all)"
+    )
+    parser.add_argument(
+        "--blocks", default="all", help="blocks that run: a name or pattern of common/blocks.py, or stem (all)"
+    )
     parser.add_argument("--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (all)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="tf32 and fp32 are float32 (bf16)")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--limit", type=int, help="only the first candidates of each launch")
-    parser.add_argument("--hazards", action="store_true", help="print only what a wgmma in flight meets, by candidate")
-    parser.add_argument("--json", metavar="FILE", help="add the rows, one a line; what it has is not compiled again")
+    parser.add_argument(
+        "--hazards", action="store_true", help="print only the hazards of wgmmas in flight, by candidate"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="append the rows, one per line; kernels in this file are not compiled again"
+    )
     options = parser.parse_args(argv)
     if launching.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")

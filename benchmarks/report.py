@@ -1,8 +1,8 @@
-"""Writes the README's tables and the plots from the rows in benchmarks/results/*.json: no number is typed by hand.
+"""Writes the tables of the README and the plots from the rows in benchmarks/results/*.json.
 
-python benchmarks/report.py             rewrites README.md between its markers, and the plots whose rows changed
+python benchmarks/report.py             rewrite README.md between its markers, and the plots of changed rows
 python benchmarks/report.py --check     exit 1 if the README or a plot differs from the rows
-python benchmarks/report.py --add DIR   first takes the rows of a run of gpu_suite.py into results: one file a step
+python benchmarks/report.py --add DIR   first add the rows of a run of gpu_suite.py to results: one file per step
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ CAPTIONS = {"blocks": "Speed-up by block", "models": "Memory by model", "ops": "
 
 
 def kind_of(row: Row) -> str | None:
-    """blocks, models or ops; None of what is no measurement of the three."""
+    """Return blocks, models or ops; None if the row is no measurement of these."""
     if not row.get("median_s") or row.get("variant") in ("candidate", "product alone"):
         return None
     return "models" if row["op"] == "model" else "blocks" if row["op"] in BLOCKS else "ops"
 
 
 def slug(device: str) -> str:
-    """A device's name in names of files."""
+    """Return the name of a device as it is used in file names."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def load(results: Path) -> dict[str, list[Row]]:
-    """Name of a results file → its rows."""
+    """Return the name of each results file → its rows."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
 
 
 def measured(files: dict[str, list[Row]]) -> dict[str, dict[str, list[list[Row]]]]:
-    """Kind → device → rows, a list a results file."""
+    """Return kind → device → one list of rows per results file."""
     found: dict[str, dict[str, list[list[Row]]]] = {kind: {} for kind in TABLES}
     for rows in files.values():
         by_kind: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -63,7 +63,7 @@ def measured(files: dict[str, list[Row]]) -> dict[str, dict[str, list[list[Row]]
 
 
 def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tuple[str, list[Row]]]:
-    """Name of a plot → its kind and rows; only where there is something to draw."""
+    """Return the name of each plot → its kind and rows, if there is something to draw."""
     wanted = {}
     for kind, (name, _) in plots.KINDS.items():
         for device, groups in found[kind].items():
@@ -78,7 +78,7 @@ def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tupl
 
 
 def section(results: Path) -> str:
-    """What stands between the README's markers."""
+    """Return the text between the markers of the README."""
     files = load(results)
     found = measured(files)
     drawn = wanted_plots(found)
@@ -93,7 +93,7 @@ def section(results: Path) -> str:
 
 
 def _folded(table: str, longest: int = 20) -> str:
-    """A long table behind its first line, which a click opens."""
+    """Return a long table folded: only its first line shows until a click opens it."""
     if table.count("\n") <= longest:
         return table
     title, _, rest = table.partition("\n")
@@ -101,7 +101,7 @@ def _folded(table: str, longest: int = 20) -> str:
 
 
 def readme_with_numbers(text: str, results: Path) -> str:
-    """The README's text with the tables of every results file between its markers."""
+    """Return the text of the README with the tables of every results file between its markers."""
     before, found, rest = text.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not found or not closed:
@@ -110,14 +110,14 @@ def readme_with_numbers(text: str, results: Path) -> str:
 
 
 def outdated_plots(results: Path) -> list[str]:
-    """Plots that are missing, were drawn from other rows, or whose rows are gone."""
+    """Return the plots that are missing, were drawn from other rows, or have no rows any more."""
     wanted = wanted_plots(measured(load(results)))
     wrong = [name for name, (_, rows) in wanted.items() if plots.drawn_from(results / name) != plots.checksum(rows)]
     return wrong + [path.name for path in sorted(results.glob("*.svg")) if path.name not in wanted]
 
 
 def draw(results: Path) -> None:
-    """Draws what is out of date, and removes plots whose rows are gone."""
+    """Draw the outdated plots, and remove plots that have no rows any more."""
     wanted = wanted_plots(measured(load(results)))
     for name in outdated_plots(results):
         if name in wanted:
@@ -128,7 +128,7 @@ def draw(results: Path) -> None:
 
 
 def add(folder: Path, results: Path) -> list[Path]:
-    """The rows of a run of gpu_suite.py as results files, one a device and step; returns them."""
+    """Write the rows of a run of gpu_suite.py as results files, one for each device and step; return their paths."""
     from common.rows import ROW_KEYS
     from suite.journal import Journal
 
@@ -153,7 +153,7 @@ def add(folder: Path, results: Path) -> list[Path]:
 
 
 def _fitting(rows: list[Row]) -> str:
-    """The rows as JSON, a row a line, without candidates where they would not fit."""
+    """Return the rows as JSON, one per line; without the rows of candidates if the file would be too large."""
     text = _text(rows)
     if len(text.encode()) > LARGEST:
         text = _text(row for row in rows if row.get("variant") != "candidate")
@@ -167,7 +167,7 @@ def _text(rows: Iterable[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrites or checks the README and the plots."""
+    """Rewrite or check the README and the plots."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -72,7 +72,7 @@ def test_the_next_iteration_is_read_too():
     body = ("LDS.64 R102, [R5]", PRODUCT, leaves_one, "@P0 BRA 0x0", WAIT, "EXIT")
     (found,) = overwrites(sass(*body))
     assert found.by.text == "LDS.64 R102, [R5]" and found.distance == 3
-    assert "3 instructions behind HGMMA" in str(found)
+    assert "3 instructions after HGMMA" in str(found)
     assert not overwrites(sass(*(WAIT if line == leaves_one else line for line in body)))
 
 

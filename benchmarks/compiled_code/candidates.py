@@ -1,6 +1,6 @@
-"""Every Triton kernel with every candidate that ResNet-18 and 50 can launch it with, as Triton would compile them.
+"""Every Triton kernel that ResNet-18 and ResNet-50 launch, with every candidate config, as Triton would compile it.
 
-Blocks and ops run on meta tensors, where a launch is only recorded; no GPU is needed.
+Blocks and ops run on meta tensors, where a launch is only recorded, so no GPU is needed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from fusedres.kernels.conv_fprop.configs import DescriptorConfig
 from fusedres.kernels.triton_core import launch as launching
 from fusedres.kernels.triton_core.launch import H100, Config, Gpu, Launch, Problem, choosing, record_launches
 
-# Whose candidates are taken, by arch: A100, RTX 4090, H100. A multiprocessor has 1,024 bytes of shared memory more than
-# one program may use.
+# The GPU that stands for each arch: A100, RTX 4090, H100. The shared memory of a multiprocessor is 1,024 bytes larger
+# than the most that one program may use.
 GPUS = {80: Gpu(80, 108, 166_912), 89: Gpu(89, 128, 101_376), 90: H100}
 
 DTYPES = {
@@ -44,7 +44,7 @@ DTYPES = {
 
 
 class _Capture:
-    """Stands for a kernel where launch.py starts it, and keeps what it was given."""
+    """Replaces a kernel when launch.py starts it, and keeps the arguments of the launch."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self._keep
@@ -55,18 +55,18 @@ class _Capture:
 
 @dataclass(frozen=True)
 class Specialised:
-    """One kernel as Triton would compile it for a launch's arguments and one config."""
+    """One kernel as Triton would compile it for the arguments of a launch and one config."""
 
     launch: Launch
     config: Config
     source: ASTSource
     options: dict[str, Any]
-    fp_fusion: bool | None  # as it was asked for
+    fp_fusion: bool | None  # enable_fp_fusion of the launch; None: Triton's default
     target: GPUTarget
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for launches that share a compilation."""
+        """A key that is equal for launches that share a compilation."""
         source, config = self.source, self.config
         kernel = (self.launch.kernel.fn.__module__, self.launch.name, self.target.arch)
         parts = (source.signature, source.constants, source.attrs)
@@ -74,12 +74,12 @@ class Specialised:
 
     @property
     def name(self) -> str:
-        """The same whenever this is compiled again: of the sources, the key and Triton's version."""
+        """A hash of the sources, the key and Triton's version: the same in every process."""
         return hashlib.sha256(repr((self.source.hash(), self.key, triton.__version__)).encode()).hexdigest()[:16]
 
     @property
     def arguments(self) -> list[int]:
-        """What the compiled kernel is given, as numbers: pointers are aligned ones, floating-point numbers are 0."""
+        """The arguments of the compiled kernel as numbers: pointers are aligned, floating-point numbers are 0."""
         found: list[int] = []
         given = {**self.launch.arguments, **self.config.blocks}
         for name, kind in self.source.signature.items():
@@ -90,7 +90,7 @@ class Specialised:
                 found += [_pointer(len(found)), *map(int, value.shape), *map(int, value.strides)]
             else:
                 found.append(_pointer(len(found)) if isinstance(value, Tensor) else int(value))
-        return [*found, 0, 0]  # scratch memory of Triton's own
+        return [*found, 0, 0]  # pointers to Triton's own scratch memory
 
 
 def _pointer(index: int) -> int:
@@ -98,7 +98,7 @@ def _pointer(index: int) -> int:
 
 
 def specialise(launch: Launch, config: Config, arch: int) -> Specialised:
-    """Binds the recorded arguments with Triton's own binder, so alignment and constants are those of a real launch."""
+    """Bind the recorded arguments with Triton's own binder: alignment and constants are those of a real launch."""
     if launching.INTERPRETED:
         raise RuntimeError("inspect_kernels: TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     capture = _Capture()
@@ -117,12 +117,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def describe(config: Config) -> str:
-    """BLOCK_M=128 BLOCK_N=64 w8 s3."""
+    """Return the config as text, for example BLOCK_M=128 BLOCK_N=64 w8 s3."""
     return " ".join([*(f"{k}={v}" for k, v in config.blocks.items()), f"w{config.num_warps}", f"s{config.num_stages}"])
 
 
 def problem(launch: Launch) -> str:
-    """The dtype of the narrowest floating-point tensor, sizes and switches, and the tensors that are not there."""
+    """Return the dtype of the narrowest floating-point tensor, sizes and flags, and the names of missing tensors."""
     dtypes = [v.dtype for v in launch.arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
     words = [_NAMES[min(dtypes, key=lambda d: d.itemsize)]] if dtypes else []
     for name, value in launch.arguments.items():
@@ -135,7 +135,7 @@ def problem(launch: Launch) -> str:
 
 @contextmanager
 def assumed(arch: int) -> Iterator[None]:
-    """Launchers take the candidates of this arch's GPU inside, off a GPU."""
+    """Inside, launchers use the candidates of the GPU of this arch, although there is no GPU."""
     before, launching.assumed = launching.assumed, GPUS[arch]
     try:
         yield
@@ -144,9 +144,9 @@ def assumed(arch: int) -> Iterator[None]:
 
 
 def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
-    """The launches that `function` makes under the triton backend; its tensors are on the meta device.
+    """Return the launches that `function` makes with the triton backend; its tensors are on the meta device.
 
-    Ops run their launchers, called as ops, as part of a block, or directly.
+    It may call ops, blocks, or launchers directly.
     """
     with assumed(arch), fusedres.use_backend("triton"), CountLaunched() as count, record_launches() as direct:
         function()
@@ -156,7 +156,7 @@ def record(function: Callable[[], Any], arch: int = 90) -> list[Launch]:
 
 
 def compilations(launches: Iterable[Launch], arch: int = 90, limit: int | None = None) -> list[Specialised]:
-    """Every distinct compilation of the launches' candidates (the first `limit` of each), in order."""
+    """Return every distinct compilation of the candidates of the launches (the first `limit` of each), in order."""
     found: dict[tuple[Any, ...], Specialised] = {}
     for launch in launches:
         for config in list(launch.candidates)[:limit]:
@@ -172,9 +172,9 @@ def cases(
     dtype: torch.dtype = torch.bfloat16,
     mixed: bool = False,
 ) -> dict[str, Callable[[], None]]:
-    """Name → a function that runs a block of ResNet-18 or 50, or the stem, on meta tensors, training and inference.
+    """Return name → a function that runs a block of ResNet-18 or 50, or the stem, in training and inference.
 
-    mixed: as under autocast to `dtype`, else in it throughout.
+    mixed: run as under autocast to `dtype`; otherwise all tensors have this dtype.
     """
     chosen: dict[str, Block | Stem] = {} if blocks == "stem" else dict(select([blocks]))
     if blocks in ("all", "stem"):
@@ -192,14 +192,14 @@ def cases(
 
 
 def launches_of(runs: Collection[Callable[[], Any]], arch: int = 90, kernels: Sequence[str] = ("",)) -> list[Launch]:
-    """What they launch of kernels whose names contain one of these, convolutions by descriptors too."""
+    """Return the launches of kernels with one of these texts in their names, convolutions by descriptors included."""
 
     def made() -> list[Launch]:
         return [launch for run in runs for launch in record(run, arch) if any(name in launch.name for name in kernels)]
 
     found = made()
     if any(name in _DESCRIPTORS for name in kernels):
-        for index in range(4):  # descriptors are made for a config, so each is a launch of its own
+        for index in range(4):  # descriptors depend on the config, so each config is another launch
             with choosing(partial(_by_descriptors, index)):
                 found += [launch for launch in made() if launch.name == _DESCRIPTORS]
     return found

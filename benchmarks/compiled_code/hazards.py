@@ -1,11 +1,10 @@
-"""Registers that a kernel touches while a wgmma may still use them, read from SASS.
+"""Find registers in SASS that a kernel touches while a wgmma may still use them.
 
-A wgmma runs on after its instruction. Until a wait retires it, PTX forbids to write the registers of its first operand
-and to read or write its sums. Triton 3.6 breaks that rule (triton#9433), and results are then wrong now and then, in a
-few elements.
+A wgmma is asynchronous. Until a wait retires it, PTX forbids to write the registers of its first operand and to read or
+write its accumulator. Triton 3.6 breaks this rule (triton#9433), and then a few elements are sometimes wrong.
 
-Read on every path of the control flow, from each HGMMA to the waits that retire it. In SASS a wait counts HGMMAs, not
-groups: DEPBAR.LE gsb0, 3 leaves the last three in flight.
+Every path of the control flow is followed from each HGMMA to the waits that retire it. In SASS a wait counts HGMMAs,
+not groups: DEPBAR.LE gsb0, 3 leaves the last three in flight.
 """
 
 from __future__ import annotations
@@ -16,34 +15,34 @@ from dataclasses import dataclass
 
 from compiled_code.sass import Instruction
 
-# Their first operand may be a register, and is not a result.
+# The first operand of these may be a register that is not a result.
 _NO_RESULT = ("BAR", "BRX", "JMX", "NANOSLEEP", "R2B", "R2P", "R2UR", "RET", "WARPSYNC", "REDUX")
 _NO_SCOREBOARD = 7
 
 
 @dataclass(frozen=True)
 class Hazard:
-    """An instruction that touches what a wgmma may still use."""
+    """An instruction that touches registers that a wgmma may still use."""
 
     product: Instruction  # the HGMMA
     by: Instruction
-    distance: int  # instructions between the two, on the shortest path
+    distance: int  # instructions from one to the other, on the shortest path
 
     def __str__(self) -> str:
-        return f"{self.by.text} {self.distance} instructions behind {self.product.text}"
+        return f"{self.by.text} {self.distance} instructions after {self.product.text}"
 
 
 @dataclass(frozen=True)
 class _State:
-    """Where a walk is, behind one HGMMA."""
+    """A position on a path that started at one HGMMA."""
 
     at: int
-    younger: int | None  # HGMMAs behind it; None: it is not committed yet
-    operand_read: bool  # a scoreboard says that its registers have been read
+    younger: int | None  # later HGMMAs; None: the first one is not committed yet
+    operand_read: bool  # a scoreboard said that its first operand has been read
 
 
 def overwrites(code: Sequence[Instruction]) -> list[Hazard]:
-    """Writes to the first operand's registers, and anything but a wgmma at the sums, of a wgmma in flight."""
+    """Return the writes to the first operand of a wgmma in flight, and the accesses to its accumulator by no wgmma."""
     found = []
     for start, product in _products(code):
         sums, operand = _registers(product)
@@ -64,8 +63,8 @@ def _products(code: Sequence[Instruction]) -> Iterator[tuple[int, Instruction]]:
 
 
 def _in_flight(code: Sequence[Instruction], start: int) -> Iterator[tuple[_State, int]]:
-    """Every instruction that may run behind the HGMMA at `start` and before a wait retires it, with its distance from
-    there, nearest first.
+    """Yield every instruction that may run after the HGMMA at `start` and before a wait retires it, with its distance
+    from the HGMMA, nearest first.
     """
     scoreboard = code[start].read_scoreboard
     committed = 0 if "gsb0" in code[start].operands else None
@@ -93,7 +92,7 @@ def _in_flight(code: Sequence[Instruction], start: int) -> Iterator[tuple[_State
 
 
 def _next(code: Sequence[Instruction], at: int, index: dict[int, int]) -> list[int]:
-    """The instructions that may run behind this one."""
+    """Return the instructions that may run next."""
     line = code[at]
     kind = line.opcode.partition(".")[0]
     if kind in ("BRX", "JMX", "JMP"):
@@ -111,7 +110,7 @@ def _next(code: Sequence[Instruction], at: int, index: dict[int, int]) -> list[i
 
 
 def _registers(product: Instruction) -> tuple[set[int], set[int]]:
-    """Of the sums, and of the first operand where it comes from registers."""
+    """Return the registers of the accumulator, and of the first operand if it is in registers."""
     rows, columns = map(int, re.findall(r"(\d+)x(\d+)x", product.opcode)[0])
     each = rows * columns // 128 // (1 if ".F32" in product.opcode else 2)
     sums, operand = (part.strip() for part in product.operands.split(",")[:2])
@@ -128,7 +127,7 @@ def _named(line: Instruction) -> set[int]:
 
 
 def _written(line: Instruction) -> set[int]:
-    """The registers of an instruction's result."""
+    """Return the registers that an instruction writes."""
     if line.opcode.startswith(_NO_RESULT) or "SETP" in line.opcode:
         return set()
     for operand in map(str.strip, line.operands.split(",")):
@@ -138,7 +137,7 @@ def _written(line: Instruction) -> set[int]:
 
 
 def _width(opcode: str) -> int:
-    """How many registers an instruction writes."""
+    """Return how many registers an instruction writes."""
     kind = opcode.partition(".")[0]
     if kind == "LDSM":
         matrices = re.search(r"M[T]?88\.(\d)", opcode)

@@ -1,7 +1,7 @@
-"""What the main loop of a product may lack by the design of its kernel, and why.
+"""The kernels in which the main loop of a product has no full pipeline by design, and why.
 
-A product of 16-bit operands is held to a full pipeline: operands are copied ahead asynchronously, and nothing is stored
-to shared memory in the loop. LACKS names where the design has it otherwise.
+A product of 16-bit operands should have a full pipeline: operands are copied ahead asynchronously, and the loop stores
+nothing to shared memory. LACKS lists the exceptions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STORES = "shared-memory stores in the main loop"
 
 @dataclass(frozen=True)
 class Lack:
-    """Kernels, what they lack where `when` holds of a launch's arguments, config and arch, and why."""
+    """An exception: the kernels, what they lack, the condition on arguments, config and arch, and the reason."""
 
     kernels: tuple[str, ...]
     what: tuple[str, ...]
@@ -39,13 +39,13 @@ LACKS = (
         ("conv_fprop_kernel", "conv_bn_add_relu_kernel"),
         (COPIES, STORES),
         lambda arguments, config, arch: config["FLAT"],
-        "neighbours in a tile of x are of other taps: single elements, and the least that is copied is 4 bytes",
+        "neighbours in a tile of x belong to different taps: single elements, but a copy has at least 4 bytes",
     ),
     Lack(
         ("conv_fprop_kernel",),
         (STORES,),
         lambda arguments, config, arch: arch < 90 and arguments["state_ptr"] is not None and arguments["PADDED"],
-        "padding is masked from indices behind the affine map: reading it from a table would double the loop",
+        "padding is masked by indices after the affine map; reading the mask from a table would double the loop",
     ),
     Lack(
         ("bn_relu_maxpool_wgrad_kernel",),
@@ -65,31 +65,31 @@ LACKS = (
         lambda arguments, *_: (
             arguments["y_ptr"] is not None and (arguments["state_ptr"] is not None or arguments["gate_ptr"] is not None)
         ),
-        "both operands are computed on load, or one behind bits that other threads hold; dy is read once",
+        "both operands are computed on load, or one of them with bits that other threads hold; dy is read once",
     ),
     Lack(
         ("one_pass_tail_kernel",),
         (STORES,),
         lambda arguments, config, arch: 0 < arguments["X_C"] <= config["BLOCK_C"] >= arguments["C"],
-        "two products of one step each, behind each other: there is no loop",
+        "two products of one step each, one after the other: there is no loop",
     ),
     Lack(
         ("one_pass_dgrad_kernel",),
         (STORES,),
         lambda arguments, config, arch: arguments["C"] <= config["BLOCK_K"],
-        "the product of z is one step, unrolled behind the loop of the other one",
+        "the product of z is a single step, unrolled after the loop of the other product",
     ),
     Lack(
         ("conv_dgrad_kernel", "one_pass_dgrad_kernel"),
         (STORES,),
         _gated,
-        "the eight bits of a byte of the gate go to eight lanes",
+        "the eight bits of one byte of the gate go to eight lanes",
     ),
 )
 
 
 def lacks(launch: Launch, config: Config, arch: int) -> dict[str, str]:
-    """What this launch may lack → why."""
+    """Return what this launch may lack → why."""
     return {
         what: lack.why
         for lack in LACKS

@@ -1,10 +1,10 @@
-"""One thread of a kernel run from its PTX: where it writes shared memory, what its wgmmas read there, and its barriers.
+"""Run one thread of a kernel from its PTX and find writes to shared memory that a wgmma may still read.
 
-A wgmma reads operands from shared memory on behalf of its warpgroup until a wait retires it. With several warpgroups
-the wait of one says nothing of the others, so the bytes may be written again only behind a barrier that follows the
-wait (triton#11047). `races` runs a thread through the whole kernel and finds writes that come too early.
+A wgmma reads operands from shared memory for its warpgroup until a wait retires it. With several warpgroups the wait of
+one says nothing about the others, so the bytes may be written again only after a barrier that follows the wait
+(triton#11047). `races` runs a thread through the whole kernel and finds writes that come too early.
 
-Only integers are computed, and of these what addresses and branches depend on; whatever is loaded is taken as 0.
+Only the integers that addresses and branches depend on are computed. Every loaded value is taken as 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-MOST_STEPS = 20_000_000  # of a thread
+MOST_STEPS = 20_000_000  # instructions of a thread
 MOST_PROGRAMS = 64
 _WARPGROUP = 128  # threads
 _LABEL = re.compile(r"(\$?\w+):")
@@ -30,7 +30,7 @@ class Race:
 
     write: str
     product: str
-    waited: bool  # the thread's own wait had retired the wgmma
+    waited: bool  # whether the wait of this thread had retired the wgmma
 
 
 @dataclass
@@ -46,10 +46,10 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Kernel:
-    lines: list[_Line | None]  # None: nothing that addresses or branches depend on
+    lines: list[_Line | None]  # None: no address and no branch depends on it
     labels: dict[str, int]
     tables: dict[str, list[str]]  # of indexed branches
-    alone: bool  # one warpgroup
+    alone: bool  # the program has a single warpgroup
 
 
 @dataclass
@@ -62,10 +62,10 @@ class _Product:
 @dataclass
 class _Thread:
     registers: dict[str, int]
-    alone: bool  # one warpgroup: its own wait is enough
+    alone: bool  # a single warpgroup: its own wait is enough
     open: list[_Product] = field(default_factory=list)  # not committed
     groups: list[list[_Product]] = field(default_factory=list)
-    unfenced: list[_Product] = field(default_factory=list)  # in flight, or retired without a barrier behind
+    unfenced: list[_Product] = field(default_factory=list)  # in flight, or retired but not yet followed by a barrier
 
     def value(self, operand: str) -> int:
         if operand in self.registers:
@@ -73,17 +73,17 @@ class _Thread:
         try:
             return int(operand, 0)
         except ValueError:
-            return 0  # the start of shared memory; a register that nothing here depends on
+            return 0  # the start of shared memory, or a register that no address depends on
 
 
 def races(ptx: str, arguments: Sequence[int], thread: int) -> list[Race]:
-    """What `thread` writes too early, of the first programs that between them run every wgmma of the kernel.
+    """Return the writes of `thread` that come too early, in as many programs as run every wgmma of the kernel.
 
-    arguments: of the kernel, pointers as any aligned numbers.
+    arguments: the arguments of the kernel; a pointer is any aligned number.
 
     Raises:
         NotImplementedError: an address or a branch depends on an instruction that is not known here.
-        RuntimeError: the thread does not end, or none of the first MOST_PROGRAMS runs some wgmma.
+        RuntimeError: the thread does not end, or a wgmma runs in none of the first MOST_PROGRAMS programs.
     """
     kernel = _parse(ptx)
     left = {at for at, line in enumerate(kernel.lines) if line is not None and line.opcode.startswith("wgmma.mma")}
@@ -103,7 +103,7 @@ def races(ptx: str, arguments: Sequence[int], thread: int) -> list[Race]:
 def _run(
     kernel: _Kernel, arguments: Sequence[int], thread: int, program: int
 ) -> tuple[set[int], dict[tuple[str, str], Race]]:
-    """The places of the wgmmas that a thread runs, and its races."""
+    """Run one thread; return the lines of the wgmmas that ran, and the races."""
     at_start = {"%tid.x": thread, "%ctaid.x": program, "%ctaid.y": 0, "%ctaid.z": 0, "%laneid": thread % 32}
     state = _Thread(at_start, kernel.alone)
     ran: set[int] = set()
@@ -138,7 +138,9 @@ def _parse(ptx: str) -> _Kernel:
     body = ptx[ptx.index(".entry") :]
     body = re.sub(r"//[^\n]*", "", body[body.index("{") :])
     for number, scope in enumerate(re.findall(r"\{\s*\.reg \.pred complete;.*?\}", body, re.DOTALL)):
-        body = body.replace(scope, f"mbarrier_wait {number};", 1)  # of a copy; it comes to an end
+        body = body.replace(
+            scope, f"mbarrier_wait {number};", 1
+        )  # the loop that waits for a copy; taken as one instruction
     lines: list[_Line] = []
     labels: dict[str, int] = {}
     tables: dict[str, list[str]] = {}
@@ -174,7 +176,7 @@ def _line(found: re.Match[str]) -> _Line:
 
 
 def _needed(lines: Iterable[_Line]) -> set[str]:
-    """The registers that addresses and branches depend on."""
+    """Return the registers that addresses and branches depend on."""
     lines = list(lines)
     needed: set[str] = set()
     for line in lines:
@@ -192,7 +194,7 @@ def _needed(lines: Iterable[_Line]) -> set[str]:
 
 
 def _descriptors(line: _Line) -> list[str]:
-    """A wgmma's operands in shared memory."""
+    """Return the operands of a wgmma that are in shared memory."""
     return [operand for operand in line.operands[1:3] if operand.startswith("%rd")]
 
 
@@ -226,7 +228,7 @@ def _address(state: _Thread, operand: str) -> int:
 
 
 def _region(state: _Thread, line: _Line, operand: str) -> range:
-    """What a wgmma reads of an operand: rows of a swizzled tile, from the start of its pattern of eight rows on."""
+    """Return the bytes of an operand that a wgmma reads: rows of a swizzled tile, from a start of its 8-row pattern."""
     shape = re.search(r"m(\d+)n(\d+)k(\d+)", line.opcode)
     assert shape is not None
     descriptor = state.value(operand)
@@ -278,7 +280,7 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 
 
 def _compute(state: _Thread, line: _Line, arguments: Sequence[int]) -> None:
-    """One instruction that only changes registers."""
+    """Run one instruction that only changes registers."""
     parts = line.opcode.split(".")
     kind, type_ = parts[0], parts[-1]
     out = line.written[0]
@@ -292,7 +294,7 @@ def _compute(state: _Thread, line: _Line, arguments: Sequence[int]) -> None:
     elif kind in ("ldmatrix", "shfl", "match", "atom", "elect", "activemask", "vote"):
         results = [0] * len(line.written)
         if kind == "shfl":
-            results[0] = sources[0]  # what the lanes share
+            results[0] = sources[0]  # a value that all lanes share
         if kind == "elect":
             results[-1] = int(state.registers["%laneid"] == 0)
     elif kind in ("mov", "cvta"):

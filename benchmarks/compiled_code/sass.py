@@ -1,8 +1,8 @@
-"""Reading a cubin: resources and instructions, by cuobjdump of the triton package.
+"""Resources and instructions of a cubin, read with cuobjdump of the triton package.
 
-The main loop of a kernel is any innermost loop with tensor-core instructions; where it is unrolled, what stands from
-the first to the last of them; where there are none, any innermost loop with global memory accesses. Counts are of
-instructions as they stand in the SASS, not as they run.
+The main loops of a kernel are the innermost loops with tensor-core instructions. If these stand in no loop (unrolled),
+the main loop is the code from the first to the last of them. If there are none, the main loops are the innermost loops
+with accesses to global memory. Counts are of instructions in the SASS, not of executed instructions.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _INSTRUCTION = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, and of its control word what tells the scoreboards."""
+    """One instruction with its control word, which has the scoreboards."""
 
     address: int
-    predicate: str  # "" where there is none
-    opcode: str  # with its modifiers
+    predicate: str  # "" if there is none
+    opcode: str  # with modifiers
     operands: str
     control: int  # the upper half of the encoding
 
@@ -41,17 +41,17 @@ class Instruction:
 
     @property
     def read_scoreboard(self) -> int:
-        """The scoreboard that tells when its operands have been read; 7: none."""
+        """The scoreboard that says when the operands have been read; 7: none."""
         return self.control >> 49 & 7
 
     @property
     def waits(self) -> int:
-        """A bit for each scoreboard that it waits for."""
+        """One bit for each scoreboard that it waits for."""
         return self.control >> 52 & 63
 
 
 class Binary:
-    """A cubin, disassembled with cuobjdump of the triton package."""
+    """A cubin, disassembled with cuobjdump of the triton package when it is first needed."""
 
     def __init__(self, cubin: bytes) -> None:
         self._cubin = cubin
@@ -66,14 +66,14 @@ class Binary:
 
     @property
     def resources(self) -> tuple[int, int]:
-        """Registers and spilled bytes of a thread; ptxas may reserve a few bytes of stack that nothing touches."""
+        """Registers and spilled bytes per thread. Stack that no instruction touches does not count."""
         found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", self._text))
         touched = any(op.startswith(("LDL", "STL")) for op in self.opcodes)
         return int(found["REG"]), (int(found["STACK"]) + int(found["LOCAL"])) * touched
 
     @cached_property
     def instructions(self) -> list[Instruction]:
-        """All of them, in order."""
+        """All instructions, in order."""
         return [
             Instruction(int(address, 16), predicate, opcode, operands.strip(), int(control, 16))
             for address, predicate, opcode, operands, control in _INSTRUCTION.findall(self._text)
@@ -81,11 +81,11 @@ class Binary:
 
     @property
     def opcodes(self) -> list[str]:
-        """Of every instruction."""
+        """The opcode of every instruction."""
         return [line.opcode for line in self.instructions]
 
     def count(self, opcode: str) -> int:
-        """Instructions of this opcode, whatever its modifiers."""
+        """Return how many instructions have this opcode, with any modifiers."""
         return sum(op.partition(".")[0] == opcode for op in self.opcodes)
 
     @cached_property
@@ -107,7 +107,7 @@ class Binary:
 
     @cached_property
     def unrolled(self) -> bool:
-        """Whether there are tensor-core instructions, and none in a loop."""
+        """Whether there are tensor-core instructions, but none in a loop."""
         return not _with(self.loops, TENSOR_CORE) and bool(_with([self.lines], TENSOR_CORE))
 
     @cached_property
@@ -120,18 +120,18 @@ class Binary:
 
     @property
     def async_copies(self) -> int | None:
-        """Asynchronous copies in the main loop, the fewest of several; all of them where it is unrolled."""
+        """Asynchronous copies in the main loop: the fewest of several loops; of the whole kernel if it is unrolled."""
         loops = [self.lines] if self.unrolled else self.main_loops
         return min((len([line for line in loop if line.startswith(_ASYNC)]) for loop in loops), default=None)
 
     @property
     def shared_stores(self) -> int | None:
-        """Shared-memory stores in the main loop, the most of several."""
+        """Shared-memory stores in the main loop: the most of several loops."""
         return max((len([line for line in loop if line.startswith("STS")]) for loop in self.main_loops), default=None)
 
     @property
     def wgmma_waits(self) -> list[int]:
-        """Of every wait in main loops, how many groups of wgmma may stay in flight."""
+        """For every wait in main loops, how many groups of wgmma may stay in flight."""
         found = (
             re.match(r"WARPGROUP\.DEPBAR\.LE\s+gsb0, 0x([0-9a-f]+)", line) for loop in self.main_loops for line in loop
         )
@@ -139,11 +139,11 @@ class Binary:
 
 
 def _with(loops: Iterable[list[str]], opcodes: tuple[str, ...]) -> list[list[str]]:
-    """The loops that hold one of the opcodes."""
+    """Return the loops that contain one of the opcodes."""
     return [loop for loop in loops if any(line.startswith(opcodes) for line in loop)]
 
 
 def _innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans that hold no other one."""
+    """Return the spans that contain no other span."""
     distinct = sorted(set(spans))
     return [s for s in distinct if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in distinct)]

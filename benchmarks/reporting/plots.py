@@ -1,6 +1,6 @@
-"""Plots of benchmark rows: one run's blocks, and of committed rows speed-up by block, rooflines and memory by model.
+"""Plots of benchmark rows: the blocks of one run; for committed rows, speed-up by block, rooflines, memory by model.
 
-A committed plot carries a checksum of the rows that it was drawn from, by which report.py sees that it is out of date.
+A committed plot contains a checksum of its rows, so report.py sees when the plot is out of date.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# Name → (label, colour); Okabe and Ito's palette, which the colour-blind can tell apart.
+# Name → (label, colour). The palette of Okabe and Ito is safe for colour-blind readers.
 STYLES = {
     "eager_nchw": ("eager, NCHW", "#999999"),
     "compile": ("torch.compile", "#56B4E9"),
@@ -25,12 +25,12 @@ MARKERS = "osD^vP"
 
 
 def checksum(rows: list[Row]) -> str:
-    """Of the rows' contents, in order."""
+    """Return the checksum of the contents of the rows, in order."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def drawn_from(path: Path) -> str | None:
-    """The checksum of the rows that a plot was drawn from; None where there is no plot or none in it."""
+    """Return the checksum of the rows that a plot was drawn from; None if there is no plot or no checksum in it."""
     if not path.exists():
         return None
     _, found, rest = path.read_text(encoding="utf-8").partition("rows sha256 ")
@@ -44,7 +44,7 @@ def _pyplot() -> Any:
         raise SystemExit("plots need matplotlib: pip install '.[bench]'") from error
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "fusedres"  # the same rows give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "fusedres"  # so that the same rows give the same file
     from matplotlib import pyplot
 
     return pyplot
@@ -58,12 +58,12 @@ def _save(figure: Any, path: Path, rows: list[Row]) -> None:
 
 
 def _ours(row: Row) -> bool:
-    """Whether a row is of this package: fuse()'s arguments are known."""
+    """Whether a row is of this package: it has the arguments of fuse()."""
     return row.get("conv") is not None
 
 
 def latest(rows: list[Row], kind: str | None = None) -> dict[tuple, Row]:
-    """(name, phase, batch, dtype, variant) → its latest row, of one kind of the suite's cases where one is named."""
+    """Return (name, phase, batch, dtype, variant) → its latest row; only rows of cases of `kind`, if given."""
     of_kind = (row for row in rows if kind is None or row.get("kind", "plain") == kind)
     ordered = sorted(of_kind, key=lambda row: row["date"])
     return {(row["name"], row["phase"], row["shape"][0], _dtype(row), row["variant"]): row for row in ordered}
@@ -78,7 +78,7 @@ def _about(rows: list[Row]) -> str:
 
 
 def speedup(rows: list[Row], path: Path) -> None:
-    """Eager over the fastest fused way, a line a block, training beside inference; losses stand left of 1."""
+    """Plot eager time / fused time of the fastest way for each block; left of 1 fused is slower."""
     pyplot = _pyplot()
     cases: dict[tuple, dict[str, Row]] = {}
     for (*case, variant), row in latest(rows, "plain").items():
@@ -136,7 +136,7 @@ def _dtype(row: Row) -> str:
 
 
 def roofline(rows: list[Row], path: Path) -> None:
-    """Arithmetic intensity against achieved FLOP/s of each op, under the machine's measured ceilings."""
+    """Plot achieved FLOP/s of each op against its arithmetic intensity, with the measured ceilings of the machine."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(9, 5.2))
     names = sorted({_op(row) for row in rows})
@@ -181,7 +181,7 @@ def _number(value: float) -> str:
 
 
 def memory(rows: list[Row], path: Path) -> None:
-    """Bytes of a training step by model: peak where the device tells, else what is saved for backward."""
+    """Plot bytes of a training step by model: the peak if it is known, else the bytes saved for backward."""
     pyplot = _pyplot()
     peak = any(row["peak_bytes"] for row in rows)
     key = "peak_bytes" if peak else "saved_bytes"
@@ -221,7 +221,7 @@ def memory(rows: list[Row], path: Path) -> None:
     _save(figure, path, rows)
 
 
-# Kind of rows → name of its plot, and what draws it.
+# Kind of rows → the name of its plot, and the function that draws it.
 KINDS: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {
     "blocks": ("speedup", speedup),
     "models": ("memory", memory),
@@ -233,7 +233,7 @@ KINDS: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {
 
 
 def plot_blocks(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws each block's time relative to eager channels_last, and bytes saved for backward where there are any."""
+    """Plot the time of each block relative to eager channels_last, and bytes saved for backward if there are any."""
     plt = _pyplot()
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
     for r in rows:

@@ -1,4 +1,4 @@
-"""The README's tables, as Markdown, from rows."""
+"""The tables of the README, as Markdown, from rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _markdown(header: list[str], cells: list[list[str]]) -> str:
 
 
 def _heading(what: str, rows: list[Row]) -> str:
-    """Where, with what and when the rows were measured."""
+    """Return the line that says on which machine, with which versions and when the rows were measured."""
     first = rows[0]
     dtypes = " and ".join(sorted({_dtype(row) for row in rows}))
     commits = ", ".join(sorted({row["commit"] for row in rows}))
@@ -37,7 +37,7 @@ def _dtype(row: Row) -> str:
 
 
 def _ours(row: Row) -> bool:
-    """Whether a row is of this package: fuse()'s arguments are known."""
+    """Whether a row is of this package: it has the arguments of fuse()."""
     return row.get("conv") is not None
 
 
@@ -51,14 +51,14 @@ def _number(value: float) -> str:
 
 
 def _change(eager: Row, fused: Row, key: str) -> str:
-    """Megabytes of eager and of the fused way."""
+    """Return the megabytes of eager → those of the fused way."""
     if not eager.get(key) or not fused.get(key):
         return NONE
     return f"{_number(eager[key] / 1e6)} → {_number(fused[key] / 1e6)}"
 
 
 def _grouped(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
-    """(name, phase, batch, dtype) → variant → its first row."""
+    """Return (name, phase, batch, dtype) → variant → its first row."""
     cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         cases[row["name"], row["phase"], row["shape"][0], _dtype(row)].setdefault(row["variant"], row)
@@ -66,7 +66,7 @@ def _grouped(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
 
 
 def _fastest(found: dict[str, Row], ours: bool, graphed: bool = False) -> Row | None:
-    """Of ours, or of what is neither ours nor eager as it stands; all in CUDA graphs or none."""
+    """Return the fastest fused row (`ours`) or the fastest rival; only rows in CUDA graphs, or only rows without."""
     plain = ("eager", "eager_nchw", "conv_only")
     rows = [
         row
@@ -77,7 +77,7 @@ def _fastest(found: dict[str, Row], ours: bool, graphed: bool = False) -> Row | 
 
 
 def _in_graphs(found: dict[str, Row]) -> str:
-    """Ours over the fastest rival, both in CUDA graphs."""
+    """Return the speed-up of fused over the fastest rival, both in CUDA graphs."""
     fused, rival = _fastest(found, True, graphed=True), _fastest(found, False, graphed=True)
     if fused is None or rival is None:
         return NONE
@@ -85,13 +85,13 @@ def _in_graphs(found: dict[str, Row]) -> str:
 
 
 def _columns(header: list[str], cells: list[list[str]], always: tuple[str, ...]) -> str:
-    """As Markdown, without columns that say nothing."""
+    """Return a Markdown table without empty columns; those in `always` stay."""
     kept = [k for k, name in enumerate(header) if name in always or any(line[k] != NONE for line in cells)]
     return _markdown([header[k] for k in kept], [[line[k] for k in kept] for line in cells])
 
 
 def blocks_table(rows: list[Row]) -> str:
-    """Each block's fastest fused way beside eager, its convolutions alone and the fastest rival."""
+    """Return the table of blocks: the fastest fused way, eager, the convolutions alone, and the fastest rival."""
     cases = _grouped(rows)
     several = len({dtype for *_, dtype in cases}) > 1
     ways = {row["variant"] for row in rows if _ours(row)}
@@ -114,7 +114,7 @@ def blocks_table(rows: list[Row]) -> str:
 
 
 def models_table(rows: list[Row]) -> str:
-    """Each model's fastest fused way in images a second."""
+    """Return the table of models: images per second of eager and of the fastest fused way."""
     cases = _grouped(rows)
     several = len({dtype for *_, dtype in cases}) > 1
     header = [
@@ -138,7 +138,7 @@ def models_table(rows: list[Row]) -> str:
 
 
 def ops_table(rows: list[Row]) -> str:
-    """Each op's share of the least time that its bytes and its arithmetic allow, over all shapes."""
+    """Return the table of ops: bound / time over all shapes, where the bound follows from bytes and arithmetic."""
     by_op: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row.get("percent_of_bound") is not None:
@@ -161,7 +161,7 @@ def _shape(row: Row) -> str:
 
 
 def goals_table(files: Iterable[list[Row]]) -> str:
-    """The goals beside what the rows of an H100 or H200 say; nothing where there are none."""
+    """Return the goals and what the rows of an H100 or H200 reached; empty if there are no such rows."""
     rows = [row for found in files for row in found if any(name in row.get("device", "") for name in goals.DEVICES)]
     by_step: dict[str, list[Row]] = defaultdict(list)
     for row in rows:

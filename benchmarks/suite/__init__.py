@@ -1,1 +1,1 @@
-"""The steps of gpu_suite.py: each a module with `cases(settings)`, whose rows go to a journal."""
+"""The steps of gpu_suite.py: modules with `cases(settings)` that write rows to a journal; and what they share."""

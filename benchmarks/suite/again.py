@@ -1,4 +1,4 @@
-"""What was wrong in an earlier call: cases with an error, and the tests that failed."""
+"""Run again what was wrong in an earlier call: cases with an error, and failed tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST = 300  # tests
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Ops first."""
+    """Return the cases of ops, then the tests."""
     if settings.after is None:
         return []
     found = [

@@ -30,5 +30,5 @@ GEMMS = frozenset(_FLOPS)
 
 
 def flops(launches: Sequence[Launch]) -> int:
-    """Of the GEMM-shaped kernels; the others' arithmetic is nothing beside their bytes."""
+    """Return the operations of the GEMM-shaped kernels; the arithmetic of other kernels is negligible."""
     return sum(_FLOPS[launch.name](launch.arguments) for launch in launches if launch.name in _FLOPS)

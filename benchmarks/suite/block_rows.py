@@ -1,8 +1,8 @@
-"""Every distinct block of ResNet-18 and ResNet-50, and the stem: eager, each fused way, and its rivals.
+"""Time every distinct block of ResNet-18 and ResNet-50, and the stem: eager, each fused way, and rivals.
 
-A case times one block in one phase: eager channels_last and what its kind compares with it, interleaved. Kinds: plain
-(each way of fuse()), "auto", stock (eager NCHW, the convolutions alone, cuDNN's fused inference), torch.compile,
-max-autotune, and CUDA graphs of eager, compiled and fused.
+A case times one block in one phase: eager channels_last, interleaved with the variants of the kind of the case. The
+kinds are plain (each way of fuse()), "auto", stock (eager NCHW, the convolutions alone, cuDNN's fused inference),
+torch.compile, max-autotune, and CUDA graphs of eager, compiled and fused.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from suite.precision import PRECISIONS, Precision
 from suite.settings import DIED, Case, Settings, first_lines, off_by
 from suite.timed_block import BASE, BOUND, OPS, Bench, BlockCase, BlockSettings
 
-# ‖fused − eager‖ / ‖eager‖ of gradients: in half precision masks near 0 fall to either side. Of a rival's output too.
+# The largest ‖fused − eager‖ / ‖eager‖ of gradients, and of the output of a rival. They are large in half precision, as
+# a pre-activation near 0 may get either sign.
 BOUNDS = {torch.bfloat16: 0.3, torch.float16: 0.15, torch.float32: 1e-2}
 TF32_BOUND = 0.15
 COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
 GRAPHED = "graphed "
-AUTO = "auto"  # fuse() as it comes, after a table of measured choices
-OURS = {AUTO: {"conv": "auto", "memory": "auto"}} | {way: arguments for way, (arguments, *_) in WAYS.items()}  # of fuse
-COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", *OURS)  # others would trace the counting, or hide from it
+AUTO = "auto"  # fuse() with default arguments, which follows a table of measured choices
+OURS = {AUTO: {"conv": "auto", "memory": "auto"}} | {way: arguments for way, (arguments, *_) in WAYS.items()}
+COUNTED = (BASE, BOUND, "eager_nchw", "cudnn", *OURS)  # torch.compile would trace the counting, and graphs hide from it
 
 
 def ways(settings: Settings) -> dict[str, str]:
-    """Way of fuse() → backend."""
+    """Return way of fuse() → backend."""
     return dict.fromkeys(WAYS, "triton") if settings.on_gpu else {"library": "cpu", "fused min": "triton"}
 
 
 def variants(settings: Settings, kind: str, phase: str) -> list[str]:
-    """What a kind compares with eager; our own ways are beside every rival."""
+    """Return the variants of a kind, which are compared with eager; our ways are in every kind."""
     ours = list(ways(settings))
     if kind == AUTO:
         return [AUTO]
@@ -62,13 +63,13 @@ def variants(settings: Settings, kind: str, phase: str) -> list[str]:
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Each way of each block, the large batch first."""
+    """Return the cases of each way of each block, the large batch first."""
     chosen, batches, usual = _usual(settings)
     return [case for batch in batches for phase in PHASES for case in _cases(settings, chosen, batch, phase, "", usual)]
 
 
 def all_cases(settings: Settings) -> list[Case]:
-    """What torch has else, compiled, in graphs and tuned; other dtypes last."""
+    """Return the cases of the other kinds: stock, compiled, in graphs, tuned; other dtypes last."""
     chosen, batches, usual = _usual(settings)
     some = dict(list(chosen.items())[:4])
     found = []
@@ -83,7 +84,7 @@ def all_cases(settings: Settings) -> list[Case]:
 
 
 def auto_cases(settings: Settings) -> list[Case]:
-    """What users of "auto" get, beside eager."""
+    """Return the cases of "auto" against eager."""
     chosen, batches, usual = _usual(settings)
     return [case for phase in PHASES for case in _cases(settings, chosen, batches[0], phase, AUTO, usual)]
 
@@ -102,7 +103,7 @@ def _cases(
 
 
 def _usual(settings: Settings) -> tuple[dict[str, Any], tuple[int, ...], Precision]:
-    """Blocks, those that a model has most of first; batches; precision."""
+    """Return the blocks, the most frequent ones first; the batches; the precision."""
     if settings.tiny:
         return blocks.select(["tiny.bottleneck"]), (2,), PRECISIONS["float32"]
     chosen = dict(sorted(blocks.select(["all"]).items(), key=_by_interest))
@@ -110,24 +111,24 @@ def _usual(settings: Settings) -> tuple[dict[str, Any], tuple[int, ...], Precisi
 
 
 def _by_interest(item: tuple[str, Any]) -> tuple[bool, bool]:
-    """Identity blocks of ResNet-50 first: most of its blocks are."""
+    """Sort key: identity blocks of ResNet-50 first, as most of its blocks are."""
     name, block = item
     return not name.startswith("resnet50"), block.shortcut != "identity"
 
 
 def _gradients(module: nn.Module, source: Tensor) -> dict[str, Tensor]:
-    """Copies, of the input's and the parameters'."""
+    """Return copies of the gradients of the input and of the parameters."""
     named = {f"{name.removeprefix('_orig_mod.')} grad": p.grad for name, p in module.named_parameters()}
     return {name: grad.clone() for name, grad in ({"input grad": source.grad} | named).items() if grad is not None}
 
 
 class Skip(Exception):  # noqa: N818 - no error
-    """Why a variant is not there."""
+    """The reason why a variant cannot run."""
 
 
 @dataclass
 class _Measurement:
-    """One case: its variants are made, checked against eager, counted and timed."""
+    """One case: makes its variants, checks them against eager, counts and times them."""
 
     settings: Settings
     name: str
@@ -135,16 +136,16 @@ class _Measurement:
     kind: str
     precision: Precision
     backend_of: dict[str, str] = field(default_factory=dict)
-    pool: Any = None  # of graphs
+    pool: Any = None  # memory pool of the graphs
 
     def measure(self) -> None:
-        """Writes a row a variant, those with a reason or an error too."""
+        """Write one row per variant, also for variants that were skipped or failed."""
         torch.backends.cudnn.benchmark = self.settings.on_gpu
-        torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
+        torch.compiler.reset()  # otherwise the second shape is compiled for all shapes, and the ninth not at all
         train = self.case.phase == "train"
         picked = choices.table(self.settings)
         if self.kind == AUTO:
-            picked = None  # the table has them
+            picked = None  # the table of "auto" has the configs
             choices.follow(self.settings)
         self.pool = torch.cuda.graph_pool_handle() if self.settings.on_gpu else None
         with self.precision.switched(), choosing(picked):
@@ -168,7 +169,7 @@ class _Measurement:
                     self._told(variant, skipped=str(why))
                 except Exception as error:
                     if self.settings.on_gpu:
-                        torch.cuda.synchronize()  # raises where the GPU is lost
+                        torch.cuda.synchronize()  # raises if the GPU is lost
                     self._told(variant, error=f"{type(error).__name__}: {first_lines(str(error))}")
             self.settings.journal.append(case=self.name, event="trying", what=f"{self.name}, timing")
             del self.reference, self.expected, wide
@@ -191,7 +192,7 @@ class _Measurement:
         )  # fmt: skip
 
     def _made(self, variant: str) -> Variant:
-        """A variant ready to be timed, after its results were found to be eager's."""
+        """Return a variant that can be timed, after a check that its results are those of eager."""
         if variant == BOUND:
             alone = blocks.ConvolutionsOnly(self.bench.stock, self.case.block, self.case.batch, self.bench.x)
             run = alone.train if self.bench.train else alone.infer
@@ -222,7 +223,7 @@ class _Measurement:
         if way in OURS:
             module = fusedres.fuse(stock, **OURS[way])
             if way in WAYS and isinstance(module, blocks.StemOnly):
-                module.model.fused_conv = OURS[way]["conv"]  # fuse() leaves it to what was measured
+                module.model.fused_conv = OURS[way]["conv"]  # fuse() leaves the choice to measured tables
             return module
         if way in COMPILED:
             if not self.settings.on_gpu:
@@ -236,7 +237,7 @@ class _Measurement:
         return stock
 
     def _results(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """Output, and in training the gradients; under the conditions in which it is timed."""
+        """Return the output, and in training the gradients, under the same conditions as in timing."""
         source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.bench.input_grad)
         with torch.inference_mode(not self.bench.train), self.around.autocast():
             out = module(source)
@@ -259,7 +260,7 @@ class _Measurement:
                 raise ArithmeticError(f"{what} is off by {error:.3g} of its norm from eager, allowed {bound:.3g}")
 
     def _step(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Variant, Tensor]:
-        """The variant and its input."""
+        """Return the variant and its input."""
         source = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(self.bench.input_grad)
         variant = self.bench.variant(name, module, source, grad)
         if self.bench.train and name in (BASE, "eager_nchw", *OURS):
@@ -282,7 +283,7 @@ class _Measurement:
         return chosen
 
     def _captured(self, step: Variant, module: nn.Module, source: Tensor, ours: bool) -> Variant:
-        """The replay of a step, which writes the same gradients each time; checked once more."""
+        """Return the replay of a step, after a check; each replay writes the same gradients."""
 
         def whole() -> Any:
             if step.cleanup:
@@ -299,7 +300,7 @@ class _Measurement:
         case, cleanup = self.case, variant.cleanup or (lambda: None)
         variant.run()  # compiles, picks algorithms
         cleanup()
-        if variant.name.startswith(GRAPHED):  # its memory is there before it runs
+        if variant.name.startswith(GRAPHED):  # its memory is allocated before it runs
             return
         if variant.name in COUNTED:
             with counting.CountRun() as count:
@@ -310,7 +311,7 @@ class _Measurement:
         cleanup()
 
     def _rows(self, picked: bool) -> list[dict[str, Any]]:
-        """One a variant."""
+        """Return one row per variant."""
         case, block = self.case, self.case.block
         ceilings = self.settings.ceilings_of(self.precision)
         floor = floors.of_block(block, case.phase, case.batch, self.precision.dtype.itemsize, ceilings)

@@ -1,4 +1,4 @@
-"""The tests of the GPU's backends, on this device."""
+"""Run the tests of the GPU backends on this device."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ OPS = (
     "bn_relu", "bn_add_relu", "bn_add_relu_backward", "bn_relu_maxpool", "shortcut_grad", "shortcut",
 )  # fmt: skip
 FILES = ("test_conv_blocks.py", "test_stem.py", *(f"test_{op}.py" for op in OPS))
-# Of the files of ops only what runs on a GPU: a backend's name is in the id.
+# Of the tests of ops only those that run on a GPU: their ids contain the name of the backend.
 WANTED = "triton or cuda or test_conv_blocks or test_stem"
 TINY = ("test_shortcut_grad.py", "test_gram.py")
 WORKERS = 12
 
 
 def cases(settings: Settings) -> list[Case]:
-    """One: the whole run."""
+    """Return one case: the whole run."""
     return [Case("pytest", lambda: run(settings, *files(settings), "-k", WANTED), limit=3600)]
 
 
 def run(settings: Settings, *wanted: str) -> None:
-    """What pytest is asked for, in several processes; it goes on behind a crash."""
+    """Run pytest in several processes, and continue after a crash."""
     parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart=40"]
     if settings.tiny or not importlib.util.find_spec("xdist"):
         parallel = []
@@ -44,17 +44,17 @@ def run(settings: Settings, *wanted: str) -> None:
         if code == 5 or (collected and len({row["test"] for row in rows if "test" in row}) >= collected):
             return
         settings.row("crash", error=f"pytest ended with exit code {code} before all tests had run")
-        if code == 4:  # tests that are not there
+        if code == 4:  # a test was not found
             return
 
 
 def files(settings: Settings) -> list[str]:
-    """Of tests that a GPU runs."""
+    """Return the test files that run on a GPU."""
     return [f"tests/{name}" for name in (TINY if settings.tiny else FILES) if (ROOT / "tests" / name).exists()]
 
 
 def pytest_of(settings: Settings, limit: int, *wanted: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment; at most `limit` tests of a file, 0: all."""
+    """Return command and environment of pytest; at most `limit` tests of each file, 0: all."""
     command = [sys.executable, "-m", "pytest", "-p", "pytest_rows", "-q", "--tb=short"]
     paths = str(ROOT / "benchmarks"), str(ROOT / "tests")
     environment = os.environ | {
@@ -67,5 +67,5 @@ def pytest_of(settings: Settings, limit: int, *wanted: str) -> tuple[list[str], 
 
 
 def failures(journal: Journal) -> list[str]:
-    """Tests that failed."""
+    """Return the tests that failed."""
     return list({row["test"]: None for row in journal.rows() if row.get("outcome") == "failed"})

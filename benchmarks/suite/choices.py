@@ -1,4 +1,4 @@
-"""What was measured fastest: configs by problem, backends by op, ways by block, as rows tell."""
+"""What was measured as fastest, from rows: configs by problem, backends by op, ways by block."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from suite.settings import Settings
 
 
 def table(settings: Settings) -> launch.Pick | None:
-    """Configs that the step ops measured fastest here, for the steps behind it."""
+    """Return the configs that the step ops measured as fastest on this device, for later steps."""
     found = configs(row for row in Journal(settings.out, "ops").rows() if row.get("device") == settings.where["device"])
     return launch.measured({problem: best["config"] for problem, best in found.items()}) if found else None
 
 
 def path(settings: Settings) -> Path:
-    """The table that the step dispatch proposes."""
+    """Return the path of the table that the step dispatch proposes."""
     return settings.out / "dispatch.json"
 
 
 def follow(settings: Settings) -> None:
-    """From now on "auto" follows the proposal in this process, where there is one."""
+    """Make "auto" follow the proposed table, if there is one, for the rest of this process."""
     if path(settings).exists():
-        device = torch.empty(0, device=settings.device).device  # with its index, as tensors have it
+        device = torch.empty(0, device=settings.device).device  # with its index, like the device of a tensor
         dispatch.install(device, store.read(path(settings), store.family(device)))
 
 
 def configs(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Problem → the fastest of its candidates, and how much faster than the first it is."""
+    """Return problem → the fastest of its candidates, and how much faster than the first one it is."""
     by_problem: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.get("variant") == "candidate" and "error" not in row:
@@ -52,7 +52,7 @@ def configs(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def backends(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Signature of an op → the fastest backend, and the seconds of each; the library's bare product stands apart."""
+    """Return signature of an op → the fastest backend, and the seconds of each, the library's bare product included."""
     by_call: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if "op" in row and row.get("variant") != "candidate" and "error" not in row:
@@ -66,14 +66,14 @@ def backends(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def blocks(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Block, phase and batch → the fastest way that agreed with eager; eager where none beats it.
+    """Return block, phase and batch → the fastest way that agreed with eager; eager itself if no way is faster.
 
-    A case whose rows were cut before eager's, by a kill or the end of the time, has nothing to be compared with.
+    A case is left out if it was stopped before the row of eager was written, as there is nothing to compare with.
     """
     by_case: dict[str, dict[str, float]] = defaultdict(dict)
     timed = [row for row in rows if "median_s" in row]
     for row in timed:
-        if all(row.get(key) == timed[0].get(key) for key in ("dtype", "tf32")):  # others come later
+        if all(row.get(key) == timed[0].get(key) for key in ("dtype", "tf32")):  # rows of other dtypes come later
             by_case[f"{row['name']} {row['phase']} batch {row['shape'][0]}"].setdefault(row["variant"], row["median_s"])
     found = {}
     for case, seconds in by_case.items():
@@ -89,7 +89,7 @@ def blocks(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def shape(row: Row) -> Shape:
-    """The key of a row of the step blocks."""
+    """Return the key of a row of the step blocks."""
     batch, channels, height, width = row["shape"]
     planes, stride, shortcut = (row["geometry"][name] for name in ("planes", "stride", "shortcut"))
     kind, out_channels = {
@@ -104,7 +104,7 @@ def shape(row: Row) -> Shape:
 
 
 def way(row: Row) -> Way:
-    """What fuse()'s arguments of a row come to."""
+    """Return the Way that the arguments of fuse() in a row stand for."""
     arguments, backend = WAYS[row["variant"]][0], row["backend"]
     train, stem = row["phase"] == "train", row["op"] == "stem"
     own = Directions(True, train and not stem, train) if arguments["conv"] == "fused" and backend != "cpu" else LIBRARY
@@ -113,7 +113,7 @@ def way(row: Row) -> Way:
 
 
 def entries(rows: Iterable[Row]) -> dict[Shape, Entry]:
-    """Block, phase, batch and dtype → the fastest way beside eager; unfused where eager is faster by over 2%."""
+    """Return block, phase, batch and dtype → the fastest way; unfused if eager is more than 2% faster."""
     found: dict[Shape, Entry] = {}
     for row in rows:
         if row.get("variant") in WAYS and "median_s" in row and row.get("kind", "plain") == "plain":

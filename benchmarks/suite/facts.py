@@ -1,4 +1,4 @@
-"""What the machine is and how fast it can be: a large copy and a large matrix product, each after an L2 flush."""
+"""The machine and its ceilings: the rates of a large copy and of a large matrix product, each after an L2 flush."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from suite.settings import Case, Settings
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Facts, then ceilings."""
+    """Return the cases machine and ceilings."""
     return [Case("machine", lambda: _machine(settings)), Case("ceilings", lambda: _ceilings(settings))]
 
 

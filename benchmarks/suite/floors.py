@@ -1,4 +1,4 @@
-"""The least time of a block and of a model by the traffic model: bytes at the copy's rate, products at the matmul's."""
+"""The least time of a block and of a model, from the traffic model and the measured rates of copy and matmul."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memory_traffic import closed_form
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes of the best way of running it, arithmetic of its convolutions, and the seconds that these take."""
+    """Bytes of the best mode, operations of the convolutions, and the least seconds."""
 
     bytes: int
     flops: int
@@ -22,7 +22,7 @@ class Floor:
 
 
 def of_block(block: Block | Stem, phase: str, batch: int, itemsize: int, ceilings: Mapping[str, float]) -> Floor:
-    """Whichever of memory and arithmetic takes longer."""
+    """Return the floor of a block: the longer one of the times of memory and of arithmetic."""
     moved = min(closed_form.bytes_moved(block, way, phase, batch, itemsize) for way in closed_form.MODES[1:])
     flops = closed_form.flops(block, phase, batch)
     return Floor(moved, flops, max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"]))
@@ -31,7 +31,7 @@ def of_block(block: Block | Stem, phase: str, batch: int, itemsize: int, ceiling
 def of_model(
     name: str, phase: str, batch: int, itemsize: int, ceilings: Mapping[str, float], image: int = 224
 ) -> Floor | None:
-    """The sum over stem and blocks, without the classifier and the optimizer; None of a model that is not known."""
+    """Return the sum over stem and blocks, without classifier and optimizer; None if the model is not known."""
     depth = name.removeprefix("resnet")
     if depth not in ("18", "34", "50"):
         return None

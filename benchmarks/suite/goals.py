@@ -1,7 +1,7 @@
-"""The project's goals as data: what is asked for, how rows say what was reached, and what the traffic model allows.
+"""The goals of the project as data: the targets, how to find the reached values in rows, and the bounds.
 
-They are stated for an H100 or H200, bfloat16, channels_last, batch 256, and so are the rows that count. A value is the
-best that this package measured over the best that a rival did in the same interleaved run; several runs, the least.
+The goals and the rows that count are for an H100 or H200, bfloat16, channels_last, batch 256. A value compares the best
+time of this package with the best time of a rival in the same interleaved run; of several runs the worst one counts.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-Rows = Mapping[str, list[Row]]  # step → its rows
+Rows = Mapping[str, list[Row]]  # name of a step → its rows
 BATCH = 256
-LEAST_BYTES = 16 << 20  # an op that moves less is a matter of its launch
+LEAST_BYTES = 16 << 20  # the time of an op that moves less depends on its launch
 DEVICES = ("H100", "H200")
 
 
 class Found(NamedTuple):
-    """A measured value and what it is of; the most that counted bytes allow, None where they say nothing."""
+    """A measured value and what was measured; the bound from counted bytes, None if there is none."""
 
     value: float
     of: str
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """`measure` finds the value in rows, None where they are missing."""
+    """A goal; `measure` finds the value in rows, and returns None if these are missing."""
 
     name: str
     at_least: bool
@@ -38,11 +38,11 @@ class Goal:
     measure: Callable[[Rows], Found | None]
 
     def met(self, value: float) -> bool:
-        """Whether `value` is good enough."""
+        """Whether `value` reaches the target."""
         return value >= self.target if self.at_least else value <= self.target
 
     def line(self, rows: Rows) -> list[str]:
-        """Name, goal, measured value, bound of the traffic model and verdict, as text."""
+        """Return name, target, measured value, bound of the traffic model and verdict, as text."""
         found = self.measure(rows)
         asked = f"{'≥' if self.at_least else '≤'} {self._text(self.target)}"
         if found is None:
@@ -75,7 +75,7 @@ def _best(rows: Iterable[Row]) -> Row:
 
 
 def _over_eager(model: str, phase: str, rows: Rows) -> Found | None:
-    """Without graphs on either side, in the run that compares these two."""
+    """Return fused over eager, both without graphs, in the run that compares these two."""
     timed = [row for row in _timed(rows, model, phase) if row["kind"] == "plain"]
     ours, eager = _ours(timed), [row for row in timed if row["variant"] == "eager"]
     if not ours or not eager:
@@ -85,7 +85,7 @@ def _over_eager(model: str, phase: str, rows: Rows) -> Found | None:
 
 
 def _over_compile(model: str, phase: str, rows: Rows) -> Found | None:
-    """Each run in which there is a compiled model; graphs count where that has them."""
+    """Return fused over compiled, of the worst run with a compiled model; graphs count if compiled uses them."""
     runs: dict[str, list[Row]] = defaultdict(list)
     for row in _timed(rows, model, phase):
         runs[row["case"]].append(row)
@@ -109,13 +109,13 @@ def _memory(model: str, rows: Rows) -> Found | None:
         return None
     least = min(_ours(timed), key=lambda row: row["peak_bytes"])
     kept, of_eager = least.get("saved_bytes"), eager.get("saved_bytes")
-    # What is kept for backward alone: weights, gradients and the optimizer's state come on top on either side.
+    # Only what is saved for backward: weights, gradients and the state of the optimizer come on top on both sides.
     bound = kept / of_eager if kept and of_eager else None
     return Found(least["peak_bytes"] / eager["peak_bytes"], least["variant"], bound)
 
 
 def _copy_share(rows: Rows) -> Found | None:
-    """The worst op without a product, each by its faster backend."""
+    """Return the worst op without a product; of each op the faster backend counts."""
     by_call: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for row in rows.get("all-ops", []):
         counted = row.get("median_s") and row.get("variant") is None and not row.get("flops")
@@ -136,7 +136,7 @@ def _images(device: str, rows: Rows) -> Found | None:
 
 
 def _auto(rows: Rows) -> Found | None:
-    """The slowest block that follows the proposed table, whatever its batch."""
+    """Return the slowest block, over all batches, that follows the proposed table."""
     found = [
         (row["ratio"]["median"], f"{row['name']} {row['phase']} batch {row['shape'][0]}")
         for row in rows.get("dispatch", [])
@@ -165,5 +165,5 @@ HEADER = ["goal (bfloat16, channels_last, batch 256)", "asked", "measured", "bou
 
 
 def table(rows: Rows) -> list[list[str]]:
-    """A line a goal, under HEADER; the bound is the traffic model's, at the machine's measured rates."""
+    """Return one line per goal, for HEADER. The bound follows from the traffic model and the measured rates."""
     return [goal.line(rows) for goal in GOALS]

@@ -1,4 +1,4 @@
-"""Steps captured in CUDA graphs."""
+"""Capture steps in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def captured(step: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], None], Any]:
-    """The replay of `step` as one CUDA graph, and what the captured step returned; a replay writes it anew.
+    """Return the replay of `step` as one CUDA graph, and the result of the captured step; each replay overwrites it.
 
-    `step` must begin by dropping the gradients of the one before. Graphs of one `pool` use the same memory for what
-    dies within a step, so only what is read right behind a graph's own replay is its own.
+    `step` must begin by dropping the gradients of the step before. Graphs of one `pool` share the memory of
+    temporaries, so results must be read right after the replay of their own graph.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""The problems on which a training step of ResNet-50 spends most, by the least time that bytes and arithmetic allow."""
+"""The problems that take most of a training step of ResNet-50, by the least time that bytes and arithmetic allow."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from suite.walk import TINY
 
 COUNT = 12
 WAYS = ("fused min", "fused")
-_COPY, _MATMUL = 3e12, 7e14  # a second, of a Hopper; the same problems everywhere
+_COPY, _MATMUL = (
+    3e12,
+    7e14,
+)  # bytes and operations per second of a Hopper; fixed, so that the problems are the same on every machine
 
 
 @dataclass(frozen=True)
 class Heavy:
-    """A problem, and a block that asks for it when it is fused this way."""
+    """A problem, and a block that has it when it is fused this way."""
 
     problem: str
     block: str
@@ -30,7 +33,7 @@ class Heavy:
 
 
 def heaviest(tiny: bool = False) -> list[Heavy]:
-    """At batch 256 in bfloat16, the heaviest first; of the toy block two."""
+    """Return the problems at batch 256 in bfloat16, the heaviest first; tiny: two problems of a toy block."""
     model = list(TINY.values()) if tiny else list(resnet_blocks(50).values())
     chosen = {name: block for name, block in (TINY | blocks.stage_blocks()).items() if block in model}
     batch, dtype = (2, torch.float32) if tiny else (256, torch.bfloat16)
@@ -49,8 +52,8 @@ def heaviest(tiny: bool = False) -> list[Heavy]:
 
 
 def _problems(block: Block, way: str, batch: int, dtype: torch.dtype) -> list[tuple[str, float]]:
-    """Each problem with several candidates of a training step, and the least seconds of its launch."""
-    asked: list[tuple[Config, Problem]] = []  # what was given, and for what
+    """Return each problem of a training step that has several candidates, and the least seconds of its launch."""
+    asked: list[tuple[Config, Problem]] = []  # the config that was returned, and the problem
 
     def give(problem: Problem, candidates: Sequence[Config]) -> Config | None:
         if len(candidates) < 2:

@@ -1,8 +1,8 @@
-"""Rows on disk, one JSON object a line, appended whole: whoever is killed loses nothing that was written.
+"""Rows in a file with one JSON object per line. Each line is appended in one write, so a kill loses no written row.
 
-Every line has a `step`. A case begins with {"case", "event": "start", "limit"} and ends with an event of ENDS; in
-between come its rows, which have no event, and {"event": "trying", "what"}: after a {"event": "crash"} a case goes on
-behind what it died of. {"event": "end", "why"} closes a step.
+Every line has a `step`. A case begins with {"case", "event": "start", "limit"} and ends with one of the events ENDS.
+Between these are its rows, which have no event, and lines {"event": "trying", "what"}. After a crash, which is
+{"event": "crash"}, a case continues and skips what it tried last. {"event": "end", "why"} closes a step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ENDS = ("done", "failed", "crashed", "hung")
-LARGEST = 15 << 20  # bytes of a file
+LARGEST = 15 << 20  # bytes of a file; later rows are dropped
 
 Row = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Journal:
         self.path, self.step = folder / f"{step}.jsonl", step
 
     def append(self, **fields: Any) -> None:
-        """One line in one write, after a line that a kill may have cut."""
+        """Append one line in one write; first end a line that a kill has cut."""
         line = json.dumps({"step": self.step} | _plain(fields), ensure_ascii=False, default=str) + "\n"
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -40,11 +40,11 @@ class Journal:
             os.close(handle)
 
     def size(self) -> int:
-        """Bytes."""
+        """Return the bytes of the file."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def lines(self, size: int | None = None) -> list[Row]:
-        """Every whole line; those of the first `size` bytes."""
+        """Return every complete line of the first `size` bytes (default: of the whole file)."""
         if not self.path.exists():
             return []
         found = []
@@ -56,19 +56,19 @@ class Journal:
         return [row for row in found if isinstance(row, dict)]
 
     def rows(self, size: int | None = None) -> list[Row]:
-        """What was measured or found, without events; of the first `size` bytes."""
+        """Return the rows, without events, of the first `size` bytes (default: of the whole file)."""
         return [row for row in self.lines(size) if "event" not in row]
 
     def finished(self) -> bool:
-        """Whether the step ran to its end."""
+        """Whether the step has finished."""
         return any(row.get("event") == "end" and row.get("why") == "finished" for row in self.lines())
 
     def ended(self) -> set[str]:
-        """Cases that need not run again."""
+        """Return the cases that need not run again."""
         return {row["case"] for row in self.lines() if row.get("event") in ENDS}
 
     def poison(self) -> set[str]:
-        """What was being tried when the step's process died."""
+        """Return what was being tried when the process of the step died."""
         found, last = set(), None
         for row in self.lines():
             if row.get("event") == "trying":
@@ -79,7 +79,7 @@ class Journal:
         return found
 
     def running(self) -> Row | None:
-        """The start of a case that has not ended; none where the process has."""
+        """Return the start line of the case that runs; None if no case runs or the process has crashed."""
         last = None
         for row in self.lines():
             if row.get("event") == "start":

@@ -1,4 +1,4 @@
-"""What the steps of gpu_suite.py launch on a Hopper, recorded on meta tensors: what gpu_pack.py compiles ahead."""
+"""The launches of the steps of gpu_suite.py on a Hopper, recorded on meta tensors; gpu_pack.py compiles them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ARCH = 90
 
 @dataclass(frozen=True)
 class Made:
-    """A launch; whether each of its wgmmas is waited for."""
+    """A launch, and whether its kernel waits for every wgmma."""
 
     launch: Launch
     waits: bool = False
 
 
 def of_step(step: str, blocks: str = "all") -> list[Made]:
-    """Its launches on blocks of this name or pattern of blocks.py (or stem); none of a step that has no fixed ones."""
+    """Return the launches of a step on these blocks (a name or pattern, or stem); empty if they are not known ahead."""
     if step in ("right", "train", "profile", "models"):
         return _of_blocks(blocks, (256,))
     if step in ("blocks", "dispatch"):
@@ -40,7 +40,7 @@ def of_step(step: str, blocks: str = "all") -> list[Made]:
 
 
 def distinct(made: Iterable[Made]) -> list[tuple[Specialised, bool]]:
-    """One for each compilation."""
+    """Return each distinct compilation once."""
     found: dict[object, tuple[Specialised, bool]] = {}
     for one in made:
         what = specialise(one.launch, one.launch.config, ARCH)
@@ -50,7 +50,7 @@ def distinct(made: Iterable[Made]) -> list[tuple[Specialised, bool]]:
 
 @cache
 def _of_blocks(blocks: str, batches: tuple[int, ...]) -> list[Made]:
-    """Training and inference of each way, with the configs that are taken where nothing was measured."""
+    """Return the launches of training and inference of each way, with the default configs."""
     return [
         Made(launch)
         for batch in batches
@@ -73,7 +73,7 @@ def _of_miscompiled(blocks: str) -> list[Made]:
 
 
 def _of_candidates(heavy: Heavy) -> list[Made]:
-    """Of the op that asks for this problem: all that it launches, once for each candidate."""
+    """Return all launches of the block of this problem, once for each candidate."""
     (run,) = cases(heavy.block, (heavy.way,), mixed=True).values()
     candidates: list[Config] = []
 

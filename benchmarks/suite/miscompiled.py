@@ -1,9 +1,9 @@
-"""Two known miscompilations, looked for in results.
+"""Look for two known miscompilations in results.
 
-Waits: every op with a product again, compiled so that each wgmma is waited for before anything else runs. Bits that
-differ name a hazard: something was overwritten while a wgmma was in flight (triton#9433, triton#11047).
-Warps: convolutions in true float32 with eight warps, which fusedres does not use (pytorch#173068); that they are wrong
-here would be a finding, no error.
+waits: every op with a product is compiled again so that it waits for each wgmma before anything else runs. If bits
+differ, data was overwritten while a wgmma was in flight (triton#9433, triton#11047).
+warps: convolutions in true float32 with eight warps, which fusedres does not use (pytorch#173068). Wrong results there
+are reported, but they are not an error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ exec "$FUSEDRES_PTXAS" "$@"
 
 @contextmanager
 def waiting(folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
-    """Inside, these kernels are compiled anew, with a wait for every wgmma behind it, into a cache in `folder`."""
+    """Inside, these kernels are compiled again with a wait after every wgmma, into a cache in `folder`."""
     folder.mkdir(exist_ok=True)
     script = folder / "ptxas"
     if not script.exists():
@@ -68,17 +68,17 @@ def waiting(folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
 
 
 def forget(kernels: Iterable[Any]) -> None:
-    """What this process compiled or loaded of them."""
+    """Make this process forget the compiled versions of these kernels."""
     for kernel in kernels:
-        getattr(kernel, "device_caches", {}).clear()  # the interpreter's have none
+        getattr(kernel, "device_caches", {}).clear()  # kernels of the interpreter have none
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The waits at batch 256, then the warps."""
+    """Return the cases of waits at batch 256, then those of warps."""
     chosen: Mapping[str, Any] = TINY if settings.tiny else blocks.select([BLOCKS])
     ways, batch = (WAYS[:1], 2) if settings.tiny else (WAYS, 256)
     usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
-    folder = tempfile.TemporaryDirectory(prefix="fusedres-waits-")  # removed with the cases that hold it
+    folder = tempfile.TemporaryDirectory(prefix="fusedres-waits-")  # removed when the cases that hold it are freed
     seen: dict[str, set[str]] = {"waits": set(), "warps": set()}
     looked: tuple[tuple[str, Callable[..., None], Any, tuple[str, ...]], ...] = (
         ("waits", partial(_of_waits, folder=folder), usual, ways),
@@ -141,5 +141,5 @@ def in_eight_warps(problem: Problem, candidates: Sequence[Config]) -> Config:
 
 def _said(settings: Settings, failure: Exception) -> str:
     if settings.on_gpu:
-        torch.cuda.synchronize()  # raises where the GPU is lost: the whole case ends
+        torch.cuda.synchronize()  # raises if the GPU is lost, and so ends the whole case
     return f"{type(failure).__name__}: {first_lines(str(failure))}"

@@ -1,7 +1,8 @@
-"""ResNet-18 and ResNet-50 whole: a training step with SGD, and inference, on random images that are on the device.
+"""Time whole models, ResNet-18 and ResNet-50: a training step with SGD, and inference.
 
-Rivals run interleaved in one process. A training step is zero_grad, forward, cross entropy, backward and a fused SGD
-with momentum; images/s follow from it. Whoever differs from eager is not timed.
+The images are random and already on the device. All variants run interleaved in one process. A training step is
+zero_grad, forward, cross entropy, backward and a fused SGD with momentum. A variant that differs from eager is not
+timed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
 from suite.settings import DIED, Case, Settings, first_lines, off_by
 
-# ‖fused − eager‖ / ‖eager‖ of the scores: rounding through up to 50 layers.
+# The largest ‖fused − eager‖ / ‖eager‖ of the scores: up to 50 layers of rounding.
 BOUNDS = {"bfloat16": 0.15, "float16": 0.05, "tf32": 0.05, "float32": 1e-2}
 COUNTED = ("eager", "eager_nchw", *OURS)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model in one phase, on images of one size."""
+    """A model in one phase on images of one size."""
 
     model: str
     phase: str
@@ -53,13 +54,13 @@ class Work:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its fields of a row."""
+        """Return the fields of a row."""
         shape = [self.batch, 3, self.size, self.size]
         return {"op": "model", "name": self.model, "phase": self.phase, "shape": shape} | self.precision.about
 
 
 def first_cases(settings: Settings) -> list[Case]:
-    """A training step of ResNet-50: each way, then compiled, then in graphs."""
+    """Return the cases of a training step of ResNet-50: each way, then compiled, then in graphs."""
     work, ours = works(settings)[0], _ours(settings)
     kinds = {
         "": [way for way in ours if way != "library min"],
@@ -70,7 +71,7 @@ def first_cases(settings: Settings) -> list[Case]:
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Training and inference at batch 256 with "auto", which follows what was measured: ResNet-50, then ResNet-18."""
+    """Return training and inference at batch 256 of ResNet-50, then ResNet-18; "auto" follows what was measured."""
     ours = [*_ours(settings), AUTO]
     best = ours[-2:]
     kinds = {
@@ -86,7 +87,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def all_cases(settings: Settings) -> list[Case]:
-    """Every batch; NCHW; max-autotune; other dtypes."""
+    """Return the cases of every batch, of NCHW, max-autotune and other dtypes."""
     ours, all_works = _ours(settings), works(settings)
     tuned = [
         "compile max-autotune",
@@ -108,7 +109,7 @@ def all_cases(settings: Settings) -> list[Case]:
 
 
 def works(settings: Settings) -> list[Work]:
-    """Training and inference of the models."""
+    """Return training and inference of the models."""
     if settings.tiny:
         return [Work("tiny", phase, 2, PRECISIONS["float32"], 32, 10) for phase in ("train", "infer")]
     usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
@@ -116,12 +117,12 @@ def works(settings: Settings) -> list[Work]:
 
 
 def _ours(settings: Settings) -> list[str]:
-    """The CPU has no convolutions of its own."""
+    """Return the ways of fuse(); on a CPU only library, as it has no convolutions of its own."""
     return ["library"] if settings.tiny else list(WAYS)
 
 
 def compile_ahead(settings: Settings, work: Work) -> None:
-    """Fills torch.compile's cache with what `measure` will ask for."""
+    """Fill the cache of torch.compile with what `measure` will compile."""
     torch.backends.cudnn.benchmark = settings.on_gpu
     torch.compiler.reset()
     images, labels = random_batch(settings, work)
@@ -141,7 +142,7 @@ def _case(settings: Settings, work: Work, kind: str, names: list[str], limit: fl
 
 
 def build(settings: Settings, work: Work) -> nn.Module:
-    """With weights from one seed."""
+    """Return the model with weights from a fixed seed."""
     torch.manual_seed(0)
     if work.model == "tiny":
         model: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=work.classes)
@@ -151,14 +152,14 @@ def build(settings: Settings, work: Work) -> nn.Module:
 
 
 def random_batch(settings: Settings, work: Work) -> tuple[Tensor, Tensor]:
-    """Images in channels_last, and labels."""
+    """Return images in channels_last, and labels."""
     images = torch.randn(work.batch, 3, work.size, work.size, device=settings.device)
     labels = torch.randint(work.classes, (work.batch,), device=settings.device)
     return images.to(memory_format=torch.channels_last), labels
 
 
 class Run:
-    """One variant of one model: a step to be timed."""
+    """One variant of one model with a step that can be timed."""
 
     def __init__(
         self,
@@ -185,16 +186,16 @@ class Run:
         self.model = model
 
     def scores(self) -> Tensor:
-        """Forward."""
+        """Run forward."""
         mixed: Any = contextlib.nullcontext()
         dtype = self.work.precision.dtype
-        if dtype in (torch.bfloat16, torch.float16):  # what is cached belongs to no graph
+        if dtype in (torch.bfloat16, torch.float16):  # the cache of autocast must not be part of a graph
             mixed = torch.autocast(self.settings.device.type, dtype, cache_enabled=not self.graphed)
         with fusedres.use_backend(self.backend), mixed:
             return self.model(self.images)
 
     def step(self) -> Tensor:
-        """One iteration."""
+        """Run one training step, or inference."""
         if not self.work.train:
             with torch.inference_mode():
                 return self.scores()
@@ -205,12 +206,12 @@ class Run:
         return loss
 
     def saved_bytes(self) -> int:
-        """What forward keeps for backward."""
+        """Return the bytes that forward saves for backward."""
         known = [self.images, *self.model.parameters(), *self.model.buffers()]
         return harness.saved_bytes(self.scores, known)
 
     def prepared(self, pool: Any) -> Callable[[], Any]:
-        """The step, or the replay of its graph."""
+        """Return the step, or the replay of its graph."""
         if not self.graphed:
             return self.step
         replay, self.kept = captured(self.step, pool)
@@ -220,9 +221,9 @@ class Run:
 def measure(
     settings: Settings, case: str, work: Work, names: list[str], rounds: int, budget: float, kind: str = ""
 ) -> None:
-    """Times eager and the variants called `names`; a row for each. After `budget` seconds three rounds are enough."""
+    """Time eager and the variants `names`; write one row for each. After `budget` seconds three rounds are enough."""
     torch.backends.cudnn.benchmark = settings.on_gpu
-    torch.compiler.reset()  # or a second shape would be compiled for any shape, and a ninth not at all
+    torch.compiler.reset()  # otherwise the second shape is compiled for all shapes, and the ninth not at all
     images, labels = random_batch(settings, work)
     stock = build(settings, work)
     picked = choices.table(settings)
@@ -245,7 +246,7 @@ def measure(
                 if variant.startswith(GRAPHED) and not settings.on_gpu:
                     raise Skip("no GPU")
                 run = Run(settings, work, variant, stock, images, labels)
-                with torch.inference_mode(not work.train):  # as it will be timed, or it would be compiled again
+                with torch.inference_mode(not work.train):  # the mode of timing, or it would be compiled again
                     _agree(run.scores().detach(), reference, work)
                 steps[variant], runs[variant] = run.prepared(pool), run
                 steps[variant]()
@@ -256,7 +257,7 @@ def measure(
             except Exception as error:
                 steps.pop(variant, None)
                 if settings.on_gpu:
-                    torch.cuda.synchronize()  # raises where the GPU is lost
+                    torch.cuda.synchronize()  # raises if the GPU is lost
                 what = f"{type(error).__name__}: {first_lines(str(error))}"
                 settings.row(case, **work.about, variant=variant, kind=kind or "plain", error=what)
         settings.journal.append(case=case, event="trying", what=f"{case}, timing")
@@ -293,12 +294,12 @@ def _agree(scores: Tensor, reference: Tensor, work: Work) -> None:
 
 
 def _counted(settings: Settings, run: Run, variant: str, step: Callable[[], Any]) -> dict[str, int | None]:
-    """Memory and bytes of a step; of a graph none, whose memory is there before it runs."""
+    """Return memory and bytes of a step; nothing for a graph, as its memory is allocated before it runs."""
     found: dict[str, int | None] = {}
     if variant.startswith(GRAPHED):
         return found
     found["peak_bytes"] = harness.peak_bytes(step, settings.device)
-    if variant in COUNTED:  # others would trace the counting
+    if variant in COUNTED:  # torch.compile would trace the counting
         with counting.CountRun() as count:
             step()
         found["counted_bytes"] = count.total

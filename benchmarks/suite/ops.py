@@ -1,6 +1,6 @@
-"""Ops as the blocks of ResNet-50 call them: each backend, and each candidate config of the GEMM-shaped kernels.
+"""Time ops as the blocks of ResNet-50 call them: each backend, and each candidate config of the GEMM-shaped kernels.
 
-An op is checked against the reference backend and timed on the arguments with which a block first calls it
+An op is checked against the reference backend and timed, both on the arguments of the first call of a block
 (fusedres/tune/calls.py).
 """
 
@@ -26,14 +26,14 @@ from suite.heaviest import heaviest
 from suite.settings import Case, Settings, first_lines, floor_seconds
 from suite.walk import TINY, walk_block, walk_stem
 
-_LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
+_LEAD = 300e-6  # seconds that the GPU waits before it runs timed work, so that all launches are already queued
 
 
 # --- measuring a call -------------------------------------------------------------------------------------------------
 
 
 class Measure:
-    """Measures calls of ops and writes their rows; with a problem only those that choose for it, and its candidates."""
+    """Measures calls of ops and writes their rows; with `problem`, only calls that have it, and its candidates."""
 
     def __init__(self, settings: Settings, case: str, problem: str | None = None) -> None:
         self.settings, self.case, self.problem = settings, case, problem
@@ -52,7 +52,7 @@ class Measure:
         self.settings.journal.append(case=self.case, event="measured", name=call.signature)
 
     def _try(self, what: str) -> bool:
-        """Notes what runs next; False where the process died of it before."""
+        """Note what runs next; return False if the process died of it before."""
         if what in self.poison:
             return False
         self.settings.journal.append(case=self.case, event="trying", what=what)
@@ -61,7 +61,7 @@ class Measure:
     def _failed(self, call: Call, backend: str, error: Exception | str, **fields: Any) -> None:
         if isinstance(error, Exception):
             if self.settings.on_gpu:
-                torch.cuda.synchronize()  # raises where the GPU is lost: the whole case ends
+                torch.cuda.synchronize()  # raises if the GPU is lost, and so ends the whole case
             error = f"{type(error).__name__}: {first_lines(str(error))}"
         self.settings.row(
             self.case,
@@ -119,7 +119,7 @@ class Measure:
     def _candidates(
         self, call: Call, backend: str, recorder: Recorder, expected: Expected, moved: int, operations: int
     ) -> None:
-        """A row a candidate of each problem that the op asked about."""
+        """Write one row per candidate of each problem of the op."""
         for problem, candidates in recorder.problems.items():
             key = launching.problem_key(problem)
             if len(candidates) < 2 or self.problem not in (None, key):
@@ -172,7 +172,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _library(call: Call) -> Callable[[], Any] | None:
-    """The bare product of torch's library for a convolution's op, without what is fused around ours."""
+    """Return torch's convolution for the op of a convolution, without the fused parts of ours; None for other ops."""
     convolve, backward = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
     named = {argument.name: value for argument, value in zip(call.schema.arguments, call.args, strict=True)}
     if call.op.name not in ("conv_fprop", "conv_bn_add_relu", "conv_dgrad", "conv_wgrad"):
@@ -195,7 +195,7 @@ def _library(call: Call) -> Callable[[], Any] | None:
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The candidates of the heaviest problems, one a case."""
+    """Return the cases of the heaviest problems with their candidates, one problem per case."""
     found = []
     for heavy in heaviest(settings.tiny):
         block = (TINY | blocks.stage_blocks())[heavy.block]
@@ -205,7 +205,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def all_cases(settings: Settings) -> list[Case]:
-    """Every op and candidate: the fused convolutions first, the large batch first."""
+    """Return the cases of every op and candidate: large batch first, fused convolutions first."""
     seen = {row["name"] for row in settings.journal.lines() if row.get("event") == "measured"}
     chosen: Mapping[str, Any]
     if settings.tiny:

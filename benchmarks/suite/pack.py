@@ -1,8 +1,8 @@
-"""What gpu_pack.py built on a machine without a GPU, for one that fits: a wheel, kernels, and Triton's launchers.
+"""A pack: the wheel, the kernels and Triton's launchers that gpu_pack.py built on a machine without a GPU.
 
-Triton keeps a kernel under a hash of its own build, which is another one for the same version elsewhere. So a pack has
-keys of its own, of the kernel's source, its specialisation and the version; what Triton is about to compile is looked
-up there and put where Triton looks.
+The hash under which Triton keeps a kernel depends on the build of Triton, so it differs between machines with the same
+version. A pack therefore has its own keys: of the source of the kernel, its specialisation and the version. Before
+Triton compiles a kernel, it is looked up in the pack and copied to where Triton looks for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from triton.runtime.cache import get_cache_manager
 
 ARCHIVE, MANIFEST = "kernels.zip", "manifest.json"
 KERNELS, LAUNCHERS = "kernels", "launchers"  # folders of the archive
-WAITS = "waits"  # kernels in which every wgmma is waited for
+WAITS = "waits"  # kernels that wait for every wgmma
 _compile = compiler.compile
 
 
 def about(capability: int) -> dict[str, str]:
-    """What must be the same on both machines; of the package once it is installed."""
+    """Return what must be the same on both machines; with the version of the kernels if the package is installed."""
     found = {
         "python": f"cp{sys.version_info.major}{sys.version_info.minor}",
         "torch": ".".join(torch.__version__.split(".")[:2]),
@@ -46,7 +46,7 @@ def about(capability: int) -> dict[str, str]:
 
 
 def misfit(folder: Path, capability: int) -> str | None:
-    """Why a pack is of no use here, None where it is."""
+    """Return why a pack does not fit this machine, None if it fits."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -57,7 +57,7 @@ def misfit(folder: Path, capability: int) -> str | None:
 
 
 def key_of(source: Any, options: Any, capability: int) -> str:
-    """Of a compilation: source and parsed options of Triton's compile."""
+    """Return the key of a compilation, from the source and the parsed options of Triton's compile."""
     parts = (source.hash(), options.hash(), triton.__version__, capability)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -67,7 +67,7 @@ class _Taken:
 
     def __init__(self, archive: ZipFile, kernels: str) -> None:
         self.archive, self.counts = archive, Counter[str]()
-        self.files: defaultdict[str, list[str]] = defaultdict(list)  # of a key
+        self.files: defaultdict[str, list[str]] = defaultdict(list)  # key → its files
         for file in archive.namelist():
             where, key, name = file.split("/")
             if where == kernels:
@@ -76,7 +76,7 @@ class _Taken:
                 _keep(archive.read(file), Path(triton.knobs.cache.dir) / key / name)
 
     def look_up(self, source: Any, target: Any, options: Any) -> None:
-        """Puts a kernel that the pack has where Triton looks for it."""
+        """Copy a kernel of the pack, if it is there, to where Triton looks for it."""
         backend = make_backend(target)
         parsed = backend.parse_options({**(options or {}), **source.parse_options()})
         hash_ = hashlib.sha256(_key_of_triton(source, backend, parsed).encode()).hexdigest()
@@ -89,11 +89,11 @@ class _Taken:
                 cache.put_group(name, {file: cache.put(content, file) for file, content in contents.items()})
 
 
-_taken: list[_Taken] = []  # the last one counts
+_taken: list[_Taken] = []  # only the last one is used
 
 
 def _look_up_and_compile(source: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
-    """Stands for triton.compile, and stays with kernels that were bound while it did."""
+    """Replaces triton.compile. Kernels that were bound meanwhile keep it, so it also works when no pack is open."""
     if target is None:
         target = triton.runtime.driver.active.get_current_target()
     if _taken:
@@ -103,7 +103,7 @@ def _look_up_and_compile(source: Any, target: Any = None, options: Any = None, *
 
 @contextmanager
 def taken(folder: Path, kernels: str = KERNELS) -> Iterator[Counter[str]]:
-    """Inside, what is in this folder of the pack is not compiled, and no other; counts "packed" and "compiled" ones."""
+    """Inside, kernels come from this folder of the pack if it has them; yield the counts "packed" and "compiled"."""
     before = triton.compiler.compile
     with ZipFile(folder / ARCHIVE) as archive:
         _taken.append(_Taken(archive, kernels))
@@ -116,7 +116,7 @@ def taken(folder: Path, kernels: str = KERNELS) -> Iterator[Counter[str]]:
 
 
 def _keep(content: bytes, path: Path) -> None:
-    """Whole or not at all: others look for it at the same time."""
+    """Write the file at once or not at all, as other processes look for it at the same time."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_name(f"{path.name}.{os.getpid()}")

@@ -27,15 +27,15 @@ from suite.pack_triton import COMPILED_LAUNCHERS, environment, has_launcher, lau
 
 
 def build_wheel(out: Path) -> Path:
-    """The package for this Python, its CUDA kernels for Hopper alone."""
+    """Build the wheel of the package for this Python, with CUDA kernels for Hopper only."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
     subprocess.run([*command, str(ROOT)], check=True, env=os.environ | {"TORCH_CUDA_ARCH_LIST": "9.0a"})
     return max(out.glob("*.whl"), key=lambda path: path.stat().st_mtime)
 
 
 def build_kernels(todo: list[tuple[Specialised, bool]], out: Path, processes: int) -> None:
-    """Compiles them, each process its share, in a cache of its own."""
-    # before any is compiled: that changes what sources share
+    """Compile the kernels in several processes, each with its own cache, and write the archive."""
+    # The keys come first, as compiling changes data that the sources share.
     keyed = {(WAITS if waits else KERNELS, _key(what)): what for what, waits in todo}
     with tempfile.TemporaryDirectory() as scratch:
         built, children = Path(scratch), []
@@ -72,7 +72,7 @@ def _build_share(todo: dict[tuple[str, str], Specialised], built: Path) -> int:
                 with launchers(_built):
                     nvidia.CudaLauncher(what.source, compiled.metadata)
         if COMPILED_LAUNCHERS:
-            with contextlib.suppress(ImportError):  # it is built, and loads where there is a driver
+            with contextlib.suppress(ImportError):  # it is built, but it loads only if there is a driver
                 nvidia.CudaUtils()
         for module in Path(triton.knobs.cache.dir).glob("*/*.so"):
             _keep(module, built / LAUNCHERS / module.parent.name)
@@ -86,13 +86,13 @@ def _keep(file: Path, folder: Path) -> None:
 
 def _built(build: Callable[..., Any], src: str, name: str, **more: Any) -> Any:
     if not has_launcher(src, name):
-        with contextlib.suppress(ImportError):  # it is built, and loads where there is a driver
+        with contextlib.suppress(ImportError):  # it is built, but it loads only if there is a driver
             build(src=src, name=name, **more)
     return SimpleNamespace(launch=None)
 
 
 def is_checkout() -> bool:
-    """Whether the package that is compiled is the one of the wheel."""
+    """Whether the installed package has the kernels of this checkout, which the wheel is built from."""
 
     def kernels(package: Path) -> dict[Path, bytes]:
         folder = package / "kernels"

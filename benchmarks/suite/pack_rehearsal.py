@@ -22,7 +22,7 @@ from suite.pack_triton import COMPILED_LAUNCHERS, environment, has_launcher, lau
 
 
 class StubbedDriver:
-    """Stands where Triton asks a GPU: launches end here."""
+    """Replaces the driver of Triton: its launches only count."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -33,19 +33,19 @@ class StubbedDriver:
         )
 
     def get_current_device(self) -> int:
-        """The only one."""
+        """Return the only device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
+        """Return the default stream."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """Hopper."""
+        """Return Hopper."""
         return GPUTarget("cuda", ARCH, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Looks for the launcher where Triton would build it."""
+        """Look for the launcher where Triton would build it; return one that only counts."""
         if COMPILED_LAUNCHERS:
             with launchers(self._found):
                 nvidia.CudaLauncher(source, metadata)
@@ -58,7 +58,7 @@ class StubbedDriver:
 
 
 def launch_pack(out: Path, todo: Sequence[Made]) -> Counter[str]:
-    """Launches everything on a stubbed driver, with an empty cache and the pack; what was counted."""
+    """Launch everything on a stubbed driver with an empty cache and the pack; return the counts."""
     driver = StubbedDriver()
     forget(made.launch.kernel for made in todo)
     with tempfile.TemporaryDirectory() as scratch, environment(Path(scratch)):

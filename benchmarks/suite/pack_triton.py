@@ -13,12 +13,12 @@ from typing import Any
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.cache import get_cache_manager
 
-COMPILED_LAUNCHERS = hasattr(nvidia, "make_launcher")  # up to Triton 3.6, one a signature
+COMPILED_LAUNCHERS = hasattr(nvidia, "make_launcher")  # up to Triton 3.6, one for each signature
 
 
 @contextlib.contextmanager
 def launchers(compile_module: Callable[..., Any]) -> Iterator[None]:
-    """Inside, Triton compiles its launchers by this function."""
+    """Inside, Triton compiles its launchers with this function."""
     before = nvidia.compile_module_from_src
     nvidia.compile_module_from_src = partial(compile_module, before)
     try:
@@ -28,7 +28,7 @@ def launchers(compile_module: Callable[..., Any]) -> Iterator[None]:
 
 
 def has_launcher(src: str, name: str) -> bool:
-    """Whether it is where Triton looks for it."""
+    """Whether a launcher is where Triton looks for it."""
     from triton.runtime import build
 
     key = build.hashlib.sha256((src + build.platform_key()).encode()).hexdigest()
@@ -37,7 +37,7 @@ def has_launcher(src: str, name: str) -> bool:
 
 @contextlib.contextmanager
 def environment(scratch: Path) -> Iterator[None]:
-    """An empty cache for Triton, which keeps binaries alone, and a driver's library to link with."""
+    """Inside, Triton has an empty cache that keeps only binaries, and a stub of the driver's library to link with."""
     library = scratch / "driver" / "libcuda.so.1"
     library.parent.mkdir()
     command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library), "-x", "c", "/dev/null"]

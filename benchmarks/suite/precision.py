@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` is what autocast computes in, or float32; `tf32` whether float32 products may round to it."""
+    """`dtype`: the dtype of autocast, or float32. `tf32`: whether float32 products may round their operands to TF32."""
 
     name: str
     dtype: torch.dtype
@@ -20,7 +20,7 @@ class Precision:
 
     @contextmanager
     def switched(self) -> Iterator[None]:
-        """TF32 as this precision has it, in the library's convolutions and products, and so in this package's."""
+        """Inside, TF32 is on or off, for the convolutions and products of the library and of this package."""
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
         before = cudnn.allow_tf32, matmul.allow_tf32
         if self.tf32 is not None:
@@ -32,7 +32,7 @@ class Precision:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its fields of a row."""
+        """Return the fields of a row."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "tf32": self.tf32}
 
 

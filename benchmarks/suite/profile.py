@@ -1,4 +1,4 @@
-"""One training step of ResNet-50 by kernel: how long each takes, and its share of the least that it can take."""
+"""One training step of ResNet-50 by kernel: the time of each kernel, and the least time that it can take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAY = "fused min"
 
 
 def cases(settings: Settings) -> list[Case]:
-    """One."""
+    """Return one case."""
     usual = PRECISIONS["bfloat16" if settings.on_gpu else "float32"]
     work = Work("tiny", "train", 2, usual, 32, 10) if settings.tiny else Work("resnet50", "train", 256, usual)
     return [Case(f"{work.model} {WAY}", lambda: _profile(settings, work), 120)]
@@ -38,7 +38,7 @@ def _profile(settings: Settings, work: Work) -> None:
 
 
 def _timed(run: Run) -> dict[str, tuple[float, int]]:
-    """Seconds and calls of each kernel of a step."""
+    """Return kernel → seconds and calls in one step."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run.step()
         torch.cuda.synchronize()
@@ -48,9 +48,9 @@ def _timed(run: Run) -> dict[str, tuple[float, int]]:
 def by_kernel(
     taken: Mapping[str, tuple[float, int]], launches: Iterable[Launch], ceilings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row a kernel, what takes longest first; ours with the least seconds of its launches, by bytes and arithmetic.
+    """Return one row per kernel, the longest first. Rows of our kernels have the least seconds of their launches.
 
-    taken: of each kernel that the profiler saw, seconds and calls.
+    taken: seconds and calls of each kernel that the profiler saw.
     """
     least: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""DIR/dispatch.json, the table of what was fastest that the package reads: from rows, then tried."""
+"""Write DIR/dispatch.json, the table of the fastest ways that the package reads, from rows; then time it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from suite import block_rows, choices
 from suite.journal import Journal
 from suite.settings import Case, Settings
 
-STEPS = ("ops", "blocks")  # whose rows are read
+STEPS = ("ops", "blocks")  # the steps with the rows that are read
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The proposal, in one row and as a table; then "auto", which follows it, beside eager."""
+    """Return the case that writes the table, and the cases of "auto", which follows it, against eager."""
     return [Case("dispatch", lambda: _propose(settings)), *block_rows.auto_cases(settings)]
 
 
@@ -24,7 +24,7 @@ def _propose(settings: Settings) -> None:
     labels = {problem: found["config"] for problem, found in best.items()}
     path.unlink(missing_ok=True)
     store.update(path, Table(device, backend, store.versions(), settings.where["date"], entries, labels))
-    path.with_name(f"{path.name}.lock").unlink()  # nobody else writes it
+    path.with_name(f"{path.name}.lock").unlink()  # no other process writes the table
     settings.row(
         "dispatch", configs=best, ops=choices.backends(ops), blocks=choices.blocks(of_blocks),
         table=f"fusedres/dispatch/measured/{store.file_name(device)}",

@@ -1,4 +1,4 @@
-"""A call without a GPU: its schedule, and with a pack every launch of its steps on a stubbed driver."""
+"""Rehearse a call without a GPU: print its schedule; with a pack, make every launch on a stubbed driver."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADER = ["step", "first case", "from s", "by s", "cases", "launches", "in the p
 
 
 def rehearse(call: str, pack: Path | None) -> int:
-    """Prints a line a step; 1 where the pack lacks something."""
+    """Print one line per step; return 1 if the pack lacks a kernel."""
     reason = misfit(pack, ARCH) if pack else None
     if reason:
         raise SystemExit(f"--pack: {reason}")

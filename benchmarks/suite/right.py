@@ -1,7 +1,7 @@
-"""Every op at every problem of ResNet-50 and ResNet-18, each of its elements checked, and its bits from call to call.
+"""Check every element of every op at every problem of ResNet-50 and ResNet-18, and that all calls give equal bits.
 
-Nothing is timed. An op is checked on the arguments with which a block first calls it, once a dtype; whoever is wrong
-has a row with an error, the others one that counts them.
+Nothing is timed. An op is checked once for each dtype, on the arguments of the first call of a block. A wrong result
+has a row with an error; one row per case counts the right and the wrong results.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ REPEATS = 20
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Batch 256 in bfloat16."""
+    """Return the cases of batch 256 in bfloat16."""
     if settings.tiny:
         return _cases(settings, {"float32": ["library min"], "float16": ["fused min"]}, (2,))
     return _cases(settings, {"bfloat16": ["fused min", "fused", "library min", "library"]}, (256,))
 
 
 def all_cases(settings: Settings) -> list[Case]:
-    """The other dtypes, and batch 64."""
+    """Return the cases of the other dtypes, and of batch 64."""
     if settings.tiny:
         return _cases(settings, {"float16": ["library"]}, (2,))
     found = _cases(settings, {name: list(WAYS) for name in PRECISIONS}, (256, 64))
@@ -40,7 +40,7 @@ def all_cases(settings: Settings) -> list[Case]:
 
 
 def _cases(settings: Settings, precisions: dict[str, list[str]], batches: tuple[int, ...]) -> list[Case]:
-    """Batch, dtype, way and block, those of ResNet-50 first."""
+    """Return the cases by batch, dtype, way and block, blocks of ResNet-50 first."""
     seen: dict[str, set[str]] = {name: set() for name in PRECISIONS}
     for row in settings.journal.lines():
         if row.get("event") == "checked":
@@ -99,5 +99,5 @@ def _wrong(settings: Settings, call: Call, backend: str, expected: Expected) -> 
         return found or repeats(call, backend, REPEATS if settings.on_gpu else 2)
     except Exception as error:
         if settings.on_gpu:
-            torch.cuda.synchronize()  # raises where the GPU is lost: the whole case ends
+            torch.cuda.synchronize()  # raises if the GPU is lost, and so ends the whole case
         return f"{type(error).__name__}: {first_lines(str(error))}"

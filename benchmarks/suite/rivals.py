@@ -19,7 +19,7 @@ def _units(block: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 
 
 class _Folded(nn.Module):
-    """A convolution with the BatchNorm behind it folded in, in float32, and rounded once."""
+    """A convolution with the BatchNorm after it folded in: in float32, then rounded once."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Folded(nn.Module):
 
 
 class _CudnnBlock(nn.Module):
-    """Convolution + bias (+ shortcut) + ReLU as single operators of cuDNN."""
+    """A block with convolution + bias (+ shortcut) + ReLU as single operators of cuDNN."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _CudnnBlock(nn.Module):
 
 
 def cudnn(block: nn.Module, x: Tensor) -> nn.Module | str:
-    """A block's inference with folded weights, or why there is none."""
+    """Return the block for inference with folded weights, or the reason why there is none."""
     if not isinstance(block, BasicBlock | Bottleneck):
         return NO_BLOCK
     module = _CudnnBlock(block, x.dtype)

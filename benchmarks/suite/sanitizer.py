@@ -1,4 +1,4 @@
-"""A few tests of each file under compute-sanitizer."""
+"""Run a few tests of each file under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def cases(settings: Settings) -> list[Case]:
-    """One a tool."""
+    """Return one case per tool."""
     return [Case(tool, lambda tool=tool: _sanitize(settings, tool), limit=3600) for tool in TOOLS]
 
 

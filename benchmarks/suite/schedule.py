@@ -1,6 +1,6 @@
-"""What gpu_suite.py runs: two calls of a few minutes each, and what `--only` alone gets.
+"""The schedule of gpu_suite.py: two calls of a few minutes each, and the steps that only `--only` runs.
 
-Nothing here needs the package, which a call may have to install first.
+This module does not need the package, which a call may have to install first.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ INSTALL = 15  # seconds
 
 @dataclass(frozen=True)
 class Step:
-    """Cases in a process of their own, which write the file `name`.jsonl."""
+    """Cases that run in their own process and write the file `name`.jsonl."""
 
     name: str
     module: str
     cases: str = "cases"
-    by: float = float("inf")  # the second of its call at which it is ended
-    beside: bool = False  # runs beside those behind it until one is timed
-    timed: bool = False  # nothing else runs beside it
+    by: float = float("inf")  # it is ended at this second of its call
+    beside: bool = False  # runs beside later steps, until one of these is timed
+    timed: bool = False  # no other step runs beside it
 
     def list_cases(self, settings: Settings) -> list[Case]:
-        """Most valuable first."""
+        """Return the cases, the most valuable first."""
         found: list[Case] = getattr(import_module(f"suite.{self.module}"), self.cases)(settings)
         return found
 
 
 CALLS = {
-    # whether it is right, what a training step takes, and where its time goes
+    # Are the results right, how long is a training step, and where does its time go?
     "first": (
         Step("compile", "ahead", "first_cases", by=80, beside=True),
         Step("facts", "facts", by=25),
@@ -43,7 +43,7 @@ CALLS = {
         Step("profile", "profile", by=205, timed=True),
         Step("tests", "checks", by=318),
     ),
-    # what failed in the first, which choices are fastest, and the models that follow them
+    # What failed in the first call, which choices are fastest, and the models that follow these choices.
     "second": (
         Step("compile", "ahead", by=65, beside=True),
         Step("again", "again", by=65),
@@ -53,7 +53,7 @@ CALLS = {
         Step("models", "models", by=338, timed=True),
     ),
 }
-# Every op and dtype, each candidate, other memory formats and compilers.
+# Every op, dtype and candidate, and other memory formats and compilers.
 MORE = (
     Step("all-right", "right", "all_cases"),
     Step("sanitizer", "sanitizer"),

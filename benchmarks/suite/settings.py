@@ -1,4 +1,4 @@
-"""What every step is told, and what a case is."""
+"""The settings of a step, and its cases."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ DIED = "the process died of it"
 
 @dataclass
 class Settings:
-    """One step's surroundings."""
+    """What a step needs to know: device, folders, time limit."""
 
     step: str
     out: Path
     device: torch.device
     tiny: bool
     until: float  # time.time() at which the step is ended
-    after: Path | None = None  # the folder of an earlier call, whose rows are read
-    pack: Path | None = None  # of kernels that gpu_pack.py compiled
+    after: Path | None = None  # the folder of an earlier call; its rows are read
+    pack: Path | None = None  # the folder that gpu_pack.py built
     journal: Journal = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,17 +42,17 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Triton's interpreter computes bfloat16 wrongly."""
+        """The usual dtype: float32 on a CPU, as Triton's interpreter computes bfloat16 wrongly."""
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     @property
     def patience(self) -> float:
-        """Seconds after which a case counts as hung: kernels that no pack has are compiled in it."""
+        """Seconds after which a case counts as hung; more without a pack, as the case then compiles kernels."""
         return 20 if self.pack else 180
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The seconds that are left."""
         return self.until - time.time()
 
     @cached_property
@@ -62,7 +62,7 @@ class Settings:
 
     @cached_property
     def ceilings(self) -> dict[str, Any]:
-        """copy_bytes_per_s, matmul_flops_per_s and that of each precision, of the step facts, else measured now."""
+        """copy_bytes_per_s, matmul_flops_per_s and the rate of each precision: of the step facts, else measured now."""
         for folder in filter(None, (self.out, self.after)):
             for row in Journal(folder, "facts").rows():
                 if row.get("case") == "ceilings" and row.get("device") == self.where["device"]:
@@ -70,18 +70,18 @@ class Settings:
         return measure_ceilings(self.device, self.tiny)
 
     def ceilings_of(self, precision: Precision) -> dict[str, float]:
-        """copy_bytes_per_s and matmul_flops_per_s of products in this precision."""
+        """Return copy_bytes_per_s, and matmul_flops_per_s for products in this precision."""
         rates = self.ceilings["matmul_by_precision"]
         return {name: self.ceilings[name] for name in CEILINGS} | {"matmul_flops_per_s": rates[precision.name]}
 
     def row(self, case: str, **fields: Any) -> None:
-        """Appends a row that is no timing."""
+        """Append a row that is no timing."""
         self.journal.append(case=case, **self.where, **fields)
 
 
 @dataclass
 class Case:
-    """A piece of a step: `run` writes its rows; beyond `limit` seconds it counts as hung."""
+    """A part of a step: `run` writes its rows; after `limit` seconds it counts as hung."""
 
     name: str
     run: Callable[[], None]
@@ -89,12 +89,12 @@ class Case:
 
 
 def floor_seconds(ceilings: dict[str, float], moved: float, flops: float) -> float:
-    """The least time by both ceilings."""
+    """Return the least time that both ceilings allow."""
     return max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"])
 
 
 def first_lines(text: str, count: int = 6, width: int = 300) -> str:
-    """The first lines that say something."""
+    """Return the first lines that are not empty."""
     return "\n".join([line[:width] for line in text.strip().splitlines() if line.strip()][:count])
 
 

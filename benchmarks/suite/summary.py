@@ -1,4 +1,4 @@
-"""The table that comes last: what is wrong first, in so few lines that a call with its steps stays under eighty."""
+"""The summary at the end: errors come first. It is short enough for the output of a call to stay under 80 lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 200
 
 
 def print_summary(out: Path, after: Path | None = None) -> int:
-    """Prints it; 1 where a test, a check or a process failed. Goals count what was measured `after` too."""
+    """Print the summary; return 1 if a test, a check or a process failed. Goals also use the rows of `after`."""
     rows = {step: Journal(out, step).rows() for step in STEPS}
     earlier = {step: Journal(after, step).rows() if after else [] for step in STEPS}
     again = rows["again"]
@@ -34,20 +34,20 @@ def print_summary(out: Path, after: Path | None = None) -> int:
         ("models, images/s", _models([row for step in ("train", "models", "all-models") for row in rows[step]])),
         ("a training step by kernel", _profile(rows["profile"])),
         ("candidates", _candidates(rows["ops"])),
-        ("blocks: the fastest way, and eager's time over its", _blocks(rows["blocks"])),
+        ("blocks: the fastest way, and eager time / its time", _blocks(rows["blocks"])),
         ("ops", _ops(rows["all-ops"])),
     ):
         lines += [f"--- {title}", *part] if part else []
     for line in lines[:MOST]:
         print(line[:WIDTH])
     if len(lines) > MOST:
-        print(f"... {len(lines) - MOST} lines more; all rows are in {out}")
+        print(f"... {len(lines) - MOST} more lines; all rows are in {out}")
     wrong = any(row.get("error") or row.get("errors") for found in rows.values() for row in found)
     return int(wrong)
 
 
 def _columns(cells: list[list[str]]) -> list[str]:
-    """Aligned, the first column to the left."""
+    """Return aligned lines: the first column to the left, the others to the right."""
     widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))] if cells else []
     return [
         "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
@@ -134,7 +134,7 @@ def _errors(rows: dict[str, list[Row]], shown: int = 9) -> list[str]:
         f"{len(group)} x {what}: {_first_line(group[0].get('name'))[:60]}: {_first_line(group[0]['error'])}"
         for what, group in found.items()
     ]
-    return lines[:shown] + ([f"... {len(lines) - shown} kinds more"] if len(lines) > shown else [])
+    return lines[:shown] + ([f"... {len(lines) - shown} more kinds"] if len(lines) > shown else [])
 
 
 def _ops(rows: list[Row]) -> list[str]:
@@ -165,7 +165,7 @@ def _ops(rows: list[Row]) -> list[str]:
 
 
 def _candidates(rows: list[Row]) -> list[str]:
-    """A line a problem."""
+    """Return one line per problem."""
     cells = [["problem", "of", "first, ms", "best, ms", "% of bound", "config"]]
     for problem, best in choices.configs(row for row in rows if "median_s" in row).items():
         of = [row for row in rows if row.get("problem") == problem and "median_s" in row]
@@ -179,7 +179,7 @@ def _candidates(rows: list[Row]) -> list[str]:
 
 
 def _blocks(rows: list[Row]) -> list[str]:
-    """A line a block: of each phase and batch."""
+    """Return one line per block, with a column for each phase and batch."""
     found = choices.blocks(rows)
     timed = [row for row in rows if "median_s" in row]
     batches = sorted({row["shape"][0] for row in timed}, reverse=True)
@@ -197,7 +197,7 @@ def _blocks(rows: list[Row]) -> list[str]:
 
 
 def _goals(rows: dict[str, list[Row]]) -> list[str]:
-    """Those that were measured, and how many were not."""
+    """Return the goals that were measured, and how many were not."""
     table = goals.table(rows)
     found = [cells for cells in table if cells[2] != "not measured"]
     lines = _columns([goals.HEADER, *found]) if found else []

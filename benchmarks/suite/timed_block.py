@@ -25,7 +25,7 @@ BASE, BOUND, FUSED = "eager", "conv_only", "fused"
 
 @dataclass
 class BlockSettings:
-    """What is measured, and how."""
+    """The device, the dtype, and how blocks are fused."""
 
     device: torch.device
     dtype: torch.dtype
@@ -34,27 +34,27 @@ class BlockSettings:
     backend: str | None = None
     freeze: bool = False
     compile: bool = False
-    fuse: Callable[[nn.Module], nn.Module] | None = None  # replaces fusedres.fuse, for tests
+    fuse: Callable[[nn.Module], nn.Module] | None = None  # used instead of fusedres.fuse, for tests
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision as in training: float32 weights, autocast around the block."""
+        """Return autocast for half precision, as in training: the weights stay float32."""
         if self.dtype in (torch.float16, torch.bfloat16):
             return torch.autocast(self.device.type, self.dtype)
         return contextlib.nullcontext()
 
     def selected(self) -> contextlib.AbstractContextManager:
-        """The backend asked for, if any."""
+        """Return a context in which the requested backend, if any, runs."""
         return fusedres.use_backend(self.backend) if self.backend else contextlib.nullcontext()
 
     def fused(self, module: nn.Module) -> nn.Module:
-        """`module` fused in place."""
+        """Fuse `module` in place and return it."""
         if self.fuse:
             return self.fuse(module)
         fused = fusedres.fuse(module, memory=self.memory, conv=self.conv)
         return fusedres.freeze(fused) if self.freeze and not module.training else fused
 
     def ran(self, module: nn.Module) -> tuple[str | None, str | None]:
-        """The backend that served the fused `module`, and why it runs unfused where it does."""
+        """Return the backend of the fused `module` and None, or None and the reason why it runs unfused."""
         with self.selected():
             reasons = [r.reason for r in fusedres.report(module) if not r.fused]
             return (None, reasons[0]) if reasons else (backends.backend_for(self.device.type), None)
@@ -62,7 +62,7 @@ class BlockSettings:
 
 @dataclass
 class BlockCase:
-    """One block at one batch size in one phase, with everything that was found about it."""
+    """One block at one batch size in one phase, with everything that was measured."""
 
     name: str
     block: Block | Stem
@@ -80,7 +80,7 @@ class BlockCase:
 
 
 class Bench:
-    """Prepares one case: the module in each variant, its input, and the output's gradient."""
+    """Prepares one case: the module in each variant, its input, and the gradient of its output."""
 
     def __init__(self, case: BlockCase, settings: BlockSettings) -> None:
         self.case, self.settings = case, settings
@@ -97,7 +97,7 @@ class Bench:
         self.input_grad = self.train and not isinstance(block, Stem)
 
     def check(self) -> list[Verdict]:
-        """Judges the fused block against eager and the float64 oracle."""
+        """Judge the fused block against eager and the float64 oracle."""
         settings, eager = self.settings, copy.deepcopy(self.stock)
         if self.train:
             harness.clear_masks(eager.model if isinstance(eager, blocks.StemOnly) else eager, self.x)
@@ -108,7 +108,7 @@ class Bench:
             return harness.check_block(fused, eager, oracle, self.x, grad, settings.autocast, self.input_grad)
 
     def variants(self) -> tuple[list[Variant], dict[str, tuple[nn.Module, Tensor]]]:
-        """The variants to be timed, and the modules with their inputs."""
+        """Return the variants to be timed, and the modules with their inputs."""
         nchw = copy.deepcopy(self.stock).to(memory_format=torch.contiguous_format)
         modules = {
             "eager_nchw": (nchw, self.x.contiguous()),
@@ -128,10 +128,10 @@ class Bench:
         return variants, modules
 
     def measure(self, pairs: int, at_least: int, budget: float | None, tick: Callable[[int], None]) -> None:
-        """Counts bytes, then times all variants interleaved; fills the case."""
+        """Count bytes, then time all variants interleaved; the results go to the case."""
         case, device = self.case, self.settings.device
         variants, modules = self.variants()
-        # Entered once, outside of what is timed.
+        # Entered once, so that this is not timed.
         with self.settings.selected(), torch.inference_mode(not self.train):
             for v in variants:
                 self._count(v)
@@ -157,7 +157,7 @@ class Bench:
         cleanup()
 
     def around(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """`run` with autocast where the dtype asks for it; plain otherwise, as a context would be timed too."""
+        """Return `run` with autocast if the dtype needs it, else `run` itself, as any context would be timed, too."""
         if self.settings.dtype not in (torch.float16, torch.bfloat16):
             return run
 
@@ -168,7 +168,7 @@ class Bench:
         return wrapped
 
     def variant(self, name: str, module: nn.Module, x: Tensor, grad: Tensor) -> Variant:
-        """A step of `module`: forward, and in training backward from `grad`."""
+        """Return a step of `module`: forward, and in training also backward from `grad`."""
         forward = self.around(partial(module, x))
         if not self.train:
             return Variant(name, forward)

@@ -1,4 +1,4 @@
-"""The ops of every block and of the stem, each handed to a visitor where a block calls it first."""
+"""Run blocks and the stem with a visitor that gets the first call of each op."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = {"tiny": Block("bottleneck", 16, 8, 16, 2, "projection")}  # large enough
 def walk_block(
     settings: Settings, visit: Visit, name: str, block: Block, way: str, batch: int, dtype: torch.dtype
 ) -> None:
-    """A block's training step and its inference."""
+    """Run the training step and the inference of a block."""
     for phase in PHASES:
         bench = Bench(BlockCase(name, block, batch, phase), BlockSettings(settings.device, dtype))
         module = fusedres.fuse(copy.deepcopy(bench.stock), **WAYS[way][0])
@@ -32,11 +32,11 @@ def walk_block(
 
 
 def walk_stem(settings: Settings, visit: Visit, way: str, batch: int, dtype: torch.dtype) -> None:
-    """The stem's; its convolution too where the way has this package's."""
+    """Run the training step and the inference of the stem."""
     size = 16 if settings.tiny else 224
     model = fusedres.fuse(torchvision.models.resnet18(), **WAYS[way][0])
     model.to(settings.device, memory_format=torch.channels_last)
-    model.fused_conv = WAYS[way][0]["conv"]  # fuse() leaves it to what was measured
+    model.fused_conv = WAYS[way][0]["conv"]  # fuse() leaves the choice to measured tables
     x = torch.randn(batch, 3, size, size, device=settings.device, dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     module = blocks.StemOnly(model)
@@ -49,7 +49,7 @@ def walk_stem(settings: Settings, visit: Visit, way: str, batch: int, dtype: tor
 def _walk(
     settings: Settings, visit: Visit, module: torch.nn.Module, x: Tensor, grad: Tensor | None, dtype: torch.dtype
 ) -> None:
-    """Forward, and backward from `grad`, on this thread."""
+    """Run forward, and backward from `grad` if given, on this thread."""
     around: Any = BlockSettings(settings.device, dtype).autocast
     with fusedres.use_backend("triton"), torch.autograd.set_multithreading_enabled(False), visit:
         if grad is None:
