@@ -43,6 +43,15 @@ def _same_start() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """Torch's convolutions compute float32 in float32, which is not the default on a GPU."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.fixture(scope="module")
 def benchmark_scripts() -> Iterator[None]:
     """The benchmarks' folder on the path."""
@@ -69,3 +78,19 @@ def example() -> Iterator[SimpleNamespace]:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 PNG files in two classes, bright above and bright below."""
+    import numpy as np
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, half in (("above", slice(0, 6)), ("below", slice(6, 12))):
+        (root / label).mkdir()
+        for i in range(60):
+            pixels = rng.integers(0, 100, (12, 12, 3), dtype=np.uint8)
+            pixels[half] += 120
+            Image.fromarray(pixels).save(root / label / f"{i}.png")
+    return root
