@@ -1,4 +1,4 @@
-"""Copies of the package, commands run in them, and what a source file imports."""
+"""Copy the package, run commands in the copy, and list what a source file imports."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ INSTALLED = Path(fusedres.__file__).parent
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command, output captured, with this environment's variables plus `env`."""
+    """Run a command with this environment's variables plus `env`, and capture its output."""
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=HANG
     )
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> str:
-    """Standard output of a Python command that must succeed."""
+    """Return the standard output of a Python command, which must succeed."""
     done = run(sys.executable, *arguments, cwd=cwd, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def copy_package(folder: Path, *, core: bool) -> Path:
-    """Copies the package below `folder`, with or without its compiled core."""
+    """Copy the package into `folder`, with or without its compiled core."""
     built = [f"{name}{suffix}" for name in ("_C", "_CUDA") for suffix in EXTENSION_SUFFIXES]
     ignore = ["__pycache__"] if core else ["__pycache__", *built]
     shutil.copytree(INSTALLED, folder / "fusedres", ignore=shutil.ignore_patterns(*ignore))
@@ -41,7 +41,7 @@ def copy_package(folder: Path, *, core: bool) -> Path:
 
 
 def imports(path: Path, root: Path = ROOT) -> set[str]:
-    """Absolute names of all that a file below `root` imports, anywhere in it."""
+    """Return the absolute names of everything that a file below `root` imports, also inside functions."""
     package = path.relative_to(root).parts[:-1]
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -50,5 +50,5 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}  # a module, or a name in one
+            names |= {f"{base}.{alias.name}" for alias in node.names}  # a module, or a name in a module
     return names

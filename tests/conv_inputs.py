@@ -30,19 +30,19 @@ def random_weight(k, c, kernel, dtype, seed=3):
 
 
 def inputs(backend, convolution, dtype, with_state):
-    """x, weight, state on the backend's device, and (stride, padding, dilation)."""
+    """Return x, weight and state on the backend's device, and (stride, padding, dilation)."""
     n, c, h, w, k, kernel, *geometry = convolution
     affine = None
     if with_state:
         affine = state(c, dtype)
-        affine[3] = affine[3].abs() + 0.5  # relu(shift) > 0, which padding must not become
+        affine[3] = affine[3].abs() + 0.5  # relu(shift) > 0, so that padding with it instead of 0 would be seen
     where = device(backend, dtype)
     tensors = (activation((n, c, h, w), dtype), random_weight(k, c, kernel, dtype), affine)
     return *(None if t is None else t.to(where) for t in tensors), geometry
 
 
 def normalised(x, affine):
-    """relu(scale·x + shift) in float64, rounded to x's dtype as the op does."""
+    """Return relu(scale·x + shift), rounded to x's dtype as in the op, as float64."""
     if affine is None:
         return x.double()
     wide = x.to(affine.dtype)
@@ -50,16 +50,16 @@ def normalised(x, affine):
 
 
 def expected(x, weight, affine, geometry):
-    """The convolution in float64, and the sum of its terms' magnitudes."""
+    """Return the convolution in float64, and the sum of the magnitudes of its terms."""
     h, weight = normalised(x, affine).cpu(), weight.double().cpu()
     return F.conv2d(h, weight, None, *geometry), F.conv2d(h.abs(), weight.abs(), None, *geometry)
 
 
 def assert_conv_near(name, got, want, terms, dtype, ulps=1.0):
-    """Errors up to 32 eps of the arithmetic times the terms, and the rounding of what is stored.
+    """Allow errors of 32 eps of the arithmetic times the terms, plus the rounding of the stored result.
 
-    A half-precision h is rounded after its affine map, which a fused multiply-add may send to the other neighbour: then
-    one term in many is off by an ulp.
+    A half-precision h is rounded after its affine map. With a fused multiply-add it may be rounded to the other
+    neighbour; then one of the many terms is off by an ulp.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     bound = 32 * EPS[wide] * terms + ulps * EPS[got.dtype] * (want.abs() + 0.1 * terms) + 1e-30

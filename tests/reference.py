@@ -27,7 +27,7 @@ STOCK = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class ZeroPad(nn.Module):
-    """Shortcut of option A (He et al. 2015): strided subsampling; the channels it adds are zero and come last."""
+    """Shortcut of option A (He et al. 2015): strided subsampling; added channels are zero and come last."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ def build(
     *,
     norm: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module:
-    """A stock block with seeded parameters: BatchNorm weights of both signs, biases and running statistics off 0, 1.
+    """Return a stock block with seeded parameters: BatchNorm weights of both signs, biases and statistics not 0 or 1.
 
-    Two values a channel normalise to ±1 whatever they are, so that gradients vanish and rounding is all that is left
-    of them: such cases get an eps that keeps them well-posed.
+    Any two values per channel normalise to ±1, so that the exact gradients are zero and only rounding is left. Such
+    cases get an eps that keeps them well-posed.
     """
     if norm is None:
         norm = partial(nn.BatchNorm2d, eps=0.5) if case.values_a_channel == 2 else nn.BatchNorm2d
@@ -68,7 +68,7 @@ def build(
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int) -> nn.Module:
-    """Seeded parameters for every convolution and BatchNorm of a module, drawn in float64."""
+    """Set seeded parameters, drawn in float64, in every convolution and BatchNorm of a module."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + 17)
 
     def draw(like: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
 def inputs(
     case: Case, dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format
 ) -> tuple[Tensor, Tensor]:
-    """Input of the block and gradient of its output."""
+    """Return the input of the block and the gradient of its output."""
     generator = torch.Generator().manual_seed(7_919 * case.seed + 5)
     x = torch.randn(case.batch, case.in_channels, case.height, case.width, generator=generator, dtype=torch.float64)
     size = (-(-case.height // case.stride), -(-case.width // case.stride))
@@ -102,10 +102,10 @@ def inputs(
 
 @torch.no_grad()
 def separate(model: nn.Module, x: Tensor) -> None:
-    """Moves BatchNorm biases, by at most half, so that no pre-activation lies near zero where rounding flips a mask.
+    """Move BatchNorm biases by at most 0.5, so that no pre-activation lies near zero, where rounding flips a mask.
 
-    Per channel, each ReLU's zero is put in the middle of the widest gap between two pre-activations. Works on blocks
-    and on whole ResNets, in the mode they are in; nothing but the biases changes.
+    In each channel, zero is put into the middle of the widest gap between two pre-activations. This works on blocks
+    and on whole ResNets, in their current mode; only the biases change.
     """
     copied = copy.deepcopy(model).double()
     dtype = next(model.parameters()).dtype
@@ -133,18 +133,18 @@ def separate(model: nn.Module, x: Tensor) -> None:
 
 
 def _widest_gap(values: Tensor) -> Tensor:
-    """Per channel of (N, C, H, W), the middle of the widest gap between two values, sought within half of zero."""
+    """Return, for each channel of (N, C, H, W), the middle of the widest gap between two values within 0.5 of zero."""
     ordered = values.transpose(0, 1).flatten(1).sort(1).values
     middle = (ordered[:, 1:] + ordered[:, :-1]) / 2
     width = ordered.diff(dim=1) * (middle.abs() <= 0.5)
-    # Zero itself is the last candidate, twice as wide as its nearest value is far.
+    # Zero itself is the last candidate; its width is twice the distance to the nearest value.
     middle = torch.cat([middle, torch.zeros_like(ordered[:, :1])], 1)
     width = torch.cat([width, 2 * ordered.abs().amin(1, keepdim=True)], 1)
     return middle.gather(1, width.argmax(1, keepdim=True)).flatten()
 
 
 def set_mode(block: nn.Module, mode: str) -> nn.Module:
-    """`train`, `eval`, `frozen` (a training block whose BatchNorms are all in eval) or `frozen:bn1,bn2`."""
+    """Set `train`, `eval`, `frozen` (a training block with all BatchNorms in eval) or `frozen:bn1,bn2` (only these)."""
     block.train(mode != "eval")
     frozen = [name for name, child in block.named_modules() if isinstance(child, nn.BatchNorm2d)]
     if mode.startswith("frozen:"):
@@ -157,7 +157,7 @@ def set_mode(block: nn.Module, mode: str) -> nn.Module:
 
 
 def run(block: nn.Module, x: Tensor, grad: Tensor, autocast: torch.dtype | None = None) -> Values:
-    """One forward and backward of the block as it stands; the named tensors of the file head."""
+    """Run the block forward and backward in its current state; return the tensors named in the file head."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     block.zero_grad(set_to_none=True)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -176,7 +176,7 @@ def collect(block: nn.Module, x: Tensor, out: Tensor) -> Values:
 
 
 def oracle(block: nn.Module, x: Tensor, grad: Tensor, unit: float = 2.0**-24) -> Oracle:
-    """Runs a float64 copy of a stock block. `unit` is the unit roundoff of the tested dtype, for `at_risk`."""
+    """Run a float64 copy of a stock block. `unit` is the unit roundoff of the tested dtype, for `at_risk`."""
     block = copy.deepcopy(block).double().to(memory_format=torch.contiguous_format)
     before = {name: b.detach().clone() for name, b in block.named_buffers() if b.is_floating_point()}
     records = record_layers(block)
@@ -188,7 +188,7 @@ def oracle(block: nn.Module, x: Tensor, grad: Tensor, unit: float = 2.0**-24) ->
 
 
 def stem_oracle(model: nn.Module, x: Tensor, grad: Tensor) -> Oracle:
-    """The same for a ResNet whose layers, average pool and classifier are identities: its stem, flattened."""
+    """Do the same for a ResNet that is its stem alone: its layers, average pool and classifier are identities."""
     model = copy.deepcopy(model).double().to(memory_format=torch.contiguous_format)
     before = {name: b.detach().clone() for name, b in model.named_buffers() if b.is_floating_point()}
     records = record_layers(model)

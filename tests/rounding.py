@@ -1,15 +1,18 @@
-"""How far rounding may carry the numbers of a residual block, computed from a recorded float64 run of it.
+"""How much rounding can change the numbers of a residual block, computed from a recorded float64 run of the block.
 
-Nothing of the tested package is imported here. For each tensor of a run (named in reference.py) there is
+Nothing of the tested package is imported here. For each tensor of a run (reference.py names them) there is
 
-    terms    sum of |terms| of the last reduction that makes the value: a worst case for its accumulator,
-    spread   first-order standard deviation, in unit roundoffs, if every stored value and every term carries an
-             independent relative error of one unit roundoff; errors propagate through the block as its values do,
-    at_risk  how many pre-activations lie within 4 of those deviations of zero: their ReLU masks are up to rounding
-             (`separate` chooses BatchNorm biases so that there are next to none).
+    terms    the sum of |terms| of the last reduction that computes the value: a worst case for its accumulator,
+    spread   the first-order standard deviation, in unit roundoffs, if every stored value and every term has an
+             independent relative error of one unit roundoff; errors propagate through the block like values.
 
-With z the input of a convolution of weight w, y its output, x̂ = (y - mean)·invstd over M values a channel, d the
-gradient at the BatchNorm's output, dy the one at its input, and V(v) the squared spread of v, the rules are
+For the whole run there is
+
+    at_risk  the number of pre-activations within 4 of these deviations of zero: rounding decides their ReLU masks
+             (`separate` chooses BatchNorm biases so that there are almost none).
+
+Let z be the input of a convolution with weight w, y its output, x̂ = (y - mean)·invstd over M values per channel, d the
+gradient at the BatchNorm's output, dy the gradient at its input, and V(v) the squared spread of v. The rules are
 
     y       terms conv(|z|, |w|)                  V = conv(V(z) + z², w²) + y²
     x̂       terms invstd·(y's + |mean|)           V = invstd²·(V(y) + V(mean) + mean²) + x̂²·k²,
@@ -37,19 +40,19 @@ Values = dict[str, Tensor]
 
 @dataclass
 class Oracle:
-    """Float64 values of a run with the ingredients of the error floor; the file head says what they are."""
+    """The float64 values of a run, and what the error floor is computed from; the file head explains the fields."""
 
     values: Values
     terms: Values
     spread: Values
     at_risk: int = 0
     activations: int = 0
-    unsure: Tensor | None = None  # outputs whose own mask is one of those
+    unsure: Tensor | None = None  # True for outputs whose own mask is at risk
 
 
 @dataclass
 class Record:
-    """What passed through one convolution or BatchNorm, and the gradient that came back to its output."""
+    """Input and output of one convolution or BatchNorm, and the gradient of the output."""
 
     module: nn.Module
     entered: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -82,7 +85,7 @@ AXES = (0, 2, 3)
 
 
 class Layer:
-    """Convolution + BatchNorm of a recorded run: terms (t_*) and squared spreads (v_*), forward, then backward."""
+    """Terms (t_*) and squared spreads (v_*) of one recorded convolution + BatchNorm: forward, then backward."""
 
     def __init__(self, name: str, records: dict[str, Record], before: Values) -> None:
         self.name = name
@@ -115,7 +118,7 @@ class Layer:
         return conv2d_input(list(self.z.shape), w, dy, self.conv.stride, self.conv.padding)
 
     def forward(self, v_z: Tensor) -> tuple[Tensor, Tensor]:
-        """Terms and squared spread of the BatchNorm's output, from the squared spread of the convolution's input."""
+        """Return terms and squared spread of the BatchNorm's output; `v_z` is that of the convolution's input."""
         z, y, w = self.z, self.y, self.w
         self.v_z = v_z + z**2
         v_y = self._conv(self.v_z, w**2) + 2 * y**2
@@ -129,7 +132,7 @@ class Layer:
         return terms, self.weight**2 * self.v_normalized + self.bias**2 + self.out**2
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Terms and squared spreads of the running statistics that this step updates."""
+        """Return terms and squared spreads of the running statistics that this step updates."""
         old_mean, old_var = self.old["running_mean"], self.old["running_var"]
         if not self.norm.training or old_mean is None or old_var is None:
             return {}
@@ -150,7 +153,7 @@ class Layer:
         }
 
     def backward(self, v_d: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Terms and squared spreads of the gradients, from the squared spread of the one at the BatchNorm's output."""
+        """Return terms and squared spreads of the gradients; `v_d` is the squared spread of the output's gradient."""
         d, normalized, M = self.d, self.normalized, self.count
         v_d = v_d + d**2
         t_bias, v_bias = d.abs().sum(AXES, keepdim=True), v_d.sum(AXES, keepdim=True) + d.sum(AXES, keepdim=True) ** 2
@@ -180,7 +183,7 @@ class Layer:
 
 
 class Bounds:
-    """Walks the recorded block forward and backward and fills the terms and spreads of an oracle."""
+    """Walks the recorded block forward and backward, and fills in the terms and spreads of an oracle."""
 
     def __init__(
         self, block: nn.Module, records: dict[str, Record], before: Values, result: Oracle, unit: float
