@@ -1,7 +1,7 @@
-"""The CUDA backend on the host: csrc's .cu files and their bindings compiled with g++ against tests/cuda_shim.
+"""Run the CUDA backend on the host: csrc's .cu files and their bindings, compiled with g++ against tests/cuda_shim.
 
-`install()` puts that module in the place of fusedres._CUDA, so that the backend "cuda" takes CPU tensors. It is built
-once for a state of the sources and kept in the folder of temporary files; only what changed is compiled.
+`install()` uses that module instead of fusedres._CUDA, so that the backend "cuda" takes CPU tensors. The module is
+built once for each state of the sources and kept in the folder for temporary files; only changed files are compiled.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
-    """Every CUDA source."""
+    """Return every CUDA source file."""
     return sorted(csrc.rglob("*.cu"))
 
 
 def kept() -> Path:
-    """Where objects are kept from session to session."""
+    """Return the folder that keeps object files from one session to the next."""
     folder = Path(tempfile.gettempdir(), f"fusedres-cuda-shim-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
@@ -46,16 +46,16 @@ def kept() -> Path:
 
 @contextmanager
 def locked() -> Iterator[Path]:
-    """That folder; other test processes wait, for the same objects as a rule."""
+    """Lock that folder and return it. Other test processes wait, mostly because they need the same object files."""
     with (kept() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield kept()
 
 
 def included(path: Path, csrc: Path) -> list[Path]:
-    """A source and all of ours that it includes, by its text."""
+    """Return a source file and all of our files that it includes, found by reading the #include lines."""
     found = [path]
-    for file in found:  # grows
+    for file in found:  # the loop appends to this list
         for name in re.findall(r'^#include [<"]([\w./]+)[>"]', file.read_text(), re.MULTILINE):
             at = next((folder / name for folder in (SHIM, csrc) if (folder / name).is_file()), None)
             if at is not None and at not in found:
@@ -64,7 +64,7 @@ def included(path: Path, csrc: Path) -> list[Path]:
 
 
 def compile_objects(files: list[Path], flags: list[str], folder: Path, csrc: Path = CSRC) -> list[Path]:
-    """Objects in `folder` of C++ or CUDA sources for the host, by the hash of everything that goes into them."""
+    """Compile C++ or CUDA sources for the host into `folder`; an object file is named by the hash of all its inputs."""
     assert COMPILER, "g++ was not found"
 
     def compiled(path: Path) -> Path:
@@ -87,7 +87,7 @@ def compile_objects(files: list[Path], flags: list[str], folder: Path, csrc: Pat
 
 @cache
 def module() -> Any:
-    """The functions of fusedres._CUDA, on host pointers."""
+    """Build and load the functions of fusedres._CUDA, here with host pointers."""
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     objects = compile_objects(sources(), ["-O1", "-fPIC", "-fvisibility=hidden"], kept())
     options = ["-O1", "-fPIC", "-fvisibility=hidden", '-DFUSEDRES_CUDA_ARCHS="host"', *include]
@@ -107,7 +107,7 @@ def module() -> Any:
 
 
 def install() -> None:
-    """From here on the backend "cuda" runs on CPU tensors."""
+    """Make the backend "cuda" run on CPU tensors from now on."""
     from fusedres import cuda_support
     from fusedres.kernels import serving
     from fusedres.ops._library import OPS
@@ -115,6 +115,6 @@ def install() -> None:
     if cuda_support.module() is module():
         return
     cuda_support.substitute(module(), ("cpu", "meta"))
-    serving.explain.cache_clear()  # what was found before, when it could not run here
+    serving.explain.cache_clear()  # it holds what was found while the backend could not run here
     for op in OPS.values():
         op._kernels.clear()

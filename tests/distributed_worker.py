@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs; importable by name, as spawned processes need it."""
+"""The checks that each process of test_distributed.py runs; spawned processes import this module by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import fusedres
 
 
 def main(rank: int, world: int, folder: str) -> None:
-    """Joins the group and runs every check; an exception in one process fails the test."""
+    """Join the process group and run every check; an exception in one process fails the test."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -47,7 +47,7 @@ def assert_close(mine: nn.Module, stock: nn.Module, context: object) -> None:
 
 
 def two_forwards_then_backward(rank: int) -> None:
-    """With and without the broadcast of buffers, and in eval: gradients and statistics are the stock model's."""
+    """Gradients and statistics are the stock model's, with and without the broadcast of buffers, and in eval mode."""
     for case in CORE:
         for broadcast in (True, False):
             for mode in ("train", "eval"):
@@ -61,7 +61,7 @@ def two_forwards_then_backward(rank: int) -> None:
 
 
 def gradients_are_averaged(rank: int) -> None:
-    """Different batches a process, bucket views and static graphs: every process ends with the same weights."""
+    """With different batches in each process, bucket views and static graphs, all processes get the same weights."""
     for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
         block, x, grad = stock_case(CORE[1], torch.float64)
         twin = fused_twin(block)
@@ -80,7 +80,7 @@ def gradients_are_averaged(rank: int) -> None:
 
 
 def uneven_batches(rank: int) -> None:
-    """Another batch size in each process."""
+    """Each process has another batch size."""
     block, x, grad = stock_case(CORE[4], torch.float64)
     share = slice(0, 3) if rank == 0 else slice(0, 2)
     models = [fused_twin(block), block]
@@ -90,7 +90,7 @@ def uneven_batches(rank: int) -> None:
 
 
 def synchronised_batch_norms(rank: int) -> None:
-    """convert_sync_batchnorm after fuse(): the block falls back, and does what the stock block does."""
+    """After fuse() and convert_sync_batchnorm() the block runs unfused and does what the stock block does."""
     stock = build(CORE[1])
     twin = nn.SyncBatchNorm.convert_sync_batchnorm(fused_twin(copy.deepcopy(stock)))
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(stock)

@@ -1,20 +1,20 @@
-"""Whether torch's own convolutions can be trusted on this CPU, found at run time: not every one of them can.
+"""Find out at run time whether torch's own convolutions are right on this CPU: some of them may be wrong.
 
-oneDNN reads memory that nobody wrote in some convolutions of tiny images in bfloat16: the weight gradient of a strided
-3x3 convolution over 1x1 images (oneDNN 3.13.3), with AMX also others. Eager is then NaN or wrong by luck, and whatever
-calls the same convolution is too; nothing that is compared with eager, or bit by bit, says anything.
+In some bfloat16 convolutions of tiny images, oneDNN reads memory that was never written: in the weight gradient of a
+strided 3x3 convolution over 1x1 images (oneDNN 3.13.3), and in others on CPUs with AMX. The result of eager is then NaN
+or wrong at random, and so is every result that uses the same convolution. Comparing with eager means nothing there.
 
-`trust(model, x)` runs a stock model once for the convolutions that it makes, and `probe` tries each of them, forward
-and backward, on plain tensors of its own: with NaN and then with large values in free memory, in what the library keeps
-and around each operand, the results must repeat bit by bit and be within rounding of float64,
+`trust(model, x)` runs a stock model once to list its convolutions. Then `probe` runs each of them, forward and
+backward, on tensors of its own. It fills free memory, the buffers that the library keeps and the memory around each
+operand with NaN, and then with large values. The results must repeat bit by bit and be within rounding of float64:
 
     |got - oracle| <= 8·u·sum |terms|,    u the unit roundoff of the dtype.
 
-Sound convolutions stay below 3. Where one is not sound, oneDNN is turned off for the rest of the test: torch's other
-convolutions are then what both sides call, and the test judges all that it does elsewhere. Where those are not sound
-either the test is skipped. Either way the reason is told: a warning, or the skip's.
+Sound convolutions need less than 3 instead of 8. If one is not sound, oneDNN is turned off for the rest of the test:
+both sides then call torch's other convolutions, and the test still judges everything else. If those are not sound
+either, the test is skipped. In both cases the reason is shown, in a warning or in the reason of the skip.
 
-Nothing of the tested package is imported or called here, so that no fault of it can pass for one of torch.
+Nothing of the tested package is imported or called here, so that none of its faults can pass for a fault of torch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROUNDINGS = 8.0
-# Every byte of a buffer: NaN in each floating-point dtype, and a number above 6e4 in each.
+# A buffer full of the first byte is NaN in every floating-point dtype; full of the second, it is above 6e4 in each.
 POISON = (0xFF, 0x7B)
-GUARD = 4096  # bytes before and behind an operand
+GUARD = 4096  # bytes before and after an operand
 Sizes = tuple[int, ...]
 
 
 class Convolution(NamedTuple):
-    """One convolution as torch is asked for it; strides of its input, weight and output."""
+    """The arguments of one torch convolution, and the strides of its input, weight and output."""
 
     dtype: torch.dtype
     x: Sizes
@@ -77,16 +77,16 @@ def _layout(size: Sizes, strides: Sizes) -> str:
     return " or ".join(name for name, layout in names.items() if of.is_contiguous(memory_format=layout)) or "strided"
 
 
-# --- which convolutions a model makes
+# --- the convolutions that a model runs
 
 
 def _in_question(x: Tensor) -> bool:
-    """float64 is its own oracle; no fault is known in float32, where large convolutions would cost seconds to probe."""
+    """Skip float64, which is its own oracle, and large float32 convolutions: slow to probe, and no fault is known."""
     return x.dtype in HALF or (x.dtype == torch.float32 and x.numel() <= 2**16)
 
 
 class _Listing(TorchDispatchMode):
-    """The convolutions that run inside."""
+    """Collect the convolutions that run while the mode is on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Listing(TorchDispatchMode):
 
 
 def convolutions(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> frozenset[Convolution]:
-    """Those of one training step of a copy of a stock model, and the same with all tensors in NCHW and in NHWC."""
+    """Return the convolutions of one training step of a stock model, also with all tensors in NCHW and in NHWC."""
     model, x = copy.deepcopy(model), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with _Listing() as listing:
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -124,18 +124,18 @@ def convolutions(model: nn.Module, x: Tensor, autocast: torch.dtype | None = Non
     return frozenset(listing.found)
 
 
-# --- whether they are sound
+# --- are these convolutions sound?
 
 
 def _poison(byte: int) -> None:
-    """Fills memory that is free with this byte: what the next allocations get, small and large."""
+    """Fill free memory with this byte, so that the next allocations, small and large, contain it."""
     torch.empty(2**20, dtype=torch.uint8).fill_(byte)
     kept = [torch.empty(2**power, dtype=torch.uint8).fill_(byte) for power in range(6, 18) for _ in range(8)]
     del kept[:]
 
 
 def _filled(convolution: Convolution, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight and gradient of the output: normal values in the convolution's layouts."""
+    """Return input, weight and gradient of the output: normal values in the convolution's layouts."""
     generator = torch.Generator().manual_seed(seed)
     shape = convolution.forward(
         torch.empty(convolution.x, device="meta"), torch.empty(convolution.weight, device="meta")
@@ -148,7 +148,7 @@ def _filled(convolution: Convolution, seed: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _guarded(values: Tensor, byte: int) -> Tensor:
-    """A copy with that byte before and behind it: what a kernel finds that reads beyond an operand."""
+    """Return a copy with that byte before and after it, which a kernel finds when it reads beyond an operand."""
     size = values.numel() * values.element_size()
     whole = torch.empty(size + 2 * GUARD, dtype=torch.uint8).fill_(byte)
     part = (
@@ -170,7 +170,7 @@ def _backward(convolution: Convolution, x: Tensor, weight: Tensor, grad: Tensor)
 
 @cache
 def probe(convolution: Convolution, onednn: bool, threads: int) -> str | None:
-    """What is wrong with torch's convolution or one of its gradients, or None. The settings are those that are on."""
+    """Say what is wrong with torch's convolution or its gradients; None if nothing is. The settings must be in use."""
     assert onednn == torch.backends.mkldnn.enabled and threads == torch.get_num_threads()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for direction in (_forward, _backward):
@@ -186,7 +186,7 @@ def _probe(convolution: Convolution, direction: Callable[..., dict[str, Tensor]]
     terms = direction(convolution, *(v.double().abs() for v in given))
     first: dict[str, Tensor] = {}
     for byte in POISON:
-        direction(convolution, *(torch.full_like(v, _value(byte, v.dtype)) for v in given))  # what the library keeps
+        direction(convolution, *(torch.full_like(v, _value(byte, v.dtype)) for v in given))  # the library's buffers
         guarded = [_guarded(v, byte) for v in given]
         _poison(byte)
         got = direction(convolution, *guarded)
@@ -214,14 +214,14 @@ def _wrong(got: Tensor, exact: Tensor, terms: Tensor, first: Tensor) -> str | No
 
 
 def fault(made: Iterable[Convolution]) -> str | None:
-    """What is wrong with the first of these convolutions that is not sound, or None."""
+    """Say what is wrong with the first of these convolutions that is not sound; None if all are sound."""
     settings = torch.backends.mkldnn.enabled, torch.get_num_threads()
     return next((found for each in sorted(made, key=str) if (found := probe(each, *settings))), None)
 
 
 @contextmanager
 def trusted(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """`trust` for what is inside: for loops over models within one test."""
+    """Apply `trust` to the code inside only: for loops over models within one test."""
     before = torch.backends.mkldnn.enabled
     try:
         trust(model, x)
@@ -231,14 +231,14 @@ def trusted(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def trust(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> None:
-    """`trust_all` of the convolutions of a stock model."""
+    """Call `trust_all` for the convolutions of a stock model."""
     trust_all(convolutions(model, x, autocast))
 
 
 def trust_all(made: Iterable[Convolution]) -> None:
-    """Sees to sound convolutions for the rest of the test: without oneDNN where it is at fault, else by a skip.
+    """Make sure that the rest of the test uses sound convolutions: turn oneDNN off if it is wrong, else skip the test.
 
-    The fixture in conftest.py that every test has turns oneDNN on again.
+    The fixture of every test in conftest.py turns oneDNN on again.
     """
     found = fault(made)
     if found is None:

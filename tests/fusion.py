@@ -1,4 +1,4 @@
-"""Fused twins of stock blocks, and which path a block took: what the block-level tests share."""
+"""Helpers of the block-level tests: fused twins of stock blocks, and checks of which path a block took."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 def fused_twin(block: nn.Module, memory: str = "auto", conv: str = "auto") -> nn.Module:
-    """A fused deep copy of a stock block: same parameters, buffers and modes, none of them shared."""
+    """Return a fused deep copy of a stock block, with copies of its parameters and buffers and with its modes."""
     twin = copy.deepcopy(block)
     for child in twin.modules():
         if isinstance(child, (STOCK["basic"], STOCK["bottleneck"])) and isinstance(child.downsample, ZeroPad):
@@ -48,9 +48,9 @@ def stock_case(
     mode: str = "train",
     **options: object,
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A stock block in its mode with input and output gradient, no pre-activation near zero.
+    """Return a stock block in this mode, its input and output gradient; no pre-activation lies near zero.
 
-    torch's convolutions of it are sound for the rest of the test (eager.py).
+    torch's convolutions of the block are sound for the rest of the test (eager.py).
     """
     block = set_mode(build(case, dtype, memory_format, **options), mode)  # type: ignore[arg-type]
     x, grad = inputs(case, dtype, memory_format)
@@ -62,13 +62,13 @@ def stock_case(
 
 @cache
 def made_by(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> frozenset[Convolution]:
-    """The convolutions of a stock block; in eval mode, which takes one value a channel too."""
+    """Return the convolutions of a stock block, run in eval mode, which also takes one value per channel."""
     return convolutions(build(case, dtype, memory_format).eval(), inputs(case, dtype, memory_format)[0])
 
 
 @contextmanager
 def expect_paths(**expected: int) -> Iterator[None]:
-    """Asserts how often each path ran inside; paths that are not named must not run."""
+    """Assert how often each path runs inside; paths that are not named must not run."""
     before = path_counts.copy()
     yield
     ran = {name: path_counts[name] - before[name] for name in path_counts if path_counts[name] != before[name]}
@@ -80,7 +80,7 @@ def name_of(memory_format: torch.memory_format) -> str:
 
 
 def label(value: object) -> str | None:
-    """Test ids: dtypes and memory formats by their short names, cases by their own."""
+    """Return a test id: the short name of a dtype or memory format, or the text of a case."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, torch.memory_format):

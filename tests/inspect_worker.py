@@ -1,7 +1,7 @@
-"""Compiles kernels in a process without TRITON_INTERPRET and prints what benchmarks/inspect_kernels.py says of them.
+"""Compile kernels in a process without TRITON_INTERPRET and print what benchmarks/inspect_kernels.py says of them.
 
-The kernels of the package, each as the named blocks launch it first, then a product written here with configs that are
-wrong on purpose. One JSON object on stdout.
+These are the kernels of the package, each with the arguments of its first launch by the named blocks, and a matrix
+product written here, with configs that are wrong on purpose. The output is one JSON object on stdout.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         a = tl.load(a_ptr + rows[:, None] * K + (k + steps)[None, :], mask=rows[:, None] < M, other=0)
-        if MASK_PROLOGUE:  # a mask computed from indices: staged through shared memory again
+        if MASK_PROLOGUE:  # a mask computed from indices, so that the operand goes through shared memory again
             a = tl.where((rows[:, None] + k + steps[None, :]) % 7 == 0, 0.0, a)
         b = tl.load(b_ptr + (k + steps)[:, None] * N + columns[None, :])
         if MASK_PROLOGUE:
@@ -61,7 +61,7 @@ def product_kernel(
 
 
 def product(config: Config, mask_prologue: bool = False) -> None:
-    """Launches product_kernel on meta tensors."""
+    """Launch product_kernel on meta tensors."""
     a, b, out = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((M, K), (K, N), (M, N)))
     arguments = {"a_ptr": a, "b_ptr": b, "bias_ptr": None, "out_ptr": out, "M": M, "N": N, "K": K}
     grid = (ceil_div(M, config["BLOCK_M"]), N // config["BLOCK_N"])
@@ -91,7 +91,7 @@ def arguments_kernel(
 
 
 def specialised() -> dict[str, str]:
-    """How each argument of a launch is compiled."""
+    """Return how each argument of a launch is specialised by the compiler."""
     whole = torch.empty(256, dtype=torch.bfloat16, device="meta")
     arguments = {"aligned_ptr": whole[8:], "shifted_ptr": whole[1:], "missing_ptr": None, "out_ptr": whole.float()}
     sizes = {"ONE": 1, "SIXTEENS": 48, "ODD": 7, "HUGE": 2**31 + 1, "FLAG": True}
@@ -106,7 +106,7 @@ def specialised() -> dict[str, str]:
 
 
 def first_of(block: str, only: set[str] | None = None) -> list[Launch]:
-    """The first launch of each kernel, of those named."""
+    """Return the first launch of each named kernel."""
     found: dict[str, Launch] = {}
     for made in candidates.launches_of(candidates.cases(block).values()):
         if only is None or made.name in only:
@@ -115,7 +115,7 @@ def first_of(block: str, only: set[str] | None = None) -> list[Launch]:
 
 
 def fewest(products: set[str]) -> list[tuple[int, str, str, int]]:
-    """Every product of every block: arch, kernel, problem, its candidates."""
+    """Return arch, kernel, problem and the number of candidates for every product of every block."""
     found: dict[tuple[int, str, str], set[str]] = {}
     for arch in (80, 90):
         for made in candidates.launches_of(candidates.cases().values(), arch, sorted(products)):
@@ -125,7 +125,7 @@ def fewest(products: set[str]) -> list[tuple[int, str, str, int]]:
 
 
 def compiled_by_batch(blocks: tuple[str, ...], batches: tuple[int, ...]) -> dict[int, tuple[int, int]]:
-    """Batch → compilations that the blocks launch, and how many of them the first batch did not launch."""
+    """Map each batch size to its number of compilations, and to the number that the first batch did not launch."""
     found: dict[int, set] = {}
     for batch in batches:
         made = [made for block in blocks for run in candidates.cases(block, batch=batch).values()
@@ -135,7 +135,7 @@ def compiled_by_batch(blocks: tuple[str, ...], batches: tuple[int, ...]) -> dict
 
 
 def races_without_barriers() -> list[int]:
-    """Of two products of several warpgroups: writes that come too early as compiled, and without any barrier."""
+    """Find writes that come too early in two products of several warpgroups: as compiled, and without any barrier."""
     counts = []
     for name in ("good", "drained"):
         (made,) = candidates.record(PRODUCTS[name])
@@ -148,7 +148,7 @@ def races_without_barriers() -> list[int]:
 
 
 def waits_as_compiled_and_forced() -> list[list[int]]:
-    """Of the good product."""
+    """Return the waits of the good product, as compiled and when all are forced."""
     (made,) = candidates.record(PRODUCTS["good"])
     what = candidates.specialise(made, made.config, 90)
     found = []
@@ -161,7 +161,7 @@ def waits_as_compiled_and_forced() -> list[list[int]]:
 
 
 def main(wide: str, narrow: str) -> None:
-    """Every kernel as block `wide` launches it first, and every kernel with a product as `narrow` does."""
+    """Inspect the first launch of every kernel by block `wide`, and of every kernel with a product by `narrow`."""
     rows = inspect_kernels.inspect_launches(first_of(wide), limit=1)
     products = {row.kernel for row in rows if row.dot}
     rows += inspect_kernels.inspect_launches(first_of(narrow, products), limit=1)

@@ -1,4 +1,4 @@
-"""Tables of measured choices for tests, and following one for a while."""
+"""Make tables of measured choices for tests, and follow one of them for a while."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bottleneck(size: int = 56, batch: int = 64, **more: object) -> Shape:
 
 
 def empty_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """The path of this device's table in a cache folder that is empty; nothing is read yet."""
+    """Return the path of this device's table in an empty cache folder; no table has been read yet."""
     monkeypatch.setattr(dispatch, "_tables", {})
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(folder / "cache"))
     (folder / "cache").mkdir()

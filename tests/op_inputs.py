@@ -1,4 +1,4 @@
-"""Inputs and comparisons shared by the tests of single ops. Every op has its oracle in float64 in its own test."""
+"""Inputs and comparisons that the tests of single ops share. The float64 oracle of each op is in its own test file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusedres.ops._library import OPS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# (N, C, H, W): one channel, off the 16 lanes of a block on either side, one row, many rows a channel, one pixel
+# (N, C, H, W): one channel, channel counts just off a multiple of 16, one pixel per image, and many rows
 SHAPES = (
     (2, 1, 5, 3),
     (3, 3, 4, 4),
@@ -30,14 +30,14 @@ EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-8
 
 
 def backends_of(*names: str) -> tuple[str, ...]:
-    """The backends that have kernels of their own of all these ops."""
+    """Return the backends that have kernels of their own for all these ops."""
     found = tuple(b for b in BACKENDS if all(serving.find(OPS[name].folder, name, b) is not None for name in names))
     assert "reference" in found
     return found
 
 
 def device(backend: str, dtype: torch.dtype = torch.float32) -> str:
-    """Where a backend's kernels run here; skips what no kernel can show here."""
+    """Return the device on which a backend's kernels run here; skip the test if they cannot run here."""
     if backend in ("reference", "cpu"):
         return "cpu"
     if backend == "cuda" and (not torch.cuda.is_available() or cuda_support.unsupported()):
@@ -65,7 +65,7 @@ def call(name: str, backend: str, **arguments: Any) -> Any:
 
 
 def activation(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Normal values of a channels_last activation, each channel with its own mean and scale."""
+    """Return a channels_last activation of normal values, with a mean and scale for each channel."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
     channels = shape[1]
@@ -79,7 +79,7 @@ def vector(channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 
 def state(channels: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """(4, C): mean, invstd, scale, shift, of either sign where that may be."""
+    """Return (4, C): mean, invstd, scale and shift; all but invstd have both signs."""
     mean, invstd = vector(channels, seed=seed + 10).double(), vector(channels, seed=seed + 11).double().abs() + 0.5
     scale, shift = vector(channels, seed=seed + 12).double(), vector(channels, seed=seed + 13).double()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -93,7 +93,7 @@ def channels(v: Tensor) -> Tensor:
 def assert_near(
     name: str, got: Tensor, want: Tensor, terms: Tensor, dtype: torch.dtype, roundings: float = 4.0
 ) -> None:
-    """|got - want| <= roundings·eps(arithmetic)·terms + half an ulp of storage, elementwise; NaN where want has it."""
+    """Assert |got - want| <= roundings·eps(arithmetic)·terms + the rounding of storage, elementwise, and equal NaNs."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     storage = EPS[got.dtype] * want.abs() + (6e-8 if got.dtype == torch.float16 else 0.0)

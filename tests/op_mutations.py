@@ -1,7 +1,7 @@
-"""Wrong arguments of an op, made from its table: each is wrong by how it was made, not because a call failed.
+"""Make wrong arguments of an op from its table. Each is known to be wrong from its making, without calling the op.
 
-A mutation that may still be right is left out: a size that no other argument shares may be another one, and so may the
-dtype of the only tensor that has the activations'. What is `always` wrong stays so whatever the other arguments are.
+A mutation that may still be right is left out: a size that no other argument shares may change, and so may the dtype of
+the only tensor with the activations' dtype. A mutation that is `always` wrong is wrong with any other arguments.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from fusedres.ops._library import OPS, Op
 CHANNELS_LAST = torch.channels_last
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_FLOATING = (torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64)
-MORE = 17  # added to a size: seen also in the packed bits of that many channels and at every second pixel
+MORE = 17  # added to a size; enough to change also the packed bits of the channels and every second pixel
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """Another value of one argument, and what it is."""
+    """A wrong value of one argument, and what is wrong with it."""
 
     argument: str
     what: str
     value: Any
     always: bool = False
-    lazy: bool = False  # the dispatcher makes a right tensor of it: wrong for the check alone
+    lazy: bool = False  # the dispatcher makes a right tensor of it, so that only the check itself sees it
 
 
 def described(op: Op, example: Example, name: str) -> tuple[rows.Argument, Tensor] | None:
-    """The table's row of a tensor that is given, and the tensor."""
+    """Return the table's row of a tensor argument and the tensor; None if it is not given."""
     row, value = op.rows.get(name), example[name]
     if isinstance(row, rows.Gate):
         row = row.bits if isinstance(value, Tensor) and value.dtype is torch.uint8 else row.output
@@ -45,7 +45,7 @@ def described(op: Op, example: Example, name: str) -> tuple[rows.Argument, Tenso
 
 
 def optional(op: Op) -> set[str]:
-    """The arguments that may be None."""
+    """Return the names of the arguments that may be None."""
     schema = getattr(torch.ops.fusedres, op.name).default._schema
     found = {argument.name for argument in schema.arguments if str(argument.type).startswith("Optional")}
     return {name for name in found if not is_required(op.rows.get(name))}
@@ -56,7 +56,7 @@ def is_required(row: rows.Row | None) -> bool:
 
 
 def words(op: Op, example: Example, name: str) -> list[str]:
-    """The words of an argument's shape, none where the table has none or the argument is None."""
+    """Return the words of an argument's shape: an empty list if the table has no shape or the argument is None."""
     found, row = described(op, example, name), op.rows.get(name)
     if found is not None:
         return [] if found[0].shape is None else [size.word for size in found[0].shape.sizes]
@@ -66,17 +66,17 @@ def words(op: Op, example: Example, name: str) -> list[str]:
 
 
 def sharing(op: Op, example: Example) -> Counter[str]:
-    """How many arguments each named size is in."""
+    """Count in how many arguments each named size occurs."""
     count: Counter[str] = Counter()
     for name in example:
         count.update({part for word in words(op, example, name) for part in re.split(r"<=|>=|/|\*", word)})
     if any(isinstance(row, rows.Convolved) for row in op.rows.values()) and count["P"]:
-        count.update("HWRS")  # an argument has the output's size
+        count.update("HWRS")  # another argument has the output's size
     return count
 
 
 def copy_of(tensor: Tensor, **kind: Any) -> Tensor:
-    """The tensor with a storage of its own."""
+    """Return the tensor in a storage of its own."""
     return torch.empty_like(tensor, **kind).copy_(tensor)
 
 
@@ -86,7 +86,7 @@ def resized(tensor: Tensor, shape: list[int], layout: str) -> Tensor:
 
 
 def shapes(op: Op, example: Example, name: str, row: rows.Argument, tensor: Tensor) -> Iterator[Mutation]:
-    """One dimension more or less, and sizes that are 0 or larger."""
+    """Yield shapes with one dimension more or less, and with sizes that are 0 or larger."""
     if row.shape is None:
         return
     shape, shared = list(tensor.shape), sharing(op, example)
@@ -130,7 +130,7 @@ def dtypes(op: Op, example: Example, name: str, row: rows.Argument, tensor: Tens
 
 
 def layouts(name: str, row: rows.Argument, tensor: Tensor) -> Iterator[Mutation]:
-    """Strides that the row does not allow."""
+    """Yield strides that the row does not allow."""
     if row.layout == "strided" or tensor.numel() < 2:
         return
     if row.layout == "channels_last":
@@ -151,7 +151,7 @@ def _taken(tensor: Tensor, axis: int) -> tuple[slice, ...]:
 
 
 def memory(name: str, row: rows.Argument, tensor: Tensor) -> Iterator[Mutation]:
-    """Storages without, or with less than, what the tensor reaches; kinds of tensors that have no plain memory."""
+    """Yield tensors with too small a storage or none, and kinds of tensors that have no plain memory."""
     for left in (0, 1, tensor.untyped_storage().nbytes() - 1):
         short = copy_of(tensor)
         short.untyped_storage().resize_(left)
@@ -187,7 +187,7 @@ def presence(op: Op, example: Example, name: str) -> Iterator[Mutation]:
 
 
 def written(op: Op, example: Example, name: str, tensor: Tensor) -> Iterator[Mutation]:
-    """What may not be written, and memory that another argument shares."""
+    """Yield tensors that may not be written, and tensors that share memory with another argument."""
     if name not in op.written:
         for target in op.written:
             other = example[target]
@@ -241,7 +241,7 @@ def items(name: str, row: rows.Items, value: list[Tensor]) -> Iterator[Mutation]
 
 
 def mutations(name: str, example: Example) -> Iterator[Mutation]:
-    """Wrong values of every argument of an op's example."""
+    """Yield wrong values of every argument of an op's example."""
     op = OPS[name]
     tensors = sum(isinstance(value, Tensor) for value in example.values())
     for argument, value in example.items():

@@ -1,4 +1,4 @@
-"""What tests share that start processes of their own."""
+"""Helpers of tests that start processes of their own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Seconds after which a process hangs for sure: no test may fail because other processes have the cores, and minutes
-# of an idle machine are an hour of a busy one.
+# Seconds after which a process surely hangs. No test may fail because other processes use the cores: what takes minutes
+# on an idle machine can take an hour on a busy one.
 HANG = 4 * 3600
 
 
@@ -24,12 +24,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], str]) -> str:
-    """What `make` returns, made by one process of this session; other workers of pytest-xdist wait for it.
+    """Return what `make` returns. Only one process of this session calls it; other workers of pytest-xdist wait.
 
-    What raises is not kept: each worker then sees the failure itself.
+    An exception is not kept: each worker then calls `make` itself.
     """
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # a folder a worker, in one of this session
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder inside the session's folder
         folder = folder.parent
     kept = folder / f"{name}.txt"
     with _locked(folder / f"{name}.lock"):
@@ -39,5 +39,5 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[],
 
 
 def interruptible() -> None:
-    """For preexec_fn: the process hears Ctrl-C also where the tests run in the background, which ignores it."""
+    """For preexec_fn: let Ctrl-C reach the process, also if the tests run in the background, where it is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,10 +1,12 @@
-"""A pytest plugin that writes each test's outcome to a journal as it comes.
+"""A pytest plugin that writes the outcome of each test to a journal when the test ends.
 
-Tests that the journal has are left out, so that a run goes on after a crash. An error that leaves the process's GPU
-unusable ends the process, before it makes every later test fail: pytest-xdist then starts another.
+Tests that are already in the journal are left out, so that a run continues after a crash. An error after which the
+process cannot use the GPU any more ends the process, so that later tests do not all fail; pytest-xdist then starts
+another process.
 
-Environment: FUSEDRES_SUITE_OUT, _STEP (of the journal), _SEEN (its bytes that count for this run: every worker must
-collect the same tests, one that replaces a crashed one too), _LIMIT (tests a file, 0: all).
+Environment variables: FUSEDRES_SUITE_OUT and _STEP (which journal); _SEEN (how many bytes of the journal count for this
+run, because every worker must collect the same tests, also one that replaces a crashed worker); _LIMIT (the number of
+tests per file, 0 for all).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import pytest
 from suite.journal import Journal
 from suite.settings import first_lines
 
-# After these no call of the process reaches the GPU again.
+# After one of these errors the process cannot use the GPU any more.
 _LOST = (
     "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert",
     "illegal instruction",
@@ -29,12 +31,12 @@ _seen = int(os.environ.get("FUSEDRES_SUITE_SEEN", "0"))
 _limit = int(os.environ.get("FUSEDRES_SUITE_LIMIT", "0"))
 
 
-@pytest.hookimpl(trylast=True)  # behind -k
+@pytest.hookimpl(trylast=True)  # after -k has selected tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     by_file: dict[Path, list[pytest.Item]] = defaultdict(list)
     for item in items:
         by_file[item.path].append(item)
-    if _limit:  # spread over the file
+    if _limit:  # tests spread over the whole file
         for path, found in by_file.items():
             by_file[path] = found[:: -(-len(found) // _limit)]
     seen = {row["test"] for row in _journal.rows(_seen) if "test" in row}

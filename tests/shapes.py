@@ -1,7 +1,7 @@
-"""Shapes of the tests: a residual block, its shortcut, its input, and the lists that the tests run over.
+"""Shapes of the tests: a residual block with its shortcut and input, and the lists of them that the tests run over.
 
-Small on purpose: every path of the code is reached by odd sizes and channel counts off the SIMD width, not by
-volume.
+The shapes are small on purpose: odd sizes and channel counts that are no multiple of the SIMD width reach every path of
+the code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Case:
         if self.shortcut == "identity" and (self.stride != 1 or self.in_channels != self.out_channels):
             raise ValueError(f"{self}: an identity shortcut keeps the shape")
         if self.shortcut == "zeropad" and self.in_channels > self.out_channels:
-            raise ValueError(f"{self}: a zero-padded shortcut adds channels, it removes none")
+            raise ValueError(f"{self}: a zero-padded shortcut cannot remove channels")
 
     @property
     def out_channels(self) -> int:
@@ -39,18 +39,18 @@ class Case:
 
     @property
     def values_a_channel(self) -> int:
-        """Values that the last BatchNorm averages over."""
+        """The number of values per channel that the last BatchNorm averages over."""
         return self.batch * -(-self.height // self.stride) * -(-self.width // self.stride)
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """Names of the block's BatchNorms."""
+        """The names of the block's BatchNorms."""
         names = ("bn1", "bn2") if self.block == "basic" else ("bn1", "bn2", "bn3")
         return (*names, "downsample.1") if self.shortcut == "projection" else names
 
     @property
     def last_norm(self) -> str:
-        """Name of the BatchNorm that ends the residual branch."""
+        """The name of the BatchNorm that ends the residual branch."""
         return "bn2" if self.block == "basic" else "bn3"
 
     @property
@@ -66,7 +66,7 @@ class Case:
 
 
 def case(block: str, shortcut: str, planes: int = 8, stride: int | None = None, **sizes: int) -> Case:
-    """The usual case of this block and shortcut: the shape is kept by an identity, halved by the other two."""
+    """Return the usual case of this block and shortcut: an identity keeps the size, the other two halve it."""
     out_channels = planes * EXPANSION[block]
     if shortcut == "identity":
         return Case(block, shortcut, out_channels, planes, stride or 1, **sizes)
@@ -75,7 +75,7 @@ def case(block: str, shortcut: str, planes: int = 8, stride: int | None = None, 
 
 
 def modes(case: Case) -> tuple[str, ...]:
-    """Training, eval, all BatchNorms frozen, and each of them frozen alone: see reference.set_mode."""
+    """Return the modes of reference.set_mode: train, eval, all BatchNorms frozen, and each of them frozen alone."""
     return ("train", "eval", "frozen", *(f"frozen:{name}" for name in case.norms))
 
 
@@ -83,10 +83,10 @@ def with_size(base: Case, batch: int, height: int, width: int) -> Case:
     return replace(base, batch=batch, height=height, width=width)
 
 
-# Every block with every shortcut, stride 2 where the shortcut allows one: the list that most tests run over.
+# Every block with every shortcut, with stride 2 if the shortcut allows it: most tests run over this list.
 CORE = tuple(case(block, shortcut) for block in BLOCKS for shortcut in SHORTCUTS)
 
-# Shortcuts that change the shape without a stride, or change nothing.
+# Projection and zero-padded shortcuts with stride 1, which change only the channels or nothing.
 STRIDE_ONE = tuple(
     case(block, shortcut, stride=1, in_channels=in_channels)
     for block in BLOCKS
@@ -94,7 +94,7 @@ STRIDE_ONE = tuple(
     for in_channels in (5, 8)
 )
 
-# Channel counts around and off the SIMD width; planes of a Bottleneck are a quarter of its output.
+# Channel counts next to multiples of the SIMD width; planes of a Bottleneck are a quarter of its output channels.
 CHANNELS = tuple(
     case("basic", shortcut, planes, height=5, width=3)
     for planes in (1, 3, 65, 127, 129)
@@ -105,14 +105,14 @@ CHANNELS = tuple(
     for shortcut in ("identity", "projection", "zeropad")
 )
 
-# Sizes at which launch heuristics, strided views and ambiguous strides go wrong.
+# Sizes that can break launch heuristics, strided views and code that reads a layout from ambiguous strides.
 SIZES = tuple(
     with_size(base, *size)
     for base in CORE
     for size in ((1, 9, 7), (1, 3, 2), (2, 1, 1), (5, 1, 1), (2, 1, 13), (255, 1, 1), (2, 15, 17))
 )
 
-# Batches at which a grid or a chunk of rows ends: 1x1 images, so that the batch is all there is.
+# Batch sizes at the limits of a grid or of a chunk of rows; images are 1x1, so that only the batch counts.
 BATCHES = tuple(
     case(block, shortcut, planes=2, batch=batch, height=1, width=1)
     for block, shortcut, batch in (

@@ -1,4 +1,4 @@
-"""conv_fprop and conv_bn_add_relu against torch's convolution in float64."""
+"""conv_fprop against torch's convolution in float64."""
 
 from __future__ import annotations
 
@@ -7,88 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from op_inputs import activation, call, channels, device, state
-from torch.nn import functional as F
+from conv_inputs import BACKENDS, CONVOLUTIONS, assert_conv_near, expected, inputs, random_weight, zeros
+from op_inputs import activation, device
 
 from fusedres import ops
 from fusedres.kernels.conv_fprop import taps
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, record_launches
-from fusedres.values import Geometry, Raw, ShortcutInput
+from fusedres.values import Geometry, Raw
 
-BACKENDS = ("reference", "triton")
-# N, C, H, W, K, (R, S), stride, padding, dilation
-CONVOLUTIONS = (
-    (2, 16, 7, 9, 65, (3, 3), (1, 1), (1, 1), (1, 1)),
-    (1, 65, 9, 7, 16, (3, 3), (2, 2), (1, 1), (1, 1)),
-    (3, 33, 8, 5, 3, (3, 3), (1, 1), (2, 2), (2, 2)),
-    (2, 129, 5, 7, 127, (1, 1), (1, 1), (0, 0), (1, 1)),
-    (2, 127, 7, 5, 129, (1, 1), (2, 2), (0, 0), (1, 1)),
-    (1, 40, 5, 6, 24, (1, 1), (1, 2), (1, 0), (1, 1)),
-    (5, 64, 1, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
-    (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
-    (2, 1, 6, 5, 8, (3, 3), (1, 1), (1, 1), (1, 1)),
-    (2, 3, 15, 13, 20, (7, 7), (2, 2), (3, 3), (1, 1)),
-    (2, 33, 6, 7, 5, (3, 2), (1, 2), (0, 1), (2, 1)),
-)
-EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    """float32 products in float32, which is not torch's default for convolutions on a GPU."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
-def _weight(k, c, kernel, dtype, seed=3):
-    values = torch.randn((k, c, *kernel), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (values / (c * kernel[0] * kernel[1]) ** 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _inputs(backend, convolution, dtype, with_state):
-    """x, weight, state on the backend's device, and (stride, padding, dilation)."""
-    n, c, h, w, k, kernel, *geometry = convolution
-    affine = None
-    if with_state:
-        affine = state(c, dtype)
-        affine[3] = affine[3].abs() + 0.5  # relu(shift) > 0, which padding must not become
-    where = device(backend, dtype)
-    tensors = (activation((n, c, h, w), dtype), _weight(k, c, kernel, dtype), affine)
-    return *(None if t is None else t.to(where) for t in tensors), Geometry(*geometry)
-
-
-def _normalised(x, affine):
-    """relu(scale·x + shift) in float64, rounded to x's dtype as the op does."""
-    if affine is None:
-        return x.double()
-    wide = x.to(affine.dtype)
-    return (wide * affine[2].view(1, -1, 1, 1) + affine[3].view(1, -1, 1, 1)).relu().to(x.dtype).double()
-
-
-def _want(x, weight, affine, geometry):
-    """The convolution in float64, and the sum of its terms' magnitudes."""
-    h, weight = _normalised(x, affine).cpu(), weight.double().cpu()
-    return F.conv2d(h, weight, None, *geometry), F.conv2d(h.abs(), weight.abs(), None, *geometry)
-
-
-def _assert_near(name, got, want, terms, dtype, ulps=1.0):
-    """Errors up to 32 eps of the arithmetic times the terms, and the rounding of what is stored.
-
-    A half-precision h is rounded after its affine map, which a fused multiply-add may send to the other neighbour: then
-    one term in many is off by an ulp.
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    bound = 32 * EPS[wide] * terms + ulps * EPS[got.dtype] * (want.abs() + 0.1 * terms) + 1e-30
-    got = got.double().cpu()
-    assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, want {tuple(want.shape)}"
-    wrong = ~((got - want).abs() <= bound) & ~(got.isnan() & want.isnan())
-    index = torch.unravel_index(((got - want).abs() / bound).nan_to_num(1e30).mul(wrong).argmax(), wrong.shape)
-    assert not wrong.any(), (
-        f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, worst at {[int(i) for i in index]}: "
-        f"got {got[index]}, want {want[index]}, allowed error {bound[index]}"
-    )
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def _merged(partials, rows):
@@ -99,18 +26,18 @@ def _merged(partials, rows):
 
 
 def _check(backend, convolution, dtype, with_state):
-    x, weight, affine, geometry = _inputs(backend, convolution, dtype, with_state)
+    x, weight, affine, geometry = inputs(backend, convolution, dtype, with_state)
     y, partials, rows = ops.conv_fprop(Raw(x, affine), weight, geometry, True, backend=backend)
-    want, terms = _want(x, weight, affine, geometry)
+    want, terms = expected(x, weight, affine, geometry)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-    _assert_near("y", y, want, terms, dtype)
+    assert_conv_near("y", y, want, terms, dtype)
     assert partials.dtype == rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert rows.sum().item() == y.numel() // y.shape[1]
     mean, variance = _merged(partials, rows)
     stored = y.double().cpu()
     largest = stored.abs().amax((0, 2, 3))
-    _assert_near("mean", mean, stored.mean((0, 2, 3)), largest, dtype, ulps=0)
-    _assert_near("variance", variance, stored.var((0, 2, 3), correction=0), largest**2, dtype, ulps=0)
+    assert_conv_near("mean", mean, stored.mean((0, 2, 3)), largest, dtype, ulps=0)
+    assert_conv_near("variance", variance, stored.var((0, 2, 3), correction=0), largest**2, dtype, ulps=0)
     plain, *nothing = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend=backend)
     assert torch.equal(plain, y) and [t.numel() for t in nothing] == [0, 0]
 
@@ -133,9 +60,9 @@ def test_dtypes(backend, dtype, convolution):
 def test_tf32(backend):
     """Where torch's convolutions may use TF32, products have 10 bits of mantissa at least."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    x, weight, _, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, False)
+    x, weight, _, geometry = inputs(backend, CONVOLUTIONS[0], torch.float32, False)
     y, _, _ = ops.conv_fprop(Raw(x, None), weight, geometry, False, backend=backend)
-    want, terms = _want(x, weight, None, geometry)
+    want, terms = expected(x, weight, None, geometry)
     assert ((y.double().cpu() - want).abs() <= 2.0**-9 * terms).all()
 
 
@@ -182,7 +109,7 @@ def test_no_descriptors_where_a_base_is_not_aligned(monkeypatch):
     monkeypatch.setattr("fusedres.kernels.conv_fprop.configs.choose", lambda candidates, *_: candidates[-1])
     where = device("triton")
     x = activation((2, 64, 5, 5), torch.float16).to(where)
-    weight = _weight(64, 64, (3, 3), torch.float16).to(where)
+    weight = random_weight(64, 64, (3, 3), torch.float16).to(where)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=where)[1:].view(2, 5, 5, 64).permute(0, 3, 1, 2)
     shifted.copy_(x)
     names, results, same = [], [], Geometry((1, 1), (1, 1), (1, 1))
@@ -275,10 +202,10 @@ def test_statistics_of_values_far_from_zero(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_state", [False, True])
 def test_nan_reaches_the_pixels_that_see_it_and_no_other(backend, with_state):
-    x, weight, affine, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, with_state)
+    x, weight, affine, geometry = inputs(backend, CONVOLUTIONS[0], torch.float32, with_state)
     x[1, 7, 0, 8] = torch.nan  # the first row of the second image: behind the last row of the first one
     y, _, _ = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend=backend)
-    assert torch.equal(y.isnan().cpu(), _want(x, weight, affine, geometry)[0].isnan())
+    assert torch.equal(y.isnan().cpu(), expected(x, weight, affine, geometry)[0].isnan())
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -288,16 +215,16 @@ def test_nan_of_the_image_beside_is_no_padding(monkeypatch, with_state):
     if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("tensor descriptors are for Hopper and later")
     _configured(monkeypatch, DescriptorConfig({"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 32}, 4, 2))
-    x, weight, affine, geometry = _inputs(
+    x, weight, affine, geometry = inputs(
         "triton", (2, 32, 5, 7, 8, (3, 3), (1, 1), (1, 1), (1, 1)), torch.float32, with_state
     )
     x[1, 7, 0, 0] = torch.nan
     y, _, _ = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend="triton")
-    assert torch.equal(y.isnan().cpu(), _want(x, weight, affine, geometry)[0].isnan())
+    assert torch.equal(y.isnan().cpu(), expected(x, weight, affine, geometry)[0].isnan())
 
 
 def test_same_bits_every_time():
-    x, weight, affine, geometry = _inputs("triton", CONVOLUTIONS[1], torch.float32, True)
+    x, weight, affine, geometry = inputs("triton", CONVOLUTIONS[1], torch.float32, True)
     first = ops.conv_fprop(Raw(x, affine), weight, geometry, True, backend="triton")
     for _ in range(3):
         assert all(
@@ -311,7 +238,7 @@ def test_same_bits_every_time():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_statistics", [False, True])
 def test_meta_tensors_have_the_results_shapes(backend, with_statistics):
-    x, weight, affine, geometry = _inputs(backend, CONVOLUTIONS[1], torch.float32, True)
+    x, weight, affine, geometry = inputs(backend, CONVOLUTIONS[1], torch.float32, True)
     got = ops.conv_fprop(Raw(x, affine), weight, geometry, with_statistics, backend=backend)
     raw = Raw(x.to("meta"), affine.to("meta"))
     meta = ops.conv_fprop(raw, weight.to("meta"), geometry, with_statistics, backend=backend)
@@ -320,84 +247,23 @@ def test_meta_tensors_have_the_results_shapes(backend, with_statistics):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_images(backend):
-    x, weight, affine, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, True)
+    x, weight, affine, geometry = inputs(backend, CONVOLUTIONS[0], torch.float32, True)
     y, _, _ = ops.conv_fprop(Raw(x[:0], affine), weight, geometry, False, backend=backend)
     assert y.shape == (0, 65, 7, 9)
-
-
-# --- inference --------------------------------------------------------------------------------------------------------
-
-SHORTCUTS = ("none", "plain", "strided", "padded", "normalised")
-
-
-def _shortcut(kind, n, k, p, q, dtype):
-    """The shortcut, its state and stride, and what it adds in float64."""
-    if kind == "none":
-        return None, None, 1, torch.zeros(n, k, p, q, dtype=torch.float64)
-    if kind in ("plain", "normalised"):
-        shortcut = activation((n, k, p, q), dtype, seed=5)
-        if kind == "plain":
-            return shortcut, None, 1, shortcut.double()
-        affine = state(k, dtype, seed=6)
-        return shortcut, affine, 1, shortcut.double() * channels(affine[2]) + channels(affine[3])
-    c = k if kind == "strided" else max(1, k // 2)
-    shortcut = activation((n, c, 2 * p - 1, 2 * q), dtype, seed=5)
-    added = torch.zeros(n, k, p, q, dtype=torch.float64)
-    added[:, :c] = shortcut.double()[:, :, ::2, ::2]
-    return shortcut, None, 2, added
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", SHORTCUTS)
-@pytest.mark.parametrize(
-    ("convolution", "dtype"),
-    [
-        (CONVOLUTIONS[0], torch.float32),
-        (CONVOLUTIONS[4], torch.float32),
-        (CONVOLUTIONS[1], torch.float64),
-        (CONVOLUTIONS[9], torch.float16),
-        (CONVOLUTIONS[0], torch.bfloat16),
-    ],
-)
-def test_conv_bn_add_relu(backend, kind, convolution, dtype):
-    x, weight, _, geometry = _inputs(backend, convolution, dtype, False)
-    y, terms = _want(x, weight, None, geometry)
-    affine = state(weight.shape[0], dtype)
-    shortcut, other, stride, added = _shortcut(kind, *y.shape, dtype)
-    moved = (None if t is None else t.to(x.device) for t in (shortcut, other))
-    shortcut = None if shortcut is None else ShortcutInput(*moved, stride)
-    got = ops.conv_bn_add_relu(x, weight, geometry, affine.to(x.device), shortcut, backend=backend)
-    want = (y * channels(affine[2]) + channels(affine[3]) + added).relu()
-    terms = terms * channels(affine[2]).abs() + channels(affine[3]).abs() + added.abs()
-    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
-    _assert_near("out", got, want, terms, dtype, ulps=2)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_passes_the_relu(backend):
-    x, weight, _, geometry = _inputs(backend, CONVOLUTIONS[0], torch.float32, False)
-    x[0, 3, 2, 2] = torch.nan
-    affine = state(65, torch.float32).to(x.device)
-    out = ops.conv_bn_add_relu(x, weight, geometry, affine, backend=backend)
-    assert torch.equal(out.isnan().cpu(), _want(x, weight, None, geometry)[0].isnan())
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _tensor(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
 def test_conv_fprop_errors():
-    x, weight = _tensor(2, 8, 5, 5), _tensor(4, 8, 3, 3)
+    x, weight = zeros(2, 8, 5, 5), zeros(4, 8, 3, 3)
     one, none = (1, 1), (0, 0)
     cases = [
         (ValueError, "x must be dense and channels_last", (x.contiguous(), weight, None, one, one, one)),
         (TypeError, r"weight must be torch\.float32 like x", (x, weight.double(), None, one, one, one)),
-        (ValueError, r"weight must have shape \(K, 8, R, S\) for x", (x, _tensor(4, 4, 3, 3), None, one, one, one)),
+        (ValueError, r"weight must have shape \(K, 8, R, S\) for x", (x, zeros(4, 4, 3, 3), None, one, one, one)),
         (ValueError, "weight must be dense and channels_last", (x, weight.contiguous(), None, one, one, one)),
-        (ValueError, "weight must have shape .* and not be empty", (x, _tensor(0, 8, 3, 3), None, one, one, one)),
+        (ValueError, "weight must have shape .* and not be empty", (x, zeros(0, 8, 3, 3), None, one, one, one)),
         (ValueError, r"x_state must have shape \(4, 8\)", (x, weight, torch.zeros(4, 4), one, one, one)),
         (TypeError, r"x_state must be torch\.float32", (x, weight, torch.zeros(4, 8).double(), one, one, one)),
         (ValueError, r"stride must be two integers of at least 1, got \(0, 1\)", (x, weight, None, (0, 1), one, one)),
@@ -410,22 +276,3 @@ def test_conv_fprop_errors():
             ops.conv_fprop(Raw(x, affine), weight, Geometry(*geometry), True, backend="reference")
     with pytest.raises(RuntimeError, match="there is no nonsense backend"):
         ops.conv_fprop(Raw(x, None), weight, Geometry(one, one, one), True, backend="nonsense")
-
-
-def test_conv_bn_add_relu_errors():
-    x, weight, affine = _tensor(2, 8, 6, 6), _tensor(4, 8, 3, 3), torch.zeros(4, 4)
-    geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
-    cases = [
-        (ValueError, r"state must have shape \(4, 4\)", (torch.zeros(4, 8), None, None, 1)),
-        (ValueError, "was the downsample branch skipped", (affine, _tensor(2, 4, 6, 6), None, 1)),
-        (ValueError, "was the downsample branch skipped", (affine, _tensor(2, 5, 3, 3), None, 1)),
-        (ValueError, "neither strided nor padded", (affine, _tensor(2, 4, 6, 6), affine, 2)),
-        (ValueError, "shortcut_state must be None without shortcut", (affine, None, affine, 1)),
-        (TypeError, r"shortcut must be torch\.float32 like x", (affine, _tensor(2, 4, 3, 3).double(), None, 1)),
-        (ValueError, "shortcut_stride must be at least 1", (affine, _tensor(2, 4, 3, 3), None, 0)),
-    ]
-    for error, message, arguments in cases:
-        names = ("state", "shortcut", "shortcut_state", "shortcut_stride")
-        values = dict(zip(names, arguments, strict=True))
-        with pytest.raises(error, match=f"conv_bn_add_relu: .*{message}"):
-            call("conv_bn_add_relu", "reference", x=x, weight=weight, **geometry, **values)

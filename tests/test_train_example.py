@@ -1,4 +1,4 @@
-"""examples/train.py: trains, resumes exactly after SIGKILL, runs under torchrun, compares, says what is wrong."""
+"""examples/train.py: trains, resumes exactly after SIGKILL, runs under torchrun, and compares eager with fused."""
 
 import json
 import math
@@ -24,19 +24,6 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # One thread each: the processes of a test share the machine's cores, and threads that wait for a core spin.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ["--arch", "resnet10", "--image-size", "8", "--batch", "8"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 PNG files in two classes, bright above and bright below."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for label, half in (("above", slice(0, 6)), ("below", slice(6, 12))):
-        (root / label).mkdir()
-        for i in range(60):
-            pixels = rng.integers(0, 100, (12, 12, 3), dtype=np.uint8)
-            pixels[half] += 120
-            Image.fromarray(pixels).save(root / label / f"{i}.png")
-    return root
 
 
 def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -112,9 +99,9 @@ train.main(sys.argv[2:])
     ids=["fused-resumed-with-a-worker", "eager"],
 )
 def test_killed_in_mid_epoch_and_resumed_is_bitwise_the_uninterrupted_run(
-    folder: Path, tmp_path: Path, variant: list[str], resume_with: list[str]
+    image_folder: Path, tmp_path: Path, variant: list[str], resume_with: list[str]
 ) -> None:
-    options = ["--data", folder, *SMALL, "--epochs", "2", "--checkpoint-every", "5", *variant]
+    options = ["--data", image_folder, *SMALL, "--epochs", "2", "--checkpoint-every", "5", *variant]
     whole = start(*options, "--out", tmp_path / "whole")
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
@@ -153,9 +140,9 @@ def test_digits_are_learnt_and_everything_is_written(example: SimpleNamespace, t
     model.load_state_dict(state["model"], strict=True)
 
 
-def test_two_processes(folder: Path, tmp_path: Path) -> None:
+def test_two_processes(image_folder: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    options = ["--data", folder, *SMALL, "--epochs", "2", "--out", tmp_path, "--json"]
+    options = ["--data", image_folder, *SMALL, "--epochs", "2", "--out", tmp_path, "--json"]
     done = subprocess.run(
         command(*options, launcher=launcher), capture_output=True, text=True, timeout=HANG, env=ENVIRONMENT
     )
@@ -170,8 +157,11 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "curves.png"]
 
 
-def test_compare(example: SimpleNamespace, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--data", str(folder), *SMALL, "--epochs", "2", "--compare", "--seeds", "2", "--out", str(tmp_path)]
+def test_compare(
+    example: SimpleNamespace, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", str(image_folder), *SMALL, "--epochs", "2", "--compare", "--seeds", "2"]
+    options += ["--out", str(tmp_path)]
     assert example.train.main([*options, "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -195,9 +185,9 @@ def test_compare(example: SimpleNamespace, folder: Path, tmp_path: Path, capsys:
 
 
 def test_eager_and_fused_start_from_the_same_weights_and_see_the_same_images(
-    example: SimpleNamespace, folder: Path, tmp_path: Path
+    example: SimpleNamespace, image_folder: Path, tmp_path: Path
 ) -> None:
-    args = example.train.parse(["--data", str(folder), *SMALL])
+    args = example.train.parse(["--data", str(image_folder), *SMALL])
     processes = example.trainer.Processes(0, 1, torch.device("cpu"))
     data = example.train.prepare_data(args, processes)
     first = []
@@ -228,9 +218,9 @@ def test_random_states_come_back(example: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_the_fused_network(
-    example: SimpleNamespace, folder: Path, tmp_path: Path, amp: str
+    example: SimpleNamespace, image_folder: Path, tmp_path: Path, amp: str
 ) -> None:
-    args = example.train.parse(["--data", str(folder), *SMALL, "--amp", amp])
+    args = example.train.parse(["--data", str(image_folder), *SMALL, "--amp", amp])
     processes = example.trainer.Processes(0, 1, torch.device("cpu"))
     data = example.train.prepare_data(args, processes)
     trainer = example.trainer.Trainer(args, data, True, 0, tmp_path, processes, sys.stderr)
@@ -251,8 +241,8 @@ def test_mixed_precision_trains_the_fused_network(
         assert not torch.equal(p, before[name]), name
 
 
-def test_loss_scaler_skips_and_is_restored(example: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
-    args = example.train.parse(["--data", str(folder), *SMALL, "--amp", "fp16", "--no-fused"])
+def test_loss_scaler_skips_and_is_restored(example: SimpleNamespace, image_folder: Path, tmp_path: Path) -> None:
+    args = example.train.parse(["--data", str(image_folder), *SMALL, "--amp", "fp16", "--no-fused"])
     processes = example.trainer.Processes(0, 1, torch.device("cpu"))
     data = example.train.prepare_data(args, processes)
     trainer = example.trainer.Trainer(args, data, False, 0, tmp_path, processes, sys.stderr)
@@ -267,77 +257,6 @@ def test_loss_scaler_skips_and_is_restored(example: SimpleNamespace, folder: Pat
     resumed.restore()
     assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
     assert resumed.scaler.get_scale() == scale / 2
-
-
-def test_augmentation_depends_on_seed_epoch_and_image_only(example: SimpleNamespace, folder: Path) -> None:
-    for name in ("digits", str(folder)):
-        data = example.data.load_data(name, root=Path(), download=False, size=None, holdout=0.2, split_seed=0)
-        picked = data.train_indices[:20]
-
-        def images(seed: int, epoch: int, order: list[int], data: Any = data) -> dict[int, torch.Tensor]:
-            view = example.data.View(data.train, (seed, epoch))
-            return {i: view[i][0] for i in order}
-
-        one, reverse = images(1, 2, picked), images(1, 2, picked[::-1])
-        assert all(torch.equal(one[i], reverse[i]) for i in picked)
-        for other in (images(1, 3, picked), images(2, 2, picked)):
-            assert sum(not torch.equal(one[i], other[i]) for i in picked) > 10
-        plain = example.data.View(data.train)
-        assert plain[0][0].shape == (data.channels, data.size, data.size)
-        assert torch.equal(plain[0][0], plain[0][0])
-
-
-def test_digits_split_is_fixed_stratified_and_disjoint(example: SimpleNamespace) -> None:
-    loads = [
-        example.data.load_data("digits", root=Path(), download=False, size=8, holdout=0.2, split_seed=seed)
-        for seed in (0, 0, 1)
-    ]
-    data, same, other = loads
-    assert data.train_indices == same.train_indices
-    assert data.test_indices == same.test_indices != other.test_indices
-    assert not set(data.train_indices) & set(data.test_indices)
-    assert sorted(data.train_indices + data.test_indices) == list(range(1797))
-    for digit in range(10):
-        members = data.train.labels.count(digit)
-        held = sum(data.test.labels[i] == digit for i in data.test_indices)
-        assert abs(held - 0.2 * members) <= 0.5
-
-
-def test_cifar10_has_its_own_test_set_and_mirrors(example: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's class stands in with ten images; the files themselves are not read here."""
-
-    def stand_in(root: str, train: bool, download: bool) -> SimpleNamespace:
-        assert not download
-        pixels = np.random.default_rng(int(train)).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-        return SimpleNamespace(data=pixels, targets=list(range(10)))
-
-    monkeypatch.setattr(example.data.torchvision.datasets, "CIFAR10", stand_in)
-    data = example.data.load_data("cifar10", root=Path(), download=False, size=None, holdout=0.2, split_seed=0)
-    assert (data.classes, data.channels, data.size) == (10, 3, 32)
-    assert data.train_indices == data.test_indices == list(range(10))
-    pixels = torch.from_numpy(stand_in("", True, False).data).permute(0, 3, 1, 2).double() / 255
-    expected = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
-    plain = torch.stack([data.train.image(i, None) for i in range(10)])
-    torch.testing.assert_close(plain.double(), expected, rtol=1e-5, atol=1e-5)
-    # Every augmented image is a shifted window of the padded image, mirrored in about half of the cases.
-    mirrored = 0
-    for key in range(40):
-        got = data.train.image(0, np.random.default_rng(key))
-        windows = torch.nn.functional.pad(data.train.pixels[0], (4,) * 4).unfold(1, 32, 1).unfold(2, 32, 1)
-        windows = (windows.permute(1, 2, 0, 3, 4) - data.train.mean) / data.train.std
-        straight = bool((windows == got).flatten(2).all(-1).any())
-        flipped = bool((windows.flip(-1) == got).flatten(2).all(-1).any())
-        assert straight != flipped
-        mirrored += flipped
-    assert 8 < mirrored < 32
-
-
-def test_folder_with_its_own_held_out_images(example: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "train").symlink_to(folder)
-    (tmp_path / "val").symlink_to(folder)
-    data = example.data.load_data(str(tmp_path), root=Path(), download=False, size=16, holdout=0.2, split_seed=0)
-    assert data.train_indices == data.test_indices == list(range(120))
-    assert data.test.image(0, None).shape == (3, 16, 16)
 
 
 def test_interval_is_students(example: SimpleNamespace) -> None:
@@ -360,86 +279,3 @@ def test_verdict(example: SimpleNamespace) -> None:
     assert worse.verdict().endswith("NOT equal")
     assert comparison([0, 1], [0.97, 0.98], [0.97, 0.98]).equal is True
     assert comparison([0], [0.97], [0.98]).equal is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "no/such/place"], "there is no folder no/such/place"),
-        (["--data", "{tmp}"], "must hold one sub-folder a class"),
-        (["--data", "cifar10", "--data-root", "{tmp}"], "pass --data-root or --download"),
-        (["--data", "{folder}", "--batch", "1000"], "96 training images do not fill a batch of 1000"),
-        (["--data", "{folder}", "--json", "{tmp}/none/x.json"], "there is no folder {tmp}/none to write to"),
-        (["--seeds", "3"], "--seeds needs --compare"),
-        (["--holdout", "1.5"], "must lie between 0 and 1, got 1.5"),
-        (["--epochs", "0"], "must be at least 1, got 0"),
-        (["--lr", "nan"], "must be positive and finite, got nan"),
-        (["--workers", "-1"], "must not be negative, got -1"),
-        (["--arch", "vgg11"], "invalid choice"),
-    ],
-)
-def test_bad_arguments_end_in_one_sentence(
-    example: SimpleNamespace,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    given = [a.format(tmp=tmp_path, folder=folder) for a in arguments]
-    try:
-        code = example.train.main([*given, "--no-fused", "--out", str(tmp_path / "out")])
-    except SystemExit as exit_:
-        code = exit_.code
-    assert code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("train.py: error: ")
-    assert message.format(tmp=tmp_path) in last
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_unreadable_image_is_named(
-    example: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str
-) -> None:
-    for label in ("a", "b"):
-        (tmp_path / label).mkdir()
-        for i in range(10):
-            (tmp_path / label / f"{i}.png").write_bytes(b"no image")
-    options = ["--data", str(tmp_path), *SMALL, "--no-fused", "--workers", workers, "--out", str(tmp_path / "out")]
-    assert example.train.main(options) == 2
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"train.py: error: {tmp_path}/")
-    assert last.endswith(".png cannot be read as an image: repair or remove it")
-
-
-def test_out_must_be_a_folder(
-    example: SimpleNamespace, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    options = ["--data", str(folder), *SMALL, "--no-fused", "--out", str(tmp_path / "file")]
-    assert example.train.main(options) == 2
-    assert "cannot be made a folder" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_said(example: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert example.train.main(["--device", "cuda"]) == 2
-    assert "torch finds no GPU here" in capsys.readouterr().err
-
-
-def test_resume_refuses_what_is_not_its_checkpoint(
-    example: SimpleNamespace, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--data", str(folder), *SMALL, "--epochs", "1", "--no-fused", "--out", str(tmp_path)]
-    assert example.train.main(options) == 0
-    assert example.train.main([*options, "--resume", "--lr", "0.5"]) == 2
-    assert "was made with lr = 0.02, not 0.5" in capsys.readouterr().err
-    assert example.train.main([*options, "--resume", "--fused"]) == 2
-    assert "was made with fused = False, not True" in capsys.readouterr().err
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    assert example.train.main([*options, "--resume"]) == 2
-    assert "cannot be read as a checkpoint" in capsys.readouterr().err
-    torch.save({"something": 1}, tmp_path / "checkpoint.pt")
-    assert example.train.main([*options, "--resume"]) == 2
-    assert "is not a checkpoint of this script" in capsys.readouterr().err

@@ -1,27 +1,28 @@
-"""The one rule by which numbers are compared, in the max norm and in L2, tensor by tensor:
+"""The one rule that compares numbers, for each tensor, in the max norm and in L2:
 
     err(got) <= factor·err(eager) + floor        err(v) = |v - oracle|, the oracle in float64
 
-with eager the stock block in the same dtype and memory format; factor 2, or 3 for parameter gradients in float16 and
-bfloat16, where rounding errors of stored activations, not of sums, set the error and few of them meet in one value.
+Eager is the stock block in the same dtype and memory format. The factor is 2, or 3 for parameter gradients in float16
+and bfloat16: there the rounding of stored activations, not of sums, sets the error, and few of these errors enter one
+value.
 
-The floor is there because eager is right by luck at times, and exactly right in float64, where it is its own oracle:
+The floor is needed because eager is sometimes right by luck, and always in float64, where it is its own oracle:
 
     floor = 8·u_acc·sum |terms| + 4·u_store·spread
 
-The terms are those of the last reduction that makes the value, the spread is the standard deviation that rounding
-leaves in it, to first order through the whole block; both come from the oracle (reference.py). u_acc is the unit
-roundoff of the accumulator: rounding one partial sum costs at most u_acc·sum |terms|, a two-stage sum of n terms rounds
-about log2(n) of them, up to 10 here, of either sign; 8 of them of one sign are not to be expected. u_store is the
-unit roundoff of what is kept in memory; 4 deviations of a Gaussian are passed by 6 of 100,000 values.
+The terms are those of the last reduction that computes the value. The spread is the standard deviation that rounding
+causes in it, to first order through the whole block. Both come from the oracle (reference.py). u_acc is the unit
+roundoff of the accumulator: rounding one partial sum costs at most u_acc·sum |terms|. A two-stage sum of n terms rounds
+about log2(n) times, here up to 10 times, with errors of either sign; 8 errors of one sign are not expected. u_store is
+the unit roundoff of what is kept in memory; 6 of 100,000 values of a Gaussian lie beyond 4 deviations.
 
-Measured over 15,264 errors a dtype (11,424 in bfloat16), stock blocks in one memory format against eager in the other:
-what is left of the error after factor·err(eager) reaches 0.79 of the floor in float64, where eager helps least, 0.53 in
-float32, 0.33 in bfloat16 and 0.32 in float16; test_tolerance.py repeats a part. Masks that rounding flips are not
-covered: reference.separate keeps pre-activations off zero.
+Measured with 15,264 errors per dtype (11,424 in bfloat16), for stock blocks in one memory format against eager in the
+other: err(got) - factor·err(eager) is at most 0.79 of the floor in float64, where eager helps least, 0.53 in float32,
+0.33 in bfloat16 and 0.32 in float16. test_tolerance.py repeats a part of that. The rule does not cover masks that
+rounding flips: reference.separate keeps pre-activations away from zero.
 
-What took no part in a reduction (statistics that are not updated, counters, empty batches) must equal eager's bit by
-bit; infinities and NaN must be where eager has them.
+Values without a reduction (statistics that are not updated, counters, empty batches) must equal eager's bit by bit.
+Infinities and NaN must be at the same places as in eager.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ACCUMULATOR = {dtype: UNIT[torch.float64 if dtype == torch.float64 else torch.fl
 
 @dataclass(frozen=True)
 class Measure:
-    """Errors of one tensor in one norm against the bound they must keep."""
+    """The errors of one tensor in one norm, and the bound for them."""
 
     norm: str
     error: float
@@ -65,7 +66,7 @@ def factor_of(name: str, dtype: torch.dtype) -> float:
 def measure(
     name: str, got: Tensor, eager: Tensor, ref: Tensor, terms: Tensor, spread: Tensor, dtype: torch.dtype
 ) -> tuple[Measure, Measure]:
-    """Errors in the max norm and in L2; see the file head."""
+    """Return the errors in the max norm and in L2; see the file head."""
     floor = PARTIAL_SUMS * ACCUMULATOR[dtype] * terms + DEVIATIONS * UNIT[dtype] * spread
     got_error, eager_error = (got.double() - ref).abs(), (eager.double() - ref).abs()
     factor = factor_of(name, dtype)
@@ -85,7 +86,7 @@ def complaint(
     *,
     dtype: torch.dtype,
 ) -> str | None:
-    """What is wrong with one tensor, or None. `spread` defaults to |ref|: one rounding of the result."""
+    """Say what is wrong with one tensor; None if nothing is. `spread` defaults to |ref|: one rounding of the result."""
     if got.shape != eager.shape or got.dtype != eager.dtype:
         return f"{name}: {tuple(got.shape)} {got.dtype}, eager has {tuple(eager.shape)} {eager.dtype}"
     if terms is None or not got.is_floating_point():
@@ -112,7 +113,7 @@ def _index(error: Tensor) -> tuple[int, ...]:
 
 
 def complaints(got: Values, eager: Values, oracle: Oracle, dtype: torch.dtype) -> list[str]:
-    """Every broken bound of a run, worst index included; an empty list is a pass."""
+    """Return a message for every broken bound of a run, with the worst index; an empty list is a pass."""
     if got.keys() != eager.keys():
         return [f"tensors {sorted(got.keys() ^ eager.keys())} are in one run only"]
     found = (
@@ -131,7 +132,7 @@ def complaints(got: Values, eager: Values, oracle: Oracle, dtype: torch.dtype) -
 
 
 def check(got: Values, eager: Values, oracle: Oracle, dtype: torch.dtype, context: object = "") -> None:
-    """Asserts the rule for every tensor of a run."""
+    """Assert the rule for every tensor of a run."""
     found = complaints(got, eager, oracle, dtype)
     assert not found, "\n".join([f"{context}: {len(found)} of {len(eager)} tensors break the rule", *found])
 
@@ -146,6 +147,6 @@ def check_tensor(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Asserts the rule for one tensor: of one op, say. Names that start with `grad.` are parameter gradients."""
+    """Assert the rule for one tensor, e.g. of one op. A name that starts with `grad.` is a parameter gradient."""
     found = complaint(name, got, eager, ref, terms, spread, dtype=dtype or eager.dtype)
     assert found is None, found

@@ -13,10 +13,12 @@ from suite.journal import Journal
 from suite.settings import Case, Settings
 
 OPS = (
-    "conv_fprop", "conv_dgrad", "conv_wgrad", "conv_weights", "gram", "one_pass_tail", "bn_statistics", "bn_backward",
-    "bn_relu", "bn_add_relu", "bn_add_relu_backward", "bn_relu_maxpool", "shortcut_grad", "shortcut",
+    "conv_fprop", "conv_bn_add_relu", "conv_dgrad", "conv_wgrad", "conv_weights", "gram", "one_pass_tail",
+    "bn_statistics", "bn_backward", "bn_relu", "bn_add_relu", "bn_add_relu_backward", "bn_relu_maxpool",
+    "shortcut_grad", "shortcut",
 )  # fmt: skip
-FILES = ("test_conv_blocks.py", "test_stem.py", *(f"test_{op}.py" for op in OPS))
+STEM = ("test_stem.py", "test_stem_convolution.py", "test_stem_fusion.py")
+FILES = ("test_conv_blocks.py", *STEM, *(f"test_{op}.py" for op in OPS))
 # Of the tests of ops only those that run on a GPU: their ids contain the name of the backend.
 WANTED = "triton or cuda or test_conv_blocks or test_stem"
 TINY = ("test_shortcut_grad.py", "test_gram.py")

@@ -1,0 +1,69 @@
+"""The layers of the package: imports point downward, and only kernels touch the compiled core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkouts import ROOT, copy_package, imports
+
+LAYERS = ["kernels", "ops", "autograd", "modules", "convert", "tune"]  # from the bottom up
+
+
+def layer(module: str) -> int | None:
+    """The height of a module of fusedres, None outside the layers."""
+    parts = module.split(".")
+    return LAYERS.index(parts[1]) if parts[0] == "fusedres" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def upward_imports(root: Path) -> set[str]:
+    """`a -> b` for every import in root/fusedres that points upward or out of a layer's sight.
+
+    A layer imports itself and those below, never the package as a whole; a module outside the layers imports no layer.
+    """
+    found = set()
+    modules = {path.name.partition(".")[0] for path in (root / "fusedres").iterdir()}
+    for path in (root / "fusedres").rglob("*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        if module in ("fusedres.__init__", "fusedres.__main__"):  # the front doors
+            continue
+        height = layer(module)
+        for name in imports(path, root):
+            first, _, rest = name.partition(".")
+            whole = first == "fusedres" and rest.partition(".")[0] not in modules  # e.g. `from fusedres import fuse`
+            other = layer(name)
+            if whole or (other is not None and (height is None or other > height)):
+                found.add(f"{module} -> {name}")
+    return found
+
+
+def test_imports_point_downward() -> None:
+    assert {path.stem for path in (ROOT / "fusedres").iterdir()} >= set(LAYERS)
+    assert upward_imports(ROOT) == set()
+
+
+def test_an_upward_import_is_found(tmp_path: Path) -> None:
+    package = copy_package(tmp_path, core=False) / "fusedres"
+    (package / "ops" / "upward.py").write_text("def f():\n    from ..autograd import block\n")
+    (package / "kernels" / "upward.py").write_text("from fusedres import modules\n")
+    (package / "kernels" / "whole.py").write_text("import fusedres\nfrom fusedres import fuse\n")
+    (package / "loose.py").write_text("import fusedres.ops.gram\n")
+    found = upward_imports(tmp_path)
+    for expected in (
+        "fusedres.ops.upward -> fusedres.autograd.block",
+        "fusedres.kernels.upward -> fusedres.modules",
+        "fusedres.kernels.whole -> fusedres",
+        "fusedres.kernels.whole -> fusedres.fuse",
+        "fusedres.loose -> fusedres.ops.gram",
+    ):
+        assert expected in found
+
+
+def test_only_kernels_touch_the_core() -> None:
+    users = {
+        path.relative_to(ROOT / "fusedres").parts[0]
+        for path in (ROOT / "fusedres").rglob("*.py")
+        if "fusedres._C" in imports(path)
+    }
+    assert users <= {"kernels", "__main__.py"}
+    loads = {path.name for path in (ROOT / "fusedres").rglob("*.py") if '"fusedres._CUDA"' in path.read_text()}
+    assert loads == {"cuda_support.py"}
