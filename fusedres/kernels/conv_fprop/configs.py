@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,20 @@ class DescriptorConfig(Config):
     """A config of the kernel that loads by tensor descriptors."""
 
 
+class _Problem(NamedTuple):
+    """What the configs of a convolution depend on."""
+
+    dtype: torch.dtype
+    precision: str
+    k: int
+    c: int
+    taps: int
+    normalised: bool
+    padded: bool
+    shifted: bool  # a tap is a shift of x's rows, as the kernel by descriptors needs it
+    gpu: Gpu
+
+
 def candidates(
     x: Tensor,
     weight: Tensor,
@@ -78,7 +93,8 @@ def candidates(
     k, c, r, s = (int(size) for size in weight.shape)  # a weight's sizes are no symbols
     shifted = aligned and tuple(stride) == (1, 1) and y.shape[2:] == x.shape[2:]
     precision = input_precision(x.dtype)
-    return _candidates(x.dtype, precision, k, c, r * s, normalised, any(padding), shifted, gpu(x.device))
+    problem = _Problem(x.dtype, precision, k, c, r * s, normalised, any(padding), shifted, gpu(x.device))
+    return _candidates(problem)
 
 
 def chosen(
@@ -103,31 +119,22 @@ def row_tiles(
     return ceil_div(y.shape[0] * y.shape[2] * y.shape[3], config["BLOCK_M"])
 
 
-@lru_cache(1024)  # as many shapes come by
-def _candidates(
-    dtype: torch.dtype,
-    precision: str,
-    k: int,
-    c: int,
-    taps: int,
-    normalised: bool,
-    padded: bool,
-    shifted: bool,
-    gpu: Gpu,
-) -> Sequence[Config]:
+@lru_cache(1024)  # more shapes than a run has
+def _candidates(problem: _Problem) -> Sequence[Config]:
+    masked = problem.normalised and problem.padded
+
     def shared_bytes(config: Config) -> int:
         m, k, c = (config[block] for block in ("BLOCK_M", "BLOCK_K", "BLOCK_C"))
-        return config.num_stages * ((m + k) * c * dtype.itemsize + 4 * m * (normalised and padded))
+        return config.num_stages * ((m + k) * c * problem.dtype.itemsize + 4 * m * masked)
 
-    found = _pointers(dtype, precision, k, c, taps, normalised, padded, gpu)
-    if shifted and not INTERPRETED:
-        found += _descriptors(dtype, precision, c, gpu)
-    return fitting(found, shared_bytes, gpu)
+    found = _pointers(problem)
+    if problem.shifted and not INTERPRETED:
+        found += _descriptors(problem)
+    return fitting(found, shared_bytes, problem.gpu)
 
 
-def _pointers(
-    dtype: torch.dtype, precision: str, k: int, c: int, taps: int, normalised: bool, padded: bool, gpu: Gpu
-) -> list[Config]:
+def _pointers(problem: _Problem) -> list[Config]:
+    dtype, precision, k, c, taps, normalised, padded, _, gpu = problem
     hopper = 90 <= gpu.capability < 120  # 120 has less shared memory than 80 and no wgmma
     flat = c < 32 and taps > 1
     kind = _arithmetic(dtype, precision)
@@ -153,12 +160,13 @@ def _pointers(
     return found
 
 
-def _descriptors(dtype: torch.dtype, precision: str, c: int, gpu: Gpu) -> list[Config]:
-    tiles = _DESCRIPTORS.get(_arithmetic(dtype, precision), ()) if 90 <= gpu.capability < 120 else ()
+def _descriptors(problem: _Problem) -> list[Config]:
+    kind = _arithmetic(problem.dtype, problem.precision)
+    tiles = _DESCRIPTORS.get(kind, ()) if 90 <= problem.gpu.capability < 120 else ()
     return [
         DescriptorConfig({"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c}, warps, stages)
         for block_m, block_k, block_c, warps, stages in tiles
-        if c % block_c == 0
+        if problem.c % block_c == 0
     ]
 
 
