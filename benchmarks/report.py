@@ -1,7 +1,7 @@
-"""Writes the tables of the README and the plots from the rows in benchmarks/results/*.json.
+"""Writes the tables of README.md and docs/numbers.md, and the plots, from the rows in benchmarks/results/*.json.
 
-python benchmarks/report.py             rewrite README.md between its markers, and the plots of changed rows
-python benchmarks/report.py --check     exit 1 if the README or a plot differs from the rows
+python benchmarks/report.py             rewrite both documents between their markers, and the plots of changed rows
+python benchmarks/report.py --check     exit 1 if a document or a plot differs from the rows
 python benchmarks/report.py --add DIR   first add the rows of a run of gpu_suite.py to results: one file per step
 """
 
@@ -29,7 +29,7 @@ BEGIN, END = "<!-- numbers: benchmarks/report.py -->", "<!-- end of numbers -->"
 LARGEST = 16 << 20  # bytes of a results file
 BLOCKS = ("basic_block", "bottleneck", "stem")
 TABLES = {"blocks": blocks_table, "models": models_table, "ops": ops_table}
-CAPTIONS = {"blocks": "Speed-up by block", "models": "Memory by model", "ops": "Roofline of each op"}
+CAPTIONS = {"blocks": "Speed-up by block", "models": "Speed and memory of whole models", "ops": "Roofline of each op"}
 
 
 def kind_of(row: Row) -> str | None:
@@ -70,26 +70,31 @@ def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tupl
             rows = [row for rows in groups for row in rows]
             if kind == "ops":
                 rows = [row for row in rows if row.get("flops") and row.get("matmul_flops_per_s")]
-            if kind == "models":
-                rows = [row for row in rows if row["phase"] == "train" and (row["peak_bytes"] or row["saved_bytes"])]
+            if kind == "models" and not any(row["peak_bytes"] or row["saved_bytes"] for row in rows):
+                rows = []
             if rows:
                 wanted[f"{slug(device)}-{name}.svg"] = (kind, rows)
     return wanted
 
 
-def section(results: Path) -> str:
-    """Return the text between the markers of the README."""
+def section(results: Path, kinds: Iterable[str] = TABLES, folder: str = "../benchmarks/results") -> str:
+    """Return the plots and tables of these kinds; `folder` is the path of the plots from the document."""
     files = load(results)
     found = measured(files)
     drawn = wanted_plots(found)
     parts = [goals_table(files.values())]
-    for kind, table in TABLES.items():
+    for kind in kinds:
         parts += [
-            f"![{CAPTIONS[kind]}, {rows[0]['device']}](benchmarks/results/{name})"
+            f"![{CAPTIONS[kind]}, {rows[0]['device']}]({folder}/{name})"
             for name, (of, rows) in drawn.items() if of == kind
         ]  # fmt: skip
-        parts += [_folded(table(rows)) for groups in found[kind].values() for rows in groups]
+        parts += [_folded(TABLES[kind](rows)) for groups in found[kind].values() for rows in groups]
     return "\n\n".join(filter(None, parts))
+
+
+def summary(results: Path) -> str:
+    """Return what the README shows of the numbers: whole models."""
+    return section(results, ("models",), "benchmarks/results")
 
 
 def _folded(table: str, longest: int = 20) -> str:
@@ -100,13 +105,17 @@ def _folded(table: str, longest: int = 20) -> str:
     return f"<details><summary>{title.rstrip(':')}</summary>\n{rest}\n\n</details>"
 
 
-def readme_with_numbers(text: str, results: Path) -> str:
-    """Return the text of the README with the tables of every results file between its markers."""
+def with_numbers(text: str, numbers: str) -> str:
+    """Return the text of a document with these numbers between its markers."""
     before, found, rest = text.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not found or not closed:
-        raise SystemExit(f"README.md must have the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}"
+        raise SystemExit(f"a document with numbers must have the lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{numbers}\n\n{END}{after}"
+
+
+# The documents with numbers, and what each shows.
+DOCUMENTS = {ROOT / "README.md": summary, ROOT / "docs" / "numbers.md": section}
 
 
 def outdated_plots(results: Path) -> list[str]:
@@ -167,23 +176,23 @@ def _text(rows: Iterable[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite or check the README and the plots."""
+    """Rewrite or check the documents and the plots."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     parser.add_argument("--add", type=Path, metavar="DIR", help="the --out of a run of gpu_suite.py")
     options = parser.parse_args(argv)
-    results, readme = ROOT / "benchmarks" / "results", ROOT / "README.md"
+    results = ROOT / "benchmarks" / "results"
     if options.add:
         for path in add(options.add, results):
             print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
-    old = readme.read_text()
-    new = readme_with_numbers(old, results)
+    texts = {path: with_numbers(path.read_text(), numbers(results)) for path, numbers in DOCUMENTS.items()}
     if options.check:
-        return int(new != old or bool(outdated_plots(results)))
+        return int(any(path.read_text() != text for path, text in texts.items()) or bool(outdated_plots(results)))
     draw(results)
-    readme.write_text(new)
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

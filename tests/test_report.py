@@ -57,8 +57,9 @@ def of_op(op: str, percent: float, **fields: object) -> dict:
 
 
 def test_readme_shows_the_rows(report):
-    text = (ROOT / "README.md").read_text()
-    assert report.readme_with_numbers(text, RESULTS) == text
+    for path, numbers in report.DOCUMENTS.items():
+        text = path.read_text()
+        assert report.with_numbers(text, numbers(RESULTS)) == text
 
 
 def test_another_number_is_noticed(report):
@@ -66,19 +67,20 @@ def test_another_number_is_noticed(report):
     number = text.partition(report.BEGIN)[2].partition("**")[2].partition("**")[0]
     assert float(number) > 0
     wrong = text.replace(f"**{number}**", "**9.99**", 1)
-    assert report.readme_with_numbers(wrong, RESULTS) != wrong
+    assert report.with_numbers(wrong, report.summary(RESULTS)) != wrong
 
 
 def test_plots_are_drawn_from_the_rows(report):
     assert report.outdated_plots(RESULTS) == []
     plots = sorted(path.name for path in RESULTS.glob("*.svg"))
     assert plots, "no plot is committed"
-    assert [f"results/{name})" in (ROOT / "README.md").read_text() for name in plots] == [True] * len(plots)
+    shown = (ROOT / "docs" / "numbers.md").read_text()
+    assert [f"results/{name})" in shown for name in plots] == [True] * len(plots)
 
 
 def test_missing_markers(report):
-    with pytest.raises(SystemExit, match=r"README\.md must have the lines"):
-        report.readme_with_numbers("nothing", RESULTS)
+    with pytest.raises(SystemExit, match="a document with numbers must have the lines"):
+        report.with_numbers("nothing", "numbers")
 
 
 # --- made-up rows -----------------------------------------------------------------------------------------------------

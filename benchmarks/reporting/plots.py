@@ -180,51 +180,80 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def memory(rows: list[Row], path: Path) -> None:
-    """Plot bytes of a training step by model: the peak if it is known, else the bytes saved for backward."""
+# What the picture of models shows, as far as it was measured: variant → label and colour.
+SHOWN = {
+    "eager": ("eager PyTorch", "#999999"),
+    "compile": ("torch.compile", "#56B4E9"),
+    "library": ("fused", "#D55E00"),
+    "library min": ('fused, memory="min"', "#0072B2"),
+    "fused": ('fused, conv="fused"', "#009E73"),
+    "fused min": ('fused, conv="fused", memory="min"', "#CC79A7"),
+}
+
+
+def models(rows: list[Row], path: Path) -> None:
+    """Plot speed and memory of whole models as bars: images per second, and bytes of a training step.
+
+    The bytes are the peak if it is known, else what is saved for backward.
+    """
     pyplot = _pyplot()
-    peak = any(row["peak_bytes"] for row in rows)
-    key = "peak_bytes" if peak else "saved_bytes"
+    key = "peak_bytes" if any(row["peak_bytes"] for row in rows) else "saved_bytes"
     cases: dict[tuple, dict[str, Row]] = {}
-    for (name, _, batch, dtype, variant), row in latest(rows).items():
-        if row[key] and variant != "eager_nchw":
-            cases.setdefault((name, batch, dtype), {})[variant] = row
-    variants = dict.fromkeys(name for found in cases.values() for name in found if name != "eager")
-    colours = {"eager": "#999999"} | {name: COLOURS[k % (len(COLOURS) - 1)] for k, name in enumerate(variants)}
-    largest = max(row[key] for found in cases.values() for row in found.values())
-    unit, scale = ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6)
-    height = 1.3 + 0.3 * sum(len(found) + 1 for found in cases.values())
-    figure, axis = pyplot.subplots(figsize=(8, height))
+    for (name, phase, batch, dtype, variant), row in latest(rows).items():
+        if variant in SHOWN:
+            cases.setdefault((name, phase, batch, dtype), {})[variant] = row
+    cases = {case: found for case, found in cases.items() if "eager" in found}
+    training = {
+        case: {variant: row for variant, row in found.items() if row[key]}
+        for case, found in cases.items() if found["eager"][key]
+    }  # fmt: skip
+    bars = [sum(len(found) + 1 for found in shown.values()) for shown in (cases, training)]
+    height = 1.6 + 0.27 * max(bars)
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, height))
+    _bars(speed, cases, lambda row, _: row["ratio"]["median"], lambda row: f"{_number(row['images_per_s'])} images/s")
+    _bars(memory, training, lambda row, eager: row[key] / eager[key], lambda row: f"{_number(row[key] / 1e6)} MB")
+    speed.set_title("Speed: longer is better", fontsize=11)
+    what = "Peak memory" if key == "peak_bytes" else "Memory kept for backward"
+    memory.set_title(f"{what}: shorter is better", fontsize=11)
+    figure.suptitle(f"Whole models: {_about(rows)}", fontsize=11)
+    drawn = dict.fromkeys(variant for found in cases.values() for variant in found)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=SHOWN[variant][1]) for variant in SHOWN if variant in drawn]
+    labels = [SHOWN[variant][0] for variant in SHOWN if variant in drawn]
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, 0.4 / height, 1, 1))
+    _save(figure, path, rows)
+
+
+def _bars(
+    axis: Any,
+    cases: dict[tuple, dict[str, Row]],
+    ratio_of: Callable[[Row, Row], float],
+    text: Callable[[Row], str],
+) -> None:
+    """Draw a group of bars for each case; a bar's length is the ratio of its row to that of eager."""
     position, ticks = 0, []
-    for (name, batch, dtype), found in cases.items():
-        base = found["eager"][key] if "eager" in found else None
-        ticks.append((position + (len(found) - 1) / 2, f"{name}\nbatch {batch}, {dtype}"))
-        for row in found.values():
-            axis.barh(position, row[key] / scale, 0.85, color=colours[row["variant"]])
-            share = f", {row[key] / base:.2f} of eager's" if base and row["variant"] != "eager" else ""
-            axis.annotate(
-                f" {row['variant']}: {_number(row[key] / scale)} {unit}{share}", (row[key] / scale, position),
-                va="center", fontsize=8,
-            )  # fmt: skip
+    for (name, phase, batch, dtype), found in cases.items():
+        what = "training" if phase == "train" else "inference"
+        ticks.append((position + (len(found) - 1) / 2, f"{name}, {what}\nbatch {batch}, {dtype}"))
+        for variant in filter(found.__contains__, SHOWN):
+            ratio = ratio_of(found[variant], found["eager"])
+            axis.barh(position, ratio, 0.9, color=SHOWN[variant][1])
+            share = "" if variant == "eager" else f"{ratio:.2f} × eager, "
+            axis.text(0.02, position, share + text(found[variant]), va="center", fontsize=9.5, color="white")
             position += 1
         position += 1
-    axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axis.axvline(1, color="black", lw=1)
+    axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=10)
     axis.set_ylim(position - 1.4, -0.6)
-    axis.margins(x=0.45)
-    axis.set_xlabel(
-        ("peak of a training step beyond weights and images" if peak else "saved for backward") + f", {unit}"
-    )
-    axis.set_title(f"Memory by model: {_about(rows)}", fontsize=10)
-    for side in ("top", "right"):
+    axis.set_xticks([])
+    for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
-    figure.tight_layout()
-    _save(figure, path, rows)
 
 
 # Kind of rows → the name of its plot, and the function that draws it.
 KINDS: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {
     "blocks": ("speedup", speedup),
-    "models": ("memory", memory),
+    "models": ("models", models),
     "ops": ("roofline", roofline),
 }
 
