@@ -125,7 +125,7 @@ def test_all_kinds_of_plots_and_the_same_rows_give_the_same_file(report, tmp_pat
     report.draw(tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
     assert {name.removeprefix("nvidia-h100-80gb-hbm3-") for name in drawn} == {
-        "speedup.svg", "memory.svg", "roofline.svg",
+        "speedup.svg", "models.svg", "roofline.svg",
     }  # fmt: skip
     for name in drawn:
         (tmp_path / name).unlink()
