@@ -1,4 +1,4 @@
-"""examples/train.py says in one sentence what is wrong with its arguments, images, devices and checkpoints."""
+"""examples/train.py says in one sentence what is wrong with arguments, images, devices and checkpoints."""
 
 from pathlib import Path
 from types import SimpleNamespace
