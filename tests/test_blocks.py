@@ -94,7 +94,7 @@ def test_sizes_and_channels_in_other_dtypes(case: Case, dtype: torch.dtype, memo
 @pytest.mark.parametrize("case", BATCHES, ids=label)
 def test_batches_of_one_pixel(case: Case, mode: str, memory: str) -> None:
     if mode == "train" and case.values_a_channel == 1:
-        pytest.skip("one value a channel has no batch statistics: test_errors.py")
+        pytest.skip("one value per channel has no batch statistics: see test_errors.py")
     compare(case, torch.float32, torch.channels_last, mode, memory, "cpu")
 
 

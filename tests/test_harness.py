@@ -101,7 +101,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(25 << 20).fill_(1)  # 100 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(40)))  # not each: something small may lie behind the last one, or the heap grow
+print(min(faults() for _ in range(40)))  # the minimum: a small block after the tensor, or a growing heap, adds faults
 """
     command = [sys.executable, "-c", code, str(BENCHMARKS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
