@@ -1,6 +1,6 @@
-"""Checkpoints for train.py: written whole or not at all, checked bit by bit, read without running code from the file.
+"""Checkpoints for train.py: written completely or not at all, checked bit by bit, read without running code from them.
 
-A checkpoint is what torch.save writes, a zip archive, whose comment is a checksum of all that goes before it.
+A checkpoint is the zip archive that torch.save writes; the comment at its end is a checksum of everything before it.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from shared import files
 
 _MARK = b"sha256 of train.py's checkpoint: "
 _CHECKSUM = len(_MARK) + 64
-_LENGTH = 2  # bytes at the end of a zip archive without a comment, which say how long its comment is
+_LENGTH = 2  # the last bytes of a zip archive without a comment: the length of the comment
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write state to path; whoever is killed meanwhile, or finds the disk full, leaves the old checkpoint.
+    """Write state to path. If the process is killed or the disk is full, the old checkpoint remains.
 
     Raises:
         UsageError: the file cannot be written.
     """
-    buffer = io.BytesIO()  # in memory first: torch.save tells of a full disk in other words each time
+    buffer = io.BytesIO()  # first into memory, because torch.save reports a full disk with changing messages
     torch.save(state, buffer)
     buffer.seek(-_LENGTH, os.SEEK_END)
     buffer.write(struct.pack("<H", _CHECKSUM))
@@ -52,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
         state = _state(path)
     except OSError as error:
         raise UsageError(f"{shown(path)} cannot be read as a checkpoint ({error.strerror}): {remedy}") from error
-    except Exception as error:  # whatever unpickling strange bytes may raise
+    except Exception as error:  # unpickling damaged bytes may raise anything
         raise UsageError(f"{shown(path)} cannot be read as a checkpoint ({type(error).__name__}): {remedy}") from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UsageError(f"{shown(path)} is not a checkpoint of this script: {remedy}")
@@ -60,14 +60,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> Any:
-    """What was saved; None where the file is no checkpoint of this script."""
+    """Return the saved state; None if the file is no checkpoint of this script."""
     with files.opened(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _CHECKSUM))
         checksum = file.read()
         file.seek(0)
         if not checksum.startswith(_MARK):
-            if file.read(4) == b"PK\x03\x04":  # a whole archive, by another program or cut
+            if file.read(4) == b"PK\x03\x04":  # an archive of another program, or one that was cut
                 return None
             raise ValueError("no archive")
         data = file.read(size - _CHECKSUM)
@@ -86,7 +86,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of the process's generators: Python's, NumPy's, torch's on the CPU and on device."""
+    """Return the state of the process's generators: Python's, NumPy's, torch's on the CPU and on device."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

@@ -14,18 +14,18 @@ _T95 = (
 
 
 def interval95(values: Sequence[float]) -> float | None:
-    """Half-width of the 95% interval of the mean, t·s/√n; None for fewer than two values."""
+    """Return the half-width of the 95% interval of the mean, t·s/√n; None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
-    # Beyond the table its last entry is used: at most 4% wider than the exact one.
+    # Beyond the table its last entry is used; the interval is then at most 4% wider than the exact one.
     t = _T95[min(n - 1, len(_T95)) - 1]
     return t * statistics.stdev(values) / math.sqrt(n)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Final held-out accuracies in [0, 1], one a seed, of two variants trained from the same seeds."""
+    """Final held-out accuracies in [0, 1] of two variants, for each of the same seeds."""
 
     seeds: Sequence[int]
     eager: Sequence[float]
@@ -33,7 +33,7 @@ class Comparison:
 
     @property
     def differences(self) -> list[float]:
-        """fused - eager, one a seed."""
+        """fused - eager, for each seed."""
         return [f - e for e, f in zip(self.eager, self.fused, strict=True)]
 
     @property
@@ -61,7 +61,7 @@ class Comparison:
         return f"fused - eager: {interval}: {'equal within the interval' if self.equal else 'NOT equal'}"
 
     def table(self, eager_seconds: Sequence[float], fused_seconds: Sequence[float]) -> str:
-        """A row a seed, then the means with their 95% intervals."""
+        """Return a table with a row for each seed, then the means with their 95% intervals."""
         rows = [f"{'seed':>6} {'eager %':>14} {'fused %':>14} {'difference':>14} {'eager s':>9} {'fused s':>9}"]
         cells = zip(self.seeds, self.eager, self.fused, self.differences, eager_seconds, fused_seconds, strict=True)
         for seed, e, f, d, te, tf in cells:

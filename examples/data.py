@@ -1,7 +1,7 @@
-"""Images for train.py: handwritten digits, CIFAR-10 or a folder with one sub-folder a class.
+"""Images for train.py: handwritten digits, CIFAR-10 or a folder with one sub-folder for each class.
 
-Augmentation draws from a generator seeded by (seed, epoch, index of the image), so an image looks the same in a given
-epoch whichever worker loads it and wherever a resumed run starts.
+Augmentation draws from a generator seeded by (seed, epoch, index of the image). So an image looks the same in a given
+epoch, no matter which worker loads it and where a resumed run starts.
 """
 
 import os
@@ -22,7 +22,7 @@ from torchvision.transforms import functional as TF
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_SIZE = {"digits": 8, "cifar10": 32}
 FOLDER_SIZE = 224
-_LONGEST = 16  # sides of a held-out image that are used: the longer over the shorter one
+_LONGEST = 16  # the largest ratio of the sides of a held-out image; a longer image is cropped
 
 
 class UsageError(Exception):
@@ -30,12 +30,12 @@ class UsageError(Exception):
 
 
 def shown(path: str | Path) -> str:
-    """A path in one line of text, whatever characters its name has."""
+    """Return a path as one line of text, whatever characters it contains."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(path))
 
 
 class Images(Protocol):
-    """Images with labels; image() is augmented where a generator is given."""
+    """Images with labels; image() augments if a generator is given."""
 
     labels: list[int]
 
@@ -46,7 +46,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """A training set and a held-out set: which images, and of which classes."""
+    """A training set and a held-out set: their images, indices and classes."""
 
     name: str
     classes: int
@@ -59,7 +59,7 @@ class Data:
 
 
 class View(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Dataset over images: augmented for (seed, epoch) where they are given, plain otherwise."""
+    """Dataset over images: augmented if (seed, epoch) is given, otherwise plain."""
 
     def __init__(self, images: Images, seed_and_epoch: tuple[int, int] | None = None) -> None:
         self.images, self.seed_and_epoch = images, seed_and_epoch
@@ -84,7 +84,7 @@ class ArrayImages:
         self.shift, self.mirror = shift, mirror
 
     def image(self, index: int, rng: np.random.Generator | None) -> Tensor:
-        """The image, shifted by up to `shift` pixels each way and mirrored half the time where rng is given."""
+        """Return the image; if rng is given, shifted by up to `shift` pixels and mirrored half of the time."""
         x = self.pixels[index]
         if rng is not None:
             top, left = (int(v) for v in rng.integers(0, 2 * self.shift + 1, 2))
@@ -102,15 +102,15 @@ class FolderImages:
         self.folder, self.size, self.labels = folder, size, [int(label) for label in folder.targets]
 
     def image(self, index: int, rng: np.random.Generator | None) -> Tensor:
-        """A crop of 35-100% of the image where rng is given, else its centre; (3, size, size)."""
+        """Return a crop of 35-100% of the image if rng is given, otherwise its centre; (3, size, size)."""
         path = self.folder.samples[index][0]
         try:
             picture = _decoded(Path(path))
-        except Exception as error:  # Pillow's decoders raise what they happen upon in a broken file
+        except Exception as error:  # Pillow's decoders may raise anything for a broken file
             raise UsageError(f"{shown(path)} cannot be read as an image: repair or remove it") from error
         width, height = picture.size
         if rng is None:
-            if max(width, height) > _LONGEST * min(width, height):  # scaled, a hair of an image would fill the memory
+            if max(width, height) > _LONGEST * min(width, height):  # a very thin image, scaled, would fill the memory
                 side = _LONGEST * min(width, height)
                 picture = TF.center_crop(picture, [min(height, side), min(width, side)])
             scaled = TF.resize(picture, [round(self.size * 256 / 224)])
@@ -127,7 +127,7 @@ class FolderImages:
 
 
 def _decoded(path: Path) -> Any:
-    """The image in RGB; a pipe in the place of a file is refused and not waited for."""
+    """Return the image in RGB; a pipe instead of a file is refused without waiting for it."""
     with (
         files.opened(path) as descriptor,
         os.fdopen(descriptor, "rb", closefd=False) as file,
@@ -140,7 +140,7 @@ def _decoded(path: Path) -> Any:
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices (train, held out): of each class `fraction` is held out, at least one image, chosen by seed."""
+    """Return indices (train, held out): `fraction` of each class is held out, at least one image, chosen by seed."""
     rng = np.random.default_rng(seed)
     array = np.asarray(labels)
     held: list[int] = []
@@ -154,7 +154,7 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
 
 
 def _digits(size: int, holdout: float, split_seed: int) -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8x8 gray, enlarged bilinearly to size."""
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 gray, enlarged bilinearly to size."""
     from sklearn.datasets import load_digits
 
     arrays: Any = load_digits()
@@ -169,12 +169,12 @@ def _digits(size: int, holdout: float, split_seed: int) -> Data:
 
 
 def _cifar10(root: Path, download: bool, size: int) -> Data:
-    """torchvision's CIFAR-10 with its own test set."""
+    """Return torchvision's CIFAR-10 with its own test set."""
     sets = []
     for train in (True, False):
         try:
             sets.append(torchvision.datasets.CIFAR10(str(root), train=train, download=download))
-        except Exception as error:  # besides OSError and RuntimeError what unpacking and unpickling raise
+        except Exception as error:  # OSError, RuntimeError, and whatever unpacking and unpickling raise
             remedy = "pass --data-root or --download" if not download else f"the download failed ({error})"
             raise UsageError(f"cifar10 is not complete under {shown(root)}: {remedy}") from error
     pixels = [torch.from_numpy(np.ascontiguousarray(s.data)).permute(0, 3, 1, 2).float() / 255 for s in sets]
@@ -194,12 +194,12 @@ def _image_folder(path: Path) -> torchvision.datasets.ImageFolder:
         return torchvision.datasets.ImageFolder(str(path))
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{shown(path)} must hold one sub-folder a class, each with images: {reason}") from error
+        raise UsageError(f"{shown(path)} must hold one sub-folder per class, each with images: {reason}") from error
 
 
 def _folder(path: Path, size: int, holdout: float, split_seed: int) -> Data:
-    """path/train with path/val or path/test where they exist, else a split of path itself."""
-    if not os.path.isdir(path):  # Path's own raises for names that are too long
+    """Return path/train with path/val or path/test if they exist, otherwise a split of path itself."""
+    if not os.path.isdir(path):  # Path.is_dir raises for names that are too long
         raise UsageError(f"--data must be digits, cifar10 or a folder of images, and there is no folder {shown(path)}")
     held = next((path / name for name in ("val", "test") if os.path.isdir(path / name)), None)
     if os.path.isdir(path / "train") and held is not None:
@@ -217,7 +217,7 @@ def _folder(path: Path, size: int, holdout: float, split_seed: int) -> Data:
 
 
 def load_data(name: str, *, root: Path, download: bool, size: int | None, holdout: float, split_seed: int) -> Data:
-    """The data set called `name`, or the folder of that path; raises UsageError where it is not there."""
+    """Return the data set called `name`, or of the folder with that path; raises UsageError if there is none."""
     if name == "digits":
         return _digits(size or DEFAULT_SIZE[name], holdout, split_seed)
     if name == "cifar10":

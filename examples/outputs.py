@@ -1,4 +1,4 @@
-"""Files that train.py leaves in --out."""
+"""Writes the files that train.py leaves in --out."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from shared import files
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file as a whole; whoever is killed meanwhile, or finds the disk full, leaves the old one.
+    """Replace a file as a whole. If the process is killed or the disk is full, the old file remains.
 
     Raises:
         UsageError: the file cannot be written.

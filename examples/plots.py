@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 History = Sequence[dict[str, Any]]
-# Okabe and Ito's blue and vermilion, told apart by colour-blind readers; the dashes show where curves coincide.
+# Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart; dashes show where curves coincide.
 COLOUR = {"eager": "#0072B2", "fused": "#D55E00"}
 DASH: dict[str, Any] = {"eager": "-", "fused": (0, (4, 2))}
 
@@ -42,7 +42,7 @@ def _values(history: History, key: str) -> np.ndarray:
 
 
 def plot_run(history: History, title: str, path: Path) -> None:
-    """Loss and accuracy of one run against the epoch, training and held-out."""
+    """Draw training and held-out loss and accuracy of one run over the epochs."""
     epochs = _values(history, "epoch")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for part, colour, label in (("train", "#999999", "training (augmented)"), ("test", "#0072B2", "held out")):
@@ -59,7 +59,7 @@ def plot_run(history: History, title: str, path: Path) -> None:
 
 
 def _band(axis: Axes, histories: Sequence[History], key: str, variant: str, scale: float) -> None:
-    """The mean over the seeds with its 95% interval as a band."""
+    """Draw the mean over the seeds, with its 95% interval as a band."""
     values = scale * np.stack([_values(h, key) for h in histories])
     epochs, mean = _values(histories[0], "epoch"), values.mean(0)
     label = f"{variant}, mean of {len(histories)} seeds" if len(histories) > 1 else variant
@@ -77,7 +77,7 @@ def _band(axis: Axes, histories: Sequence[History], key: str, variant: str, scal
 def plot_compare(
     eager: Sequence[History], fused: Sequence[History], comparison: Comparison, title: str, path: Path
 ) -> None:
-    """Held-out loss and accuracy of both variants over the epochs, and the final accuracy of each seed."""
+    """Draw held-out loss and accuracy of both variants over the epochs, and the final accuracy of each seed."""
     figure, (loss, accuracy, final) = plt.subplots(
         1, 3, figsize=(14, 4.3), layout="constrained", width_ratios=(1.0, 1.0, 0.9)
     )

@@ -1,6 +1,6 @@
-"""`terminal` and `files`: two files of the package that need nothing but Python, loaded by their path.
+"""Load `terminal` and `files`, two files of the package that need nothing but Python, by their path.
 
-Importing them from fusedres would import torch before them, and --no-fused does without the package.
+Importing them from fusedres would import torch first, and --no-fused must work without the package.
 """
 
 from importlib.util import module_from_spec, spec_from_file_location

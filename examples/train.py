@@ -5,12 +5,12 @@ python examples/train.py --compare --seeds 5                    eager against fu
 python examples/train.py --data photos/ --arch resnet50 --amp bf16
 torchrun --nproc_per_node 2 examples/train.py --data cifar10 --data-root data --download
 
-A run that was killed continues with --resume. On the CPU, with the same number of threads and at most two processes, it
-then ends with the bits of a run that was never killed: the checkpoint holds the weights, the optimizer, the schedule,
-the loss scaler, every random generator, the position in the epoch and the sums that the metrics are made of.
+A run that was killed continues with --resume. On the CPU, with the same number of threads and at most two processes,
+its result then equals that of a run that was never killed bit by bit: the checkpoint has the weights, the optimizer,
+the schedule, the loss scaler, every random generator, the position in the epoch and the sums that metrics need.
 
-Exit codes: 0; 2 for what the user must change, in one sentence on standard error; 130 after Ctrl-C; 141 where whoever
-reads the output is gone, as in `... | head -1`.
+Exit codes: 0; 2 if the user must change something, which one sentence on standard error says; 130 after Ctrl-C; 141 if
+the reader of the output is gone, as in `... | head -1`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from shared import files, terminal
 
 if __name__ == "__main__":
-    terminal.begin()  # before the imports that take long
+    terminal.begin()  # before the slow imports
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from trainer import AMP_TYPES, ARCHITECTURES, SETTINGS, Processes, Trainer
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the default of each option that has a value to name."""
+    """Shows the default of each option that has a default value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -72,7 +72,7 @@ def _share(text: str) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked for what needs no data."""
+    """Parse the command line, and check everything that does not need the data."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a torchvision ResNet on real images, with or without fusedres.fuse().",
@@ -82,17 +82,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("images").add_argument
     add("--data", default="digits", help="digits (scikit-learn's, 8x8), cifar10, or a folder: train/ and val/ in it, "
-        "or one sub-folder a class")  # fmt: skip
+        "or one sub-folder for each class")  # fmt: skip
     add("--data-root", type=Path, default=Path("data"), help="folder that holds CIFAR-10")
     add("--download", action="store_true", help="fetch CIFAR-10 into --data-root if it is not there")
-    add("--image-size", type=_positive, help="pixels a side (default: digits 8, cifar10 32, folder 224)")
-    add("--holdout", type=_share, default=0.2, help="share of each class held out where the data has no test set")
+    add("--image-size", type=_positive, help="height and width in pixels (default: digits 8, cifar10 32, folder 224)")
+    add("--holdout", type=_share, default=0.2, help="share of each class to hold out if the data has no test set")
     add("--split-seed", type=_natural, default=0, help="seed of that split, the same for every run")
     add("--workers", type=_natural, default=0, help="processes that load images")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet18", choices=ARCHITECTURES, metavar="ARCH", help=", ".join(ARCHITECTURES)
-        + "; resnet10 has one BasicBlock a stage")  # fmt: skip
+        + "; resnet10 has one BasicBlock per stage")  # fmt: skip
     add("--fused", action=flag, default=True, help="train through fusedres.fuse()")
     add("--stem", choices=("small", "imagenet"), help="3x3 convolution without pooling, or 7x7 with pooling "
         "(default: small up to 64 pixels)")  # fmt: skip
@@ -101,11 +101,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=_positive, default=12, help="passes over the training images")
-    add("--batch", type=_positive, default=64, help="images a step and process")
+    add("--batch", type=_positive, default=64, help="images per step and process")
     add("--lr", type=_rate, default=0.02, help="highest learning rate of the one-cycle schedule")
     add("--momentum", type=float, default=0.9, help="Nesterov momentum of SGD")
     add("--weight-decay", type=float, default=5e-4, help="weight decay of SGD")
-    add("--seed", type=_natural, default=0, help="of the weights, the order and the augmentation")
+    add("--seed", type=_natural, default=0, help="seed of the weights, the order and the augmentation")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--deterministic", action="store_true", help="deterministic algorithms only (for exact resume on a GPU)")
 
@@ -115,8 +115,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of checkpoints and curves")
-    add("--resume", action="store_true", help="continue from the checkpoints in --out, if any")
-    add("--checkpoint-every", type=_natural, default=0, metavar="BATCHES", help="checkpoint within the epoch too "
+    add("--resume", action="store_true", help="continue from the checkpoints in --out, if there are any")
+    add("--checkpoint-every", type=_natural, default=0, metavar="BATCHES", help="save one every BATCHES batches too "
         "(0: only after each epoch)")  # fmt: skip
     add("--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON; without FILE to standard "
         "output, and everything else to standard error")  # fmt: skip
@@ -143,7 +143,7 @@ def start_processes(name: str) -> Processes:
 
 
 def prepare_data(args: argparse.Namespace, processes: Processes) -> Data:
-    """Load the images; the first process alone downloads. Fills in the sizes that depend on the data."""
+    """Load the images and fill in the sizes that depend on them; only the first process downloads."""
     download_first = args.download and processes.world > 1
     if download_first and not processes.first:
         dist.barrier()
@@ -165,7 +165,7 @@ def prepare_data(args: argparse.Namespace, processes: Processes) -> Data:
 def train_one(
     args: argparse.Namespace, data: Data, fused: bool, seed: int, out: Path, processes: Processes, log: TextIO
 ) -> dict[str, Any]:
-    """One run from its start, or from its checkpoint with --resume."""
+    """Train one run from its start, or from its checkpoint with --resume."""
     from tqdm import tqdm
 
     trainer = Trainer(args, data, fused, seed, out, processes, log)
@@ -189,7 +189,7 @@ def train_one(
         desc=trainer.name,
         unit="batch",
         leave=False,
-        disable=None if processes.first else True,  # None: quiet where standard error is no terminal
+        disable=None if processes.first else True,  # None: no bar if standard error is no terminal
     ) as bar:
         history = trainer.run(bar, keep_weights=not args.compare)
     return {
@@ -203,7 +203,7 @@ def train_one(
 
 
 def compare(args: argparse.Namespace, data: Data, processes: Processes, log: TextIO) -> dict[str, Any]:
-    """Eager and fused from each seed; prints the table and draws the curves."""
+    """Train eager and fused from each seed; print the table and draw the curves."""
     runs: dict[str, list[dict[str, Any]]] = {"eager": [], "fused": []}
     seeds = range(args.seed, args.seed + args.seeds)
     for seed in seeds:
@@ -233,7 +233,7 @@ def compare(args: argparse.Namespace, data: Data, processes: Processes, log: Tex
 
 
 def single(args: argparse.Namespace, data: Data, processes: Processes, log: TextIO) -> dict[str, Any]:
-    """One variant from one seed; draws its curves."""
+    """Train one variant from one seed; draw its curves."""
     run = train_one(args, data, args.fused, args.seed, args.out, processes, log)
     if processes.first:
         from plots import plot_run
@@ -250,7 +250,7 @@ def _title(args: argparse.Namespace, data: Data) -> str:
 
 
 def _check_packages(args: argparse.Namespace) -> None:
-    """Say what is missing before anything is trained."""
+    """Report missing packages before anything is trained."""
     wanted = {"tqdm": "tqdm", "matplotlib": "matplotlib"}
     if args.data == "digits":
         wanted["sklearn"] = "scikit-learn"
@@ -262,12 +262,12 @@ def _check_packages(args: argparse.Namespace) -> None:
 
 
 def _json_file(name: str) -> Path:
-    """What --json names: of a link to a file the file, so that the link stays."""
+    """Return the file that --json names; for a link to a file return that file, so that the link stays."""
     return Path(name if name.startswith(("/dev/", "/proc/")) else os.path.realpath(name))
 
 
 def _check_json(path: Path) -> None:
-    """Say before anything is trained that the results could not be written."""
+    """Report before anything is trained if the results could not be written."""
     if not os.path.isdir(path.parent):
         raise UsageError(f"--json: there is no folder {shown(path.parent)} to write to")
     with _json_errors(path):
@@ -284,7 +284,7 @@ def _write_json(text: str, path: Path) -> None:
 
 
 def _replaced(path: Path) -> bool:
-    """Whether it is a file, which is replaced as a whole; what is a device or a pipe, as /dev/stdout, is written to."""
+    """Return whether to replace the path as a whole file; a device or a pipe like /dev/stdout is written to instead."""
     return not str(path).startswith(("/dev/", "/proc/")) and (os.path.isfile(path) or not os.path.exists(path))
 
 
@@ -325,13 +325,13 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; 2 for what the user must change."""
+    """Run the script; return 2 if the user must change something."""
     args = parse(argv)
     try:
         train(args)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")
-        # An error from a process that loads images arrives with that process's traceback before it.
+        # The message of an error in a process that loads images starts with the traceback of that process.
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.UsageError: ")
         print(f"train.py: error: {'' if rank == '0' else f'process {rank}: '}{sentence}", file=sys.stderr)
         return 2

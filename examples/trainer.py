@@ -28,7 +28,7 @@ ARCHITECTURES = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
 )
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What a resumed run must share with the run it continues.
+# Settings that a resumed run must share with the run that it continues.
 SETTINGS = (
     *("data", "arch", "image_size", "stem", "amp", "channels_last", "epochs", "batch", "lr", "momentum"),
     *("weight_decay", "holdout", "split_seed", "deterministic"),
@@ -37,7 +37,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among those that train together."""
+    """The rank of this process among those that train together, their number, and its device."""
 
     rank: int
     world: int
@@ -45,12 +45,12 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
 
 def build_model(arch: str, classes: int, channels: int, small_stem: bool) -> ResNet:
-    """torchvision's ResNet (resnet10: one BasicBlock a stage); a small stem is a 3x3 convolution without pooling."""
+    """Build torchvision's ResNet (resnet10 has one BasicBlock per stage); a small stem is just a 3x3 convolution."""
     if arch == "resnet10":
         model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=classes)
     else:
@@ -66,13 +66,13 @@ def build_model(arch: str, classes: int, channels: int, small_stem: bool) -> Res
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to the whole group of processes: the main one ends those that load images."""
+    """Ignore Ctrl-C, which reaches the whole group of processes: the main process ends those that load images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C while processes are started is raised when they are, and does nothing in them."""
+    """Delay Ctrl-C until the processes inside are started; the new processes ignore it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,7 +87,7 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 class Trainer:
-    """One run: a model, its optimizer and schedule, and how far it has come."""
+    """One run: a model, its optimizer and schedule, and the current position."""
 
     def __init__(
         self, args: argparse.Namespace, data: Data, fused: bool, seed: int, out: Path, processes: Processes, log: TextIO
@@ -128,11 +128,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         self.history: list[dict[str, Any]] = []
         self.epoch, self.batch = 0, 0  # the position: finished epochs, finished batches of the next one
-        self.seconds = 0.0  # spent in the epoch under way
-        self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, right answers, images
+        self.seconds = 0.0  # spent in the current epoch
+        self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, correct answers, images
 
     def count_fused(self) -> int:
-        """How many residual blocks run fused; says so, and why others do not."""
+        """Return how many residual blocks run fused; print that, and why others do not."""
         import fusedres
 
         blocks = list(fusedres.report(self.model))
@@ -142,7 +142,7 @@ class Trainer:
         return done
 
     def save(self, weights: bool = True) -> None:
-        """Write the checkpoint; without weights only the settings and the history of a finished run."""
+        """Write the checkpoint; without weights it has only the settings and the history of a finished run."""
         own = {"rng": checkpoint.rng_state(self.processes.device), "sums": self.sums.cpu()}
         ranks: list[Any] = [own]
         if self.processes.world > 1:
@@ -166,7 +166,7 @@ class Trainer:
         checkpoint.save(state, self.path)
 
     def restore(self) -> None:
-        """Continue from the checkpoint if there is one; raises UsageError where it belongs to another run."""
+        """Continue from the checkpoint if there is one; raises UsageError if it belongs to another run."""
         try:
             os.lstat(self.path)
         except FileNotFoundError:
@@ -212,7 +212,7 @@ class Trainer:
             print(line, file=self.log, flush=True)
 
     def loaded(self, view: View, batches: list[list[int]]) -> Iterator[Any]:
-        """Batches of the view; its own generator, so that loading leaves the global one alone."""
+        """Return batches of the view; the loader has its own generator and does not use the global one."""
         loader: DataLoader[Any] = DataLoader(
             view,
             batch_sampler=batches,
@@ -230,7 +230,7 @@ class Trainer:
         return x.to(device, memory_format=self.memory_format, non_blocking=True), y.to(device, non_blocking=True)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss of the batch, and (loss, right answers, images) as sums."""
+        """Return the mean loss of the batch, and the sums (loss, correct answers, images)."""
         with torch.autocast(
             self.processes.device.type, AMP_TYPES.get(self.args.amp, torch.bfloat16), enabled=self.args.amp != "off"
         ):
@@ -241,7 +241,7 @@ class Trainer:
         return loss, sums
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """One optimizer step; a step that the scaler skips leaves the schedule where it is."""
+        """Do one optimizer step; if the scaler skips it, the schedule does not advance."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums = self.forward(self.replica, x, y)
         self.sums += sums
@@ -253,7 +253,7 @@ class Trainer:
             self.scheduler.step()
 
     def train_epoch(self, bar: Any) -> None:
-        """The rest of the epoch under way, with a checkpoint every --checkpoint-every batches."""
+        """Train the rest of the current epoch, with a checkpoint every --checkpoint-every batches."""
         data, world, size = self.data, self.processes.world, self.args.batch
         sampler: DistributedSampler[Any] = DistributedSampler(
             data.train_indices,  # type: ignore[arg-type]
@@ -275,9 +275,9 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self) -> Tensor:
-        """(loss, right answers, images) summed over the held-out images of all processes."""
+        """Return (loss, correct answers, images), summed over the held-out images of all processes."""
         rank, world, size = self.processes.rank, self.processes.world, self.args.batch
-        if world > 1:  # the running statistics of the first process count, as in the checkpoint
+        if world > 1:  # use the running statistics of the first process, as in the checkpoint
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         indices = self.data.test_indices[rank::world]
@@ -289,14 +289,14 @@ class Trainer:
         return self.total(sums)
 
     def total(self, sums: Tensor) -> Tensor:
-        """The sums of all processes, added up."""
+        """Return the sum of these values over all processes."""
         result = sums.clone()
         if self.processes.world > 1:
             dist.all_reduce(result)
         return result
 
     def run(self, bar: Any, keep_weights: bool = True) -> list[dict[str, Any]]:
-        """Train to the end; returns the history, one row an epoch."""
+        """Train to the end; return the history, with a row for each epoch."""
         while self.epoch < self.args.epochs:
             self.train_epoch(bar)
             loss, right, images = self.total(self.sums).tolist()

@@ -1,7 +1,7 @@
 """A ResNet that is its stem alone, and what the tests of the fused stem share.
 
-The model is a ResNet whose layers, average pool and classifier are identities. Inputs and weights of the convolution
-are small integers: its output is exact in every dtype, so windows have the same winners in all of them.
+The layers, the average pool and the classifier of the ResNet are identities. Inputs and weights of the convolution are
+small integers, so that its output is exact in every dtype, and each pooling window has the same maximum in all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def stem(
     channels: tuple[int, int] = (3, 19),
     **norm: object,
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A stock model that is its stem alone, a batch of images, and a gradient of its flat output."""
+    """Return a stock model that is its stem alone, a batch of images, and a gradient of its flat output."""
     with torch.device("meta"):
         model = ResNet(BasicBlock, [1, 1, 1, 1])
     for name in ("layer1", "layer2", "layer3", "layer4", "avgpool", "fc"):
@@ -58,7 +58,7 @@ def shape_of(model: nn.Module, x: Tensor) -> torch.Size:
 
 def twin_of(model: nn.Module, conv: str = "auto") -> nn.Module:
     twin = fusedres.fuse(copy.deepcopy(model), conv=conv)
-    if conv == "fused":  # fuse() leaves it to what was measured
+    if conv == "fused":  # fuse(conv="fused") does not concern the stem
         twin.fused_conv = conv
     assert [row.fused for row in fusedres.report(twin)] == [True]
     return twin
@@ -66,11 +66,11 @@ def twin_of(model: nn.Module, conv: str = "auto") -> nn.Module:
 
 def off_the_interpreter(backend: str) -> None:
     if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors go through the interpreter, which is off where there is a GPU")
+        pytest.skip("CPU tensors need Triton's interpreter, which is off because there is a GPU")
 
 
 class Listing(TorchDispatchMode):
-    """The operators that ran, and what convolution_backward was asked for."""
+    """Collects the operators that ran, and the output masks of convolution_backward."""
 
     def __init__(self) -> None:
         super().__init__()

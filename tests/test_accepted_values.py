@@ -1,4 +1,4 @@
-"""What torch accepts works in a fused block too, fused or not; what torch refuses is refused with torch's class."""
+"""Blocks accept what torch accepts, whether they run fused or not, and refuse the rest with torch's error class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Alter = Callable[[nn.Module], object]
 
 
 def matches(alter: Alter, *, fused: bool, mode: str = "train", steps: int = 3, block_case: Case = SMALL) -> str:
-    """A fused block gives what the stock one gives over some steps, buffers included; returns the report's reason."""
+    """Assert that a fused block equals the stock one over some steps, buffers included; return the report's reason."""
     block, x, _ = stock_case(block_case, torch.float64, mode=mode)
     alter(block)
     grad = torch.randn_like(copy.deepcopy(block)(x))
@@ -47,7 +47,7 @@ def test_one_number_or_a_sequence(option: str, value: Any) -> None:
 
 
 def test_stride_taken_out_after_construction() -> None:
-    """The surgery of segmentation and re-identification networks."""
+    """Segmentation and re-identification networks change a stride in this way."""
 
     def last_stride_one(block: nn.Module) -> None:
         block.conv1.stride = 1
@@ -77,11 +77,11 @@ def test_counters_of_any_dtype(dtype: torch.dtype, momentum: float | None) -> No
     def alter(block: nn.Module) -> None:
         for norm in (block.bn1, block.bn2):
             norm.momentum = momentum
-            norm.num_batches_tracked = torch.full((4,), 5).to(dtype)[1]  # one of several in its storage
+            norm.num_batches_tracked = torch.full((4,), 5).to(dtype)[1]  # one element of a larger storage
 
     reason = matches(alter, fused=False)
     assert "num_batches_tracked" in reason and str(dtype) in reason
-    matches(alter, fused=True, mode="eval")  # not read there
+    matches(alter, fused=True, mode="eval")  # eval mode does not read it
 
 
 def test_a_counter_of_one_dimension() -> None:
@@ -111,7 +111,7 @@ def test_buffers_that_are_none(momentum: float | None) -> None:
 @pytest.mark.parametrize("tracks", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_buffers_that_were_deleted(names: tuple[str, ...], tracks: bool, mode: str) -> None:
-    """Wherever torch does not miss them, nor do fused blocks; where it does, the error is torch's."""
+    """Fused blocks need them only if torch does, and then raise torch's error."""
     block, x, grad = stock_case(SMALL, torch.float64, mode=mode)
     block.bn2.track_running_stats = tracks
     for name in names:
@@ -132,7 +132,7 @@ def test_buffers_that_were_deleted(names: tuple[str, ...], tracks: bool, mode: s
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("owner", ["bn1", "conv1"])
 def test_a_parameter_that_became_an_attribute(owner: str, name: str) -> None:
-    """As older pruning, weight normalisation and meta-learning leave it: torch reads the attribute."""
+    """Older pruning, weight normalisation and meta-learning replace a parameter by an attribute, which torch reads."""
     if (owner, name) == ("conv1", "bias"):
         pytest.skip("a convolution without bias has none to move")
 
@@ -177,7 +177,7 @@ def test_values_that_are_not_in_memory(where: str, what: str) -> None:
     assert "lazily negated or zero" in fusedres.report(twin)[0].reason
     expected, got = run(block, x, grad), run(twin, x, grad)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
-    # Put in place of a parameter's data its class and address stay.
+    # Assigned to a parameter's data, it keeps the parameter's class and address.
     twin, data = fusedres.fuse(stock_case(SMALL, torch.float64)[0]), LAZY[what](block.get_parameter(where))
     twin.get_parameter(where).data = data
     with expect_paths(unfused=1), torch.no_grad():
@@ -201,7 +201,7 @@ def test_lazy_inputs_and_gradients(block_case: Case, what: str) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_shortcut_that_broadcasts(mode: str) -> None:
-    """One channel in, several out, no downsample: torch adds the image to every channel."""
+    """Without a downsample, torch adds an input of one channel to every output channel."""
     torch.manual_seed(0)
     block = BasicBlock(1, 6).double().train(mode == "train")
     twin = fusedres.fuse(copy.deepcopy(block))
@@ -216,7 +216,7 @@ def test_a_shortcut_that_broadcasts(mode: str) -> None:
         narrow(torch.randn(3, 6, 5, 4))
 
 
-# --- errors of torch's class, before anything is updated
+# --- errors have torch's class and come before anything is updated
 
 
 def one_channel_more(block: nn.Module, x: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ def test_numbers_that_are_tensors(name: str, value: Tensor) -> None:
 
 @pytest.mark.parametrize("block_case", CORE[:2], ids=str)
 def test_inference_tensors_outside_inference_mode(block_case: Case) -> None:
-    """torch refuses to save or to write them: as an error of its own, with no statistics updated by us."""
+    """torch refuses to save or to write them. Its own error is raised, and fused blocks update no statistics."""
     ordinary_block, x, _ = stock_case(block_case)
     with torch.inference_mode():
         made, x = copy.deepcopy(ordinary_block), x.clone()

@@ -1,8 +1,8 @@
-"""The budget of docs/accuracy.md: over random blocks in float32 no kind of tensor is farther off than eager's.
+"""The limits of docs/accuracy.md: for random blocks in float32, no kind of tensor is less accurate than eager's.
 
-benchmarks/accuracy.py says what a random block is, and what is measured. Geometric means show what a kernel does to
-all its results, by a quarter if need be; the bound of a tensor shows what goes wrong where channels are correlated,
-variances small or means far from zero.
+benchmarks/accuracy.py says what a random block is and what is measured. Geometric means show errors that a kernel makes
+in all its results; they may be a quarter above eager's. The bound for each tensor shows errors that come from
+correlated channels, small variances or means far from zero.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fusedres.values import BnBranch, Gated, Gram, GramState, Norm
 
 pytestmark = pytest.mark.usefixtures("benchmark_scripts")
 
-MEAN = 1.25  # most that the geometric mean of |fused - exact| / |eager - exact| may be
-ABOVE = 4.0  # most that a tensor's error may be above the rule's floor, in errors of eager's
+MEAN = 1.25  # limit for the geometric mean of |fused - exact| / |eager - exact|
+ABOVE = 4.0  # limit for a tensor's error above the rule's floor, as a multiple of eager's error
 
 
 def _errors(seeds: Iterable[int], memory_format: str) -> list[Any]:
@@ -35,18 +35,18 @@ def _errors(seeds: Iterable[int], memory_format: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def channels_last(benchmark_scripts: None) -> tuple[list[Any], list[Any]]:
-    """Twice the errors of 250 random blocks."""
+    """Return the errors of 250 random blocks, twice."""
     return _errors(range(250), "channels_last"), _errors(range(250, 500), "channels_last")
 
 
 @pytest.fixture(scope="module")
 def contiguous(benchmark_scripts: None) -> list[Any]:
-    """The errors of 250 random blocks."""
+    """Return the errors of 250 random blocks."""
     return _errors(range(1000, 1250), "contiguous")
 
 
 def _check(errors: list[Any], widest: int = 64) -> None:
-    """Every mean and every tensor."""
+    """Assert the limits of every mean and of every tensor."""
     import accuracy
 
     above = [error for error in errors if not error.above_floor <= ABOVE]
@@ -59,7 +59,7 @@ def _check(errors: list[Any], widest: int = 64) -> None:
 
 
 def test_no_less_accurate_than_eager_over_500_random_blocks(channels_last):
-    """In channels_last, which the blocks run in."""
+    """The input is channels_last, the layout in which the blocks run."""
     errors = [*channels_last[0], *channels_last[1]]
     _check(errors)
     assert {(error.width, error.memory) for error in errors} >= {(1, "min"), (64, "min"), (1, "auto"), (64, "auto")}
@@ -70,14 +70,14 @@ def test_no_less_accurate_than_eager_over_500_blocks_of_both_formats(channels_la
 
 
 def test_no_less_accurate_than_eager_on_contiguous_input(contiguous):
-    """There eager adds up in float64. Wider, torch's 3x3 convolutions alone are 1.6 times off in channels_last."""
+    """Here eager sums in float64. In wider blocks, torch's channels_last 3x3 convolutions alone are 1.6 times worse."""
     _check(contiguous, widest=16)
 
 
 @pytest.mark.parametrize("apart", [0.1, 0.01])
 @pytest.mark.parametrize("channels", [16, 64])
 def test_statistics_before_the_convolution_of_correlated_channels(channels, apart):
-    """var = W·Cov·Wᵀ from a Gram matrix in float32 was tens to hundreds of times eager's error here."""
+    """With a Gram matrix in float32, var = W·Cov·Wᵀ had tens to hundreds of times eager's error here."""
     generator = torch.Generator().manual_seed(channels)
 
     def random(*shape: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_statistics_before_the_convolution_of_correlated_channels(channels, apar
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 40])
 def test_sums_of_a_backward_round_once(channels):
-    """Σd and Σd·x̂ in float64 up to their result, of every gradient that a block reduces."""
+    """Σd and Σd·x̂ of every gradient that a block reduces are summed in float64 and rounded once."""
     generator = torch.Generator().manual_seed(channels)
     d, y = (
         torch.randn(8, channels, 13, 11, generator=generator).to(memory_format=torch.channels_last) for _ in range(2)
@@ -115,12 +115,12 @@ def test_sums_of_a_backward_round_once(channels):
     assert (
         (ops.relu_backward(Gated(d, mask), backend="cpu")[1].double() - total).abs() <= 2.0**-24 * total.abs()
     ).all()
-    of_terms = 1.5 * terms.square().sum((0, 2, 3)).sqrt()  # x - mean is rounded, term by term
+    of_terms = 1.5 * terms.square().sum((0, 2, 3)).sqrt()  # x - mean is rounded in each term
     assert ((sums[1].double() - product).abs() <= 2.0**-24 * (product.abs() + of_terms)).all()
 
 
 def test_few_input_channels_take_their_cross_products_in_float64():
-    """dγ of a one-pass unit cancels Σd·mean: with one input channel float32 products were seen."""
+    """In dγ of a one-pass unit Σd·mean cancels; with one input channel, errors of float32 products were seen."""
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""Mixed precision: autocast with float32 parameters, BatchNorm in float32 or half, whole blocks in half."""
+"""Mixed precision: autocast with float32 parameters, BatchNorm in float32 or half, and whole blocks in half."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def half_norms(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("dtype", HALF, ids=label)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_autocast(case: Case, dtype: torch.dtype, mode: str, memory_format: torch.memory_format, memory: str) -> None:
-    """float32 parameters, float32 or half input; dtypes of the output and of every gradient are eager's."""
+    """With float32 parameters and float32 or half input, the output and every gradient have eager's dtypes."""
     block, x, grad = stock_case(case, memory_format=memory_format, mode=mode)
     for entered in (x, x.to(dtype)):
         trust(block, entered, dtype)
@@ -62,7 +62,7 @@ def test_autocast_with_batch_norms_in_half(case: Case, dtype: torch.dtype, mode:
 @pytest.mark.parametrize("dtype", HALF, ids=label)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_convolutions_in_half_batch_norms_in_float32(case: Case, dtype: torch.dtype, mode: str, memory: str) -> None:
-    """Without autocast: what `model.bfloat16()` with the BatchNorms kept in float32 computes."""
+    """This is `model.bfloat16()` with its BatchNorms kept in float32, without autocast."""
     block, x, grad = stock_case(case, dtype, torch.channels_last, mode)
     half_norms(block, torch.float32)
     truth = oracle(block, x, grad, UNIT[dtype])
@@ -86,7 +86,7 @@ def test_inference_under_autocast(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_autocast_leaves_float64_alone() -> None:
-    """torch does not autocast float64 tensors; nor does a fused block."""
+    """Neither torch nor a fused block casts float64 tensors under autocast."""
     for case in CORE:
         block, x, grad = stock_case(case, torch.float64)
         truth = oracle(block, x, grad, UNIT[torch.float64])
@@ -97,7 +97,7 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 def test_backward_outside_of_autocast_is_backward_inside() -> None:
-    """Both are in use; the dtypes are those chosen in forward."""
+    """Both are common. The dtypes are those that the forward pass chose."""
     for case in CORE:
         block, x, grad = stock_case(case, memory_format=torch.channels_last)
         trust(block, x, torch.bfloat16)
@@ -117,7 +117,7 @@ def test_backward_outside_of_autocast_is_backward_inside() -> None:
 
 @pytest.mark.parametrize("dtype", HALF, ids=label)
 def test_a_training_loop_under_autocast_with_a_gradient_scaler(dtype: torch.dtype) -> None:
-    """Loss scaling and unscaling see finite gradients, and the loss falls as much as eager's."""
+    """Loss scaling and unscaling find finite gradients, and the loss falls as much as eager's."""
     case = CORE[1]
     block, x, grad = stock_case(case, memory_format=torch.channels_last)
     trust(block, x, dtype)

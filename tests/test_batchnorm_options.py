@@ -1,4 +1,4 @@
-"""Every setting of BatchNorm, read from the live children, against torchvision's block."""
+"""Every setting of BatchNorm against torchvision's block; fused blocks read the settings at each call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_full_grid(options: dict[str, object], mode: str) -> None:
         x, grad = inputs(shape, torch.float64)
         separate(block, x)
         twin = fused_twin(block, memory)
-        for step in (1, 2):  # the second step has other running statistics, and with momentum None another average
+        for step in (1, 2):  # step 2: other running statistics; other average if momentum is None
             truth = oracle(block, x, grad, UNIT[torch.float64])
             assert truth.at_risk == 0
             eager = run(block, x, grad)
@@ -47,7 +47,7 @@ def test_the_full_grid(options: dict[str, object], mode: str) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_settings_are_read_at_each_call(case: Case, memory: str) -> None:
-    """eps, momentum and track_running_stats changed after fuse() take effect, one BatchNorm at a time."""
+    """Changes of eps, momentum and track_running_stats after fuse() take effect, for each BatchNorm alone."""
     block, x, grad = stock_case(case, torch.float64)
     twin = fused_twin(block, memory)
     for name in case.norms:
@@ -77,7 +77,7 @@ def test_weight_without_bias(case: Case, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_weights_that_cannot_be_inverted(case: Case, mode: str, weight: float, memory: str) -> None:
-    """Negative, zero and denormal-making BatchNorm weights, in each BatchNorm by turns."""
+    """Each BatchNorm in turn gets weights that are negative, zero, or so small that results are denormal."""
     for name in case.norms:
         block = set_mode(build(case, torch.float32, torch.channels_last), mode)
         nn.init.constant_(block.get_submodule(name).weight, weight)
@@ -92,15 +92,15 @@ def test_weights_that_cannot_be_inverted(case: Case, mode: str, weight: float, m
 @pytest.mark.parametrize("spread", [0.1, 0.0])
 @pytest.mark.parametrize("case", [c for c in CORE if c.shortcut == "identity"], ids=label)
 def test_a_mean_far_from_zero(case: Case, spread: float, memory: str) -> None:
-    """Mean 1e4, deviation 0.1 (or a constant channel): E[x²] - E[x]² would be lost in float32.
+    """With mean 1e4 and deviation 0.1 (or a constant channel), E[x²] - E[x]² in float32 would lose all digits.
 
-    1x1 images, so that padding does not widen the distribution of what the first convolution gives.
+    The images are 1x1, so that padding does not widen the distribution of the first convolution's output.
     """
     far = Case(**{**vars(case), "batch": 512, "height": 1, "width": 1})
     for mode in ("train", "eval"):
         block = set_mode(build(far, torch.float32, torch.channels_last), mode)
         with torch.no_grad():
-            block.conv1.weight.abs_()  # the means of the inputs must not cancel
+            block.conv1.weight.abs_()  # so that the means of the inputs do not cancel
         x, grad = inputs(far, torch.float32, torch.channels_last)
         x = 1e4 + spread * x
         for name in far.norms:
@@ -114,7 +114,7 @@ def test_a_mean_far_from_zero(case: Case, spread: float, memory: str) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
 def test_more_values_than_half_precision_counts(dtype: torch.dtype, memory: str) -> None:
-    """66,000 values a channel: the Bessel factor and the counts must not be taken in half precision."""
+    """With 66,000 values per channel, counts and the Bessel factor must not be computed in half precision."""
     many = case("bottleneck", "identity", planes=1, batch=66_000, height=1, width=1)
     block = build(many, dtype, torch.channels_last)
     x, grad = inputs(many, dtype, torch.channels_last)
@@ -131,7 +131,7 @@ def test_more_values_than_half_precision_counts(dtype: torch.dtype, memory: str)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_zero_init_residual(case: Case, mode: str) -> None:
-    """The last BatchNorm starts at zero: its own weight still gets its gradient, and training moves it as stock's."""
+    """The last BatchNorm's weight starts at zero; it still gets a gradient and trains like the stock block's."""
     block, x, grad = stock_case(case, torch.float64, mode=mode)
     nn.init.zeros_(block.get_submodule(case.last_norm).weight)
     separate(block, x)

@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse wrong results and write what they say."""
+"""The benchmarks run, refuse wrong results, and write the files that they name."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def test_wrong_results_stop_the_benchmark(fuse, tensor, capsys):
     captured = capsys.readouterr()
     failures = [line for line in captured.err.splitlines() if "FAILED" in line]
     assert any(line.strip().startswith(f"{tensor}:") for line in failures)
-    assert "ratio" not in captured.out  # no table of times
+    assert "ratio" not in captured.out  # no table of times is printed
 
 
 def test_no_relu_is_left_to_rounding(harness, blocks):
-    """After clear_masks every pre-activation keeps a distance from 0 that it did not have before."""
+    """clear_masks moves every pre-activation away from zero."""
     module = blocks.make_block(blocks.Block("bottleneck", 16, 4, 24)).double()
     x = torch.randn(8, 16, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -145,14 +145,14 @@ def test_bench_ops_measures_every_op(tmp_path, capsys, harness):
     out = capsys.readouterr().out
     rows = json.loads(path.read_text())
     unit, mask, vectors = 4 * 2 * 16 * 4 * 4, 2 * 16 * 4 * 4 // 8, 4 * 16 * 32 + 8 * 16 * 16  # the Gram matrix
-    # Tensors that each op reads and writes, and masks of one bit an element; a reduction before an elementwise pass
-    # reads its operands once more.
+    # The number of tensors that each op reads and writes, and of masks with one bit per element; a reduction before an
+    # elementwise pass reads its operands once more.
     passes = {
         "bn_statistics": (1, 0),
         "bn_relu": (2, 0),
         "bn_add_relu identity": (3, 1),
         "bn_add_relu two branches": (3, 1),
-        "bn_add_relu zero-pad": (4, 1),  # its shortcut: half of the channels, four times the pixels, counted whole
+        "bn_add_relu zero-pad": (4, 1),  # shortcut: half of the channels, four times the pixels, all counted
         "bn_add_relu_backward identity": (5, 2),
         "bn_add_relu_backward two branches": (8, 2),
         "bn_relu_backward_": (5, 0),
@@ -172,7 +172,7 @@ def test_bench_ops_measures_every_op(tmp_path, capsys, harness):
 
 
 def test_bench_ops_counts_arithmetic(tmp_path, capsys):
-    """Of a Gram matrix: every pair of channels once, and the affine map and ReLU of each element."""
+    """A Gram matrix takes every pair of channels once, and the affine map and ReLU of each element."""
     import bench_ops
 
     path = tmp_path / "ops.json"
@@ -246,7 +246,7 @@ def bench_run(tmp_path_factory):
 
 def test_bench_block_prints_a_table_and_is_quiet_otherwise(bench_run, blocks):
     done, _, _ = bench_run
-    assert done.stderr == ""  # no progress bar where nobody watches
+    assert done.stderr == ""  # no progress bar, because standard error is no terminal
     for name in blocks.TINY:
         assert len([line for line in done.stdout.splitlines() if line.split()[:1] == [name]]) == 2  # train, infer
     assert "ratio (95%)" in done.stdout
@@ -323,7 +323,7 @@ def test_bench_block_measures_frozen_inference(tmp_path):
 
 
 def test_bench_block_compares_torch_compile(tmp_path, monkeypatch):
-    """With the compiler replaced by the identity: its column, its rows, and none of its bytes are made up."""
+    """The compiler is replaced by the identity. The variant is timed and has rows, but no counted bytes."""
     import bench_block
 
     compiled = []

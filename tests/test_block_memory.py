@@ -1,4 +1,4 @@
-"""No block reads memory that is not there, or that is of another dtype or shape: an error of a clear class instead."""
+"""A block never reads freed memory or memory of another dtype or shape: it raises an error of a clear class instead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shrink(tensor: Tensor) -> None:
 
 
 def own(owner: nn.Module, name: str) -> Tensor:
-    """A tensor of a module, replaced by a copy with a storage of its own."""
+    """Replace a tensor of a module by a copy with a storage of its own, and return it."""
     old = getattr(owner, name)
     new = old.detach().clone()
     if isinstance(old, nn.Parameter):
@@ -91,7 +91,7 @@ def test_a_stem_whose_memory_was_freed(what: str) -> None:
         model(x)
 
 
-# --- what hooks on saved tensors hand back
+# --- tensors that saved-tensor hooks return
 
 
 def other_dtype(tensor: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def shrunk(tensor: Tensor) -> Tensor:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values, two elements apart."""
+    """Return the same values with a stride of two elements."""
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
@@ -140,7 +140,7 @@ def saved_count(block: nn.Module, x: Tensor) -> int:
 
 
 def gradients(block: nn.Module, x: Tensor, grad: Tensor, changed: int | None, change: Change) -> list[Tensor | None]:
-    """The gradients where the saved tensor of this number, all where None, comes back changed."""
+    """Return the gradients when a hook changes the saved tensor of this number, or all saved tensors if it is None."""
     counter = iter(range(1000))
     leaf = x.detach().clone().requires_grad_()
     block.zero_grad(set_to_none=True)
@@ -164,7 +164,7 @@ def gradients(block: nn.Module, x: Tensor, grad: Tensor, changed: int | None, ch
     ],
 )
 def test_saved_tensors_of_another_kind(memory: str, conv: str, backend: str, what: str) -> None:
-    """Each alone: an error, or where the values are the same (a float64 weight of a float32 block), the gradients."""
+    """A change of one saved tensor is an error, or keeps the gradients if it keeps the values (a weight in float64)."""
     block, x, grad = stock_case(BOTTLENECK, memory_format=torch.channels_last)
     twin = fusedres.fuse(block, memory=memory, conv=conv)
     with fusedres.use_backend(backend):
@@ -191,7 +191,7 @@ def test_saved_tensors_of_a_stem(what: str) -> None:
     fusedres.fuse(model)
     x = torch.randn(2, 3, 21, 22).to(memory_format=torch.channels_last)
     grad = torch.randn(model(x).shape)
-    for number in range(1, 7):  # not the images, which have no gradient
+    for number in range(1, 7):  # without the images, which need no gradient
         try:
             gradients(copy.deepcopy(model), x, grad, number, CHANGES[what])
         except RuntimeError:

@@ -1,6 +1,7 @@
-"""Fused blocks against torchvision: output, every gradient, running statistics, counters, by the rule of tolerance.py.
+"""Fused blocks against torchvision: output, gradients, running statistics and counters, by the rule of tolerance.py.
 
-The oracle and eager are computed once for a case, dtype, memory format and mode; memory modes and backends share them.
+The oracle and eager are computed once for each case, dtype, memory format and mode; memory modes and backends share
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Prepared = tuple[nn.Module, Tensor, Tensor, Values, Oracle]
 
 
 def prepared(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, mode: str) -> Prepared:
-    """Stock block, input, output gradient, eager's results and the oracle; torch's convolutions are sound."""
+    """Return stock block, input, output gradient, eager's results and the oracle; torch's convolutions are sound."""
     trust_all(made_by(case, dtype, memory_format))
     return _prepared(case, dtype, memory_format, mode)
 
@@ -32,7 +33,7 @@ def prepared(case: Case, dtype: torch.dtype, memory_format: torch.memory_format,
 def _prepared(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, mode: str) -> Prepared:
     block, x, grad = stock_case(case, dtype, memory_format, mode)
     truth = oracle(block, x, grad, UNIT[dtype])
-    if dtype in HALF and truth.unsure is not None:  # no gradient comes in where rounding decides on its mask
+    if dtype in HALF and truth.unsure is not None:  # the output gradient is zero where rounding decides the mask
         grad = grad.masked_fill(truth.unsure, 0)
         truth = oracle(block, x, grad, UNIT[dtype])
     allowed = 0.02 * truth.activations if dtype in HALF else 0
@@ -93,7 +94,7 @@ def test_sizes_and_channels_in_other_dtypes(case: Case, dtype: torch.dtype, memo
 @pytest.mark.parametrize("case", BATCHES, ids=label)
 def test_batches_of_one_pixel(case: Case, mode: str, memory: str) -> None:
     if mode == "train" and case.values_a_channel == 1:
-        pytest.skip("one value a channel has no batch statistics: test_errors.py")
+        pytest.skip("one value per channel has no batch statistics: see test_errors.py")
     compare(case, torch.float32, torch.channels_last, mode, memory, "cpu")
 
 
@@ -114,7 +115,7 @@ def test_the_input_gradient_may_be_unwanted(case: Case, dtype: torch.dtype, memo
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_any_set_of_wanted_gradients(case: Case, memory: str, mode: str) -> None:
-    """Each parameter frozen alone, each wanted alone, and only the input's gradient wanted."""
+    """One parameter alone is frozen, or one alone gets a gradient, or only the input does."""
     block, x, grad, eager, truth = prepared(case, torch.float32, torch.channels_last, mode)
     names = [name for name, _ in block.named_parameters()]
     everything = set(names)
@@ -131,7 +132,7 @@ def test_any_set_of_wanted_gradients(case: Case, memory: str, mode: str) -> None
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_without_gradients(case: Case, mode: str, memory: str) -> None:
-    """no_grad and inference_mode give the same output; training still updates running statistics."""
+    """no_grad and inference_mode give the same output, and training mode still updates running statistics."""
     block, x, _, eager, truth = prepared(case, torch.float32, torch.channels_last, mode)
     expected = {name: value for name, value in eager.items() if name == "out" or name.startswith("stats.")}
     for context in (torch.no_grad, torch.inference_mode):
@@ -146,7 +147,7 @@ def test_without_gradients(case: Case, mode: str, memory: str) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_empty_batch(case: Case, mode: str, memory_format: torch.memory_format) -> None:
-    """As torch: an empty output, zero gradients; running statistics as torch leaves them."""
+    """As in torch, the output is empty, gradients are zero, and running statistics are what torch makes them."""
     block, x, grad = stock_case(case, torch.float32, memory_format, mode)
     twin = fused_twin(block)
     x, grad = x[:0], grad[:0]
@@ -168,7 +169,7 @@ def test_empty_batch(case: Case, mode: str, memory_format: torch.memory_format) 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_three_steps_of_training_and_an_evaluation(case: Case, memory: str) -> None:
-    """Running statistics, counters and weights over several optimizer steps, then an evaluation with them."""
+    """Compare running statistics, counters and weights over several optimizer steps, then an evaluation with them."""
     block, x, grad = stock_case(case, torch.float64, torch.channels_last)
     twin = fused_twin(block, memory)
     for model in (block, twin):

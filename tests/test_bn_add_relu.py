@@ -1,4 +1,4 @@
-"""bn_add_relu, with its mask, in place and into a given tensor, against float64."""
+"""bn_add_relu with its mask, in place and into a given tensor, against float64."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_nan_is_active_and_passes(backend):
 
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_counted_bytes(with_mask):
-    """One launch that names what it touches: of a strided shortcut the pixels that are used."""
+    """There is one launch with exact views of what it touches: of a strided shortcut only the used pixels."""
     x, shortcut = torch.empty((2, 32, 7, 7), device="meta"), torch.empty((2, 16, 14, 14), device="meta")
     x, shortcut = (t.to(memory_format=torch.channels_last) for t in (x, shortcut))
     with record_launches() as made:

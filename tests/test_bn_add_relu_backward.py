@@ -1,4 +1,4 @@
-"""Backward of BatchNorm under a ReLU: functional and in place, one and two branches, against float64."""
+"""Backward of ReLU and BatchNorm: functional and in place, with one and two branches, against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedres.values import BnBranch, Gated
 
 
 def _branch(d, x, affine, batch_statistics):
-    """grad_x, Σd·x̂, and the sums of |terms| of both, in float64."""
+    """Return grad_x, Σd·x̂, and the sums of |terms| of both, in float64."""
     mean, invstd, scale, _ = (channels(row) for row in affine)
     count = x.numel() // x.shape[1]
     normalised = (x.double() - mean) * invstd
@@ -154,7 +154,7 @@ def test_constant_statistics_on_one_branch_only(backend):
     [("bits", True, (True, True)), ("output", False, (True,)), (None, True, (False, True)), ("affine", False, (True,))],
 )
 def test_cuda_in_one_launch_is_bitwise_cuda_in_three(monkeypatch, dtype, shape, kind, projection, batch_statistics):
-    """The two ways to run it on a GPU, in every gate; more tiles than the host's device runs blocks at once."""
+    """These are the two ways on a GPU, with every gate; there are more tiles than blocks that run at once."""
     place = device("cuda", dtype)
     cuda = pytest.importorskip("fusedres.kernels.bn_add_relu_backward.cuda")
     tensors = [tensor.to(place) for tensor in _inputs(shape, dtype)]

@@ -1,4 +1,4 @@
-"""The steps of BatchNorm's backward, each against float64, and together against autograd of the definition."""
+"""The steps of BatchNorm's backward: each against float64, and all together against autograd of the definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _gate(active, kind, dtype):
 
 
 def _inputs(shape, dtype, kind, place):
-    """grad, x, shortcut's x, gate, and d in float64."""
+    """Return grad, x, the shortcut's x, the gate, and d in float64."""
     grad, x, other = (activation(shape, dtype, seed).to(place) for seed in (1, 2, 3))
     active = activation(shape, torch.float32, 4).to(place) > 0
     d = grad.double() if kind is None else grad.double() * active
@@ -35,7 +35,7 @@ def _wide(dtype):
 
 
 def _product(d, x, affine):
-    """Σd·x̂ and Σ|terms|, in float64."""
+    """Return Σd·x̂ and Σ|terms|, in float64."""
     mean, invstd = channels(affine[0]), channels(affine[1])
     terms = d.abs() * ((x.double() - mean) * invstd).abs() + d.abs() * (mean * invstd).abs()
     return (d * (x.double() - mean) * invstd).sum((0, 2, 3)), terms.sum((0, 2, 3))
@@ -141,7 +141,7 @@ def test_apply(backend, dtype, shape, kind, projection):
 @pytest.mark.parametrize("kind", ["bits", "output"])
 @pytest.mark.parametrize("shape", [(4, 32, 9, 11), (3, 65, 7, 7)])
 def test_the_three_together_are_autograds(backend, dtype, kind, shape):
-    """relu(bn(x) + bn_d(x_d)) with batch statistics, differentiated by autograd in float64."""
+    """The reference is relu(bn(x) + bn_d(x_d)) with batch statistics, differentiated by autograd in float64."""
     place = device(backend, dtype)
     x, other, grad = (activation(shape, dtype, seed).to(place) for seed in (1, 2, 3))
     width, count = shape[1], x.numel() // shape[1]
@@ -269,7 +269,7 @@ def test_errors():
 
 
 def test_candidates_are_worked_out_once():
-    """Which costs more than the launch itself where it is done each time."""
+    """Computing them at every launch would cost more than the launch itself."""
     x, affine = torch.empty((2, 64, 7, 7), device="meta"), torch.empty(4, 64, device="meta")
     x = x.to(memory_format=torch.channels_last)
     weight = torch.empty((64, 64, 3, 3), device="meta")

@@ -119,7 +119,7 @@ def test_more_than_32_bits_of_elements(stride):
 
 @pytest.mark.parametrize("stride", [2**11, 2**12])
 def test_cuda_reads_beyond_32_bits_of_elements(stride):
-    """Few pixels of three images of 2^30 values, most of whose memory is never touched."""
+    """Only a few pixels of three images with 2^30 values each are used; most of the memory is never touched."""
     where = device("cuda")
     try:
         x = torch.empty((3, 16, 2**14, 2**12), dtype=torch.float16, device=where, memory_format=torch.channels_last)
@@ -138,7 +138,7 @@ def test_cuda_reads_beyond_32_bits_of_elements(stride):
 
 @pytest.mark.parametrize("n", [1, 70_000, 140_000])
 def test_grids_stay_below_their_limits(n):
-    """65,535 programs along the second and third axis, so all are on the first."""
+    """The second and third axes of a grid have a limit of 65,535 programs, so all programs are on the first."""
     x = torch.empty((n, 3, 1, 1), device="meta")
     with record_launches() as made:
         launches("triton").bn_relu(x, torch.empty(4, 3, device="meta"), None, 1)

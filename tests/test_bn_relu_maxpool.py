@@ -10,7 +10,7 @@ from op_inputs import DTYPES, activation, assert_near, backends_of, channels, de
 from fusedres import ops
 from fusedres.values import BnBranch, Norm, Pooled
 
-# (N, C, H, W): height and width of 1 and 2, odd and even, off the vector width and off a tile of windows
+# (N, C, H, W): height and width are 1 and 2, odd and even, and no multiples of the vector width or of a tile
 SHAPES = (
     (2, 3, 5, 6),
     (2, 64, 1, 1),
@@ -22,7 +22,7 @@ SHAPES = (
     (2, 64, 9, 18),
 )
 
-CLOSED = 9  # the place of a window whose ReLU is closed
+CLOSED = 9  # the place that stands for a window with a closed ReLU
 
 
 def _inputs(shape, dtype, backend, seed=0):
@@ -36,7 +36,7 @@ def _pooled(shape):
 
 
 def _index(argmax, width):
-    """Places in the windows as torch's indices into the image."""
+    """Convert places in the windows to torch's indices into the image."""
     top = 2 * torch.arange(argmax.shape[2], device=argmax.device).view(-1, 1) - 1
     left = 2 * torch.arange(argmax.shape[3], device=argmax.device) - 1
     return (top + argmax.long() // 3) * width + left + argmax.long() % 3
@@ -60,7 +60,7 @@ def test_forward(backend, dtype, shape):
     assert argmax.is_contiguous(memory_format=torch.channels_last)
     assert_near("out", out, want, terms, dtype)
     assert torch.equal(argmax == CLOSED, out <= 0)
-    index = _index(argmax.masked_fill(argmax == CLOSED, 4), shape[3])  # 4: the centre, whose ReLU is 0 too
+    index = _index(argmax.masked_fill(argmax == CLOSED, 4), shape[3])  # 4 is the centre, where the ReLU is 0 too
     winners = z.flatten(2).gather(2, index.flatten(2)).view(want.shape)
     assert_near("value at argmax", winners, want, terms + 1e-30, torch.float64 if dtype == torch.float64 else dtype)
     alone, nothing = ops.bn_relu_maxpool(x, affine, backend=backend)
@@ -71,7 +71,7 @@ def test_forward(backend, dtype, shape):
 @pytest.mark.parametrize("shape", [(2, 17, 6, 7), (1, 64, 5, 5), (3, 2, 1, 2)])
 @pytest.mark.parametrize("values", [(-2, 2), (-1, 3), (-3, 0), (1, 2)])
 def test_the_first_of_equal_maxima_wins(backend, shape, values):
-    """Few integers: ties everywhere; closed windows, whose ReLU is 0 at every place, have no winner."""
+    """A few small integers give ties everywhere. In a closed window the ReLU is 0 everywhere, and no place counts."""
     x = torch.randint(*values, shape).float().contiguous(memory_format=torch.channels_last).to(device(backend))
     out, argmax = ops.bn_relu_maxpool(x, _identity(shape[1], torch.float32).to(x.device), True, backend=backend)
     want, index = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
@@ -91,9 +91,9 @@ def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
     want, index = F.max_pool2d(x.relu(), 3, 2, 1, return_indices=True)
     assert int(out.isnan().sum()) == int(want.isnan().sum()) > 0
     assert torch.equal(out.nan_to_num(-1.0, 1e4), want.nan_to_num(-1.0, 1e4))
-    assert torch.equal(argmax == CLOSED, want <= 0)  # NaN is open
+    assert torch.equal(argmax == CLOSED, want <= 0)  # a window with NaN is open
     assert torch.equal(_index(argmax, 9)[argmax != CLOSED], index[argmax != CLOSED])
-    # NaN lets the gradient pass, to the place where torch sends it
+    # NaN lets the gradient pass to the same place as in torch
     grad = torch.ones_like(out)
     grad_x, _ = ops.bn_relu_maxpool_backward(Pooled(grad, argmax), BnBranch(x, affine, False), backend=backend)
     leaf = x.clone().requires_grad_()
@@ -102,7 +102,7 @@ def test_nan_and_infinity_pass_as_in_torch(backend, dtype):
 
 
 def _want(grad, argmax, x, affine, batch_statistics):
-    """grad_x, Σd, Σd·x̂, and the terms of each, in float64, by scattering."""
+    """Return grad_x, Σd, Σd·x̂, and the terms of each, in float64, computed by scattering."""
     closed = argmax == CLOSED
     open_grad = torch.where(closed, 0.0, grad.double()).flatten(2)
     index = _index(argmax.masked_fill(closed, 4), x.shape[3]).flatten(2)
@@ -148,7 +148,7 @@ def test_backward(backend, dtype, shape, batch_statistics):
 
 @pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 def test_gradients_are_autograds(backend):
-    """The whole of it against torch's own chain in float64, with statistics of x."""
+    """Compare the whole op with torch's own chain in float64, with statistics of x."""
     x = activation((3, 19, 7, 10), torch.float64, seed=2)
     weight, bias = torch.linspace(-1, 1.5, 19).double().requires_grad_(), torch.linspace(-0.5, 1, 19).double()
     bias.requires_grad_()
@@ -180,7 +180,7 @@ def test_closed_windows_send_nothing(backend):
 
 @pytest.mark.parametrize("backend", backends_of("bn_relu_maxpool"))
 def test_constant_statistics_ignore_x(backend):
-    """As in eager: dx = scale·d whatever x holds."""
+    """As in eager, dx = scale·d, whatever the values of x are."""
     x, affine = _inputs((2, 8, 5, 5), torch.float32, backend)
     out, argmax = ops.bn_relu_maxpool(x, affine, True, backend=backend)
     grad = torch.ones_like(out)

@@ -1,4 +1,4 @@
-"""The weight gradient of a stem's convolution with dy formed on load, and the sums before it, against float64."""
+"""The weight gradient of a stem's convolution, with dy formed on load, and its sums, against float64."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fusedres.ops._library import OPS
 from fusedres.values import BnBranch, BnGradient, Geometry, Norm, NormState, Pooled
 
 BACKENDS = ("reference", "triton")
-CLOSED = 9  # the place of a window whose ReLU is closed
-# (N, C, H, W), K, kernel, stride, padding, dilation: a stem's; odd and even outputs, edges of tiles of quads, 1x1
+CLOSED = 9  # the place that stands for a window with a closed ReLU
+# (N, C, H, W), K, kernel, stride, padding, dilation: a stem's; odd and even outputs, edges of tiles, 1x1
 GEOMETRIES = (
     ((2, 3, 15, 18), 64, 7, 2, 3, 1),
     ((1, 3, 33, 37), 19, 7, 2, 3, 1),
@@ -35,7 +35,7 @@ def _without_tf32():
 
 
 class Case:
-    """Inputs of one call, its float64 result and the size of the result's terms."""
+    """The inputs of one call, its float64 result, and the sum of |terms| of the result."""
 
     def __init__(self, geometry, dtype: torch.dtype, constant: bool = False) -> None:
         size, k, *pairs = geometry
@@ -62,7 +62,7 @@ class Case:
         return op(*op.grouped(self.arguments(backend)), backend=backend).cpu()
 
     def scattered(self, grad: Tensor) -> Tensor:
-        """What every window that is open sends to its pixel, float64."""
+        """Return in float64 what every open window sends to its pixel."""
         n, k, rows, columns = grad.shape
         padded = torch.zeros(n, k, 2 * rows + 1, 2 * columns + 1, dtype=torch.float64)
         for place in range(9):
@@ -84,7 +84,7 @@ class Case:
         assert_near("partials", partials.double().sum(0), want, size, self.dtype, roundings)
 
     def _sums(self, h: Tensor, dy: Tensor) -> Tensor:
-        """(K, R, S, C): what autograd says of a convolution of h."""
+        """Return the weight gradient (K, R, S, C) that autograd computes for a convolution of h."""
         kernel, *geometry = self.pairs
         weight = torch.zeros(dy.shape[1], h.shape[1], *kernel, dtype=torch.float64, requires_grad=True)
         F.conv2d(h, weight, None, *geometry).backward(dy)
@@ -129,7 +129,7 @@ def test_splits_and_tiles_begin_and_end_anywhere(monkeypatch, steps, block_n):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_whole_is_autograds(backend):
-    """Sums, coefficients, weight gradient and its finalize against torch's own stem, with statistics of the batch."""
+    """Compare sums, coefficients, weight gradient and its finalize with torch's own stem, with batch statistics."""
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(2, 3, 13, 18, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last)
     conv = torch.randn(10, 3, 7, 7, generator=generator, dtype=torch.float64).requires_grad_()
@@ -190,7 +190,7 @@ def test_constant_statistics_ignore_y(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_outside_of_a_tile_do_not_overflow(backend):
-    """In float16, where y = 0 gives an infinite dy and the y that is there does not."""
+    """In float16, y = 0 would give an infinite dy, but the real values of y do not."""
     case = Case(GEOMETRIES[1], torch.float16)
     case.y.fill_(1000)
     case.coefficients[:] = torch.tensor([1.0, 0.0, 1000.0, 1000.0]).view(4, 1)

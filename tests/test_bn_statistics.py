@@ -1,4 +1,4 @@
-"""bn_statistics, bn_finalize and bn_frozen against float64, and what others got wrong in them."""
+"""bn_statistics, bn_finalize and bn_frozen against float64, and errors that other implementations made in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusedres.values import Norm
 
 
 def _want(x, weight, bias, eps):
-    """mean, invstd, scale, shift in float64."""
+    """Return mean, invstd, scale and shift in float64."""
     wide = x.double()
     mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
     invstd = (var + eps).rsqrt()
@@ -154,7 +154,7 @@ def test_errors_leave_the_running_statistics():
 
 
 def _partials(x, tiles, dtype=torch.float32):
-    """Mean and M2 of each of so many uneven row tiles of x, and their rows."""
+    """Split x into this many uneven row tiles; return mean and M2 of each tile, and its number of rows."""
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     cuts = sorted(torch.randperm(len(rows) - 1)[: tiles - 1].add(1).tolist())
     parts = [part.double() for part in rows.tensor_split(cuts)]
@@ -188,7 +188,7 @@ def test_finalize(backend, dtype, tiles, c, running_dtype):
 @pytest.mark.parametrize("backend", backends_of("bn_finalize"))
 @pytest.mark.parametrize("tiles", [1, 5, 700])
 def test_finalize_does_not_cancel(backend, tiles):
-    """Against the same partial statistics in float64; a third of the channels is constant."""
+    """The reference are the same partial statistics in float64; a third of the channels is constant."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((3, 9, 30, 31), generator=generator, dtype=torch.float64) * 0.1 + 1e4
     x[:, ::3] = 1e4
@@ -219,7 +219,7 @@ def test_finalize_averages_cumulatively(backend):
 @pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_infinity_and_nan_stay_in_their_channel(backend, dtype):
-    """A mean of infinities of one sign is that infinity, wherever they lie; the variance is NaN."""
+    """The mean of infinities of one sign is that infinity, wherever they are; the variance is NaN."""
     x = activation((2, 6, 30, 30), dtype).to(device(backend, dtype))
     x[0, 0, 0, 0], x[1, 1, 7, 7], x[0, 2, 0, 0], x[1, 3, 29, 29] = torch.inf, torch.inf, torch.nan, torch.nan
     got = ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend=backend)
@@ -229,7 +229,7 @@ def test_infinity_and_nan_stay_in_their_channel(backend, dtype):
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 1023, 1024])
 def test_one_tile_of_many_blocks(rows, monkeypatch):
-    """On one multiprocessor a program walks over all its rows; tiles need not fill the last one."""
+    """On one multiprocessor a program loops over all its rows; the last tile may not be full."""
     from fusedres.kernels.bn_statistics import triton as kernels
 
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)

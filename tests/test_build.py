@@ -1,4 +1,4 @@
-"""The build of a small core: without torch, with and without nvcc, only what changed; and what distributions hold."""
+"""The build of a small core: without torch, with and without nvcc, only changed files; and the distributions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedres import _C
 BUILD_FILES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", ".clang-format"]
 BUILD_FILES += ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 
-# A core of one function, quick to build: setup.py is what is tested, not csrc/.
+# A core of one function, which builds quickly: these tests are about setup.py, not csrc/.
 SMALL_CORE = """
 #include <Python.h>
 #include "common/answer.h"
@@ -53,7 +53,7 @@ PyMODINIT_FUNC PyInit__CUDA() {
 }
 """
 
-# Runs argv[1:] as a script; importing torch is an error.
+# Runs the script argv[1] with the arguments after it; importing torch is an error.
 WITHOUT_TORCH = """
 import runpy, sys
 class Block:
@@ -124,7 +124,7 @@ def test_a_missing_compiler_is_one_sentence(small_project: Path, compiler: str) 
 
 @pytest.fixture
 def small_cuda_project(small_project: Path) -> Path:
-    """The same with a CUDA core of one function."""
+    """The small project with a CUDA core of one function added."""
     (small_project / "csrc" / "bindings_cuda.cpp").write_text(SMALL_CUDA_BINDINGS)
     (small_project / "csrc" / "common" / "nothing.cu").write_text(SMALL_KERNEL)
     return small_project

@@ -1,4 +1,4 @@
-"""Candidates of the GEMM-shaped Triton kernels: what a GPU can hold, worked out once a problem, whatever the rows."""
+"""Candidates of the GEMM-shaped Triton kernels fit the GPU; a problem's are computed once, for any number of rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusedres.kernels.triton_core.launch import H100, Gpu, record_launches
 from fusedres.ops.launch import launches
 from fusedres.values import DENSE, Centred, Folded, Gated, Gradient, Raw, ShortcutInput
 
-# Each is known to one test alone: what is worked out without the interpreter stays behind in caches.
+# Only one test uses each of these GPUs, because results that are computed without the interpreter stay in caches.
 GPUS = {"sm_80": Gpu(80, 41, 166_912), "sm_89": Gpu(89, 41, 101_376), "sm_90": Gpu(90, 41, 232_448)}
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 CHANNELS = (3, 64, 100, 128, 256, 1024)
@@ -26,7 +26,7 @@ CHANNELS = (3, 64, 100, 128, 256, 1024)
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """configs as without the interpreter."""
+    """Make configs as if without the interpreter."""
     for module in (conv_dgrad, conv_fprop, conv_wgrad, gram, one_pass_tail):
         monkeypatch.setattr(module, "INTERPRETED", False)
 
@@ -40,7 +40,7 @@ def _tensor(dtype, *shape):
 
 
 def _everything(gpu, dtype, k, c, extra):
-    """Kernel, the bytes of its operands in shared memory, and its candidates."""
+    """Yield each kernel, a function for the bytes of its operands in shared memory, and its candidates."""
     size = dtype.itemsize
     flags = (extra, not extra)
 
@@ -76,7 +76,7 @@ def _precision(request):
 @pytest.mark.usefixtures("compiled", "_precision")
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_candidates_fit_the_shared_memory(monkeypatch, gpu):
-    """And every problem has one."""
+    """Every problem also has at least one candidate."""
     monkeypatch.setattr(launching, "assumed", gpu)
     for dtype, k, c, extra in product(DTYPES, CHANNELS, CHANNELS, (False, True)):
         for kernel, shared_bytes, found in _everything(gpu, dtype, k, c, extra):
@@ -89,7 +89,7 @@ def test_candidates_fit_the_shared_memory(monkeypatch, gpu):
 @pytest.mark.parametrize("_precision", ["ieee"], indirect=True)
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_true_float32_runs_in_four_warps_over_taps(monkeypatch, gpu):
-    """Eight were seen to compute wrong sums elsewhere, in a flat loop over taps (pytorch#173068)."""
+    """Elsewhere, eight warps were seen to compute wrong sums in a flat loop over taps (pytorch#173068)."""
     monkeypatch.setattr(launching, "assumed", gpu)
     for k, c, extra in product(CHANNELS, CHANNELS, (False, True)):
         for kernel, _, found in _everything(gpu, torch.float32, k, c, extra):
@@ -100,7 +100,7 @@ def test_true_float32_runs_in_four_warps_over_taps(monkeypatch, gpu):
 @pytest.mark.usefixtures("compiled", "_precision")
 @pytest.mark.parametrize("_precision", ["tf32"], indirect=True)
 def test_what_spills_in_tf32_is_left_out(monkeypatch):
-    """128 columns in four warps, for the phases of a stride."""
+    """These are 128 columns in four warps, in the phases of a stride."""
     monkeypatch.setattr(launching, "assumed", GPUS["sm_90"])
     for stride, offered in (((1, 1), True), ((2, 2), False)):
         grad, weight = _tensor(torch.float32, 8, 128, 28, 28), _weight(128, 128, 3)
@@ -141,7 +141,7 @@ def test_a_gpu_is_asked_once(monkeypatch):
 
 
 def _run_everything(n):
-    """One launch at least of each GEMM-shaped kernel on n images; their records."""
+    """Launch each GEMM-shaped kernel at least once on n images; return the records."""
     run = launches("triton")
     x, d = (torch.empty((n, c, 14, 14), device="meta").to(memory_format=torch.channels_last) for c in (64, 128))
     weight, state, wide = torch.empty(128, 64, 1, 1), torch.empty(4, 64), torch.empty(4, 128)
@@ -161,7 +161,7 @@ def _run_everything(n):
 
 
 def test_candidates_are_worked_out_once():
-    """Which costs more than the launch itself where it is done each time."""
+    """Computing them at every launch would cost more than the launch itself."""
     first, second = _run_everything(32), _run_everything(32)
     assert [launch.name for launch in first] == [launch.name for launch in second] and len(first) == 11
     for a, b in zip(first, second, strict=True):
@@ -175,7 +175,7 @@ def test_candidates_are_worked_out_once():
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("wanted", ["gram_tiles", "gram_finalize", "one_pass_reduce", "one_pass_finalize"])
 def test_another_number_of_rows_compiles_nothing_again(monkeypatch, wanted):
-    """Configs and constants are those of the first batch size; steps and splits are numbers like the rows are."""
+    """Configs and constants are those of the first batch size; steps and splits are run-time numbers like the rows."""
     monkeypatch.setattr("fusedres.kernels.triton_core.splits.INTERPRETED", False)
     monkeypatch.setattr(launching, "INTERPRETED", False)
     compiled_for = set()

@@ -1,4 +1,4 @@
-"""torch.compile: whole graphs through a fused block, forward and backward, with running statistics right."""
+"""torch.compile gives whole graphs through a fused block, forward and backward, with right running statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def assert_same_run(compiled: dict[str, torch.Tensor], plain: dict[str, torch.Te
 
 
 def compiled_run(block: nn.Module, x: torch.Tensor, grad: torch.Tensor, backend: str) -> dict[str, torch.Tensor]:
-    """run() through a compiled call of the block; the block itself keeps its names."""
+    """Run the block compiled, as reference.run does; the names are those of the block itself."""
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     block.zero_grad(set_to_none=True)
@@ -45,7 +45,7 @@ def compiled_run(block: nn.Module, x: torch.Tensor, grad: torch.Tensor, backend:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_fullgraph_aot_eager(case: Case, mode: str, memory: str) -> None:
-    """Ahead-of-time autograd traces the fused Function through fake kernels: same numbers as without compile."""
+    """Ahead-of-time autograd traces the fused Function through fake kernels; numbers are the same as without it."""
     block, x, grad = stock_case(case, torch.float64, torch.channels_last, mode)
     twin = fused_twin(block, memory)
     plain = run(copy.deepcopy(twin), x, grad)
@@ -85,7 +85,7 @@ def test_running_statistics_over_several_compiled_steps(memory: str) -> None:
 
 @pytest.mark.parametrize("options", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_batch_norm_options_compile(options: dict[str, object]) -> None:
-    """momentum None needs the counter's value, which must not be read on the host."""
+    """momentum=None needs the value of the counter, which must not be read on the host."""
     shape = CORE[1]
     block = set_mode(build(shape, torch.float64, norm=partial(nn.BatchNorm2d, **options)), "train")  # type: ignore[arg-type]
     x, grad = inputs(shape, torch.float64)
@@ -116,7 +116,7 @@ def test_inference_compiles_under_no_grad() -> None:
 
 
 def test_the_ops_pass_opcheck_through_a_block() -> None:
-    """Schemas, fake kernels and dispatch of every op that a block calls, with the arguments that it calls them with."""
+    """Check schema, fake kernel and dispatch of every op that a block calls, with the arguments of these calls."""
     calls: list[tuple[object, tuple[object, ...]]] = []
 
     class Calls(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,7 +1,7 @@
-"""Blocks with convolutions of this package's own (fuse(conv="fused")) against torchvision, by the rule of tolerance.py.
+"""Blocks with this package's own convolutions (fuse(conv="fused")) against torchvision, by the rule of tolerance.py.
 
-The order of the passes is tested over the reference kernels, quickly and over every case; the Triton kernels then run
-the same comparison on fewer, smaller ones: on a GPU, or in Triton's interpreter where there is none.
+The order of the passes is tested with the reference kernels, which are fast, in every case. The Triton kernels run the
+same comparison in fewer, smaller cases: on a GPU, or in Triton's interpreter if there is no GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fusedres.autograd import Directions
 from fusedres.modules import choice
 from fusedres.modules.fused_block import plan_of
 
-# Small enough for the interpreter, which takes milliseconds a tile.
+# Small enough for the interpreter, which takes milliseconds per tile.
 SMALL = tuple(
     case(block, shortcut, planes=8, batch=2, height=5, width=6)
     for block in ("basic", "bottleneck")
@@ -35,7 +35,7 @@ SMALL = tuple(
 
 @pytest.fixture(autouse=True)
 def _one_pass_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With memory="min" blocks as small as these would not be one-pass."""
+    """Make blocks one-pass with memory="min" at any size; blocks as small as these would not be."""
     monkeypatch.setattr(choice, "_MIN_ROWS_A_CHANNEL", 1)
 
 
@@ -97,7 +97,7 @@ def test_any_product_may_be_the_librarys(
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("block_case", CORE, ids=label)
 def test_any_set_of_wanted_gradients(block_case: Case, memory: str, mode: str) -> None:
-    """Each parameter frozen alone, each wanted alone, and only the input's gradient wanted."""
+    """One parameter alone is frozen, or one alone gets a gradient, or only the input does."""
     block, x, grad, eager, truth = prepared(block_case, torch.float32, torch.channels_last, mode)
     names = [name for name, _ in block.named_parameters()]
     everything = set(names)
@@ -136,7 +136,7 @@ def test_without_gradients(block_case: Case, mode: str, memory: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=label)
 @pytest.mark.parametrize("block_case", CORE, ids=label)
 def test_autocast(block_case: Case, dtype: torch.dtype, memory: str) -> None:
-    """float32 input and parameters under autocast: each product in the autocast dtype, gradients in float32."""
+    """With float32 input and parameters, products are in the autocast dtype and gradients in float32."""
     block, x, grad = stock_case(block_case, torch.float32, torch.channels_last)
     trust(block, x, dtype)
     results = []
@@ -245,5 +245,5 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch: pytest.
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("block_case", SMALL, ids=label)
 def test_cuda(block_case: Case, mode: str, dtype: torch.dtype) -> None:
-    """Memory-bound passes in CUDA, convolutions of the library; what has no CUDA kernel runs Triton's."""
+    """Memory-bound passes run in CUDA, convolutions in the library; ops without a CUDA kernel use Triton's."""
     compare(block_case, dtype, mode, "auto", "cuda", conv="library")

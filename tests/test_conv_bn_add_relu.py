@@ -1,4 +1,4 @@
-"""conv_bn_add_relu, the inference op, against torch's convolution and its epilogue in float64."""
+"""conv_bn_add_relu, the inference op, against torch's convolution and the same epilogue in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORTCUTS = ("none", "plain", "strided", "padded", "normalised")
 
 
 def _shortcut(kind, n, k, p, q, dtype):
-    """The shortcut, its state and stride, and what it adds in float64."""
+    """Return the shortcut, its state and stride, and what it adds in float64."""
     if kind == "none":
         return None, None, 1, torch.zeros(n, k, p, q, dtype=torch.float64)
     if kind in ("plain", "normalised"):

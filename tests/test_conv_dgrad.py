@@ -44,7 +44,7 @@ def _want(dy: Tensor, weight: Tensor, input_size, stride: int, padding: int, dil
 
 
 def _case(geometry, dtype):
-    """dy, weight, the gradient in float64 and the size of its terms."""
+    """Return dy, weight, the gradient in float64, and the sum of |terms| of the gradient."""
     input_size, k, size, *rest = geometry
     weight = _weight(k, input_size[1], size, dtype)
     shape = conv2d(torch.empty(input_size, device="meta"), weight.float().to("meta"), None, *rest).shape
@@ -65,7 +65,7 @@ def _run(backend, geometry, dy, weight, **arguments):
 
 
 def _assert_sums(partials, d, raw, norm, dtype):
-    """Σd and Σd·x̂ of the result as it is stored."""
+    """Assert Σd and Σd·x̂ of the stored result."""
     products = d.double() * (raw.double() - channels(norm[0])) * channels(norm[1])
     terms = d.double().abs() * (raw.double().abs() + channels(norm[0]).abs()) * channels(norm[1])
     assert_near("Σd", partials[:, 0].sum(0), d.double().sum((0, 2, 3)), d.double().abs().sum((0, 2, 3)), dtype, 16)
@@ -145,7 +145,7 @@ def test_batch_norm_backward_on_load(backend, dtype, with_gate, geometry):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_chain_of_two_layers_is_autograds(backend, stride):
-    """BatchNorm -> ReLU -> 3x3 -> BatchNorm -> ReLU -> 1x1 -> BatchNorm -> ReLU, from the end to the start."""
+    """The chain is BatchNorm -> ReLU -> 3x3 -> BatchNorm -> ReLU -> 1x1 -> BatchNorm -> ReLU, run backward."""
     wide, c, k = torch.float64, 9, 20
     raw = activation((2, c, 7, 5), wide, 30)
     weights = (_weight(k, c, 3, wide), _weight(12, k, 1, wide))
@@ -218,7 +218,7 @@ def test_nan_and_inf_go_where_autograd_sends_them(backend):
     assert torch.equal(dx.isnan(), want.isnan()) and torch.equal(dx.isinf(), want.isinf())
 
     raw, norm = activation(geometry[0], torch.float32, 22), state(5, torch.float32)
-    raw[0, 1, 4, 4] = float("nan")  # the ReLU's input is NaN there: torch's gradient passes
+    raw[0, 1, 4, 4] = float("nan")  # the ReLU's input is NaN there, where torch lets the gradient pass
     z = (channels(norm[2]) * raw.double() + channels(norm[3])).requires_grad_()
     (masked,) = torch.autograd.grad(z.relu(), z, want)
     dx, partials = _run(backend, geometry, dy, weight, input=raw, input_state=norm)

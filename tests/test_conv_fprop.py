@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def _merged(partials, rows):
-    """Mean and variance of all tiles (Chan, Golub and LeVeque 1983), in float64."""
+    """Merge the tiles to one mean and variance in float64 (Chan, Golub and LeVeque 1983)."""
     partials, rows = partials.double().cpu(), rows.double().cpu()[:, None]
     mean = (partials[:, 0] * rows).sum(0) / rows.sum()
     return mean, (partials[:, 1] + rows * (partials[:, 0] - mean) ** 2).sum(0) / rows.sum()
@@ -58,7 +58,7 @@ def test_dtypes(backend, dtype, convolution):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tf32(backend):
-    """Where torch's convolutions may use TF32, products have 10 bits of mantissa at least."""
+    """If torch's convolutions may use TF32, products have at least 10 bits of mantissa."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     x, weight, _, geometry = inputs(backend, CONVOLUTIONS[0], torch.float32, False)
     y, _, _ = ops.conv_fprop(Raw(x, None), weight, geometry, False, backend=backend)
@@ -67,7 +67,7 @@ def test_tf32(backend):
 
 
 def _configured(monkeypatch, config):
-    """Makes every launch take this config."""
+    """Make every launch use this config."""
     for module in ("triton", "configs"):
         monkeypatch.setattr(f"fusedres.kernels.conv_fprop.{module}.choose", lambda *_: config)
 
@@ -122,7 +122,7 @@ def test_no_descriptors_where_a_base_is_not_aligned(monkeypatch):
 
 
 class _Tables:
-    """Tap tables from an empty dictionary, and the threads that built them."""
+    """Tap tables that start from an empty dictionary, and the threads that built them."""
 
     def __init__(self, monkeypatch):
         self.threads, self.kept, build = [], {}, taps._build
@@ -140,7 +140,7 @@ class _Tables:
 
 
 def test_tap_tables_are_built_once_in_a_thread_of_their_own(monkeypatch):
-    """What the caller's thread allocates may lie in the pool of a graph that torch.compile warms up for."""
+    """Memory that the caller's thread allocates may belong to the pool of a graph that torch.compile is warming up."""
     tables = _Tables(monkeypatch)
     table = tables.of(5)
     assert table.sum() == 25 + 4 * 20 + 4 * 16 and tables.of(5) is table and tables.of(6) is not table
@@ -156,7 +156,7 @@ def test_tap_tables_are_bounded(monkeypatch):
 
 
 def test_tap_tables_while_a_graph_is_captured(monkeypatch):
-    """One that is there is taken, as it lives for ever; one that is not is the graph's own."""
+    """An existing table is used, because it lives forever; a new table belongs to the graph and is not kept."""
     tables = _Tables(monkeypatch)
     kept = tables.of(5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -167,7 +167,7 @@ def test_tap_tables_while_a_graph_is_captured(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_zero_after_the_affine_map(backend):
-    """With x = 0 and shift = 1 a corner sees 4 ones, an edge 6, the inside 9; 9 everywhere without the re-zero."""
+    """With x = 0 and shift = 1 a corner sums 4 ones, an edge 6, the inside 9. Wrong padding would give 9 everywhere."""
     x = torch.zeros(1, 32, 4, 5).contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(1, 32, 3, 3).contiguous(memory_format=torch.channels_last)
     weight[0, 0] = 1
@@ -185,7 +185,7 @@ def test_padding_is_zero_after_the_affine_map(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_of_values_far_from_zero(backend):
-    """Mean 1e4, standard deviation 0.1: sums and sums of squares in float32 would give a negative variance."""
+    """With mean 1e4 and deviation 0.1, sums and sums of squares in float32 would give a negative variance."""
     where = device(backend)
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(2, 16, 13, 11, generator=generator, dtype=torch.float64) * 0.1 + 1e4).float()
@@ -203,7 +203,7 @@ def test_statistics_of_values_far_from_zero(backend):
 @pytest.mark.parametrize("with_state", [False, True])
 def test_nan_reaches_the_pixels_that_see_it_and_no_other(backend, with_state):
     x, weight, affine, geometry = inputs(backend, CONVOLUTIONS[0], torch.float32, with_state)
-    x[1, 7, 0, 8] = torch.nan  # the first row of the second image: behind the last row of the first one
+    x[1, 7, 0, 8] = torch.nan  # the first row of the second image, in memory after the last row of the first
     y, _, _ = ops.conv_fprop(Raw(x, affine), weight, geometry, False, backend=backend)
     assert torch.equal(y.isnan().cpu(), expected(x, weight, affine, geometry)[0].isnan())
 

@@ -1,4 +1,4 @@
-"""conv_weights: any layout and dtype to dense channels_last, bitwise what torch's conversion gives."""
+"""conv_weights converts any layout and dtype to dense channels_last, bitwise equal to torch's conversion."""
 
 from __future__ import annotations
 

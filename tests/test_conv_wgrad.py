@@ -1,4 +1,4 @@
-"""conv_wgrad against autograd in float64: taps over every edge, BatchNorm on load on either side, splits, finalize."""
+"""conv_wgrad against autograd in float64: taps over every edge, BatchNorm on load of each operand, splits, finalize."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _without_tf32():
 
 
 class Case:
-    """Inputs of one call, its float64 result and the size of the result's terms."""
+    """The inputs of one call, its float64 result, and the sum of |terms| of the result."""
 
     def __init__(self, geometry, dtype: torch.dtype, h: bool = False, dy: bool = False, gate: bool = False) -> None:
         size, k, _, *rest = geometry
@@ -69,7 +69,7 @@ class Case:
         return self.partials(backend).cpu()
 
     def want(self) -> tuple[Tensor, Tensor]:
-        """dW in float64, nothing rounded in between, and the size of its terms."""
+        """Return dW in float64, without any rounding in between, and the sum of its |terms|."""
         h, dy = self.input.double(), self.grad.double()
         h_terms, dy_terms = h.abs(), dy.abs()
         if self.input_state is not None:
@@ -85,7 +85,7 @@ class Case:
         return self._sums(h, dy), self._sums(h_terms, dy_terms)
 
     def _sums(self, h: Tensor, dy: Tensor) -> Tensor:
-        """(K, R, S, C): what autograd says of a convolution of h."""
+        """Return the weight gradient (K, R, S, C) that autograd computes for a convolution of h."""
         kernel, stride, padding, dilation = self.pairs
         weight = torch.zeros(dy.shape[1], h.shape[1], *kernel, dtype=torch.float64, requires_grad=True)
         conv2d(h, weight, None, stride, padding, dilation).backward(dy)
@@ -103,7 +103,7 @@ class Case:
 
 @pytest.fixture
 def force_split(monkeypatch):
-    """Makes the launcher cut its rows into tiles of 16, `steps` of them a split."""
+    """Make the launcher cut its rows into tiles of 16, with `steps` tiles per split."""
     from fusedres.kernels.conv_wgrad import configs
     from fusedres.kernels.triton_core.launch import Config
 
@@ -160,14 +160,14 @@ def test_a_split_sums_its_own_rows(force_split):
     case = Case(((2, 5, 4, 4), 4, 1, 1, 0, 1), torch.float32)
     force_split(1)
     partials = case.run("triton")
-    case.grad[1] = 0  # the second image's 16 rows are the second split
+    case.grad[1] = 0  # the 16 rows of the second image are the second split
     assert torch.equal(partials[0], case.run("triton")[0]) and not case.run("triton")[1].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("stride", "size"), [(1, (6, 5)), (2, (7, 6))])
 def test_padding_is_zero_after_the_affine_map(backend, stride, size):
-    """With scale 0 and shift 1 h is 1 inside of the image: each tap counts its pixels, and those outside are none."""
+    """With scale 0 and shift 1, h is 1 inside the image, so that each tap counts its pixels inside the image."""
     case = Case(((2, 3, *size), 4, 3, stride, 1, 1), torch.float32, h=True)
     case.grad.fill_(1)
     case.input_state[2], case.input_state[3] = 0, 1
@@ -181,7 +181,7 @@ def test_padding_is_zero_after_the_affine_map(backend, stride, size):
 @pytest.mark.parametrize("h", [False, True])
 def test_nan_and_inf_stay_in_their_channels_and_taps(backend, h):
     case = Case(((1, 5, 6, 6), 4, 3, 1, 1, 1), torch.float32, h=h)
-    case.input[0, 1, 0, 0] = torch.nan  # a corner: the lower right taps of padding 1 do not meet it
+    case.input[0, 1, 0, 0] = torch.nan  # a corner, which the lower right taps never reach with padding 1
     case.input[0, 3, 2, 2] = torch.inf
     if h:
         case.input_state[2] = case.input_state[2].abs()
@@ -199,7 +199,7 @@ def test_nan_and_inf_stay_in_their_channels_and_taps(backend, h):
 @pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize("computed", ["h", "dy"])
 def test_float16_does_not_overflow_where_nothing_is_loaded(backend, kernel, computed):
-    """A channel far from zero: what 0 on padding and behind the last row would become is inf, no real value is."""
+    """In a channel far from zero, a 0 in padding or after the last row would become inf, but no real value does."""
     case = Case(((1, 8, 5, 5), 16, kernel, 1, kernel // 2, 1), torch.float16, **{computed: True})
     if computed == "h":
         case.input[:, 0] = -300
@@ -259,7 +259,7 @@ def test_finalize_adds_the_splits_and_keeps_the_layout(backend, count):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layers_weight_gradient_is_autograds(backend):
-    """conv after BatchNorm and ReLU, before BatchNorm: both ops, in float64."""
+    """The convolution has BatchNorm and ReLU before it and BatchNorm after it; both ops run in float64."""
     where = device(backend)
     case = Case(((2, 6, 7, 8), 10, 3, 2, 1, 1), torch.float64, h=True, dy=True, gate=True)
     weight = torch.empty(10, 6, 3, 3, dtype=torch.float64, device=where)
@@ -297,7 +297,7 @@ def test_splits_fill_the_gpu_and_cover_the_rows():
 
     assert _split(196, 1, 264, 8.0) == (1, 196)
     assert _split(12544, 9, 660, 4.0)[1] * 9 >= 0.9 * 528
-    assert _split(49, 10_000, 132, 8.0)[1] == 1  # tiles alone fill it
+    assert _split(49, 10_000, 132, 8.0)[1] == 1  # the tiles alone fill the GPU
     for total in (1, 2, 97, 12_543):
         for tiles in (1, 9, 144):
             steps, splits = _split(total, tiles, 264, 8.0)

@@ -1,4 +1,4 @@
-"""fuse, unfuse and report: what changes in a model and what does not, copies and files, hooks on a block itself."""
+"""fuse, unfuse and report: what changes in a model and what stays, copies and files, and hooks on a block itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_reports_on_the_parameters_device() -> None:
 
 
 def test_identities_and_states_stay() -> None:
-    """Parameters, buffers, names, modes, requires_grad and layout stay; an optimizer made before fuse() stays valid."""
+    """Parameters, buffers, names, modes, requires_grad and layouts stay; an optimizer made before stays valid."""
     model = small_resnet().to(memory_format=torch.channels_last)
     model.layer1.eval()
     model.layer2[0].conv1.weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The backend "cuda": what it needs, what stands in for it and why, and how a failed launch looks."""
+"""The backend "cuda": what it needs, which backend replaces it and why, and what a failed launch reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fusedres.values import Norm
 
 @pytest.fixture
 def place() -> Iterator[Any]:
-    """Puts kernels of this build and GPUs of these capabilities in the place of what is here; undone afterwards."""
+    """Pretend that this build of the kernels and GPUs with these capabilities are here; undone after the test."""
     before = (cuda_support._module, cuda_support._looked, cuda_support.devices)
     patch = pytest.MonkeyPatch()
 
@@ -146,7 +146,7 @@ def test_info_shows_what_serves_each_op_and_why(place):
 
 
 def test_stand_ins_run_and_are_traced():
-    """On the host: an op without a CUDA kernel runs Triton's in the interpreter."""
+    """On the host, an op without a CUDA kernel runs Triton's kernel in the interpreter."""
     weight = torch.randn(4, 3, 3, 3, device=device("cuda"))
     assert OPS["conv_weights"].kernel("cuda").__module__ == "fusedres.kernels.conv_weights.triton"
     (got,) = ops.conv_weights([weight], torch.float64, backend="cuda")
@@ -167,13 +167,13 @@ def test_a_tensor_elsewhere_is_an_error(place):
 
 
 def test_a_failed_launch_names_the_op():
-    """No GPU takes a grid of no blocks."""
+    """A GPU refuses a grid without blocks."""
     where = device("cuda")
     empty = torch.zeros((3, 2, 0), device=where), torch.ones(3, device=where)
     with pytest.raises(
         RuntimeError, match=r"bn_finalize: cudaLaunchKernelEx\w* failed: invalid configuration argument"
     ):
-        launches("cuda").bn_finalize(*empty, Norm(None, None, None, None, None, 0.1, 1e-5))  # past the checks
+        launches("cuda").bn_finalize(*empty, Norm(None, None, None, None, None, 0.1, 1e-5))  # called without the checks
 
 
 def test_meta_tensors_launch_nothing():
@@ -184,7 +184,7 @@ def test_meta_tensors_launch_nothing():
 
 
 def test_blocks_run_under_it():
-    """A training step of a model on the host under use_backend("cuda"): the kernels there are, and their stand-ins."""
+    """A training step on the host under use_backend("cuda") runs CUDA kernels, and Triton's for the other ops."""
     import torchvision
 
     where = device("cuda")

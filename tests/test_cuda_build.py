@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiles them: the list of architectures, warnings, spills, the width of memory accesses."""
+"""The CUDA kernels compiled by nvcc: the list of architectures, warnings, spills, and the width of memory accesses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 CSRC = cuda_on_cpu.CSRC
 
-# Kernels of a handful of values: one load and store of 16 bytes is nothing to ask of them.
+# Kernels that work on a few values; loads and stores of 16 bytes are not required of them.
 SMALL = {"bn_frozen_kernel", "count_batch_kernel"}
 
 
@@ -73,7 +73,7 @@ def test_only_what_this_nvcc_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     old.write_text("#!/bin/sh\nprintf 'sm_80\\nsm_86\\nsm_90\\ncompute_90\\n'\n")
     old.chmod(0o755)
     assert nvcc.as_text(nvcc.archs(str(old))) == "8.0;8.6;9.0a;9.0+PTX"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0")  # what is asked for is not cut: nvcc says what it cannot do
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0")  # not shortened: nvcc reports what it cannot do
     assert nvcc.as_text(nvcc.archs(str(old))) == "12.0"
 
 
@@ -111,7 +111,7 @@ class Compiled(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """The second template argument: how many values one access takes."""
+        """Return the second template argument: the number of values per access."""
         found = re.search(r"<[\w:]+, (\d+)[,>]", self.kernel)
         return int(found[1]) if found else 1
 
@@ -129,7 +129,7 @@ def compiled(path: str, sources: list[str], folder: Path, include: Path) -> list
 
 
 def tool(name: str) -> str:
-    """A tool of the CUDA toolkit, or the copy that comes with Triton."""
+    """Return the path of a tool of the CUDA toolkit, or of the copy that comes with Triton."""
     spec = importlib.util.find_spec("triton")
     bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else Path()
     path = shutil.which(name) or shutil.which(name, path=str(bundled))
@@ -144,7 +144,7 @@ def text_of(*command: str, given: str | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def objects() -> list[str]:
-    """Every CUDA source compiled for two architectures, warnings and spills being errors; kept by what goes into it."""
+    """Compile every CUDA source for two architectures; warnings and spills are errors. Results are kept by a hash."""
     path = found_nvcc()
     key = hashlib.sha256(" ".join([path, *STRICT, ARCHS]).encode())
     for file in sorted(file for file in CSRC.rglob("*") if file.suffix in {".cu", ".cuh", ".h", ".py"}):
@@ -196,7 +196,7 @@ def test_everything_compiles_for_both(kernels: list[Compiled]) -> None:
 
 
 def test_nothing_spills(kernels: list[Compiled]) -> None:
-    """ptxas would have refused spills; nor do local arrays live in memory."""
+    """ptxas already refuses spills; local arrays must not be in memory either."""
     assert [kernel[:3] for kernel in kernels if "STACK:0 " not in kernel.usage or "LOCAL:0 " not in kernel.usage] == []
 
 
@@ -212,14 +212,14 @@ def test_memory_is_accessed_16_bytes_at_a_time(kernels: list[Compiled]) -> None:
 
 
 def test_scalar_kernels_would_be_seen(kernels: list[Compiled]) -> None:
-    """What the test above looks for is not in every kernel."""
+    """A scalar kernel does not have what the test above looks for."""
     scalar = [kernel for kernel in kernels if kernel.name == "bn_finalize_kernel" and kernel.vector == 1]
     assert scalar
     assert not any(re.search(r"\b(LDG|STG)\.\S*128", kernel.code) for kernel in scalar)
 
 
 def test_gram_multiplies_on_the_tensor_cores(kernels: list[Compiled]) -> None:
-    """All of bfloat16 and float16, and float32 as tf32; nothing else."""
+    """This holds for bfloat16, float16, and float32 as tf32, and for nothing else."""
     tiles = [kernel for kernel in kernels if kernel.name == "gram_tiles_kernel"]
     on_tensor_cores = {kernel[:2]: "HMMA" in kernel.code for kernel in tiles}
     assert on_tensor_cores == {

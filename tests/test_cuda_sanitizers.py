@@ -1,7 +1,7 @@
 """The CUDA kernels on the host (tests/cuda_shim) under the address, undefined-behaviour and thread sanitizers.
 
-The driver runs every kernel on small inputs against double loops. Mutants of the sources show that a removed barrier,
-an overrun of shared memory and a wrong result are seen.
+The driver compares every kernel on small inputs with double loops. Mutants of the sources show that a missing barrier,
+an overrun of shared memory and a wrong result are found.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build(
     files: list[Path] | None = None,
     kept: Path | None = None,
 ) -> Path:
-    """The driver of every kernel or of some files; a skip where this compiler has no such sanitizer."""
+    """Build the driver of all kernels or of some files; skip if this compiler does not have the sanitizer."""
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("g++ was not found")
     flags = SANITIZERS[sanitizer]
@@ -52,7 +52,7 @@ def run(program: Path, *arguments: str) -> tuple[int, str]:
 
 
 def run_mutant(folder: Path, sanitizer: str, file: str, old: str, new: str) -> tuple[int, str]:
-    """The driver of bn_finalize on a copy of csrc where `old` is replaced in one file."""
+    """Run the driver of bn_finalize on a copy of csrc with `old` replaced in one file."""
     csrc = folder / "csrc"
     shutil.copytree(cuda_on_cpu.CSRC, csrc, ignore=shutil.ignore_patterns("__pycache__"))
     text = (csrc / file).read_text()
@@ -70,7 +70,7 @@ def test_every_kernel_is_clean(tmp_path: Path, sanitizer: str) -> None:
 
 
 def test_every_launch_is_driven() -> None:
-    """Each function that bindings_cuda.cpp launches is called by the driver."""
+    """The driver calls each launch function of bindings_cuda.cpp."""
     bindings = (cuda_on_cpu.CSRC / "bindings_cuda.cpp").read_text()
     launched = set(re.findall(r"\b(cuda_\w+)\(\{", bindings))
     assert launched >= {"cuda_bn_finalize", "cuda_bn_frozen"}

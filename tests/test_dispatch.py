@@ -1,7 +1,8 @@
-"""What a fused block executes: convolutions, fused ops, matrix products, views and allocations; nothing pointwise.
+"""A fused block runs only convolutions, fused ops, matrix products, views and allocations; no pointwise operators.
 
-An operator that reads or writes an activation must be on the list. Of tensors of a parameter's size (weights that are
-cast or folded, statistics) other operators are no cost, but native_batch_norm, relu and threshold_backward never run.
+Every operator that reads or writes an activation must be on the list. On tensors of a parameter's size (weights that
+are cast or folded, statistics) other operators cost little; but native_batch_norm, relu and threshold_backward never
+run.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ NEVER = ("batch_norm", "relu", "threshold", "clamp")
 
 
 class Listing(TorchDispatchMode):
-    """Names of the operators that ran, and of those that touched a tensor of at least `large` elements."""
+    """Collects the operators that ran, and those that touched a tensor of at least `large` elements."""
 
     def __init__(self, large: int) -> None:
         super().__init__()
@@ -64,12 +65,12 @@ class Listing(TorchDispatchMode):
 
 
 def activation_size(case: Case) -> int:
-    """Elements of the smallest activation; larger than every parameter of these cases."""
+    """Return the number of elements of the smallest activation; in these cases every parameter is smaller."""
     return case.values_a_channel * case.planes
 
 
 def wide(case: Case) -> Case:
-    """Images so large that every activation has more elements than any parameter."""
+    """Return the case with images so large that every activation has more elements than any parameter."""
     return with_size(case, 4, 40, 40)
 
 
@@ -112,7 +113,7 @@ def test_a_fused_block_executes_only_fused_ops(case: Case, mode: str, want_grad:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_convolutions_run_once_each_way(case: Case, mode: str, memory: str) -> None:
-    """No convolution is rerun: as many as the block has, and as many backwards."""
+    """Each convolution runs once forward and once backward; none is repeated."""
     listing = list_ops(case, mode, memory, want_grad=True)
     forward = sum(
         listing.ran[f"{space}::{name}"]

@@ -1,4 +1,4 @@
-"""DistributedDataParallel over fused blocks: two processes with gloo. One start of the processes serves every check."""
+"""DistributedDataParallel over fused blocks in two processes with gloo, which are started once for all checks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ import torch.multiprocessing as mp
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 def test_two_processes(tmp_path: Path) -> None:
-    """Two forwards before a backward, averaged gradients, uneven batches, SyncBatchNorm: as the stock blocks."""
+    """Two forwards before a backward, averaged gradients, uneven batches and SyncBatchNorm work like stock blocks."""
     assert len(distributed_worker.CHECKS) == 4
     mp.spawn(distributed_worker.main, args=(2, str(tmp_path)), nprocs=2)

@@ -1,6 +1,6 @@
-"""What the tests trust of torch (eager.py): a convolution that is wrong is found, whatever CPU this is, and told.
+"""Tests of eager.py: a wrong convolution of torch is found on any CPU, and the reason is shown.
 
-A stand-in for oneDNN's convolution is as wrong as those that were seen; the library's own is used in all else.
+A stand-in for oneDNN's convolution has the faults that were seen in the real one. Everything else is the library's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CASE = CORE[4]
 
 
 def _flat(y: Tensor) -> Tensor:
-    """In the order of memory."""
+    """Return the elements in the order of memory."""
     return y.as_strided((y.numel(),), (1,))
 
 
@@ -36,7 +36,7 @@ def _nan(y: Tensor) -> Tensor:
 
 
 def _unwritten(y: Tensor) -> Tensor:
-    """One value is what the memory held before."""
+    """Leave one value as it was in the memory before."""
     out = torch.empty_like(y)
     _flat(out)[1:] = _flat(y)[1:]
     return out
@@ -47,7 +47,7 @@ def _off(y: Tensor) -> Tensor:
 
 
 class _Wavering:
-    """Rounds the other way at every other pair of calls."""
+    """Rounds in the other direction in every second pair of calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -67,7 +67,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture
 def afresh() -> Iterator[None]:
-    """Nothing is known of any convolution, and nothing is kept of what is found."""
+    """Start without any known convolution, and forget afterwards what was found."""
     probe.cache_clear()
     yield
     probe.cache_clear()
@@ -75,7 +75,7 @@ def afresh() -> Iterator[None]:
 
 @pytest.fixture
 def wrong(request: pytest.FixtureRequest, afresh: None) -> Iterator[None]:
-    """In place of oneDNN's convolution of bfloat16 stands one with this fault."""
+    """Replace oneDNN's bfloat16 convolution by one with this fault."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     alter = FAULTS[request.param]
@@ -97,7 +97,7 @@ def _block(case: Case = CASE, dtype: torch.dtype = BFLOAT16) -> tuple[nn.Module,
 
 
 def _uses_onednn() -> bool:
-    """Whether oneDNN serves bfloat16 here: torch asks for AVX-512."""
+    """Return whether oneDNN serves bfloat16 here: torch asks for AVX-512."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_convolution_is_found_and_left_out() -> None:
     assert fault(convolutions(block, x)) is None
     truth = oracle(block, x, grad, UNIT[BFLOAT16])
     check(run(fused_twin(block), x, grad), run(copy.deepcopy(block), x, grad), truth, BFLOAT16)
-    # What is wrong in the fused block is seen all the same.
+    # A fault of the fused block is still found.
     moved = fused_twin(block)
     with torch.no_grad():
         moved.get_submodule(CASE.last_norm).bias.add_(0.5)
@@ -158,7 +158,7 @@ def test_a_wrong_gradient_is_found(what: str, which: int, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("afresh")
 def test_reading_beyond_an_operand_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where what is read is multiplied by zero."""
+    """The fault is found even if the values that were read are multiplied by zero."""
     forward = Convolution.forward
 
     def beyond(self: Convolution, x: Tensor, weight: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def test_reading_beyond_an_operand_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
 @pytest.mark.usefixtures("afresh")
 def test_sound_convolutions_are_found_sound(memory_format: torch.memory_format) -> None:
-    """No CPU is known where those of float32 are not; what is asked is asked once."""
+    """On no known CPU are float32 convolutions wrong; each convolution is probed once."""
     made = frozenset().union(*(made_by(case, torch.float32, memory_format) for case in CORE))
     assert len(made) > 10
     assert fault(made) is None

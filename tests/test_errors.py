@@ -1,6 +1,6 @@
-"""Bad input: op, argument, what was expected, what came and the remedy; nothing is updated.
+"""Errors for bad input name the op, the argument, what was expected, what was given, and the remedy.
 
-Checks come before anything is computed: running statistics and counters keep their values bit by bit.
+The checks come before anything is computed: running statistics and counters keep their values bit by bit.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def buffers_of(block: nn.Module) -> dict[str, Tensor]:
 
 
 def refused(block: nn.Module, x: Tensor, error: type[Exception], *words: str) -> None:
-    """The call raises `error` with a whole sentence that holds the words, and leaves every buffer as it was."""
+    """Assert that the call raises `error` with a full message that contains the words, and changes no buffer."""
     before = buffers_of(block)
     for context in (torch.enable_grad, torch.no_grad):
         with context(), pytest.raises(error) as raised:
             block(x)
         assert isinstance(raised.value, error), raised.value
         if error is not ValueError or "more than 1 value" not in str(raised.value):
-            assert isinstance(raised.value, RuntimeError), raised.value  # as torch has it
+            assert isinstance(raised.value, RuntimeError), raised.value  # torch's class
         message = str(raised.value)
         assert SENTENCE.match(message), message
         for word in words:
@@ -54,7 +54,7 @@ def test_wrong_channels(case: Case, memory: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_a_shortcut_of_another_shape(block: str, mode: str) -> None:
-    """No downsample where the shape changes; a downsample of another width; of another stride."""
+    """There is no downsample although the shape changes, or it has another width, or another stride."""
     changing = build(case(block, "projection")).train(mode == "train")
     changing.downsample = None
     x = torch.randn(2, case(block, "projection").in_channels, 6, 6)
@@ -113,7 +113,7 @@ def test_other_than_four_dimensions(shape: tuple[int, ...], mode: str) -> None:
 
 @pytest.mark.parametrize("height", [0, 1])
 def test_images_smaller_than_nothing(height: int) -> None:
-    """A side of length 0 is an error of the convolution in torch; 1 is a fine image."""
+    """A side of length 0 is an error of torch's convolution; a side of length 1 is allowed."""
     for base in CORE:
         twin = fused_twin(stock_case(base)[0])
         x = torch.randn(3, base.in_channels, height, 4)
@@ -129,9 +129,9 @@ def test_images_smaller_than_nothing(height: int) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_one_value_a_channel_is_torchs_own_error(case: Case, memory: str) -> None:
-    """The text is torch's; no running statistic has moved, not even of the BatchNorms that came before."""
+    """The message is torch's, and no running statistics have changed, not even those of earlier BatchNorms."""
     block, _, _ = stock_case(case)
-    for size in (1, case.stride):  # with stride 2 a 2x2 image has four values in front of the stride, one behind it
+    for size in (1, case.stride):  # with stride 2 a 2x2 image has four values before the stride, one after it
         x = torch.randn(1, case.in_channels, size, size)
         twin = fused_twin(block, memory)
         before = buffers_of(twin)
@@ -178,7 +178,7 @@ def test_zero_pad_shortcuts_that_cannot_be(arguments: tuple[int, int, int], erro
 
 
 def test_a_zero_pad_shortcut_by_itself() -> None:
-    """Strided subsampling; the channels that it adds come last and are zero; usable outside of a fused block."""
+    """It subsamples with a stride and adds zero channels at the end; it also works outside of a fused block."""
     shortcut = fusedres.ZeroPadShortcut(3, 5, 2)
     x = torch.randn(2, 3, 5, 4, requires_grad=True)
     out = shortcut(x)

@@ -1,4 +1,4 @@
-"""Inference: weights that changed in any way are never stale, and freeze() keeps folds only under its contract."""
+"""Inference always uses the current weights, however they were changed; freeze() keeps folded weights until train()."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import fusedres
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case) -> None:
-    """A step whose parameter version counters may not move: fused optimizers write past them."""
+    """Do a training step; with a fused optimizer the parameters' version counters may stay the same."""
     was_training = model.training
     model.train()
     x, grad = inputs(case)
@@ -70,7 +70,7 @@ def by_assigned_state_dict(model: nn.Module, case: Case) -> None:
 
 
 def by_ema(model: nn.Module, case: Case) -> None:
-    """Swaps the averaged weights in, as an evaluation with EMA does."""
+    """Put in the averaged weights, as an evaluation with EMA does."""
     average = AveragedModel(copy.deepcopy(model), multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,7 +104,7 @@ def by_reset(model: nn.Module, case: Case) -> None:
 
 
 def by_training(model: nn.Module, case: Case) -> None:
-    """Only the running statistics move."""
+    """Change only the running statistics."""
     model.train()
     with torch.no_grad():
         model(inputs(case)[0])
@@ -134,7 +134,7 @@ CHANGES: dict[str, Callable[[nn.Module, Case], None]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_changed_weights_are_never_stale(case: Case, change: str) -> None:
-    """After a first inference the weights change; the next inference is the stock block's with the same weights."""
+    """The weights change after an inference; the next inference equals the stock block's with the new weights."""
     block, x, grad = stock_case(case, mode="eval")
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         twin = fused_twin(block)
@@ -149,14 +149,14 @@ def test_changed_weights_are_never_stale(case: Case, change: str) -> None:
         with context(), expect_paths(fused_forward=1):
             second = twin(x)
             eager = stock(x)
-        assert not torch.allclose(first, second, rtol=1e-3), "the change changes nothing"
+        assert not torch.allclose(first, second, rtol=1e-3), "the change has no effect"
         check({"out": second}, {"out": eager}, truth, torch.float32, f"{case} {change}")
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_eval_train_eval(case: Case, memory: str) -> None:
-    """Each switch takes effect at once, and a backward through eval agrees too."""
+    """Each switch takes effect at once, and a backward in eval mode is right too."""
     block, x, grad = stock_case(case, torch.float64, mode="eval")
     twin = fused_twin(block, memory)
     for mode in ("eval", "train", "eval", "frozen", "train", "eval"):
@@ -167,7 +167,7 @@ def test_eval_train_eval(case: Case, memory: str) -> None:
 
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_inference_mode_then_training(case: Case) -> None:
-    """Nothing made under inference_mode is kept and saved for a backward later."""
+    """No tensor made under inference_mode is kept and then saved for a later backward."""
     block, x, grad = stock_case(case)
     twin = fused_twin(block)
     with torch.inference_mode():
@@ -178,7 +178,7 @@ def test_inference_mode_then_training(case: Case) -> None:
 
 
 def test_parameters_made_in_inference_mode() -> None:
-    """A model built and fused under inference_mode infers there; its tensors are inference tensors."""
+    """A model that is built and fused under inference_mode, with inference tensors, infers there."""
     with torch.inference_mode():
         for case in CORE:
             block, x, _ = stock_case(case, mode="eval")
@@ -224,7 +224,7 @@ def test_frozen_blocks_under_autocast_and_without_by_turns(case: Case, dtype: to
 
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_frozen_blocks_keep_the_weights_they_were_folded_from(case: Case) -> None:
-    """The contract: weights that change under freeze() have no effect until train() drops the folds."""
+    """As documented, weights that change after freeze() have no effect until train() drops the folds."""
     block, x, _ = stock_case(case, mode="eval")
     twin = fusedres.freeze(fused_twin(block))
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_train_after_freeze_trains_as_before(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_a_backward_through_frozen_folds(case: Case) -> None:
-    """Gradients are asked of a frozen model: they are those of the unfrozen one."""
+    """A frozen model has the gradients of the unfrozen one."""
     block, x, grad = stock_case(case, mode="eval")
     truth = oracle(block, x, grad)
     twin = fusedres.freeze(fused_twin(block))
@@ -312,7 +312,7 @@ def test_a_hook_on_a_child_of_a_frozen_block_still_fires() -> None:
 
 
 def test_a_frozen_block_follows_its_device_and_dtype() -> None:
-    """`.to()` makes new weights of another kind: the folds of the old ones must not be used."""
+    """`.to()` makes new weights, after which the folds of the old weights must not be used."""
     for case in CORE:
         block, x, _ = stock_case(case, mode="eval")
         twin = fusedres.freeze(fused_twin(block))

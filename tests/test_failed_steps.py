@@ -1,4 +1,4 @@
-"""A step that fails leaves nothing broken: no half-overwritten tensors that a second backward reads, no half-updated
+"""A failed step leaves nothing broken: no half-overwritten tensors that a second backward reads, and no half-updated
 statistics."""
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ AGAIN = "backward through the graph a second time"
 
 
 class OutOfMemoryError(RuntimeError):
-    """What an allocation in the middle of the passes raises."""
+    """The error that an allocation in the middle of the passes raises."""
 
 
 def failing(after: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, failing at its call number `after`."""
+    """Return the function with a failure at call number `after`."""
     calls = 0
 
     def call(*args: Any, **options: Any) -> Any:
@@ -50,7 +50,7 @@ def failing(after: int, function: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_backward_that_failed_cannot_be_called_again(
     backend: str, conv: str, memory: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_passes, "backward", lambda *_: None)  # the passes in Python, which can be made to fail
+    monkeypatch.setattr(cpu_passes, "backward", lambda *_: None)  # use the passes in Python, which a test can make fail
     block, x, grad = stock_case(case("bottleneck", "projection", planes=4, batch=8), torch.float64)
     twin = fusedres.fuse(copy.deepcopy(block), memory=memory, conv=conv)
     with fusedres.use_backend(backend):
@@ -61,7 +61,7 @@ def test_a_backward_that_failed_cannot_be_called_again(
                 out.backward(grad)
         with pytest.raises(RuntimeError, match=AGAIN):
             out.backward(grad)
-        # A kept graph is not overwritten: it may be called again after a failure.
+        # The tensors of a kept graph are not overwritten, so that backward may be called again after a failure.
         twin.zero_grad()
         out = twin(x)
         with monkeypatch.context() as patch:
@@ -157,7 +157,7 @@ print(len(messages))
 
 
 def test_statistics_are_put_back_where_memory_ends_in_the_core() -> None:
-    """Wherever that is, torch's own words are told."""
+    """Memory may end anywhere in the core; the error always contains torch's own message."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LITTLE_MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) >= 4

@@ -1,4 +1,4 @@
-"""Code that somebody puts in place of torch's or torchvision's is what runs, and report() says what was replaced."""
+"""If somebody replaces code of torch or torchvision, the replacement runs, and report() says what was replaced."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ SHADOWS: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
 @pytest.mark.parametrize("what", SHADOWS)
 def test_attributes_that_hide_parts(what: str, before: bool) -> None:
-    """Python finds them first."""
+    """Python finds these attributes before the module's parts."""
     block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
     twin = copy.deepcopy(block)
     if not before:
@@ -170,7 +170,7 @@ def test_a_resnets_own_method(name: str, before: bool, monkeypatch: pytest.Monke
     ],
 )
 def test_what_is_replaced_on_an_instance_runs(child: str, name: str, before: bool) -> None:
-    """Also where the replacement calls what it replaced, as offloading libraries do."""
+    """It also runs if it calls the replaced function, as offloading libraries do."""
     block, x, grad = stock_case(SMALL, torch.float64)
     twin = copy.deepcopy(block)
     if not before:
@@ -229,7 +229,7 @@ assert not row.fused and "BatchNorm2d.forward is replaced by __main__" in row.re
 
 
 class Tagged(BasicBlock):
-    """A subclass that only adds: fused."""
+    """A subclass that only adds something; it is fused."""
 
     tag = "mine"
 
@@ -249,7 +249,7 @@ class Net(ResNet):
 
 
 class Scaled(BasicBlock):
-    """A subclass with a forward of its own: not fused."""
+    """A subclass with a forward of its own; it is not fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2

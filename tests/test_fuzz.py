@@ -1,6 +1,6 @@
-"""Random residual blocks against float64, by the rule of tolerance.py: 300 of fixed seeds, `pytest --fuzz N` for more.
+"""Random residual blocks against float64, by the rule of tolerance.py: 300 with fixed seeds, more by `pytest --fuzz N`.
 
-A failure prints the block that hypothesis has made as small as it could.
+A failure prints the smallest failing block that hypothesis found.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ EXAMPLES = 300
 
 @dataclass(frozen=True)
 class Example:
-    """A block, its input, and how it is called."""
+    """A block, its input, and the way it is called."""
 
     case: Case
     dtype: torch.dtype
     x_format: torch.memory_format
     weight_format: torch.memory_format
     mode: str
-    momentum: tuple[float | None, ...]  # of each norm
+    momentum: tuple[float | None, ...]  # for each norm
     memory: str
     backend: str
     conv: str
-    wanted: tuple[bool, ...]  # which parameters have a gradient, over and over
+    wanted: tuple[bool, ...]  # which parameters need a gradient, repeated for all parameters
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any shape that a block of this shortcut takes, small."""
+    """Draw any small shape that a block with this shortcut takes."""
     block, shortcut = draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(SHORTCUTS))
     planes = draw(st.integers(1, 20) | st.sampled_from((31, 32, 33, 64)))
     out_channels = planes * EXPANSION[block]
@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
     case = Case(
         block, shortcut, in_channels, planes, stride, draw(st.integers(1, 5)), *sizes, draw(st.integers(0, 999))
     )
-    # Two values a channel normalise to 1 and -1 whatever they are: nothing but rounding is left of gradients.
+    # Any two values per channel normalise to 1 and -1, so that gradients contain only rounding.
     assume(case.values_a_channel > 2)
     return case
 
@@ -83,7 +83,7 @@ def examples(draw: st.DrawFn) -> Example:
 
 
 def compare(example: Example) -> None:
-    """The fused block keeps the rule wherever rounding does not decide on a ReLU's mask."""
+    """Assert the rule for the fused block, except where rounding decides a ReLU's mask."""
     case, dtype = example.case, example.dtype
     block, x, grad = stock_case(case, dtype, example.x_format, example.mode)
     block = block.to(memory_format=example.weight_format)
@@ -103,7 +103,7 @@ def compare(example: Example) -> None:
         got = run(twin, x, grad)
     check(got, eager, truth, dtype, example)
     assert got["out"].stride() == eager["out"].stride(), "strides"
-    # Some of the gradients alone are those of all.
+    # If only some gradients are wanted, they equal the same gradients of a full backward.
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_(wanted[name])
         norm = twin.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""The goals of benchmarks/suite/goals.py on made-up rows."""
+"""The goals of benchmarks/suite/goals.py, evaluated on made-up rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _scripts(monkeypatch):
 
 
 def model(case: str, variant: str, ratio: float, **more: object) -> dict:
-    """Eager takes a second, the traffic model allows a quarter of it."""
+    """Return a row; eager takes one second, and the traffic model's bound is a quarter of that."""
     ours = variant.removeprefix("graphed ") in ("library", "fused")
     row = {"case": case, "name": "resnet50", "phase": "train", "shape": [256, 3, 224, 224], "dtype": "bfloat16"}
     row |= {"device": "NVIDIA H100 80GB HBM3", "variant": variant, "conv": "fused" if ours else None}
@@ -60,7 +60,7 @@ def test_rows_of_other_conditions_do_not_count(other):
 
 
 def test_over_compile_is_within_a_run_and_the_least_over_runs():
-    """Graphs count only where the compiled model has them too."""
+    """CUDA graphs count only against a compiled model with graphs."""
     name = "ResNet-50 training over torch.compile"
     rows = [
         model("plain", "eager", 1.0), model("plain", "fused", 2.4),
@@ -119,7 +119,7 @@ def test_auto_is_as_slow_as_its_slowest_block():
 
 
 def test_the_floor_of_a_model_is_the_sum_of_its_parts():
-    """At these rates memory decides everywhere, or arithmetic does."""
+    """At these rates, either memory or arithmetic decides for every part."""
     from memory_traffic import closed_form
     from suite import floors
 

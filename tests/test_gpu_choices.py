@@ -1,4 +1,4 @@
-"""What runs on a GPU by its table of measured choices, by another GPU's, and without one; none is needed here."""
+"""What runs on a GPU with its own table of measured choices, with another GPU's, or without one; needs no GPU."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def table(device: str, **versions: str) -> Table:
     return Table(device, "triton", store.versions() | versions, "2026-01-01", entries, {})
 
 
-# --- what was asked for -----------------------------------------------------------------------------------------------
+# --- explicit choices -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU without a table, of which nothing was said yet."""
+    """Simulate a GPU without a table, about which nothing has been warned yet."""
     monkeypatch.setattr(choice, "_warned", set())
     with following(None, CUDA), fusedres.use_backend("auto"):
         yield
@@ -57,7 +57,7 @@ def test_an_explicit_choice_acts_on_a_gpu_that_nothing_was_measured_on(
     assert choice.serving_backend(CUDA, conv, memory) == expected
     reason = without_kernels(weight, conv, memory)
     assert reason == (None if expected else f"nothing was measured on this GPU: {REMEDY}")
-    assert choice.serving_backend(torch.device("xpu"), conv, memory) is None  # no kernel here is for it
+    assert choice.serving_backend(torch.device("xpu"), conv, memory) is None  # there are no kernels for it
     with fusedres.use_backend("reference"):
         assert choice.serving_backend(CUDA, conv, memory) == "reference"
     monkeypatch.setattr(choice, "_has_triton", lambda: False)
@@ -79,7 +79,7 @@ def test_a_gpu_that_runs_unfused_is_told_of_once(unmeasured: None) -> None:
 
 
 def test_a_stems_convolution_is_the_librarys_unless_measured_otherwise() -> None:
-    """fuse(conv="fused") is about the blocks there."""
+    """fuse(conv="fused") only concerns the blocks of such a model."""
     model = fusedres.fuse(ResNet(BasicBlock, [1, 1, 1, 1]), conv="fused")
     assert model.fused_conv == "measured" and model.layer1[0].fused_conv == "fused"
     own = Directions(True, False, True)
@@ -97,7 +97,7 @@ def test_a_stems_convolution_is_the_librarys_unless_measured_otherwise() -> None
 
 @pytest.fixture
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
-    """Where tables of the package and of the user lie, both empty."""
+    """Return empty folders for the tables of the package and of the user."""
     found = {name: tmp_path / name for name in ("package", "user")}
     for folder in found.values():
         folder.mkdir()
@@ -107,7 +107,7 @@ def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
 
 
 def loaded(monkeypatch: pytest.MonkeyPatch, device: str) -> str | None:
-    """The device whose table serves this one."""
+    """Return the device that the table for this device was measured on."""
     monkeypatch.setattr(store, "family", lambda _: device)
     found = store.load(CUDA)
     return None if found is None else found.device
@@ -126,7 +126,7 @@ def test_a_gpu_without_a_table_follows_another_of_its_capability(
     assert loaded(monkeypatch, H200) == loaded(monkeypatch, H100) == H200
     assert loaded(monkeypatch, A100) is None and loaded(monkeypatch, "AMD EPYC, 2 threads") is None
     write(folders["user"], table("NVIDIA GH200 480GB, sm_90"))
-    assert loaded(monkeypatch, H100) == "NVIDIA GH200 480GB, sm_90"  # measured here
+    assert loaded(monkeypatch, H100) == "NVIDIA GH200 480GB, sm_90"  # the user's own measurement comes first
     write(folders["user"], table(H100))
     assert loaded(monkeypatch, H100) == H100 and loaded(monkeypatch, H200) == H200
 
@@ -143,8 +143,8 @@ def test_a_table_that_only_seems_to_be_of_the_capability_is_not_followed(
     ("versions", "ignored"),
     [
         ({}, False),
-        ({"triton": "2.9.1"}, False),  # the kernels are those that were measured
-        ({"kernels": "other"}, False),  # the compiler is
+        ({"triton": "2.9.1"}, False),  # the kernels are the measured ones
+        ({"kernels": "other"}, False),  # the compiler is the measured one
         ({"kernels": "other", "triton": "2.9.1"}, True),
     ],
 )

@@ -1,4 +1,4 @@
-"""gpu_pack.py: what it compiled is launched on a stubbed driver without a compilation, and what is missing is told."""
+"""gpu_pack.py: its kernels are launched on a stubbed driver without compiling, and missing kernels are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def compiling(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A script where Triton compiles: the tests themselves run in its interpreter."""
+    """Run a script in a process where Triton compiles; the tests themselves use its interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
@@ -28,7 +28,7 @@ def pack(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def counted(done: subprocess.CompletedProcess) -> dict[str, int]:
-    """What a rehearsal prints."""
+    """Return the counts that a rehearsal prints."""
     return {name: int(count) for name, _, count in (part.rpartition(" ") for part in done.stdout.split(", "))}
 
 
@@ -50,7 +50,7 @@ def test_a_packed_block_is_launched_without_a_compilation(tmp_path: Path) -> Non
     counts = counted(launched)
     assert counts["packed"] == len(kernels) < counts["launches"] and not counts.get("compiled")
     of_second = counted(pack(tmp_path, "--rehearse", "--call", "second"))
-    assert 0 < of_second["packed"] < counts["packed"]  # no waits, no float32
+    assert 0 < of_second["packed"] < counts["packed"]  # the second call forces no waits and has no float32
 
     lacking = {kernels[0], kernels[-1]}
     with ZipFile(tmp_path / "kernels.zip", "w") as archive:
@@ -78,4 +78,4 @@ def test_a_dry_run_prints_the_schedule(call: str, last: list[str]) -> None:
     assert [word for word in lines[last[0]] if word in last] == last
     assert ("right" in lines) == (call == "first")
     if call == "second":
-        assert lines["ops"][1] == "one_pass_dgrad" and lines["ops"][-4] == "12"  # the heaviest problem, of twelve
+        assert lines["ops"][1] == "one_pass_dgrad" and lines["ops"][-4] == "12"  # the heaviest of twelve problems

@@ -1,4 +1,4 @@
-"""gpu_suite.py: the whole path on toy shapes, what it is told, and what it installs."""
+"""gpu_suite.py: a whole run on toy shapes, its arguments, and what it installs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _scripts(monkeypatch):
 
 def suite(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--tiny", *arguments]
-    # without what pytest-xdist tells its workers: the suite runs a pytest of its own
+    # without the variables of pytest-xdist's workers, because the suite starts its own pytest
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
 
 
 def rows_of(folder: Path, *steps: str) -> dict[str, list[dict]]:
-    """Of steps that finished."""
+    """Return the rows of these steps, all of which must have finished."""
     from suite.journal import Journal
 
     assert all(Journal(folder, name).finished() for name in steps)
@@ -66,8 +66,8 @@ def test_both_calls_run_and_nothing_runs_again(tmp_path):
         ("compile", "compile", False), ("library", "compile", False), ("eager", "graphs", False),
         ("graphed compile", "graphs", True), ("graphed library", "graphs", True),
     }  # fmt: skip
-    assert rows["profile"] == rows["compile"] == []  # the CPU's core launches nothing; what is compiled tells nothing
-    assert "14 of 14 goals were not measured" in done.stdout  # toy shapes on a CPU say nothing about them
+    assert rows["profile"] == rows["compile"] == []  # nothing is launched on a CPU; compile reports nothing
+    assert "14 of 14 goals were not measured" in done.stdout  # the goals are not about toy shapes on a CPU
 
     sizes = {path.name: path.stat().st_size for path in first.iterdir()}
     again = suite("--call", "first", "--out", str(first))
@@ -85,7 +85,7 @@ def test_both_calls_run_and_nothing_runs_again(tmp_path):
     in_checkout = harness.commit() is not None
     assert all(row["median_s"] > 0 and (row["commit"] is not None) == in_checkout for row in rows["ops"])
     candidates = [row for row in rows["ops"] if row.get("variant") == "candidate"]
-    assert {row["problem"] for row in candidates} == {"gram_pivot tf32 8"}  # where the interpreter has several
+    assert {row["problem"] for row in candidates} == {"gram_pivot tf32 8"}  # only it has several here
     assert len({row["config"] for row in candidates}) == 2 and "--- candidates" in done.stdout
     assert {(row["variant"], row["phase"]) for row in rows["blocks"]} == {
         (variant, phase) for variant in ("eager", "library", "fused min") for phase in ("train", "infer")
@@ -145,7 +145,7 @@ def test_what_was_wrong_is_run_again(tmp_path):
     second.mkdir()
     done = suite("--only", "again", "--after", str(first), "--out", str(second))
     said = (second / "log.txt").read_text()
-    assert done.returncode == 1 and "test_no_such_test" in said, done.stdout + said  # pytest knows no such test
+    assert done.returncode == 1 and "test_no_such_test" in said, done.stdout + said  # pytest does not find that test
     events = [(row["case"], row["event"]) for row in Journal(second, "again").lines() if row.get("event") == "done"]
     assert events == [("tiny, fused min, batch 2, float16", "done"), ("pytest", "done")]
     (row,) = (row for row in Journal(second, "again").rows() if row["case"].startswith("tiny"))
@@ -153,7 +153,7 @@ def test_what_was_wrong_is_run_again(tmp_path):
 
 
 def test_bits_that_depend_on_waits_are_told(tmp_path, monkeypatch):
-    """Stood for by a last bit."""
+    """A small change of one value simulates such a result."""
     from contextlib import contextmanager
 
     from suite import miscompiled
@@ -236,7 +236,7 @@ def test_a_pack_that_does_not_fit_is_not_taken(tmp_path):
 @pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize("fits", [True, False, None])
 def test_the_package_and_the_kernels_come_from_a_pack_or_are_built(fits, installed, tmp_path, monkeypatch):
-    """None: there is no pack."""
+    """None means that there is no pack."""
     import gpu_suite
     from suite import pack
 
@@ -274,7 +274,7 @@ def test_the_package_and_the_kernels_come_from_a_pack_or_are_built(fits, install
     ],
 )
 def test_what_is_compiled_ahead_is_what_training_launches(name, way):
-    """Recorded on meta tensors, and run under autocast: the same kernels, on tensors of the same dtypes or on None."""
+    """Launches recorded on meta tensors and under real autocast have the same kernels, with the same dtypes or None."""
     from common import blocks
     from compiled_code.candidates import cases, record
     from memory_traffic.launched import WAYS
@@ -311,5 +311,5 @@ def test_calls_end_in_time():
 
     for call, seconds in (("first", 330), ("second", 350)):
         times = [step.by for step in CALLS[call] if not step.beside]
-        assert [INSTALL, *times] == sorted([INSTALL, *times]) and times[-1] + 12 <= seconds  # imports and the table
+        assert [INSTALL, *times] == sorted([INSTALL, *times]) and times[-1] + 12 <= seconds  # 12: imports, table
         assert all(step.by <= next(s.by for s in CALLS[call] if s.timed) for step in CALLS[call] if step.beside)

@@ -1,4 +1,4 @@
-"""What is chosen from the rows of gpu_suite.py, and that it reaches the launch."""
+"""gpu_suite.py's choices from its rows, and that they reach the launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of gpu_suite.py: crashes, timeouts, interruptions, and what is left of their rows."""
+"""The processes of gpu_suite.py: crashes, timeouts and interruptions, and the rows that remain."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WORKER = """
 
 
 class Clock:
-    """Seconds that pass only while the case "hangs" runs, one at each look: no machine is too slow for the others."""
+    """A clock that moves one second per reading while the case "hangs" runs: no machine is too slow for the others."""
 
     def __init__(self, journal) -> None:
         self.journal, self.now = journal, 1e9
@@ -57,7 +57,7 @@ class Clock:
 
 
 def supervised(folder: Path, monkeypatch, seconds: float, limit: float):
-    """How a step of four cases ends within these seconds of its clock, and its journal."""
+    """Run a step of four cases for these seconds of its clock; return how it ends, and its journal."""
     import gpu_suite
     from suite.journal import Journal
 
@@ -92,7 +92,7 @@ def test_time_ends_a_step_and_its_rows_stay(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_the_step_too(tmp_path, monkeypatch):
-    """It runs in a session of its own, which the terminal does not interrupt."""
+    """The step runs in a session of its own, which the terminal does not interrupt."""
     import gpu_suite
 
     children = []

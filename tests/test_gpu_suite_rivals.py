@@ -1,4 +1,4 @@
-"""What gpu_suite.py does on a GPU only, with stand-ins for CUDA graphs and the compiler: every variant gets its row."""
+"""The GPU-only parts of gpu_suite.py, with stand-ins for CUDA graphs and the compiler: every variant gets its row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the suite itself does it")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the suite itself does this")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _scripts(monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Of a step that takes its CPU for a GPU, with one round of timing."""
+    """Return settings of a step that treats the CPU as a GPU and times one round."""
     from common import harness
     from suite import block_rows, models
     from suite.settings import Settings
@@ -72,7 +72,7 @@ def test_every_variant_of_a_kind_is_timed(name, kind, phase, settings):
 
 
 def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
-    """The replay is checked anew: its gradients in training, its output in inference."""
+    """The replay is checked again: its gradients in training, its output in inference."""
     from common import blocks
     from suite import block_rows
     from suite.precision import PRECISIONS
@@ -101,7 +101,7 @@ def test_a_wrong_graph_is_not_timed(settings, monkeypatch):
 
 
 def test_what_the_process_died_of_is_not_tried_again(settings, monkeypatch):
-    """The others of its case are."""
+    """The other variants of its case are tried again."""
     from common import blocks
     from suite import right
     from suite.block_rows import _Measurement
@@ -152,7 +152,7 @@ def test_models_in_graphs_and_compiled(phase, settings):
 
 @pytest.mark.parametrize("module", ["block_rows", "models", "right", "miscompiled"])
 def test_cases_on_a_gpu(module, settings):
-    """Those of both calls and those of neither: a name each, bfloat16 and the large batch first."""
+    """The cases of both calls and of neither have unique names; bfloat16 and the large batch come first."""
     from suite.schedule import STEPS
 
     words = {"float16", "tf32", "float32"}

@@ -1,7 +1,7 @@
-"""gradcheck and gradgradcheck in float64 through the code that users run, and which path runs when.
+"""gradcheck and gradgradcheck in float64 of the code that users run, and which path runs in which case.
 
-gradgradcheck differentiates the composite path (a backward under create_graph recomputes through it) and would pass
-with a wrong fused backward: so gradients with create_graph=True are compared with those without, path by path.
+gradgradcheck differentiates the composite path, which a backward under create_graph uses; it would pass even if the
+fused backward was wrong. So gradients with create_graph=True are also compared with those without, for each path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres.autograd import path_counts
 
-# Few enough values that a whole Jacobian takes a moment, enough that every BatchNorm is well-posed.
+# So few values that a whole Jacobian is fast, but enough that every BatchNorm is well-posed.
 TINY = tuple(
     replace(
         case,
@@ -37,7 +37,7 @@ TINY = tuple(
 
 
 def function_of(block: nn.Module) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The block as a function of x and of its parameters, which gradcheck changes in place."""
+    """Return the block as a function of x and its parameters, which gradcheck changes in place."""
     parameters: list[Tensor] = list(block.parameters())
     return lambda x, *_: block(x), parameters
 
@@ -86,7 +86,7 @@ def test_gradgradcheck(case: Case, mode: str, memory: str) -> None:
 def test_create_graph_changes_no_gradient(
     case: Case, mode: str, dtype: torch.dtype, memory_format: torch.memory_format, memory: str
 ) -> None:
-    """Both ways keep the rule, and running statistics take each batch in once."""
+    """Both ways keep the rule, and each batch updates the running statistics once."""
     block, x, grad = stock_case(case, dtype, memory_format, mode)
     truth = oracle(block, x, grad, UNIT[dtype])
     with_graph, without = fused_twin(block, memory), fused_twin(block, memory)
@@ -111,7 +111,7 @@ def gradients(block: nn.Module, x: Tensor, grad: Tensor, create_graph: bool) -> 
 
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_a_gradient_penalty_trains_as_stock(case: Case) -> None:
-    """Second-order use: the loss contains the gradient's norm; parameters get the stock block's gradients."""
+    """The loss contains the norm of a gradient; the parameters get the stock block's gradients."""
     block, x, grad = stock_case(case, torch.float64, torch.channels_last)
     twin = fused_twin(block)
     for model in (block, twin):

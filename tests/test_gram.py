@@ -1,4 +1,4 @@
-"""gram and the one-pass tail against float64 autograd of convolution + BatchNorm."""
+"""gram and the one-pass tail against float64 autograd of convolution and BatchNorm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_gram(backend, dtype, shape, with_state, stride):
     assert_near("z", out, z - channels(pivot), z.abs() + channels(pivot).abs() + 1, dtype, 8)
     first = z.permute(0, 2, 3, 1).reshape(-1, shape[1])[:8]
     assert_near("pivot", pivot, first.mean(0), first.abs().mean(0) + 1, dtype, 8)
-    rows = out.double().permute(0, 2, 3, 1).reshape(-1, shape[1])  # of what is stored
+    rows = out.double().permute(0, 2, 3, 1).reshape(-1, shape[1])  # of the stored values
     assert_near("sum", total, rows.sum(0), rows.abs().sum(0), dtype, 128)
     assert_near("gram", matrix, rows.T @ rows, rows.abs().T @ rows.abs(), dtype, 512)
     assert backend == "reference" or torch.equal(matrix, matrix.T)
@@ -111,7 +111,7 @@ def test_one_pass_is_convolution_and_batch_norm(backend, dtype, c_in, c_out, h, 
     leaves = [t.double().requires_grad_() for t in (z, conv_weight, weight, bias)]
     want_mean, want_var = torch.zeros(c_out).double(), torch.ones(c_out).double()
     want = F.batch_norm(F.conv2d(leaves[0], leaves[1]), want_mean, want_var, leaves[2], leaves[3], True, 0.1, 1e-5)
-    exact = 1e-6 if mean == 1e4 else 1e-11  # the oracle, not centred, loses (mean / std)² itself
+    exact = 1e-6 if mean == 1e4 else 1e-11  # the oracle, not centred, itself loses a factor of (mean / std)²
     tolerance = exact if dtype == torch.float64 else 5e-5
 
     def close(name, a, b, scale=1.0):

@@ -34,7 +34,7 @@ def test_summary_interpolates_percentiles(harness):
 
 
 def test_ratio_is_taken_within_rounds(harness):
-    # The machine slows down threefold half way; within each round `fast` takes two thirds of `slow`.
+    # Half way, the machine becomes three times slower; within each round `fast` takes two thirds of the time of `slow`.
     slow = [3.0] * 10 + [9.0] * 10
     fast = [2.0] * 10 + [6.0] * 10
     interval = harness.ratio_interval(slow, fast)
@@ -44,7 +44,7 @@ def test_ratio_is_taken_within_rounds(harness):
 
 
 def test_ratio_interval_covers_the_truth(harness):
-    """Of 200 experiments with a true median ratio of 1.25, a 95% interval holds it in about 95%."""
+    """In about 95% of 200 experiments, the 95% interval contains the true median ratio of 1.25."""
     source = torch.Generator().manual_seed(0)
     covered = 0
     for experiment in range(200):
@@ -85,7 +85,7 @@ def test_timer_measures_the_run_and_not_the_cleanup(harness, monkeypatch):
     timer = harness.Timer(torch.device("cpu"))
     assert timer.sample(variant, 3) == pytest.approx(0.002)
     assert timer.calls(variant, 0.0002) == 5
-    # A budget ends the rounds, but not before the least number of them.
+    # A budget ends the rounds, but only after the minimal number of rounds.
     assert len(harness.interleave([variant], timer, rounds=50, at_least=7, budget=1.0)["v"]) == 7
     assert len(harness.interleave([variant], timer, rounds=50, at_least=1, budget=60.0)["v"]) in range(8, 13)
 
@@ -102,14 +102,14 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(25 << 20).fill_(1)  # 100 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(40)))  # not each: something small may lie behind the last one, or the heap grow
+print(min(faults() for _ in range(40)))  # the minimum: a small block after the tensor, or a growing heap, adds faults
 """
     command = [sys.executable, "-c", code, str(BENCHMARKS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     if done.returncode == 77:
         pytest.skip("the C library has no mallopt")
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 40  # otherwise 25,600 pages of 4 KiB, or 50 of 2 MiB, each time
+    assert int(done.stdout) < 40  # otherwise 25,600 pages of 4 KiB or 50 pages of 2 MiB
 
 
 def test_saved_bytes_counts_storages_once(harness):

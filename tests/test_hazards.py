@@ -1,4 +1,4 @@
-"""The readers of hazards.py and ptx.py in benchmarks/compiled_code/ on code written here, right and wrong."""
+"""benchmarks/compiled_code/hazards.py and ptx.py, tried on right and wrong code that is written here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_SCOREBOARD = 7 << 49
 
 
 def sass(*lines: str, control: dict[int, int] | None = None) -> list[Instruction]:
-    """Instructions 16 bytes apart, each "[@predicate] opcode operands"."""
+    """Return SASS with instructions 16 bytes apart, each "[@predicate] opcode operands"."""
     found = []
     for at, line in enumerate(lines):
         predicate = ""
@@ -28,7 +28,7 @@ def sass(*lines: str, control: dict[int, int] | None = None) -> list[Instruction
     return found
 
 
-PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, R100, gdesc[UR8], R24, gsb0"  # sums R24 to R87, operand R100 to R103
+PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, R100, gdesc[UR8], R24, gsb0"  # sums: R24 to R87, operand: R100 to R103
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
 
@@ -50,15 +50,15 @@ WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
         ("SHFL.BFLY PT, R101, R5, 0x1, 0x1f", True),
         ("IADD3 R101, P0, PT, R5, R6, RZ", True),
         ("F2FP.BF16.F32.PACK_AB R100, R5, R6", True),
-        ("STS.128 [R100], R104", False),  # reads of the operand are free
+        ("STS.128 [R100], R104", False),  # the operand may be read
         ("ISETP.GE.AND P0, PT, R100, R101, PT", False),
         ("FADD R5, R100, R101", False),
-        ("FADD R5, R24, R6", True),  # sums are not there yet
+        ("FADD R5, R24, R6", True),  # the sums are not ready yet
         ("FADD R5, R87, R6", True),
         ("FADD R5, R88, R6", False),
         ("STG.E.128 desc[UR4][R2.64], R24", True),
         ("MOV R40, R5", True),
-        (PRODUCT, False),  # adds to the same sums, in order
+        (PRODUCT, False),  # it adds to the same sums, in order
     ],
 )
 def test_what_may_not_stand_before_the_wait(line, hazard):
@@ -67,7 +67,7 @@ def test_what_may_not_stand_before_the_wait(line, hazard):
 
 
 def test_the_next_iteration_is_read_too():
-    """As Triton 3.6 compiles it: a wait that leaves one product in flight, and the operand loaded again above it."""
+    """Triton 3.6 compiles this: a wait leaves one product in flight, with the operand loaded again before the wait."""
     leaves_one = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
     body = ("LDS.64 R102, [R5]", PRODUCT, leaves_one, "@P0 BRA 0x0", WAIT, "EXIT")
     (found,) = overwrites(sass(*body))
@@ -77,7 +77,7 @@ def test_the_next_iteration_is_read_too():
 
 
 def test_a_wait_counts_products():
-    """Two are issued: a wait that leaves one retires the older of them alone."""
+    """Two products are issued; a wait that leaves one in flight completes only the older one."""
     younger = PRODUCT.replace("R100", "R104")
     for register, hazard in (("R100", False), ("R104", True)):
         code = sass(PRODUCT, younger, "WARPGROUP.DEPBAR.LE gsb0, 0x1", f"MOV {register}, R5", WAIT, "EXIT")
@@ -85,7 +85,7 @@ def test_a_wait_counts_products():
 
 
 def test_products_are_committed_by_the_last_of_a_group():
-    """A wait does not see one that is not."""
+    """A wait does not see a product that is not committed."""
     alone = PRODUCT.removesuffix(", gsb0")
     assert overwrites(sass(alone, WAIT, "MOV R100, R5", "EXIT"))
     assert not overwrites(sass(alone, PRODUCT.replace("R100", "R104"), WAIT, "MOV R100, R5", "EXIT"))
@@ -102,7 +102,7 @@ def test_every_path_is_read():
 
 
 def test_a_scoreboard_tells_that_operands_were_read():
-    """The product sets scoreboard 2, and the write waits for it; its sums are still in flight."""
+    """The product sets scoreboard 2, and the write waits for it; the sums are still in flight."""
     reads, waits = 2 << 49, NO_SCOREBOARD | 1 << (52 + 2)
     for line, hazard in (("MOV R100, R5", False), ("MOV R24, R5", True)):
         assert bool(overwrites(sass(PRODUCT, line, WAIT, "EXIT", control={0: reads, 1: waits}))) is hazard
@@ -111,7 +111,7 @@ def test_a_scoreboard_tells_that_operands_were_read():
 
 # --- shared memory ----------------------------------------------------------------------------------------------------
 
-# A ring of two tiles of 64 rows by 128 bytes: each turn multiplies one and copies into the other.
+# A ring of two tiles with 64 rows of 128 bytes: each iteration multiplies one tile and copies into the other.
 RING = """
 .visible .entry kernel(
 	.param .u64 .ptr .global .align 1 kernel_param_0,
@@ -162,14 +162,14 @@ def ring(threads: int = 256, pending: int = 0, barrier: str = "", other: int = O
 @pytest.mark.parametrize(
     ("text", "raced"),
     [
-        (ring(), False),  # what is overwritten was multiplied before the barrier on top
-        (ring(other=SAME), True),  # another warpgroup may still multiply it
+        (ring(), False),  # the overwritten tile was multiplied before the barrier at the top
+        (ring(other=SAME), True),  # another warpgroup may still be multiplying it
         (ring(other=SAME, barrier=FENCE), False),
-        (ring(threads=128, other=SAME), False),  # there is no other
-        (ring(pending=1), True),  # the turn before may still be in flight
+        (ring(threads=128, other=SAME), False),  # there is no other warpgroup
+        (ring(pending=1), True),  # the previous iteration may still be in flight
         (ring(pending=1, threads=128, other=SAME), True),
         (ring(pending=1, barrier=FENCE), False),
-        (ring(pending=1, barrier=FENCE, other=SAME), True),  # waited for the wrong one
+        (ring(pending=1, barrier=FENCE, other=SAME), True),  # the wait is for the wrong product
     ],
 )
 def test_shared_memory_is_free_behind_the_barrier_that_follows_the_wait(text, raced, thread):

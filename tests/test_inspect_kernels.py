@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, compiled here without a GPU; and that a bad kernel is noticed."""
+"""The compiled code of the Triton kernels, compiled here without a GPU; and that bad kernels are noticed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCKS = ("resnet50.layer2.0", "resnet50.layer1.1")  # C >= 128 with a projectio
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Where Triton compiles: the tests themselves run in its interpreter."""
+    """Run a script in a process where Triton compiles; the tests themselves use its interpreter."""
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command],
@@ -39,7 +39,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory):
-    """Minutes of compilation, which no two workers of pytest-xdist do."""
+    """Compile for minutes, in one worker of pytest-xdist only, and return what was found."""
 
     def compiled() -> str:
         done = run(str(ROOT / "tests" / "inspect_worker.py"), *BLOCKS)
@@ -52,12 +52,12 @@ def inspected(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def products(inspected):
-    """A matrix product with configs that are wrong on purpose."""
+    """Return the rows of a matrix product with configs that are wrong on purpose."""
     return inspected["products"]
 
 
 def test_no_kernel_has_a_problem(inspected):
-    """Spills, too much shared memory, a product without wgmma or asynchronous copies, a drained declared pipeline."""
+    """Problems are spills, too much shared memory, products without wgmma or asynchronous copies, drained pipelines."""
     found = {f"{r['kernel']} [{r['problem']}] {r['config']}": r["problems"] for r in inspected["rows"] if r["problems"]}
     assert not found
 
@@ -74,7 +74,7 @@ def test_products_run_on_tensor_cores_and_load_ahead(inspected):
 
 
 def test_pipelines_stay_full(inspected):
-    """Where benchmarks/compiled_code/pipelines.py names no reason against it."""
+    """This holds for all kernels without an exception in benchmarks/compiled_code/pipelines.py."""
     rows = [r for r in inspected["rows"] if r["product"] and not r["lacks"]]
     assert {
         "conv_fprop_kernel",
@@ -89,20 +89,20 @@ def test_pipelines_stay_full(inspected):
 
 
 def test_nothing_touches_what_a_wgmma_in_flight_uses(inspected):
-    """Neither its registers (triton#9433) nor, behind another warpgroup's wait, its shared memory (triton#11047)."""
+    """This covers its registers (triton#9433) and its shared memory after another warpgroup's wait (triton#11047)."""
     rows = [r for r in inspected["rows"] if "HGMMA" in (r["tensor_core"] or "")]
     assert len({r["kernel"] for r in rows}) >= 9 and any(r["wgmma_waits"] for r in rows)
     assert not [r for r in rows if r["overwrites"] or r["races"]]
 
 
 def test_a_missing_barrier_is_noticed(inspected):
-    """As compiled, and with its barriers taken out: a product copied ahead, and one stored to shared memory."""
+    """Two products, one with copies ahead and one with stores to shared memory, as compiled and without barriers."""
     copied, copied_bare, stored, stored_bare = inspected["races"]
     assert copied == stored == 0 and copied_bare > 0 and stored_bare > 0
 
 
 def test_waits_can_be_forced(inspected):
-    """As the GPU suite does to find out what depends on them."""
+    """The GPU suite forces them to find results that depend on them."""
     as_compiled, forced = inspected["waits"]
     assert as_compiled == [1] and forced == [0]
 
@@ -153,9 +153,9 @@ def test_a_good_product_is_read_right(products):
     assert good["config"] == "BLOCK_M=128 BLOCK_N=128 BLOCK_K=64 w8 s3"
     assert good["problem"] == "bf16 no-bias M=65536 N=256 K=512 MASK_PROLOGUE=False"
     assert good["shared"] == 3 * (128 + 128) * 64 * 2
-    assert (good["tensor_core"], good["tensor_core_count"]) == ("HGMMA", 4)  # 64 deep, 16 an instruction
+    assert (good["tensor_core"], good["tensor_core_count"]) == ("HGMMA", 4)  # BLOCK_K is 64; one instruction takes 16
     assert old["tensor_core"] == "HMMA"
-    # 256 threads copy (128 + 128)·64·2 bytes a step, 16 at a time
+    # 256 threads copy (128 + 128)·64·2 bytes per step, 16 bytes at a time
     assert good["loop_async_copies"] == old["loop_async_copies"] == 8
     assert good["loop_shared_stores"] == 0 and good["wgmma_waits"] == [1]
     assert good["stores_16"] == good["stores"] == 8
@@ -178,7 +178,7 @@ def test_a_bad_product_is_noticed(products, name, problem):
 
 
 def test_arguments_are_specialised_as_at_a_launch(inspected):
-    """Alignment, ones, multiples of 16, sizes past 2³¹, None: the signature and the attributes of the compilation."""
+    """Alignment, ones, multiples of 16, sizes above 2³¹ and None give the same signature and attributes."""
     assert inspected["specialised"] == {
         "aligned_ptr": "*bf16 [['tt.divisibility', 16]]",
         "shifted_ptr": "*bf16",

@@ -10,21 +10,22 @@ LAYERS = ["kernels", "ops", "autograd", "modules", "convert", "tune"]  # from th
 
 
 def layer(module: str) -> int | None:
-    """The height of a module of fusedres, None outside the layers."""
+    """Return the height of the layer of a fusedres module; None if it is in no layer."""
     parts = module.split(".")
     return LAYERS.index(parts[1]) if parts[0] == "fusedres" and len(parts) > 1 and parts[1] in LAYERS else None
 
 
 def upward_imports(root: Path) -> set[str]:
-    """`a -> b` for every import in root/fusedres that points upward or out of a layer's sight.
+    """Return `a -> b` for every forbidden import in root/fusedres.
 
-    A layer imports itself and those below, never the package as a whole; a module outside the layers imports no layer.
+    A layer may import itself and the layers below, but never the package as a whole. A module outside the layers may
+    not import a layer.
     """
     found = set()
     modules = {path.name.partition(".")[0] for path in (root / "fusedres").iterdir()}
     for path in (root / "fusedres").rglob("*.py"):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
-        if module in ("fusedres.__init__", "fusedres.__main__"):  # the front doors
+        if module in ("fusedres.__init__", "fusedres.__main__"):  # they import everything
             continue
         height = layer(module)
         for name in imports(path, root):

@@ -1,4 +1,4 @@
-"""Strides of inputs and gradients: any layout gives the numbers of the plain one, and nothing is written to."""
+"""Inputs and gradients with any strides give the same numbers as dense ones, and are not written to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NCHW, NHWC = FORMATS
 
 
 def embedded(x: Tensor, offset: int) -> Tensor:
-    """The same values and strides at an odd storage offset: vector loads are unaligned."""
+    """Return the same values and strides at an odd storage offset, so that vector loads are unaligned."""
     buffer = torch.full((x.numel() + offset + 3,), float("nan"), dtype=x.dtype)
     return torch.as_strided(buffer, x.shape, x.stride(), offset).copy_(x)
 
@@ -54,7 +54,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def run_with(block: torch.nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Like reference.run, but x keeps its strides: a leaf made of the view itself."""
+    """Do what reference.run does, but keep the strides of x: the view itself becomes the leaf."""
     leaf = x.detach().requires_grad_()
     block.zero_grad(set_to_none=True)
     out = block(leaf)
@@ -72,7 +72,7 @@ def run_with(block: torch.nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tenso
 def test_all_pairs_of_layouts(
     mode: str, weight_format: torch.memory_format, x_format: torch.memory_format, grad_format: torch.memory_format
 ) -> None:
-    """Also at N = 1, C = 1 and 1x1, where strides do not tell a layout."""
+    """The cases include N = 1, C = 1 and 1x1, where strides do not determine a layout."""
     small = tuple(with_size(c, 1, 4, 4) for c in CORE) + tuple(with_size(c, 6, 1, 1) for c in CORE)
     single = tuple(Case("basic", "identity", 1, 1, batch=n, height=h, width=h) for n, h in ((3, 4), (5, 1)))
     for case in CORE + small + single:
@@ -103,7 +103,7 @@ def test_any_strides_of_the_input_and_the_gradient(case: Case, mode: str, view: 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_expanded_and_stride_zero_gradients(case: Case, mode: str, memory_format: torch.memory_format) -> None:
-    """The gradients of sum(), of mean() over some axes, and of a broadcast."""
+    """Such gradients come from sum(), from mean() over some axes, and from a broadcast."""
     block, x, grad = stock_case(case, memory_format=memory_format, mode=mode)
     scalars = torch.ones(()).expand_as(grad)
     rows = grad[:1, :, :1].expand_as(grad)
@@ -126,7 +126,7 @@ def test_expanded_and_stride_zero_gradients(case: Case, mode: str, memory_format
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_expanded_inputs(case: Case, mode: str, axis: int) -> None:
-    """Stride 0 along the batch, the channels or the rows, shared with the tensor that it was expanded from."""
+    """The stride is 0 along the batch, the channels or the rows; memory is shared with the expanded tensor."""
     block, x, grad = stock_case(case, mode=mode)
     base = x.narrow(axis, 0, 1).clone()
     expanded = base.expand_as(x)
@@ -153,7 +153,7 @@ def test_expanded_inputs(case: Case, mode: str, axis: int) -> None:
 def test_inputs_and_gradients_are_not_written_to(
     case: Case, mode: str, memory_format: torch.memory_format, memory: str
 ) -> None:
-    """x, grad_output, the output and every parameter keep their values through forward and backward."""
+    """x, the output gradient, the output and every parameter keep their values in forward and backward."""
     block, x, grad = stock_case(case, memory_format=memory_format, mode=mode)
     twin = fused_twin(block, memory)
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()

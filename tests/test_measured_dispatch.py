@@ -1,4 +1,4 @@
-"""What auto follows: a table's choices are taken where they apply, and with the same numbers."""
+"""The choice "auto" follows a table of measured choices if one applies, and the numbers stay the same."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def shape_of(block: nn.Module, x: Tensor, phase: str = "train", dtype: str = "fl
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was read yet."""
+    """Start without any table that was read before."""
     monkeypatch.setattr(dispatch, "_tables", {})
 
 
-# The choices are taken, and the numbers stay
+# The table's choices are used, and the numbers stay the same
 
 
 class Products:
-    """Counts the own products that run, by their kernel's size."""
+    """Counts this package's convolution products that run, by kernel size."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
         self.ran: Counter[tuple[str, str]] = Counter()
         launches = fusedres.autograd.conv_forward.launches(backend)
-        for name, at in (("fprop", 1), ("dgrad", 4), ("wgrad", 6)):  # the weight, or its height and width
+        for name, at in (("fprop", 1), ("dgrad", 4), ("wgrad", 6)):  # position of the weight or its height and width
             monkeypatch.setattr(launches, f"conv_{name}", self._counting(name, getattr(launches, f"conv_{name}"), at))
 
     def _counting(self, name: str, kernel: Callable[..., Any], at: int) -> Callable[..., Any]:
@@ -66,10 +66,10 @@ class Products:
 
 
 def matches_eager(block_case: Case, way: Way, backend: str, **paths: int) -> None:
-    """Forward and backward with a table that has this way for the block."""
+    """Compare forward and backward with eager, under a table with this way for the block."""
     block, x, grad, eager, truth = prepared(block_case, torch.float32, torch.channels_last, "train")
     twin = fused_twin(block)
-    where = torch.empty(0, device=device_of(backend, torch.float32)).device  # with its index
+    where = torch.empty(0, device=device_of(backend, torch.float32)).device  # includes the device index
     twin = twin.to(where)
     with following(table({shape_of(twin, x): way}, backend), where), expect_paths(**paths):
         got = run(twin, x.to(where), grad.to(where))
@@ -169,11 +169,11 @@ def test_compiled_code_follows_for_sizes_that_are_fixed(dynamic: bool) -> None:
         patch.setattr(fused_block, "run_unfused", lambda *a: (ran.append(len(a[2])), unfused(*a))[1])
         for images in (x, four, torch.cat([four, x])):
             torch.testing.assert_close(compiled(images), block(images), rtol=1e-4, atol=1e-4)
-    assert ran == ([] if dynamic else [4, 6])  # six images are nearer to four
+    assert ran == ([] if dynamic else [4, 6])  # 6 is nearer to 4 images
     torch._dynamo.reset()
 
 
-# Whoever is explicit wins
+# Explicit choices override the table
 
 
 def test_min_keeps_the_stem_fused() -> None:
@@ -251,7 +251,7 @@ def test_the_nearest_batch_then_the_nearest_sizes_then_the_librarys_convolutions
     default = Way("triton")
     for batch, expected in ((16, ways[16]), (32, ways[16]), (4, ways[16]), (128, ways[256]), (1024, ways[256])):
         assert found.way(bottleneck(batch=batch)) == expected
-    assert found.way(bottleneck(batch=1)) == found.way(bottleneck(batch=4096)) == default  # another shape
+    assert found.way(bottleneck(batch=1)) == found.way(bottleneck(batch=4096)) == default  # a shape without an entry
     assert found.way(bottleneck(size=64, batch=256)) == ways[256]
     assert found.way(bottleneck(size=448, batch=256)) == default
     for other in ({"phase": "infer"}, {"dtype": "float16"}, {"kind": "basic"}, {"stride": 2}, {"groups": 32}):
@@ -275,7 +275,7 @@ def test_without_a_table_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, fresh
     read = []
     monkeypatch.setattr(store, "load", lambda device: read.append(device))
     for name in ("way", "dtype_name"):
-        monkeypatch.setattr(dispatch, name, None)  # calling it raises
+        monkeypatch.setattr(dispatch, name, None)  # a call would raise
     with expect_paths(fused_forward=3):
         for _ in range(3):
             twin(x)
@@ -321,7 +321,7 @@ def test_tile_sizes_are_those_of_the_table() -> None:
 
 @pytest.mark.parametrize("which", [0, -1])
 def test_fakes_follow_the_chosen_tiles(which: int) -> None:
-    """The sizes of partial sums that torch.compile expects are those that come."""
+    """torch.compile expects the sizes of partial sums that the kernels return."""
     from fusedres.kernels.conv_dgrad.triton import conv_dgrad
     from fusedres.kernels.conv_fprop.triton import conv_fprop
     from fusedres.kernels.triton_core import launch

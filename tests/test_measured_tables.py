@@ -1,4 +1,4 @@
-"""Files of measured choices: where they lie, which are read, what is told of the others, how they are written."""
+"""Files of measured choices: where they are, which ones are read, warnings for the others, and how they are written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_users_table_is_read_once_and_goes_before_the_packages(
     reference = Way("reference", FPROP)
     old = replace(table({a: reference, b: reference}, "reference", {"x": "1", "y": "1"}), versions={"torch": "0"})
     store.update(packaged / cache.name, old)
-    assert set(store.load(CPU).blocks) == {a, b}  # whatever versions the package's was measured with
+    assert set(store.load(CPU).blocks) == {a, b}  # the versions of the package's table do not matter
     store.update(cache, table({b: UNFUSED, c: Way("cpu")}, "cpu", {"y": "2"}))
     found = dispatch.table(CPU)
     assert {shape: entry.way for shape, entry in found.blocks.items()} == {a: reference, b: UNFUSED, c: Way("cpu")}
@@ -72,11 +72,11 @@ BROKEN = {
     "another device": json.dumps(GOOD | {"device": GPU}),
     "other versions": json.dumps(GOOD | {"versions": {"torch": "1.0"}}),
     "no entries": json.dumps({key: value for key, value in GOOD.items() if key != "blocks"}),
-    "a size that is none": json.dumps(GOOD | {"blocks": [BLOCK | {"height": 0}]}),
-    "a way that is none": json.dumps(GOOD | {"blocks": [BLOCK | {"way": "fast"}]}),
+    "an impossible size": json.dumps(GOOD | {"blocks": [BLOCK | {"height": 0}]}),
+    "no valid way": json.dumps(GOOD | {"blocks": [BLOCK | {"way": "fast"}]}),
     "an unknown backend": json.dumps(GOOD | {"blocks": [BLOCK | {"way": BLOCK["way"] | {"backend": "metal"}}]}),
     "an unknown product": json.dumps(GOOD | {"blocks": [BLOCK | {"way": BLOCK["way"] | {"1x1": ["bprop"]}}]}),
-    "configs that are none": json.dumps(GOOD | {"configs": ["a"]}),
+    "no valid configs": json.dumps(GOOD | {"configs": ["a"]}),
 }
 
 
@@ -147,7 +147,7 @@ def test_another_backends_entry_gives_way_to_what_gains_more(cache: Path) -> Non
     store.update(cache, gains("cuda", a=(cuda, 1.3), b=(cuda, 1.4), c=(UNFUSED, 0.8), d=(cuda, 0.99)))
     ways = {shape: entry.way for shape, entry in store.read(cache, GPU).blocks.items()}
     assert ways == {a: triton, b: cuda, c: triton, d: cuda}
-    store.update(cache, gains("triton", a=(triton, 1.0), c=(UNFUSED, 0.9)))  # of one backend the newest holds
+    store.update(cache, gains("triton", a=(triton, 1.0), c=(UNFUSED, 0.9)))  # for one backend the newest entry counts
     ways = {shape: entry.way for shape, entry in store.read(cache, GPU).blocks.items()}
     assert ways == {a: triton, b: cuda, c: UNFUSED, d: cuda}
 
@@ -185,7 +185,7 @@ def test_a_kill_while_writing_leaves_the_old_file_whole(cache: Path, at: str) ->
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert cache.read_bytes() == before
-    store.update(cache, table({bottleneck(batch=16): UNFUSED}))  # neither the lock nor the rest is in the way
+    store.update(cache, table({bottleneck(batch=16): UNFUSED}))  # neither the lock nor the left-over file prevents it
     assert len(store.read(cache, HERE).blocks) == 2
 
 

@@ -1,6 +1,6 @@
-"""Bytes kept for backward: what saved_tensors_hooks counts, and that nothing is kept past it.
+"""Bytes kept for backward, as saved_tensors_hooks counts them; and that nothing else is kept.
 
-The count: every storage once, without the block's input and its parameters, at 64 channels, 28x28, batch 16, float32.
+Each storage counts once; the block's input and parameters do not count. 64 channels, 28x28, batch 16, float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROJECTED = (
     Case("bottleneck", "projection", 64, 64, **SIZE),
     Case("bottleneck", "projection", 128, 64, 2, 16, 56, 56),
 )
-# Shares of eager's bytes, by case and memory mode.
+# The largest allowed share of eager's bytes for each case and memory mode.
 LIMITS = (
     (BASIC, "auto", 0.76),
     (BASIC, "min", 0.76),
@@ -39,9 +39,9 @@ LIMITS = (
 
 
 class Storages(TorchDispatchMode):
-    """Every storage that an operator returns while the mode is on, with its size.
+    """Records every storage that an operator returns while the mode is on, with its size.
 
-    `alive` does not collect garbage first: activations that wait in a reference cycle are alive.
+    `alive` does not collect garbage first: activations in a reference cycle count as alive.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def key_of(tensor: Tensor) -> int:
 
 
 def saved_storages(block: nn.Module, x: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """The output of a forward and the saved storages by key, without those of x, parameters and buffers."""
+    """Return the output of a forward, and the saved storages by key, without those of x, parameters and buffers."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_saved_bytes_against_eager(case: Case, memory: str, limit: float) -> Non
 
 
 def test_the_count_of_the_stock_blocks_is_the_known_one() -> None:
-    """Eager saves y1, z1, y2, out of a BasicBlock, and y1, z1, y2, z2 (a quarter each), y3, out of a Bottleneck."""
+    """Eager saves y1, z1, y2 and out of a BasicBlock; of a Bottleneck y1, z1, y2, z2 (a quarter each), y3 and out."""
     unit = 16 * 64 * 28 * 28 * 4
     for case, units in ((BASIC, 4), (BOTTLENECK, 12)):
         block, x = example(case)
@@ -110,7 +110,7 @@ def test_the_count_of_the_stock_blocks_is_the_known_one() -> None:
 def test_nothing_lives_between_forward_and_backward_but_what_is_saved(
     case: Case, memory: str, memory_format: torch.memory_format
 ) -> None:
-    """Storages made in forward and alive after it are the output and the saved ones: none hides in the context."""
+    """After forward only the output and the saved storages are alive: the context hides no other storage."""
     case = Case(**{**vars(case), "batch": 2})
     block, x = example(case, memory_format)
     twin = fused_twin(block, memory)

@@ -1,7 +1,7 @@
-"""Whole ResNets: fused against stock, forward and backward, from one set of weights.
+"""Whole ResNets: fused against stock, forward and backward, with the same weights.
 
-Rounding errors grow through dozens of layers, so that eager's own errors set the scale: in float32 those of the stock
-model, in float64 those of the stock model in the other memory format, against the float64 model.
+Rounding errors grow through dozens of layers, so eager's own errors, against the float64 model, set the scale: in
+float32 the errors of the stock model, in float64 those of the stock model in the other memory format.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import fusedres
 
 NCHW, NHWC = FORMATS
 MODELS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
-# One block a stage of a ResNeXt-50 (32x4d) and of a Wide ResNet-50-2: their groups and widths.
+# ResNeXt-50 (32x4d) and Wide ResNet-50-2 with one block per stage, but the original groups and widths.
 OTHERS = {
     "resnext": partial(ResNet, Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4),
     "wide_resnet": partial(ResNet, Bottleneck, [1, 1, 1, 1], width_per_group=128),
 }
 BLOCKS = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnext": 4, "wide_resnet": 4}
-# float32 in every mode; float64, in which the same code runs with tighter bounds, where it costs least.
+# float32 in every mode. float64 runs the same code with tighter bounds, only in the cheapest modes.
 RUNS = [(name, torch.float32, memory, training) for name in MODELS for memory in MEMORY for training in (True, False)]
 RUNS += [("resnet18", torch.float64, memory, training) for memory in MEMORY for training in (True, False)]
 RUNS += [("resnet50", torch.float64, "min", True)]
 
 
 def stock_model(make: Callable[..., ResNet], training: bool) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model in float32 whose pre-activations keep off zero for this input, the input, the output's gradient."""
+    """Return a float32 model, an input for which no pre-activation lies near zero, and a gradient of the output."""
     model = make(num_classes=10)
     randomize(model, 1)
     for child in model.modules():
         if isinstance(child, nn.BatchNorm2d):
             nn.init.constant_(child.weight, 1.0)
-    for block in model.modules():  # branches smaller than their shortcuts, as trained networks have them
+    for block in model.modules():  # make branches smaller than their shortcuts, as in trained networks
         last = getattr(block, "bn3", getattr(block, "bn2", None))
         if last is not None:
             nn.init.constant_(last.weight, 0.3)
@@ -61,7 +61,7 @@ def prepared(name: str, training: bool) -> tuple[nn.Module, Tensor, Tensor, Valu
 
 
 def check_model(got: Values, eager: Values, exact: Values, dtype: torch.dtype, context: str) -> None:
-    """The rule of tolerance.py with 64 unit roundoffs of the largest value as the floor."""
+    """Assert the rule of tolerance.py, with 64 unit roundoffs of the largest value as the floor."""
     assert got.keys() == eager.keys() == exact.keys()
     for name, ref in exact.items():
         if ref.is_floating_point():
@@ -108,7 +108,7 @@ def test_a_model_built_of_fused_blocks_is_the_stock_model() -> None:
 
 
 def test_frozen_batch_norm_fine_tuning() -> None:
-    """The backbone's BatchNorms in eval, its first layers without gradients, the rest trained for two steps."""
+    """BatchNorms are in eval mode, the first layers need no gradients, and the rest is trained for two steps."""
     results = []
     for fused in (True, False):
         model, x, grad, _ = prepared("resnet18", True)

@@ -1,4 +1,4 @@
-"""The C++ core as built: every instruction set gives the same numbers; sizes beyond 32 bits."""
+"""The compiled C++ core: every instruction set passes the same tests; sizes beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_op_tests_on_lower_instruction_sets(isa):
     if isa not in _C.build_info()["isa_built"]:
         pytest.skip(f"{isa} is not built for this processor")
     if _C.build_info()["isa_used"] == "portable":
-        pytest.skip("this processor has nothing lower than what the other tests use")
+        pytest.skip("the other tests already use the lowest instruction set of this processor")
     tested = ("bn_statistics", "bn_relu", "bn_add_relu", "shortcut_grad", "gram", "one_pass")
     files = [f"test_{op}.py" for op in tested]
     selection = "cpu and not (test_gram and one_pass)"

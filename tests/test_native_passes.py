@@ -1,4 +1,4 @@
-"""The passes in C++ (csrc/residual_block): where they serve, they give the Python passes' numbers bit by bit."""
+"""The passes in C++ (csrc/residual_block): if they serve a call, their results equal the Python passes' bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_PASS = (
     Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
     Case("bottleneck", "projection", 4, 4, 1, 4, 9, 7),
     Case("bottleneck", "projection", 4, 4, 2, 6, 9, 11),
-    Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows for the projection
+    Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows for a one-pass projection
     Case("basic", "projection", 4, 8, 2, 4, 9, 11),
 )
 PASSES = ("forward", "infer", "backward")
@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often each pass was served in C++, counted as it goes."""
+    """Count how often each pass is served in C++."""
     counts = dict.fromkeys(PASSES, 0)
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +53,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture
 def in_python(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a function with the passes in Python."""
+    """Return a function that runs another function with the passes in Python."""
 
     def call(function: Callable[..., Any], *args: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -85,7 +85,7 @@ def test_training_is_the_python_passes(
     assert not any(served.values())
     got = run(fused_twin(block), x, grad)
     assert_same(got, expected)
-    # The vectors' gradients of 16-bit BatchNorms are converted, in Python.
+    # The vector gradients of 16-bit BatchNorms are converted, which happens in Python.
     assert served == {"forward": 1, "infer": 0, "backward": int(dtype in DTYPES[:2])}
 
 
@@ -137,7 +137,7 @@ def test_inference_some_images_at_a_time(
 
 
 def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python: Callable[..., Any]) -> None:
-    """Each parameter and x alone, all but one, and some pairs: nothing more is computed, nothing less."""
+    """Each parameter and x alone, all but one, and some pairs: exactly the wanted gradients are computed."""
     for case in CORE:
         block, x, grad = stock_case(case)
         names = ["x", *dict(block.named_parameters())]
@@ -161,7 +161,7 @@ def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python
 
 
 def test_settings_that_are_lists_or_numbers(served: dict[str, int]) -> None:
-    """What a user may have put in place of a tuple or a bool."""
+    """A user may have set these instead of a tuple or a bool."""
     block, x, grad = stock_case(CORE[0])
     expected = run(fused_twin(block), x, grad)
     twin = fused_twin(block)
@@ -180,7 +180,7 @@ UNFUSED = ("batch_norm", "aten::add", "aten::relu", "aten::threshold_backward", 
 
 @pytest.mark.parametrize("memory", ["auto", "min"])
 def test_nothing_unfused_runs(memory: str, served: dict[str, int]) -> None:
-    """What torch's profiler sees of a step: convolutions and memory, no operator that the kernels stand for."""
+    """In a step, torch's profiler sees convolutions and memory, but none of the operators that the kernels replace."""
     for case in (*CORE, *ONE_PASS):
         block, x, grad = stock_case(case, memory_format=torch.channels_last)
         twin = fused_twin(block, memory)
@@ -207,7 +207,7 @@ def test_a_graph_that_is_kept_can_be_run_twice(served: dict[str, int]) -> None:
 
 
 def test_gradients_are_handed_over_not_copied() -> None:
-    """Nobody else holds a result, so that the engine takes it as .grad itself; no two gradients share memory."""
+    """No one else holds a gradient, so that the engine can use it as .grad; no two gradients share memory."""
     for case in CORE:
         block, x, grad = stock_case(case)
         twin = fused_twin(block)
@@ -223,9 +223,9 @@ def test_gradients_are_handed_over_not_copied() -> None:
 
 
 def test_nothing_leaks() -> None:
-    """Two hundred steps of 3 MB tensors leave no memory behind: a handle that nobody frees would keep 600 MB.
+    """Two hundred steps with 3 MB tensors leave no memory in use; a handle that is never freed would keep 600 MB.
 
-    What is resident now counts, not the peak, which other tests of this process may have set higher.
+    The current resident memory counts, not the peak, which other tests of this process may have raised.
     """
     block, x, grad = stock_case(Case("basic", "projection", 8, 16, 1, 4, 112, 112))
     twin = fused_twin(block)
@@ -269,7 +269,7 @@ def _create_graph(block: nn.Module, x: Tensor, grad: Tensor) -> None:
     torch.autograd.grad(block(source), source, grad, create_graph=True)
 
 
-ELSEWHERE: dict[str, tuple[Callable[..., None], int]] = {  # with how many forward passes are served all the same
+ELSEWHERE: dict[str, tuple[Callable[..., None], int]] = {  # and how many forward passes are still served
     "autocast": (_autocast, 0),
     "dispatch mode": (_dispatch_mode, 0),
     "other backend": (_other_backend, 0),
@@ -319,7 +319,7 @@ def test_a_saved_tensor_in_another_layout_is_not_served(served: dict[str, int]) 
 
 @pytest.fixture
 def reconnected() -> Iterator[None]:
-    """Connects anew inside and again behind."""
+    """Connect again inside the test, and again after it."""
     cpu_passes._connected.cache_clear()
     yield
     cpu_passes._connected.cache_clear()

@@ -1,4 +1,4 @@
-"""A one-pass unit's small products, one by one, against float64: statistics, folded weight, what backward makes."""
+"""Each small product of a one-pass unit against float64: statistics, folded weight, and those of backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from fusedres import ops
 from fusedres.values import Gram, GramState, Norm
 
 EPSILON = 1e-5
-# K, C: one value, off the tiles, several tiles each way, a product that Triton takes in float32 (FLOAT64_PRODUCTS)
+# K, C: one value; no multiples of a tile; several tiles each way; a product that Triton computes in float32
+# (FLOAT64_PRODUCTS)
 SIZES = ((3, 1), (129, 65), (64, 130), (1030, 129))
 
 
@@ -23,7 +24,7 @@ def _wide(dtype):
 
 
 def _weight(k, c, dtype, strides="dense"):
-    """(K, C, 1, 1) with every channel of its own size; transposed: the stride of K is 1."""
+    """Return a (K, C, 1, 1) weight with another scale in each channel; if transposed, the stride of K is 1."""
     weight = (_random(k, c, 1, 1, seed=1) * (0.2 + _random(k, 1, 1, 1, seed=2).abs()) / c**0.5).to(dtype)
     if strides == "transposed":
         weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
@@ -31,7 +32,7 @@ def _weight(k, c, dtype, strides="dense"):
 
 
 def _close(name, got, want, terms, dtype, roundings):
-    """|got - want| <= roundings·eps·terms; terms broadcast."""
+    """Assert |got - want| <= roundings·eps·terms; terms broadcast."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
     error = (got.double().cpu() - want).abs() / (EPS[dtype] * (terms + 1e-300))
     assert not error.isnan().any(), f"{name}: NaN"
@@ -62,7 +63,7 @@ def _statistics(backend, weight, pivot, total, gram, count, gamma, beta, running
     ],
 )
 def test_statistics(backend, dtype, size, mean, std, weight_dtype, strides, momentum, batches):
-    """z' far from 0: the pivot is no help, so that Cov has to be formed in float64."""
+    """z' lies far from 0: the pivot does not help, so that Cov must be computed in float64."""
     (k, c), count = size, 300
     z = _random(count, c, seed=3) * std + mean
     weight = _weight(k, c, weight_dtype, strides)
@@ -82,7 +83,7 @@ def test_statistics(backend, dtype, size, mean, std, weight_dtype, strides, mome
     y, y_gap = matrix @ z.mean(0), gap @ matrix.T
     var = y_gap.square().mean(0)
     invstd = (var + EPSILON).rsqrt()
-    # float64 loses (mean / std)² of its roundings in G_z itself
+    # float64 rounding errors in G_z itself grow by (mean / std)²
     lost = 1 + (mean / std) ** 2 * EPS[torch.float64] / EPS[dtype] * 64
     assert got.dtype == projected.dtype == dtype
     _close("mean", got[0], y, matrix.abs() @ z.mean(0).abs(), dtype, 4)
@@ -107,7 +108,7 @@ def test_statistics(backend, dtype, size, mean, std, weight_dtype, strides, mome
 @pytest.mark.parametrize("backend", backends_of("one_pass_statistics"))
 @pytest.mark.parametrize("k", [5, 1030])
 def test_a_constant_channel_has_no_variance(backend, k):
-    """Of constant inputs, and where rounding left a negative sum; a NaN stays one."""
+    """The variance is 0 for constant inputs and where rounding gave a negative sum; NaN stays NaN."""
     count, c = 50, 129
     z = _random(count, c, seed=3)
     z[:, :4] = 3.0
@@ -194,7 +195,7 @@ def test_products(backend, dtype, weight_dtype, size, strides):
     want = scale[:, None] * cross - torch.outer(scale * sum_d / count, total) - c2[:, None] * projected
     terms = scale.abs()[:, None] * cross.abs() + torch.outer((scale * sum_d / count).abs(), total.abs())
     terms += size_c2[:, None] * projected.abs()
-    stored = EPS[weight_dtype] * want.abs() / EPS[wide]  # rounded where it is stored
+    stored = EPS[weight_dtype] * want.abs() / EPS[wide]  # rounding of the stored result
     _close("dW", grad_conv.flatten(1), want, terms + stored, wide, 24)
     want = matrix.T @ (matrix * (c2 / count)[:, None])
     terms = matrix.abs().T @ (matrix.abs() * (size_c2 / count)[:, None])
@@ -202,7 +203,7 @@ def test_products(backend, dtype, weight_dtype, size, strides):
     _close("Q", quadratic, want, terms + EPS[dtype] * want.abs() / EPS[wide] + tiny, wide, 24)
     assert backend == "reference" or torch.equal(quadratic, quadratic.T)
     centre, mean_d, folded = total / count, sum_d / count, folded.double()
-    want = centre @ quadratic.double() - mean_d @ folded  # of Q as it was rounded
+    want = centre @ quadratic.double() - mean_d @ folded  # with the rounded Q
     terms = centre.abs() @ quadratic.double().abs() + mean_d.abs() @ folded.abs()
     _close("constant", constant, want, terms, wide, 16)
 
@@ -224,7 +225,7 @@ def test_errors():
 
 
 def test_backward_is_float32_under_autocast():
-    """The C++ kernels take tensors by address: no operator between them may be rounded by an autocast around the op."""
+    """The C++ kernels read tensors by address, so autocast around the op must not change any operator inside it."""
     z = _random(2, 16, 5, 7, seed=3).float().to(memory_format=torch.channels_last)
     d = _random(2, 24, 5, 7, seed=4).float().to(memory_format=torch.channels_last)
     z, pivot, total, gram = ops.gram(z, None, backend="cpu")

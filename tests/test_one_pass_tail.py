@@ -16,7 +16,7 @@ from fusedres.values import Centred, Folded, Gated, Gram, GramState, Norm, Short
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5
-# N, C, P, Q, K; stride of z; kind of shortcut, its channels and stride; a BatchNorm and ReLU before z
+# N, C, P, Q, K; stride of z; kind of shortcut, its channels and stride; whether BatchNorm and ReLU come before z
 CASES = {
     "identity": (4, 16, 7, 7, 64, 1, "shortcut", 64, 1, True),
     "padded": (3, 3, 6, 5, 12, 1, "shortcut", 5, 2, True),
@@ -40,7 +40,7 @@ def _close(name, got, want, tolerance):
 
 
 def _far(shape, dtype, mean, std, seed):
-    """Normal values around a mean, each channel with its own scale."""
+    """Return normal values around a mean, with another scale in each channel."""
     return (activation(shape, torch.float64, seed) * std + mean).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -67,7 +67,7 @@ def _to(inputs, where):
 
 
 def _branch(z, affine, stride, weight, gamma, beta, count, dtype, backend):
-    """One 1x1 convolution with its BatchNorm, before it runs."""
+    """Return the parameters of one 1x1 convolution with its BatchNorm."""
     b = SimpleNamespace()
     b.pivot, b.total, gram = ops.gram_statistics(z, affine, stride, backend=backend)
     norm = Norm(gamma, beta, None, None, None, 0.1, EPS)
@@ -77,7 +77,7 @@ def _branch(z, affine, stride, weight, gamma, beta, count, dtype, backend):
 
 
 def _run(i, backend):
-    """Forward and backward through the ops; everything by name."""
+    """Run forward and backward through the ops; return all results by name."""
     dtype, r = i.z.dtype, {}
     main = _branch(i.z, i.state, i.stride, i.weight, i.gamma, i.beta, i.count, dtype, backend)
     if i.kind == "projection":
@@ -112,7 +112,7 @@ def _run(i, backend):
 
 
 def _oracle(i, gate):
-    """The same in float64 by autograd; what passes the last ReLU backward is what the gate lets pass."""
+    """Compute the same in float64 by autograd; in backward the gate decides what passes the last ReLU."""
     z = i.z.double()[:, :, :: i.stride, :: i.stride]
     if i.state is not None:
         z = z * channels(i.state[2]) + channels(i.state[3])
@@ -182,7 +182,7 @@ def test_pivot_far_from_zero(backend, mean, std, case):
 
 
 def _half_problem(dtype):
-    """z whose first rows lie far from the others: the pivot helps little, so rounding decides."""
+    """Return inputs where the first rows of z lie far from the others: the pivot helps little, so rounding matters."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 32, 8, 8, generator=generator, dtype=torch.float64) + 10
     z[0, :, 0] -= 10
@@ -194,7 +194,7 @@ def _half_problem(dtype):
 
 
 def _unfused(i, gate):
-    """torch's own convolution and BatchNorm in the tested dtype."""
+    """Compute the results with torch's own convolution and BatchNorm in the tested dtype."""
     z, weight = i.z.clone().requires_grad_(), i.weight.to(i.z.dtype).requires_grad_()
     y = F.batch_norm(F.conv2d(z, weight), None, None, i.gamma, i.beta, True, 0.0, EPS)
     (y + i.other).backward(i.grad * unpack_bits(gate, i.k))

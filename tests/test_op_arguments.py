@@ -1,8 +1,8 @@
-"""What no op takes: thousands of wrong calls of every op, each an error, nothing written.
+"""Thousands of wrong calls of every op: each is an error and writes nothing.
 
-An argument that is not what an op's table says reaches no pointer: the call raises TypeError, ValueError or
-RuntimeError, of ours with a sentence that names the op and the argument, and every argument's whole storage keeps its
-bits. Those of the C++ core, `-k cpu`, run under AddressSanitizer as well (.ci/sanitized).
+An argument that breaks the op's table never reaches a kernel: the call raises TypeError, ValueError or RuntimeError,
+and the whole storage of every argument keeps its bits. The package's own messages name the op and the argument. The
+tests of the C++ core, `-k cpu`, also run under AddressSanitizer (.ci/sanitized).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fusedres.errors import DtypeError, ShapeError
 from fusedres.kernels import serving
 from fusedres.ops._library import OPS
 
-# Said by torch's dispatcher, or in torch's own words.
+# Messages of torch's dispatcher, or with torch's own text.
 _TORCHS = re.compile(r"fusedres::\w+|Overflow when unpacking|Expected more than 1 value per channel")
-_RANDOM = 60  # calls of each op with several arguments wrong at once
+_RANDOM = 60  # number of calls of each op with several wrong arguments
 
 
 def backend_of(name: str) -> str:
-    """The backend with raw pointers where it has the op."""
+    """Return the backend with raw pointers if it has the op."""
     return "cpu" if serving.find(OPS[name].folder, name, "cpu") is not None else "reference"
 
 
@@ -42,7 +42,7 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def bits_of(tensor: Tensor) -> bytes:
-    """The whole storage, of a sparse tensor that of its values."""
+    """Return the whole storage, or that of the values of a sparse tensor."""
     if tensor.layout is torch.sparse_coo:
         return bits_of(tensor._values())
     if tensor.is_meta or tensor.layout is not torch.strided or tensor._is_zerotensor():
@@ -51,7 +51,7 @@ def bits_of(tensor: Tensor) -> bytes:
 
 
 def refused(name: str, arguments: Example, backend: Any, what: str, lazy: bool = False) -> None:
-    """The call is an error with a sentence and writes nothing."""
+    """Assert that the call raises an error with a full message and writes nothing."""
     op = OPS[name]
     values = [arguments[argument] for argument in op.arguments[:-1]]
     tensors = tensors_in(values)
@@ -100,7 +100,7 @@ def test_one_wrong_argument(name: str) -> None:
 
 @EVERY_OP
 def test_several_wrong_arguments(name: str) -> None:
-    """One that is wrong whatever the others are, and others: the first of them that is checked is the error."""
+    """One argument is always wrong, and others may be; the error is about the first wrong one that is checked."""
     generator = random.Random(name)
     options = [
         (example, [m for m in mutations(name, example) if not m.lazy and m.what != "meta"])
@@ -117,7 +117,7 @@ def test_several_wrong_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bn_relu_", "bn_statistics", "bn_add_relu", "one_pass_backward", "conv_weights"])
 def test_triton_gets_no_wrong_argument(name: str) -> None:
-    """The check is the same; that of the device has another answer."""
+    """The checks are the same, except for the device."""
     where = device("triton")
     if where != "cpu":
         pytest.skip("the examples are CPU tensors, which Triton takes only in its interpreter")
@@ -127,7 +127,7 @@ def test_triton_gets_no_wrong_argument(name: str) -> None:
             refused(name, changed, "triton", f"{mutation.argument}: {mutation.what}", mutation.lazy)
 
 
-# What only the relations of two arguments can say.
+# Errors in the relation of two arguments.
 _RELATIONS: dict[str, list[tuple[int, Example]]] = {
     "bn_add_relu": [(1, {"shortcut": torch.zeros(2, 4, 6, 5).contiguous(memory_format=torch.channels_last)})],
     "bn_backward_coefficients": [(0, {"partials": torch.zeros(3, 3, 9)}), (1, {"shortcut_state": None})],
@@ -163,7 +163,7 @@ def test_arguments_that_do_not_belong_together(name: str) -> None:
 
 
 def test_errors_are_torchs_classes_too() -> None:
-    """Code that catches torch's RuntimeError goes on working, and so does code that catches the exact class."""
+    """Code that catches torch's RuntimeError still works, and so does code that catches the exact class."""
     (example,) = examples()["bn_relu_"]
     for change, error, exact in (
         ({"state": torch.zeros(4, 8)}, ShapeError, ValueError),
@@ -175,7 +175,7 @@ def test_errors_are_torchs_classes_too() -> None:
 
 
 def test_a_call_that_was_right_is_checked_again() -> None:
-    """A signature that was right once says nothing of the next call's memory."""
+    """Even if an earlier call with the same signature was right, the memory of the next call is checked."""
     (example,) = examples()["bn_relu_"]
     torch.ops.fusedres.bn_relu_(*example.values(), "cpu")
     example["state"].untyped_storage().resize_(0)
@@ -183,7 +183,7 @@ def test_a_call_that_was_right_is_checked_again() -> None:
 
 
 def test_what_is_negated_lazily_is_resolved() -> None:
-    """By torch's dispatcher, before the op sees it."""
+    """torch's dispatcher resolves it before the op sees it."""
     (example,) = examples()["bn_relu_maxpool"]
     want = torch.ops.fusedres.bn_relu_maxpool(-example["x"], example["state"], True, "cpu")
     got = torch.ops.fusedres.bn_relu_maxpool(torch._neg_view(example["x"]), example["state"], True, "cpu")
@@ -191,7 +191,7 @@ def test_what_is_negated_lazily_is_resolved() -> None:
 
 
 def test_views_of_a_larger_storage_are_right() -> None:
-    """Images of a batch: an offset, and storage on either side."""
+    """Such views are some images of a batch, with an offset and with storage before and after them."""
     (example,) = examples()["bn_relu_"]
     batch = torch.cat([example["x"]] * 3).contiguous(memory_format=torch.channels_last)
     want = batch.clone()
@@ -202,7 +202,7 @@ def test_views_of_a_larger_storage_are_right() -> None:
 
 @EVERY_OP
 def test_results_are_on_the_inputs_device(name: str) -> None:
-    """Whatever torch's default device is. The kernel runs as in a block: torch calls ops without its default device."""
+    """torch's default device does not matter. The kernel runs as in a block: torch calls ops without that default."""
     op = OPS[name]
     kernel = op.kernel(backend_of(name))
     for example, again in zip(examples()[name], examples()[name], strict=True):

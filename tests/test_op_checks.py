@@ -1,4 +1,4 @@
-"""How ops are checked on a device (fusedres/tune/compare.py): what is right passes, one wrong element does not."""
+"""The checks of ops on a device (fusedres/tune/compare.py): right results pass, one wrong element does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ assert NHWC in FORMATS
 
 
 def block(kind: str) -> tuple[nn.Module, int]:
-    """A block and its input's channels."""
+    """Return a block and the number of its input channels."""
     down = nn.Sequential(conv1x1(16, 64, 2), nn.BatchNorm2d(64))
     return {
         "bottleneck": (Bottleneck(64, 16), 64),
@@ -32,7 +32,7 @@ def block(kind: str) -> tuple[nn.Module, int]:
 
 
 def calls(kind: str, memory: str, dtype: torch.dtype, check: Callable[[Call], None]) -> None:
-    """Hands out each op of a training step and of inference on the CPU."""
+    """Call `check` with each op of a training step and of inference on the CPU."""
     torch.manual_seed(0)
     module, channels = block(kind)
     module = fusedres.fuse(module.to(memory_format=NHWC), memory=memory)
@@ -47,7 +47,7 @@ def calls(kind: str, memory: str, dtype: torch.dtype, check: Callable[[Call], No
 
 
 def seeded(right: Tensor, at: int, kind: str) -> Tensor:
-    """One element is wrong: by half a deviation, or not finite, or another integer."""
+    """Return a copy with one wrong element: off by half a deviation, not finite, or another integer."""
     wrong = right.clone()
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at % right.numel()), right.shape))
     if not right.is_floating_point():
@@ -80,7 +80,7 @@ def test_right_results_pass_and_one_wrong_element_does_not(kind: str, memory: st
 
 
 def test_what_a_norm_does_not_see() -> None:
-    """One wrong element in more than 10,000, as large as the others."""
+    """One of more than 10,000 elements is wrong, but no larger than the others."""
     seen: list[str] = []
 
     def check(call: Call) -> None:
@@ -95,7 +95,7 @@ def test_what_a_norm_does_not_see() -> None:
 
 
 def stub(results: Callable[[], Any]) -> Call:
-    """A call of an op without arguments."""
+    """Return a call of an op without arguments."""
     argument = SimpleNamespace(name="backend", alias_info=None)
     op: Any = SimpleNamespace(name="stub", kernel=lambda backend: results)
     return Call(op, SimpleNamespace(arguments=[argument]), ("cpu",))

@@ -1,4 +1,4 @@
-"""Threads: one OpenMP runtime in the process, torch.set_num_threads honoured, results the same bit by bit each time."""
+"""Threads: one OpenMP runtime per process, torch.set_num_threads is respected, and results repeat bit by bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def threads():
 
 
 def script(source: str, threads: int = 2) -> list[str]:
-    """Lines that a fresh interpreter prints; away from the checkout, so that the installed package is what runs."""
+    """Return the lines that a new interpreter prints; it runs outside the checkout, with the installed package."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "KMP_", "MKL_"))}
     environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run(
@@ -53,13 +53,13 @@ def script(source: str, threads: int = 2) -> list[str]:
 
 @pytest.mark.parametrize("first", ["import torch, fusedres", "import fusedres, torch", "from fusedres import _C"])
 def test_one_openmp_runtime_in_the_process(first: str) -> None:
-    """The extension shares torch's runtime, whichever is imported first: two would start twice the threads."""
+    """The extension shares torch's runtime, whichever is imported first; two runtimes would start twice the threads."""
     found = script(first + BLOCK + "block(x).sum().backward()\n" + RUNTIMES)
     assert len(found) == 1, found
 
 
 def test_one_thread_starts_no_thread() -> None:
-    """After torch.set_num_threads(1) a training step runs in the threads that were there (autograd's included)."""
+    """After torch.set_num_threads(1) a training step starts no new thread besides autograd's, which exist already."""
     (line,) = script(
         THREADS + BLOCK.replace("block =", "torch.set_num_threads(1)\nblock =", 1) + "before = threads()\n"
         "for _ in range(3):\n    block(x).sum().backward()\n"
@@ -70,7 +70,7 @@ def test_one_thread_starts_no_thread() -> None:
 
 
 def test_more_threads_are_used_when_asked_for() -> None:
-    """The fused ops alone, without any convolution, take the threads that torch is set to."""
+    """The fused ops alone, without any convolution, use as many threads as torch is set to."""
     (line,) = script(
         THREADS
         + "import torch, fusedres\ntorch.set_num_threads(1)\n"
@@ -89,7 +89,7 @@ def test_more_threads_are_used_when_asked_for() -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_a_step_repeats_bit_by_bit(case: Case, memory: str, threads: int) -> None:
-    """Every kind of block: 100 times on one thread, fewer on two (a step on two threads waits where cores are busy)."""
+    """Every kind of block repeats 100 times on one thread, and less often on two, which wait for busy cores."""
     torch.set_num_threads(threads)
     block, x, grad = stock_case(with_size(case, 3, 13, 11), memory_format=torch.channels_last)
     torch.use_deterministic_algorithms(True)
@@ -104,7 +104,7 @@ def test_a_step_repeats_bit_by_bit(case: Case, memory: str, threads: int) -> Non
 
 
 def test_a_large_step_repeats_bit_by_bit_on_two_threads() -> None:
-    """100 times at a size at which the work is split among threads and chunks."""
+    """Repeat 100 times at a size where the work is split among threads and chunks."""
     torch.set_num_threads(2)
     large = case("bottleneck", "identity", planes=16, batch=8, height=24, width=24)
     block, x, grad = stock_case(large, memory_format=torch.channels_last)

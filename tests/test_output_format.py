@@ -1,4 +1,4 @@
-"""Every layer of a fused network has the strides that it has unfused, also where strides do not tell a format."""
+"""Every layer of a fused network has the same strides as unfused, also if strides do not determine a format."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def as_view(x: Tensor, how: str) -> Tensor:
 
 
 def strides(model: nn.Module, x: Tensor, recorded: bool) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Name, shape and strides of what every block, layer and the network returns."""
+    """Return name, shape and strides of the output of every block, of every layer and of the network."""
     seen = []
     handles = [
         child.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, tuple(out.shape), out.stride())))
@@ -96,7 +96,7 @@ def test_every_layer_has_the_strides_of_eager(name: str, how: str, weights: str)
 
 
 def test_every_stride_is_taken_as_torch_takes_it() -> None:
-    """An empty tensor like one has the format that torch suggests for it."""
+    """torch.empty_like of a tensor has the format that torch suggests for it."""
     sizes = (1, 2, 3)
     for n, c, h, w in [(n, c, h, w) for n in sizes for c in sizes for h in sizes for w in sizes]:
         x = torch.zeros(2 * n, 2 * c, 2 * h, 2 * w)
@@ -105,7 +105,7 @@ def test_every_stride_is_taken_as_torch_takes_it() -> None:
             views = [whole[:n, :c, :h, :w], whole[::2, ::2, ::2, ::2], whole[:n, :c, :h, :w].contiguous()]
             views += [torch.zeros(n, c, h, w).contiguous(memory_format=NHWC), whole[:1, :1, :1, :1].expand(n, c, h, w)]
             for view in views:
-                weight = torch.zeros(2, view.shape[1], 1, 1)  # NCHW unless it has one channel, where it is ambiguous
+                weight = torch.zeros(2, view.shape[1], 1, 1)  # NCHW; ambiguous with one channel
                 out = torch.conv2d(view, weight)
                 by_strides = suggests_channels_last(view) or suggests_channels_last(weight)
                 expected = out.is_contiguous(memory_format=NHWC) and not out.is_contiguous()

@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def without_public_names(folder: Path) -> Path:
-    """Cuts __init__.py after the search for the installed copy, so that nothing imports torch, which takes seconds."""
+    """Cut __init__.py after the search for the installed copy, so that nothing imports torch, which takes seconds."""
     init = folder / "fusedres" / "__init__.py"
     call = "\n_use_installed_copy()\n"
     head, found, _ = init.read_text().partition(call)
@@ -37,13 +37,13 @@ def without_public_names(folder: Path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder as a fresh checkout has it: the package's sources, no compiled core."""
+    """Make a folder like a new checkout: the sources of the package without a compiled core."""
     return copy_package(tmp_path / "checkout", core=False)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder as site-packages has it: the package with its core."""
+    """Make a folder like site-packages: the package with its compiled core."""
     return copy_package(tmp_path / "site", core=True)
 
 
@@ -105,7 +105,7 @@ def test_version_has_one_source() -> None:
 
 
 def requirement_names(requirements: list[str]) -> set[str]:
-    """Import names of `requirements`; extras of this project are followed."""
+    """Return the import names of `requirements`, including those of this project's extras."""
     modules = {"scikit-learn": "sklearn", "pytest-xdist": "xdist"}
     names: set[str] = set()
     for requirement in requirements:
@@ -122,9 +122,9 @@ def requirement_names(requirements: list[str]) -> set[str]:
 @pytest.mark.parametrize(("folder", "extra"), [("fusedres", None), ("tests", "test"), ("benchmarks", "bench")])
 def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     required = requirement_names(PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []))
-    required |= {"numpy", "PIL", "typing_extensions"}  # torchvision and torch require them
-    required |= {"triton"}  # comes with torch, imported only where a kernel needs it
-    required |= {"tomli"} if extra == "test" else set()  # pytest requires it where the standard library lacks tomllib
+    required |= {"numpy", "PIL", "typing_extensions"}  # required by torchvision and torch
+    required |= {"triton"}  # installed with torch, and imported only when a kernel needs it
+    required |= {"tomli"} if extra == "test" else set()  # required by pytest for a Python without tomllib
     folders = [ROOT / name for name in (folder, "benchmarks", "tests")]
     own = {"fusedres"} | {path.stem for where in folders for path in where.glob("*.py")}
     own |= {path.parent.name for where in folders for path in where.glob("*/__init__.py")}

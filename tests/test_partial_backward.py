@@ -1,4 +1,4 @@
-"""What backward computes is what its caller asked for: an input's gradient, or one parameter's, costs what it costs."""
+"""Backward computes only the gradients that are asked for, e.g. those of the input or of one parameter."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def frozen_layers(model: nn.Module, x: Tensor) -> list[Tensor | None]:
 
 
 def of_a_feature(model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """A gradient of an inner activation, as class activation maps take it."""
+    """Return the gradient of an inner activation, as class activation maps use it."""
     kept: list[Tensor] = []
     handle = model.layer2.register_forward_hook(lambda *args: kept.append(args[-1]))  # type: ignore[union-attr]
     scores = model(x)
@@ -108,7 +108,7 @@ def models(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
 
 
 def projected() -> nn.Module:
-    """A Bottleneck whose last convolution and projection have their statistics before them with memory="min"."""
+    """Return a Bottleneck; with memory="min" its last convolution and its projection are one-pass units."""
     torch.manual_seed(0)
     downsample = nn.Sequential(nn.Conv2d(12, 64, 1, 2, bias=False), nn.BatchNorm2d(64))
     return Bottleneck(12, 16, 2, downsample)
@@ -127,7 +127,7 @@ class Operations(TorchDispatchMode):
 
 
 def counted(model: nn.Module, ask: Ask) -> tuple[list[Tensor | None], int]:
-    """The gradients, and the operations of backward."""
+    """Return the gradients, and the number of operations of backward."""
     model.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 40, 40, dtype=torch.float64, generator=generator).to(memory_format=torch.channels_last)
@@ -155,7 +155,7 @@ def test_gradients_and_operations_are_eagers(models: tuple[nn.Module, nn.Module]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("block", [BasicBlock(8, 8), Bottleneck(16, 4), projected()], ids=lambda b: type(b).__name__)
 def test_every_parameter_alone(block: nn.Module, dtype: torch.dtype, conv: str, backend: str) -> None:
-    """On every backend's passes, and with memory="min": the same gradient as with all the others."""
+    """With the passes of every backend, and with memory="min", it equals the gradient from a full backward."""
     block = copy.deepcopy(block).to(dtype)
     tolerance = {"rtol": 1e-8, "atol": 1e-9} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     for memory in ("auto", "min"):
@@ -175,7 +175,7 @@ def test_every_parameter_alone(block: nn.Module, dtype: torch.dtype, conv: str, 
      ("x", [True, True])],
 )  # fmt: skip
 def test_one_pass_units_form_no_gradient_that_leads_nowhere(name: str, wanted: list[bool]) -> None:
-    """That of a convolution's input takes two products of the three; memory="min" forms it where it is used."""
+    """The gradient of a convolution's input takes two of the three products; it is formed only if it is used."""
     block = fusedres.fuse(projected(), memory="min")
     asked = []
 
@@ -194,7 +194,7 @@ def test_one_pass_units_form_no_gradient_that_leads_nowhere(name: str, wanted: l
         return grad
 
     products: list[int] = []
-    plain = backward()  # in C++, where torch has what that needs
+    plain = backward()  # in C++, if torch has the functions that this needs
     with Asked():
         torch.testing.assert_close(backward(), plain)
     assert asked == wanted and products[0] == sum(wanted), (asked, products)
@@ -222,7 +222,7 @@ def test_a_retained_graph_asked_for_one_after_another(models: tuple[nn.Module, n
 
 
 def test_checkpointed_blocks_give_all_gradients(models: tuple[nn.Module, nn.Module]) -> None:
-    """The inner backward of a reentrant checkpoint is a backward of its own."""
+    """A reentrant checkpoint runs a backward of its own inside the outer one."""
     models[1].load_state_dict(models[0].state_dict())
     for reentrant in (True, False):
         grads = []

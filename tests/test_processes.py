@@ -1,4 +1,4 @@
-"""What is made once for all workers of a session (processes.py)."""
+"""processes.once: a value is made once for all workers of a session."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_it_is_made_once_for_all_workers(
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: once(tmp_path_factory, "made", make), range(8)))
     assert found == ["µ"] * 8 and made == [0]
-    # A worker has a folder of its own below that of the session.
+    # Each worker has a folder of its own inside the session's folder.
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
     (session / "worker").mkdir()
     monkeypatch.setattr(tmp_path_factory, "_basetemp", session / "worker")

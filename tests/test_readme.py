@@ -1,4 +1,4 @@
-"""What the documents show works: every Python block runs, every command is run here or by .ci/run."""
+"""The examples in the documents work: every Python block runs, and every command is run here or by .ci/run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of one language."""
+    """Return the fenced blocks of one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-# How each documented command is run here: as it is, or shortened where it takes minutes; .ci/run runs those in full.
-# None: only .ci/run runs it (it installs, or it is .ci/run).
+# How each documented command is run here: unchanged, or shortened if it takes minutes; .ci/run runs those in full.
+# None means that only .ci/run runs it, because it installs something or is .ci/run itself.
 COMMANDS: dict[str, str | None] = {
     "pip install '.[bench]'": None,
     "pip install '.[test]'": None,

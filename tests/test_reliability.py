@@ -1,4 +1,4 @@
-"""Failures that other fused layers had and fused blocks must not have, where they concern whole blocks."""
+"""Failures of whole blocks that other fused layers had and fused blocks must not have."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(got: Grads, expected: Grads, context: object = "") -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert value is not None, name
-        # Relative to the largest: 1e-9 is a million float64 roundings, and no mask lies within.
+        # Relative to the largest value; 1e-9 is a million float64 roundings, and no pre-activation is so near zero.
         scale = value.abs().max().item() if value.numel() else 0
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9 * max(scale, 1e-3), msg=f"{context} {name}")
 
@@ -45,7 +45,7 @@ def assert_same(got: Grads, expected: Grads, context: object = "") -> None:
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_two_forwards_then_one_backward(case: Case, mode: str, memory: str) -> None:
-    """Running buffers are updated between the two and must not be what backward reads."""
+    """The second forward updates the running statistics; the backward of the first must not read them."""
     block, x, grad = stock_case(case, torch.float64, mode=mode)
     results = []
     for model in (fused_twin(block, memory), block):
@@ -76,7 +76,7 @@ def test_backwards_in_either_order_and_between_forwards(case: Case, mode: str, m
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_the_output_feeds_two_branches(case: Case, mode: str) -> None:
-    """Also a residual sum over the block, and an output that is returned and used again."""
+    """This includes a residual sum over the block, and an output that is returned and used again."""
     block, x, grad = stock_case(case, torch.float64, mode=mode)
     results = []
     for model in (fused_twin(block), block):
@@ -108,8 +108,8 @@ def test_gradients_accumulate_over_steps(case: Case, memory: str) -> None:
 def test_no_two_gradients_share_memory(
     case: Case, mode: str, memory: str, conv: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clipping, unscaling and accumulation write into gradients: a shared one would be written to twice."""
-    monkeypatch.setattr(choice, "_MIN_ROWS_A_CHANNEL", 1)  # so that so small a block is one-pass
+    """Clipping, unscaling and accumulation write into gradients; shared memory would be written to twice."""
+    monkeypatch.setattr(choice, "_MIN_ROWS_A_CHANNEL", 1)  # makes such a small block one-pass
     block, x, grad = stock_case(case, mode=mode)
     twin = fused_twin(block, memory, conv)
     leaves = {"x": leaf_of(x), **dict(twin.named_parameters())}
@@ -136,7 +136,7 @@ def test_clipping_by_the_norm_of_all_gradients(case: Case) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_what_backward_needs_may_not_be_changed_in_place(case: Case, memory: str) -> None:
-    """As torch: an input or parameter overwritten between forward and backward is an error, not a wrong gradient."""
+    """As in torch, overwriting an input or parameter between forward and backward is an error, not a wrong gradient."""
     block, x, grad = stock_case(case)
     for what in ("x", "conv1.weight"):
         twin = fused_twin(block, memory)
@@ -152,7 +152,7 @@ def test_what_backward_needs_may_not_be_changed_in_place(case: Case, memory: str
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_the_output_may_be_changed_in_place_or_torch_says_no(case: Case, mode: str, memory: str) -> None:
-    """The stock block saves its output and refuses. A fused block refuses too, or gives the right gradients."""
+    """The stock block saves its output and raises an error. A fused block does so too, or gives right gradients."""
     block, x, grad = stock_case(case, torch.float64, mode=mode)
     expected = run(copy.deepcopy(block), x, grad * 2)
     twin = fused_twin(block, memory)
@@ -174,7 +174,7 @@ def test_the_output_may_be_changed_in_place_or_torch_says_no(case: Case, mode: s
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_checkpointing_is_as_stock(case: Case, memory: str, reentrant: bool) -> None:
-    """Gradients are the same; running statistics take the batch in twice, as torch's own do under checkpointing."""
+    """Gradients are the same; the batch updates the running statistics twice, as in torch under checkpointing."""
     block, x, grad = stock_case(case, torch.float64)
     results = []
     for model in (fused_twin(block, memory), block):
@@ -186,7 +186,7 @@ def test_checkpointing_is_as_stock(case: Case, memory: str, reentrant: bool) -> 
 
 
 def test_averaged_models_and_their_updates() -> None:
-    """EMA of a fused model: the average is fused, follows the weights, and evaluates as stock's average."""
+    """The EMA of a fused model is fused, follows the weights, and evaluates like the EMA of the stock model."""
     for case in CORE:
         block, x, grad = stock_case(case, torch.float64)
         outputs = []
@@ -211,7 +211,7 @@ def test_averaged_models_and_their_updates() -> None:
 def test_backward_in_another_thread_keeps_the_backend_of_forward(
     backend: str, memory: str, memory_format: torch.memory_format
 ) -> None:
-    """The context variable has another value there; the ops of backward name the backend all the same."""
+    """The context variable has another value in that thread, so backward must remember the backend."""
     for case in CORE:
         block, x, grad = stock_case(case, memory_format=memory_format)
         twin = fused_twin(block, memory)
@@ -261,7 +261,7 @@ def test_a_backend_is_chosen_for_its_own_thread_only() -> None:
 
 
 def test_threads_train_blocks_at_the_same_time() -> None:
-    """Four threads, each with a block of its own: every result is that of a run alone."""
+    """In four threads, each with its own block, every result equals that of a run alone."""
     cases = [CORE[i % len(CORE)] for i in range(4)]
     prepared = [stock_case(case) for case in cases]
     alone = [run(fused_twin(block), x, grad) for block, x, grad in prepared]
@@ -284,7 +284,7 @@ def test_threads_train_blocks_at_the_same_time() -> None:
 
 @pytest.mark.parametrize("layout", [torch.preserve_format, torch.contiguous_format], ids=str)
 def test_saved_tensor_hooks_see_and_may_replace_everything(layout: torch.memory_format) -> None:
-    """Offloading: every saved tensor is packed away as a copy, in any layout; gradients do not change by a bit."""
+    """Offloading replaces every saved tensor by a copy, in any layout; the gradients stay equal bit by bit."""
     for case in CORE:
         block, x, grad = stock_case(case)
         for memory in MEMORY:
@@ -296,7 +296,7 @@ def test_saved_tensor_hooks_see_and_may_replace_everything(layout: torch.memory_
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_hook_that_returns_something_else_is_an_error(memory: str) -> None:
-    """Kernels take saved tensors by address: another dtype or shape must not reach them."""
+    """Kernels read saved tensors by address, so another dtype or shape must not reach them."""
     changes = [lambda t: t.half() if t.is_floating_point() else t, lambda t: t[..., :1] if t.dim() == 4 else t]
     for case in CORE:
         for change in changes:
@@ -314,7 +314,7 @@ def test_backward_under_autocast_that_forward_was_not_under(memory: str) -> None
         block.get_submodule("conv2").weight.data = block.get_submodule("conv2").weight.data.transpose(2, 3).clone()
         for python in (False, True):
             twin = fused_twin(block, memory)
-            if python:  # a weight that the C++ passes do not take
+            if python:  # a weight that the C++ passes do not serve
                 weight = twin.get_submodule("conv3" if case.block == "bottleneck" else "conv2").weight
                 weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
             plain = run(twin, x, grad)
@@ -353,7 +353,7 @@ def test_anomaly_detection_finds_nothing() -> None:
 
 @pytest.mark.parametrize("case", [case for case in CORE if case.shortcut == "identity"], ids=label)
 def test_fused_blocks_run_as_stock_in_a_sequence(case: Case) -> None:
-    """Blocks in a row, each input the output of the block before: nothing of one is overwritten by the next."""
+    """The output of each block is the input of the next, which must not overwrite anything that the first needs."""
     blocks = []
     for seed in range(4):
         block, x, grad = stock_case(Case(**{**vars(case), "seed": seed}), torch.float64)
@@ -366,7 +366,7 @@ def test_fused_blocks_run_as_stock_in_a_sequence(case: Case) -> None:
 
 
 def test_requires_grad_of_inputs_that_come_from_elsewhere() -> None:
-    """Views, outputs of other Functions, and leaves with hooks as inputs."""
+    """Inputs are views, outputs of other Functions, and leaves with hooks."""
     for case in CORE:
         block, _, grad = stock_case(case, torch.float64)
         x, _ = inputs(case, torch.float64)

@@ -1,4 +1,4 @@
-"""A block that has been called does what the stock block does, whatever was changed since: nothing stale is used."""
+"""A fused block that was changed after a call does what the stock block does: it uses nothing stale."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Doubled(nn.BatchNorm2d):
 
 
 def data(name: str, make: Callable[[Tensor], Tensor]) -> Change:
-    """Puts other values in place of a parameter's or a buffer's: the object stays."""
+    """Replace the values of a parameter or buffer; the object stays the same."""
 
     def change(block: nn.Module) -> None:
         tensor = dict([*block.named_parameters(), *block.named_buffers()])[name]
@@ -111,7 +111,7 @@ CHANGES: dict[str, Change] = {
 
 
 def outcome(block: nn.Module, x: Tensor, recorded: bool) -> Any:
-    """Result and gradients, or the class of the error that torch has for it."""
+    """Return output, gradients and buffers, or the error class of torch that was raised."""
     block.zero_grad(set_to_none=True)
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(recorded)
     try:
@@ -127,7 +127,7 @@ def outcome(block: nn.Module, x: Tensor, recorded: bool) -> Any:
     return {"out": out.detach(), "x": leaf.grad} | grads | stats
 
 
-# torch reads what was freed, or beyond what is there: nothing that could be compared.
+# Here torch reads freed memory or beyond a tensor, so that there is nothing to compare with.
 UNDEFINED = ("freed weight", "freed statistics", "norm of another width")
 
 

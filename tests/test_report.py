@@ -1,4 +1,4 @@
-"""The README's tables and the plots are those of the committed rows; runs of the GPU suite become results files."""
+"""The README's tables and the plots are made from the committed rows; runs of the GPU suite become results files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report():
 
 
 def made_up(**fields: object) -> dict:
-    """A row with every field, none of them measured."""
+    """Return a row with made-up values in every field."""
     from common.rows import ROW_KEYS
 
     row = dict.fromkeys(ROW_KEYS) | {"device": GPU, "versions": {"torch": "0"}, "date": "2000-01-01", "commit": "none"}
@@ -53,7 +53,7 @@ def of_op(op: str, percent: float, **fields: object) -> dict:
     return row | {"copy_bytes_per_s": 3e12, "matmul_flops_per_s": 7e14} | fields
 
 
-# --- what is committed ------------------------------------------------------------------------------------------------
+# --- committed rows ---------------------------------------------------------------------------------------------------
 
 
 def test_readme_shows_the_rows(report):
@@ -98,9 +98,9 @@ def test_a_changed_row_makes_its_plot_and_the_readme_outdated(report, tmp_path):
     report.draw(tmp_path)
     assert report.outdated_plots(tmp_path) == []
     first, text = (tmp_path / name).read_bytes(), report.section(tmp_path)
-    assert "**0.70** (0.60–0.80)" in text and f"results/{name})" in text  # a loss is shown as well
+    assert "**0.70** (0.60–0.80)" in text and f"results/{name})" in text  # losses are shown too
     report.draw(tmp_path)
-    assert (tmp_path / name).read_bytes() == first  # nothing is drawn anew
+    assert (tmp_path / name).read_bytes() == first  # nothing is drawn again
     write(tmp_path, "blocks", [*rows[:2], of_block("fused", 0.8)])
     assert report.outdated_plots(tmp_path) == [name] and report.section(tmp_path) != text
     write(tmp_path, "blocks", [])
@@ -109,7 +109,7 @@ def test_a_changed_row_makes_its_plot_and_the_readme_outdated(report, tmp_path):
 
 
 def test_a_plot_shows_the_latest_measurement_only(report):
-    """Of two runs the later one, though the earlier was luckier."""
+    """The later of two runs is shown, although the earlier one was faster."""
     from reporting import plots
 
     early = [of_block("eager", 1.0, date="2000-01-01"), of_block("fused", 9.0, date="2000-01-01")]
@@ -145,7 +145,7 @@ def test_the_block_table_takes_the_fastest_way_and_rival_of_a_kind(report):
     cells = dict(zip(header, line, strict=True))
     assert cells["way"] == "fused" and cells["eager / fused (95%)"] == "**1.80** (1.70–1.90)"
     assert cells["fastest rival"] == "compile" and cells["in CUDA graphs"] == "2.00 over compile"
-    assert "dtype" not in cells and "convolutions ms" not in cells  # float16 has no eager beside it
+    assert "dtype" not in cells and "convolutions ms" not in cells  # there is no eager row in float16
 
 
 def test_the_model_and_op_tables(report):

@@ -1,4 +1,4 @@
-"""report() after a call says what that input was: a block that ran unfused for it is not said to be fused."""
+"""After a call that ran unfused because of its input, report() says so and does not call the block fused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import fusedres
 
 
 class Image(Tensor):
-    """A tensor with a name of its own, as libraries of augmentations have them."""
+    """A tensor subclass like those of augmentation libraries."""
 
 
 class Logged(Tensor):
-    """A tensor that sees the functions that are called with it."""
+    """A tensor subclass that sees the functions that are called with it."""
 
     seen: list[str]
 

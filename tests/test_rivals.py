@@ -1,4 +1,4 @@
-"""The rivals of gpu_suite.py: cuDNN's fused inference, with a stand-in for what cannot run here, and precisions."""
+"""The rivals of gpu_suite.py: cuDNN's fused inference, with stand-ins for its operators, and precisions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def conv_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_folded_inference_by_cudnns_operators(name, monkeypatch):
-    """With the operators written out: the block is eager's in eval mode."""
+    """With written-out operators, the folded block equals eager in eval mode."""
     from suite import rivals
 
     monkeypatch.setattr(rivals, "_conv_relu", conv_relu)

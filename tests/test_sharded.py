@@ -1,4 +1,4 @@
-"""fully_shard (FSDP2) before fuse() and after it: what runs, what is reported, what unfuse() gives back."""
+"""fully_shard (FSDP2) before and after fuse(): what runs, what report() says, and what unfuse() restores."""
 
 from __future__ import annotations
 

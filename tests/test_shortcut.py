@@ -1,4 +1,4 @@
-"""The shortcut's gradient: the term of dL/dx that no weight touches, and why depth trains.
+"""The shortcut's gradient: the term of dL/dx that passes no weight, which makes deep networks trainable.
 
 dL/dx = S'(x)ᵀd + F'(x)ᵀd with d = dL/dout where NOT (out <= 0), else 0 (He et al. 2016, section 2).
 """
@@ -25,7 +25,7 @@ def masked(grad: Tensor, out: Tensor) -> Tensor:
 
 
 def through_shortcut(block: nn.Module, x: Tensor, d: Tensor) -> Tensor:
-    """S'(x)ᵀd by autograd, with statistics of this batch or running ones as the block has them."""
+    """Return S'(x)ᵀd by autograd, with batch or running statistics as in the block's mode."""
     if block.downsample is None:
         return d
     shortcut = copy.deepcopy(block.downsample)
@@ -42,7 +42,7 @@ def through_shortcut(block: nn.Module, x: Tensor, d: Tensor) -> Tensor:
 def test_a_silent_branch_leaves_exactly_the_masked_gradient(
     case: Case, mode: str, dtype: torch.dtype, memory_format: torch.memory_format, memory: str, backend: str
 ) -> None:
-    """The last BatchNorm's weight is 0: out = relu(bias + S(x)) and dL/dx is S'(x)ᵀd, bit by bit."""
+    """If the last BatchNorm's weight is 0, out = relu(bias + S(x)) and dL/dx equals S'(x)ᵀd bit by bit."""
     block, x, grad = stock_case(case, dtype, memory_format, mode)
     nn.init.zeros_(block.get_submodule(case.last_norm).weight)
     twin = fused_twin(block, memory)
@@ -54,7 +54,7 @@ def test_a_silent_branch_leaves_exactly_the_masked_gradient(
     assert torch.equal(got["grad_x"], through_shortcut(block, x, masked(grad, got["out"])))
     for name, value in got.items():
         if name.startswith("grad.") and name.split(".")[1] != case.last_norm:
-            assert not value.any(), f"{name} must be zero where nothing of the branch reaches the output"
+            assert not value.any(), f"{name} must be zero because the branch does not reach the output"
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -62,7 +62,7 @@ def test_a_silent_branch_leaves_exactly_the_masked_gradient(
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_the_parts_add_up_to_the_whole(case: Case, mode: str, dtype: torch.dtype, memory: str) -> None:
-    """Fused dL/dx less the shortcut's part is the branch's part of the oracle, and the other way round."""
+    """Fused dL/dx minus the shortcut part of the oracle is its branch part, and the reverse."""
     block, x, grad = stock_case(case, dtype, torch.channels_last, mode)
     truth = oracle(block, x, grad, UNIT[dtype])
     exact = copy.deepcopy(block).double()
@@ -83,7 +83,7 @@ def test_the_parts_add_up_to_the_whole(case: Case, mode: str, dtype: torch.dtype
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CORE, ids=label)
 def test_nan_and_inf_in_the_input_go_where_torch_takes_them(case: Case, mode: str, value: float, backend: str) -> None:
-    """NaN is in the same places, and infinities with the same signs, of the output, gradients and statistics."""
+    """Output, gradients and statistics have NaN at the same places and infinities with the same signs as torch."""
     block, x, grad = stock_case(case, torch.float32, torch.channels_last, mode)
     x[1, 0, 2, 2] = value
     twins = {memory: fused_twin(block, memory) for memory in MEMORY}
@@ -109,9 +109,9 @@ def same_places(name: str, got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
 @pytest.mark.parametrize("case", [c for c in CORE if c.shortcut == "identity"], ids=label)
 def test_nan_passes_the_backward_of_relu(case: Case, memory_format: torch.memory_format, memory: str) -> None:
-    """Where the output is NaN its gradient passes, as in torch: d is zero only where out <= 0 holds.
+    """Where the output is NaN its gradient passes, as in torch: d is zero only where out <= 0 is true.
 
-    The branch is silent and its bias NaN in one channel, so that dL/dx is d itself.
+    The last BatchNorm's weight is 0 and its bias is NaN in one channel, so that dL/dx is d itself.
     """
     block, x, grad = stock_case(case, torch.float32, memory_format, "eval")
     norm = block.get_submodule(case.last_norm)
@@ -146,14 +146,14 @@ def test_nan_and_inf_in_the_gradient_go_where_torch_takes_them(case: Case, value
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=label)
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_fifty_blocks_keep_the_gradient_norm(block: str, dtype: torch.dtype, memory: str) -> None:
-    """A chain of 50 identity blocks passes on the gradient norm that its unfused twin passes on."""
+    """The gradient norm after a chain of 50 fused identity blocks equals that of the unfused chain."""
     link = case(block, "identity", 8 if block == "basic" else 4, batch=3, height=4, width=4)
     chain = nn.Sequential(*(build(Case(**{**vars(link), "seed": seed})) for seed in range(50)))
     for child in chain.modules():
         if isinstance(child, nn.BatchNorm2d):
             nn.init.ones_(child.weight)
     for unit in chain:
-        nn.init.constant_(unit.get_submodule(link.last_norm).weight, 0.25)  # a branch smaller than its shortcut
+        nn.init.constant_(unit.get_submodule(link.last_norm).weight, 0.25)  # branch smaller than its shortcut
     chain.to(dtype)
     x = torch.randn(3, link.in_channels, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
     separate(chain, x)
@@ -163,7 +163,7 @@ def test_fifty_blocks_keep_the_gradient_norm(block: str, dtype: torch.dtype, mem
     eager = run(chain, x, grad)["grad_x"]
     with expect_paths(fused_forward=50, fused_backward=50):
         got = run(twin, x, grad)["grad_x"]
-    floor = 50 * 64 * UNIT[dtype] * exact.norm()  # 64 unit roundoffs a block
+    floor = 50 * 64 * UNIT[dtype] * exact.norm()  # 64 unit roundoffs per block
     assert (got - exact).norm() <= 2 * (eager - exact).norm() + floor
     assert abs(got.norm() - exact.norm()) <= 2 * abs(eager.norm() - exact.norm()) + floor
     assert 0.1 < got.norm() / grad.norm() < 100

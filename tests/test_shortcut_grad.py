@@ -1,4 +1,4 @@
-"""relu_backward and shortcut_grad_: the gradient behind the last ReLU and the shortcut's share of it, exactly."""
+"""relu_backward and shortcut_grad_: the gradient of the last ReLU's input and the shortcut's part of it, exactly."""
 
 from __future__ import annotations
 

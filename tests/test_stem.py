@@ -45,7 +45,7 @@ def test_other_backends(backend: str, mode: str) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=label)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_autocast(dtype: torch.dtype, mode: str) -> None:
-    """float32 parameters and float32 or half images; dtypes of the output and of every gradient are eager's."""
+    """With float32 parameters and float32 or half images, the output and every gradient have eager's dtypes."""
     model, x, grad = stem(torch.float32, NHWC, mode)
     for entered in (x, x.to(dtype)):
         trust(model, entered, dtype)
@@ -105,7 +105,7 @@ def test_images_without_gradient_cost_no_dgrad_and_nothing_pointwise_runs() -> N
 
 
 def test_saved_bytes_against_eager() -> None:
-    """Eager: y, its ReLU, 64-bit indices. Fused: y, a byte an element of the pooled output. Of y: 2.5 and 1.1."""
+    """Eager saves y, its ReLU and 64-bit indices: 2.5 times y. Fused saves y and one byte per pooled element: 1.1."""
     model, x, _ = stem(memory_format=NHWC, size=(64, 64), channels=(3, 64))
 
     def saved(each: nn.Module) -> int:
@@ -126,7 +126,7 @@ def test_saved_bytes_against_eager() -> None:
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
 @pytest.mark.parametrize("weight_format", FORMATS, ids=label)
 def test_layouts_are_torchs(memory_format: torch.memory_format, weight_format: torch.memory_format) -> None:
-    """NCHW where images and weight are; the gradient of the images has their layout."""
+    """The output is NCHW if images and weight are; the gradient of the images has their layout."""
     model, x, _ = stem()
     model.to(memory_format=weight_format)
     twin, seen = twin_of(model), []
@@ -149,7 +149,7 @@ def test_layouts_are_torchs(memory_format: torch.memory_format, weight_format: t
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
 def test_gradcheck(mode: str, memory_format: torch.memory_format) -> None:
     model, x, _ = stem(torch.float64, memory_format, mode, (7, 9), (2, 3))
-    x = (x + 0.3 * torch.randn_like(x)).requires_grad_()  # no ties: there is no derivative at one
+    x = (x + 0.3 * torch.randn_like(x)).requires_grad_()  # avoids ties, where no derivative exists
     twin = twin_of(model)
     parameters = list(twin.parameters())
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_compiled_whole(mode: str) -> None:
 
 
 def test_launches_of_a_training_step() -> None:
-    """On meta tensors Triton's launches are recorded: behind the statistics one forward, and three in backward."""
+    """On meta tensors Triton's launches are recorded: after the statistics one in forward, and three in backward."""
     from fusedres.kernels.triton_core.launch import record_launches
 
     model, x, _ = stem(memory_format=NHWC)
@@ -227,7 +227,7 @@ def test_launches_of_a_training_step() -> None:
         "bn_backward_coefficients_kernel",
         "bn_relu_maxpool_apply_kernel",
     ]
-    y, pooled = 4 * 19 * 8 * 9, 4 * 19 * 4 * 5  # elements, of 4 bytes; a place is one
+    y, pooled = 4 * 19 * 8 * 9, 4 * 19 * 4 * 5  # elements of 4 bytes; the place of a maximum takes 1 byte
     forward, reduce, _, apply = (launch.bytes() for launch in launches)
     assert 0 <= forward - (4 * y + 5 * pooled) < 1000
     assert 0 <= reduce - (4 * y + 5 * pooled) < 1000

@@ -18,7 +18,7 @@ from fusedres.autograd import path_counts
 
 
 def run_images(model: nn.Module, x: Tensor, grad: Tensor, autocast: torch.dtype | None = None) -> Values:
-    """`run` with images that need no gradient, as in training."""
+    """Do what reference.run does, with images that need no gradient, as in training."""
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         out = model(x)
@@ -33,7 +33,7 @@ OWN += [("triton", "eval", torch.float64, NHWC), ("triton", "frozen", torch.floa
 
 @pytest.mark.parametrize(("backend", "mode", "dtype", "memory_format"), OWN, ids=label)
 def test_own_convolution(backend: str, mode: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """With images that need a gradient dy is stored, else it is formed on load."""
+    """If the images need a gradient, dy is stored; otherwise it is formed on load."""
     off_the_interpreter(backend)
     model, x, grad = stem(dtype, memory_format, mode)
     oracle = stem_oracle(model, x, grad)
@@ -82,22 +82,22 @@ def test_own_convolution_makes_only_wanted_gradients(wanted: tuple[str, ...], mo
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_gradcheck_of_an_own_convolution(mode: str, backend: str) -> None:
-    """Of the parameters alone: that is where dy is formed on load."""
+    """Only parameters need gradients, so that dy is formed on load."""
     off_the_interpreter(backend)
     model, x, _ = stem(torch.float64, NHWC, mode, (7, 6), (1, 3))
     model.conv1 = nn.Conv2d(1, 3, 3, 2, 1, bias=False).double()
-    x = x + 0.3 * torch.randn_like(x)  # no ties: there is no derivative at one
+    x = x + 0.3 * torch.randn_like(x)  # avoids ties, where no derivative exists
     twin = twin_of(model, "fused")
     before = path_counts.copy()
     with fusedres.use_backend(backend):
-        fast = backend == "triton"  # the interpreter takes its time
+        fast = backend == "triton"  # because the interpreter is slow
         assert torch.autograd.gradcheck(lambda *_: twin(x), tuple(twin.parameters()), fast_mode=fast)
     assert path_counts["stem_backward"] > before["stem_backward"]
     assert path_counts["stem_composite_backward"] == before["stem_composite_backward"]
 
 
 def test_operators_of_an_own_convolution() -> None:
-    """No library's convolution, no pass for statistics, and no dy; with the cpu backend the library's all the same."""
+    """There is no library convolution, statistics pass or stored dy; the cpu backend still uses the library."""
     model, x, grad = stem(memory_format=NHWC)
     twin = twin_of(model, "fused").to(memory_format=NHWC)
     with fusedres.use_backend("reference"), Listing() as listing:

@@ -94,7 +94,7 @@ def with_pool(**options: object) -> Callable[[nn.Module], object]:
     return lambda m: setattr(m, "maxpool", nn.MaxPool2d(**{"kernel_size": 3, "stride": 2, "padding": 1, **options}))
 
 
-# What makes a stem unusual, and words that the reason must hold.
+# Changes that make a stem unusual, and words that the reason must contain.
 UNUSUAL: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
     "hook on conv1": (lambda m: m.conv1.register_forward_hook(lambda _, __, out: out * 2), ("hook", "conv1")),
     "hook on bn1": (lambda m: m.bn1.register_forward_pre_hook(lambda _, a: (a[0] + 1,)), ("hook", "bn1")),
@@ -145,7 +145,7 @@ def test_return_indices_and_sync_batch_norm_are_reasons() -> None:
 
 
 def test_another_convolution_is_fine() -> None:
-    """CIFAR's 3x3 with stride 1, and one channel in."""
+    """The convolution is CIFAR's 3x3 with stride 1, and has one input channel."""
     model, _, _ = stem(torch.float64)
     model.conv1 = nn.Conv2d(1, 19, 3, 1, 1, bias=False).double()
     x = torch.randn(2, 1, 9, 8, dtype=torch.float64)

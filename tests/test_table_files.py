@@ -1,4 +1,4 @@
-"""Whatever lies where a table of measured choices is expected: one warning and no effect, and no other file harmed."""
+"""A wrong file instead of a table of measured choices causes one warning and no effect, and changes no other file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def loaded() -> tuple[Table | None, list[str]]:
-    """The table of the CPU, and what was warned of."""
+    """Return the table of the CPU, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = store.load(CPU)
@@ -106,10 +106,10 @@ CONTENTS = {
     "ratio -1": block(eager_over_way=-1),
     "ratio true": block(eager_over_way=True),
     "ratio of text": block(eager_over_way="1.5"),
-    "a phase that is none": block(phase="training"),
-    "a dtype that is none": block(dtype="float8"),
-    "a shortcut that is none": block(shortcut="long"),
-    "a kind that is none": block(kind=1),
+    "an unknown phase": block(phase="training"),
+    "an unknown dtype": block(dtype="float8"),
+    "an unknown shortcut": block(shortcut="long"),
+    "an unknown kind": block(kind=1),
     "a way a list": block(way=["unfused"]),
     "a way null": block(way=None),
     "a backend of a list": way(backend=["cpu"]),
@@ -148,7 +148,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_table_too_large_is_not_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with cache.open("wb") as file:
-        file.truncate(1 << 40)  # takes no space
+        file.truncate(1 << 40)  # takes no disk space
     is_told_once_and_ignored(cache)
     text = json.dumps(GOOD)
     cache.write_text(text)
@@ -159,7 +159,7 @@ def test_a_table_too_large_is_not_read(cache: Path, monkeypatch: pytest.MonkeyPa
 
 
 def changed(value: Any, random_: random.Random) -> Any:
-    """The value with something in it replaced, removed or doubled."""
+    """Return the value with a part of it replaced, removed or doubled."""
     strange: list[Any] = [
         *(None, True, False, 0, -1, 1, 2**62, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
         *("", "cpu", "cuda", "triton", "unfused", "fprop", "x" * 5000, "\ud800", [], {}, [[]], {"a": 1}, [1, 2]),
@@ -184,7 +184,7 @@ CALLS = [bottleneck(), bottleneck(7, 3), bottleneck(batch=1, height=0), bottlene
 
 
 def test_mutated_tables_are_read_as_tables_or_told(cache: Path) -> None:
-    """Values are replaced, removed and doubled; bytes are flipped, cut and doubled. Look-ups never fail."""
+    """Values are replaced, removed or doubled; bytes are flipped, cut or doubled. Look-ups never fail."""
     random_, refused, taken = random.Random(0), 0, 0
     for turn in range(600):
         if turn % 2:
@@ -208,7 +208,7 @@ def test_mutated_tables_are_read_as_tables_or_told(cache: Path) -> None:
     assert refused > 300 and taken > 20
 
 
-# What is no file
+# Not a regular file
 
 
 def pipe(path: Path) -> None:
@@ -217,7 +217,7 @@ def pipe(path: Path) -> None:
 
 def listening(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as found:
-        os.chdir(path.parent)  # its path must be short
+        os.chdir(path.parent)  # because the path of a socket must be short
         found.bind(path.name)
 
 
@@ -249,7 +249,7 @@ def test_a_table_that_may_not_be_read_is_told(cache: Path, monkeypatch: pytest.M
     def refuse(*args: object) -> int:
         raise PermissionError(13, "Permission denied", str(cache))
 
-    monkeypatch.setattr(os, "open", refuse)  # permissions bind everyone but root
+    monkeypatch.setattr(os, "open", refuse)  # root may read every file, so a permission cannot be used
     is_told_once_and_ignored(cache)
 
 

@@ -1,4 +1,4 @@
-"""How commands end where the reader of their output, the terminal or the disk does: quietly, with usual exit codes."""
+"""Commands end quietly, with the usual exit codes, when their reader, the terminal or the disk is gone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from processes import HANG, interruptible
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py"))
 COMMANDS = [path for path in SCRIPTS if '__name__ == "__main__":' in path.read_text()]
-# Output is buffered as it is for users, so that some is left at the end.
+# Output is buffered as for users, so that some of it is written only at the end.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
-# A command with main in place of what takes long.
+# A command with a short main() instead of the real work.
 TOY = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -36,9 +36,9 @@ sys.exit(run(main, "toy", "stopped"))
 
 
 def in_shell(redirection: str, *command: str, has_reader: bool = True, **environment: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command in a shell; of a shell's pipe the first program's code."""
+    """Run a command in a shell; return exit code (of the first program of a pipe), output and errors."""
     out = subprocess.PIPE
-    if not has_reader:  # gone before the first line, however busy the machine is
+    if not has_reader:  # the reader is gone before the first line, even on a busy machine
         reader, out = os.pipe()
         os.close(reader)
     done = subprocess.run(
@@ -52,7 +52,7 @@ def in_shell(redirection: str, *command: str, has_reader: bool = True, **environ
 
 
 def toy(body: str, redirection: str = "", has_reader: bool = True, **environment: str) -> tuple[int, str, str]:
-    """The same of a command that does this."""
+    """Do the same for a command with this main()."""
     code = TOY.format(folder=str(ROOT / "fusedres"), body=body)
     return in_shell(redirection, "-c", code, has_reader=has_reader, **environment)
 
@@ -155,7 +155,7 @@ def test_commands_for_a_reader_that_is_gone(command: list[str]) -> None:
 
 @pytest.mark.parametrize("command", [["-m", "fusedres", "tune"], ["examples/train.py"], ["benchmarks/traffic.py"]])
 def test_an_interruption_while_a_command_is_imported_is_silent(command: list[str]) -> None:
-    """As soon as torch is being read."""
+    """The interruption comes while torch is imported."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=ENVIRONMENT, preexec_fn=interruptible,
@@ -168,7 +168,7 @@ def test_an_interruption_while_a_command_is_imported_is_silent(command: list[str
 
 
 def test_training_is_interrupted_quietly_with_its_workers(tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole group of processes; then the same without a reader."""
+    """Ctrl-C reaches the whole group of processes; then training runs again, without a reader of its output."""
     pytest.importorskip("matplotlib", reason="the curves are drawn with matplotlib")
     for i in range(24):
         (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)

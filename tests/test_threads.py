@@ -1,4 +1,4 @@
-"""fuse(), unfuse(), freeze() and train() in one thread while others infer: the old result or the new, no error."""
+"""While one thread calls fuse(), unfuse(), freeze() or train(), others infer: old or new results, but no errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ THREADS, CALLS = 8, 2000
 
 
 class Tagged(BasicBlock):
-    """A subclass, which gets a fused class of its own."""
+    """A subclass of a block, for which a new fused class is made."""
 
 
 @pytest.fixture
 def switching() -> Iterator[None]:
-    """Threads change places every few instructions."""
+    """Switch between threads every few instructions."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -50,7 +50,7 @@ def unfuse_and_fuse(model: nn.Module) -> None:
 
 def freeze_and_thaw(model: nn.Module) -> None:
     fusedres.freeze(model)
-    for module in model.modules():  # as train() does, without batch statistics
+    for module in model.modules():  # like train(), but without batch statistics
         if isinstance(module, BasicBlock | Bottleneck):
             module.fused_frozen = None
     model.eval()
@@ -94,9 +94,9 @@ def test_inference_while_another_thread_changes_the_model(kind: type, change: st
             for _ in range((CALLS if kind is not ResNet else CALLS // 5) // THREADS):
                 with torch.no_grad():
                     got = model(x)
-                if change != "train and eval":  # there some calls take batch statistics, as torch's do
+                if change != "train and eval":  # in that case some calls use batch statistics, as in torch
                     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-        except BaseException as error:  # told by the main thread
+        except BaseException as error:  # the main thread reports it
             errors.append(error)
 
     def alter() -> None:
@@ -120,7 +120,7 @@ def test_inference_while_another_thread_changes_the_model(kind: type, change: st
 
 @pytest.mark.usefixtures("switching")
 def test_train_mode_drops_folds_that_another_thread_was_making() -> None:
-    """After train() and new weights nobody infers with folds of the old ones."""
+    """After train() and an update of the weights, no thread infers with folds of the old weights."""
     model, x = build(BasicBlock)
     fusedres.fuse(model)
     stop = threading.Event()

@@ -1,7 +1,7 @@
-"""The tolerance rule itself: stock blocks pass it against stock blocks, and a seeded error in any one tensor fails.
+"""The tolerance rule itself: stock blocks pass it against stock blocks, and an error put into any one tensor fails.
 
-An oracle run costs little, so that the rule is tried over every shape list, several seeds, both memory formats and
-one and two threads; the errors that must fail are put into the stock block's own results.
+An oracle run is cheap, so the rule is tried with all shape lists, several seeds, both memory formats, and one or two
+threads. The errors that must fail are put into the stock block's own results.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from shapes import CHANNELS, CORE, SIZES, STRIDE_ONE, Case
 from tolerance import UNIT, check, check_tensor, complaints
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# The smallest error of a whole tensor that the rule finds in every tensor of every core case; eager's own gradients
-# are off by up to 2.2% of their largest value in bfloat16, and the rule allows three times that.
+# The smallest error of a whole tensor that the rule finds in every tensor of every core case. In bfloat16, eager's own
+# gradients are off by up to 2.2% of their largest value, and the rule allows three times that.
 FOUND = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def stock_runs(case: Case, dtype: torch.dtype, mode: str, threads: int = 1) -> tuple[Oracle, Values, Values]:
-    """The oracle, and the same stock block in both memory formats: NCHW on one thread, NHWC on `threads`."""
+    """Return the oracle, and results of the stock block in NCHW on one thread and in NHWC on `threads` threads."""
     block = set_mode(build(case, dtype), mode)
     x, grad = inputs(case, dtype)
     separate(block, x)

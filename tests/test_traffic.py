@@ -1,4 +1,4 @@
-"""benchmarks/traffic.py and memory_traffic/: bytes in closed form, and counted as operators run."""
+"""benchmarks/traffic.py and memory_traffic/: bytes by closed formulas, and counted while operators run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def blocks():
 
 
 def test_closed_form_of_a_basic_block_by_hand(traffic):
-    """Identity BasicBlock: all tensors have the same size u. Counted from the list of operators, by hand."""
+    """In an identity BasicBlock all tensors have the same size u. The bytes were counted by hand from the operators."""
     block = traffic.Block("basic", 16, 16, 8)
     u, mask = 2 * 16 * 8 * 8, 16 * 8 * 8 / 8
     expected = {
@@ -48,24 +48,24 @@ def test_closed_form_of_a_basic_block_by_hand(traffic):
         "eager": (4 + 6 + 2 + 3 + 2) * u + (3 + 10 + 3 + 8 + 3) * u,
         # conv 2, statistics 1, apply 2, conv 2, statistics 1, tail 3 | with out as mask: 3 + 4, inner 2 + 3, conv 8, 4
         "pointwise": 11 * u + (7 + 5 + 8 + 4) * u,
-        # the mask in bits: written once, read by sums, elementwise and the gradients' sum
+        # mask of one bit per element: written once; read by the sums, the elementwise pass and the sum of gradients
         "library": 11 * u + mask + (2 + 3 + 5 + 8 + 3) * u + 3 * mask,
         # x>y1, y1>y2, y2+x>out | sums g y2; dgrad g y2 y1>dz; wgrad g y2 y1; wgrad dz y1 x; dgrad dz y1 g>dx
         "epilogue": (2 + 2 + 3) * u + mask + (2 + 4 + 3 + 3 + 4) * u + 4 * mask,
-        # no 1x1 convolution: as before
+        # there is no 1x1 convolution, so nothing changes
         "one_pass": (2 + 2 + 3) * u + mask + (2 + 4 + 3 + 3 + 4) * u + 4 * mask,
         # sums g y2; g y2>dy2; dgrad dy2 y1>dz; wgrad dy2 y1; dz y1>dy1; wgrad dy1 x; dgrad dy1 g>dx
         "stored_dy": 7 * u + mask + (2 + 3 + 3 + 2 + 3 + 2 + 3) * u + 3 * mask,
     }
     assert {m: traffic.bytes_moved(block, m, "train", 1, 2, weights=False) for m in traffic.MODES} == expected
-    # Weights: each convolution forward, dgrad, wgrad; in any mode.
+    # Weights: each convolution takes them in forward, dgrad and wgrad, in any mode.
     for mode in traffic.MODES:
         with_weights = traffic.bytes_moved(block, mode, "train", 3, 2)
         assert with_weights == 3 * expected[mode] + 2 * 3 * 2 * 16 * 16 * 9
 
 
 def test_closed_form_of_a_strided_bottleneck_by_hand(traffic):
-    """x: 32 channels at 8², conv1 to 16 at 8², conv2 to 16 at 4², out 64 at 4²; in units of v = 16 channels at 4²."""
+    """x has 32 channels at 8², y1 16 at 8², y2 16 at 4², out 64 at 4²; the unit is v = 16 channels at 4²."""
     block = traffic.Block("bottleneck", 32, 16, 8, 2, "projection")
     v, mask = 4 * 16 * 4 * 4, 64 * 4 * 4 / 8
     x, touched, y1, y2, out = 8, 2, 4, 1, 4
@@ -80,8 +80,8 @@ def test_closed_form_of_a_strided_bottleneck_by_hand(traffic):
         + (out + y2 + touched) + (out + y2 + y2)  # sums and Gᵀ; dz2
         + (2 * y2 + 2 * y1) + (2 * y2 + y1)  # conv2: dz2, y2, y1 > dz1; dz2, y2, y1
         + (2 * y1 + x)  # conv1 wgrad
-        + (out + touched + touched)  # projection's gradient at the pixels it touches
-        + (2 * y1 + touched + x)  # conv1 dgrad, which adds it
+        + (out + touched + touched)  # the projection's gradient at the pixels that it uses
+        + (2 * y1 + touched + x)  # conv1 dgrad, which adds that gradient
     )  # fmt: skip
     assert traffic.bytes_moved(block, "eager", "train", 1, 4, weights=False) == eager * v
     assert traffic.bytes_moved(block, "one_pass", "train", 1, 4, weights=False) == one_pass * v + 4 * mask
@@ -98,13 +98,13 @@ def test_closed_form_inference_by_hand(traffic):
 
 
 def test_closed_form_of_a_stem_by_hand(traffic):
-    """Images of 3 channels at 8², y 64 channels at 4², pooled 64 at 2²; one byte an index fused, eight in eager."""
+    """Images have 3 channels at 8², y 64 at 4², pooled 64 at 2²; an index takes one byte fused, and eight in eager."""
     stem = traffic.Stem(8)
     x, y, out, places = 4 * 3 * 64, 4 * 64 * 16, 4 * 64 * 4, 64 * 4
     train = {m: traffic.bytes_moved(stem, m, "train", 1, 4, weights=False) for m in ("eager", "stored_dy")}
     # conv, statistics 1 + apply 2, relu 2, pool | pool, relu 3, bn 2 + 3, wgrad
     assert train["eager"] == (x + y) + 5 * y + (y + out + 8 * places) + (out + 8 * places + y) + 8 * y + (y + x)
-    # conv with statistics, one pass behind it | sums, wgrad, each from y and what the pool kept
+    # conv with statistics, one pass after it | sums and wgrad, each from y, grad and the pool's places
     assert train["stored_dy"] == (x + y) + (y + out + places) + 2 * (out + places + y) + x
     infer = {m: traffic.bytes_moved(stem, m, "infer", 3, 4) for m in ("eager", "library")}
     weights = 4 * 64 * 3 * 49
@@ -114,7 +114,7 @@ def test_closed_form_of_a_stem_by_hand(traffic):
 
 
 def test_resnet_totals(traffic):
-    """MB an image at 224² in 16 bits; every step of fusion moves less."""
+    """These are MB per image at 224² in 16 bits; every step of fusion moves less."""
     rows = {r["mode"]: r for r in traffic.table()}
     assert len(traffic.resnet_blocks(50)) == 16
     assert rows["eager"]["resnet18"] == pytest.approx(73.3, abs=0.05)
@@ -127,7 +127,7 @@ def test_resnet_totals(traffic):
 
 
 def test_shapes_are_torchvisions(traffic):
-    """Block names, sizes and convolutions are those that run inside torchvision's models."""
+    """Block names, sizes and convolutions are those of torchvision's models."""
     from torchvision.models import resnet18, resnet50
 
     def shape(channels: int, size: int) -> torch.Size:
@@ -163,7 +163,7 @@ def test_counting_by_hand(counting):
     with counting.CountBytes() as count:
         c = a + b  # reads 2, writes 1
         c.t().view(20, 10)  # views
-        torch.empty(1000)  # nothing is touched
+        torch.empty(1000)  # reads and writes nothing
         c.relu_()  # reads and writes 1
         c.copy_(a)  # reads 1, writes 1
         torch.add(a, a)  # one argument: reads 1, writes 1
@@ -180,7 +180,7 @@ def test_counting_passes_of_batch_norm_and_convolution(counting):
     with counting.CountBytes() as count:
         out = F.batch_norm(x, torch.zeros(8), torch.ones(8), weight, torch.zeros(8), training=True)
     activations = x.numel() * 4
-    # x twice, result once, and per channel: weight, bias, running mean and variance, mean and invstd
+    # x twice, the result once, and vectors per channel: weight, bias, running mean and variance, mean and invstd
     assert activations * 3 <= count.total <= activations * 3 + 10 * 8 * 4
     with counting.CountBytes() as count:
         out.backward(torch.ones_like(x))
@@ -200,7 +200,7 @@ def test_counted_bytes_of_eager_agree_with_the_closed_form(traffic, counting, bl
         module(x).backward(torch.ones_like(out, memory_format=torch.preserve_format))
     ones = out.numel() * 4
     expected = traffic.bytes_moved(block, "eager", "train", batch, 4)
-    vectors = 4 * 8 * 30 * max(block.in_channels, block.out_channels)  # per-channel vectors, which the form leaves out
+    vectors = 4 * 8 * 30 * max(block.in_channels, block.out_channels)  # per-channel vectors are not in the formula
     assert expected <= count.total - ones <= expected + vectors
     assert vectors < 0.1 * expected
 

@@ -1,4 +1,4 @@
-"""Bytes counted from the arguments of every launch: they explain the closed form, and a kernel left out is noticed."""
+"""Bytes counted from the arguments of every launch agree with the closed formulas, and a missing kernel is noticed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def launched():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Both models, every way. In the interpreter configs are small ones: a process without it."""
+    """Count both models in every way, in a process without Triton's interpreter, where configs are small."""
     path = tmp_path_factory.mktemp("launched") / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCHMARKS / "traffic.py"), "--launched", "--json", str(path)]
@@ -72,7 +72,7 @@ def test_every_block_and_model_has_a_row_a_way(run, rows, launched, traffic):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_blocks_run_in_every_dtype(traffic, launched, dtype):
-    """BatchNorm is float32 beside half precision, else of the block's dtype."""
+    """BatchNorm is float32 for half-precision blocks, otherwise it has the block's dtype."""
     for what in (traffic.resnet_blocks(50)["layer2.0"], traffic.Stem()):
         for way in launched.WAYS:
             phases = launched.train_step(what, way, 2, dtype)
@@ -99,7 +99,7 @@ def test_a_model_is_the_sum_of_its_blocks(rows, traffic, launched, depth):
 
 @pytest.mark.parametrize("name", ["resnet18.layer1.0", "resnet18.layer3.1", "resnet50.layer1.1", "resnet50.layer3.1"])
 def test_library_way_is_the_closed_form_and_what_backward_recomputes(rows, traffic, name):
-    """Inner activations are not saved: backward reads y and writes relu(BN(y)) once more."""
+    """Inner activations are not saved, so backward reads y and writes relu(BN(y)) again."""
     depth, _, block_name = name.removeprefix("resnet").partition(".")
     block = traffic.resnet_blocks(int(depth))[block_name]
     recomputed = sum(2 * 2 * c.target for c in block.convolutions[:-1])
@@ -135,13 +135,13 @@ def test_each_fusion_moves_less(rows, model):
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 def test_one_pass_blocks_move_what_their_closed_form_says(rows, model):
-    """Up to partial sums of tiles and splits, which the form leaves out."""
+    """The counts agree except for partial sums of tiles and splits, which the formula leaves out."""
     row = rows[model, "fused min"]
     assert 0.98 < row["mb_image"] / row["closed_form_mb_image"]["stored_dy"] < 1.06
 
 
 def test_the_stem_pools_in_one_pass(rows, launched):
-    """Convolution (x → y), statistics (y), BatchNorm to pool (y → out, places); sums, dy and wgrad backward."""
+    """Passes: convolution (x → y), statistics (y), BatchNorm to pool (y → out, places); backward sums, dy and wgrad."""
     x, y, out = 3 * 224**2 * 2, 64 * 112**2 * 2, 64 * 56**2 * 2
     places = out // 2
     forward = (x + y) + y + (y + out + places)
@@ -153,7 +153,7 @@ def test_the_stem_pools_in_one_pass(rows, launched):
 
 
 def test_the_stem_with_its_own_convolution_moves_what_its_closed_form_says(rows, traffic):
-    """No pass for statistics, and dy is never stored. Partial sums of tiles and splits, too, are within 5%."""
+    """There is no statistics pass, and dy is never stored. Partial sums of tiles and splits are within the 5%."""
     goal = traffic.stem_bytes(True) / 1e6
     assert goal == pytest.approx(8.8, abs=0.05)
     for way in ("fused", "fused min"):
@@ -172,7 +172,7 @@ def test_a_launch_counts_what_it_reads_and_writes(launched):
     for stride, pixels in ((1, 36), (2, 9)):
         with fusedres.use_backend("triton"), launched.CountLaunched() as count:
             bn_relu(x, state, "triton", None, stride)
-        assert count.total == 0 and not count.missing  # no operator beside it
+        assert count.total == 0 and not count.missing  # no other operator runs
         assert [launch.bytes() for launch in count.kernels] == [2 * 8 * 64 * pixels * 2 + 4 * 64 * 4]
 
 
@@ -210,13 +210,13 @@ def test_what_cannot_be_counted_is_refused(arguments, message, capsys):
 
 @pytest.mark.parametrize(("model", "goal"), [("resnet50", 161.2), ("resnet18", 40.2)])
 def test_one_pass_blocks_reach_the_goal(rows, model, goal):
-    """MB an image in bfloat16 at 224x224: the least that these kernels could move, and 5%."""
+    """These are MB per image in bfloat16 at 224x224: at most 5% more than the least that these kernels could move."""
     assert rows[model, "fused min"]["mb_image"] <= 1.05 * goal
 
 
 @pytest.mark.parametrize(("name", "forward", "backward"), [("resnet18.layer1.0", 8, 10), ("resnet18.layer2.0", 8, 14)])
 def test_a_basic_block_takes_few_launches(rows, name, forward, backward):
-    """Weight casts, running statistics and counters included; operators of torch count as launches."""
+    """Casts of weights, running statistics and counters are included; operators of torch count as launches."""
     row = rows[name, "fused"]
     total = [own + other for own, other in zip(row["launches"], row["operators"], strict=True)]
     assert total[0] <= forward and total[1] <= backward
@@ -231,7 +231,7 @@ def test_a_basic_block_takes_few_launches(rows, name, forward, backward):
     ],
 )
 def test_a_one_pass_block_takes_few_launches(rows, name, launches, operators):
-    """The small products of a unit take six; a 16-bit weight may be cast; a shared gradient of a bias is copied."""
+    """A unit's small products take six launches; a 16-bit weight may be cast; a shared bias gradient is copied."""
     row = rows[name, "fused min"]
     assert row["launches"][0] <= launches[0] and row["launches"][1] <= launches[1]
     assert row["operators"][0] <= operators[0] and row["operators"][1] <= operators[1]

@@ -48,7 +48,7 @@ def test_digits_split_is_fixed_stratified_and_disjoint(example: SimpleNamespace)
 
 
 def test_cifar10_has_its_own_test_set_and_mirrors(example: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's class stands in with ten images; the files themselves are not read here."""
+    """A stand-in with ten images replaces torchvision's class; no files are read."""
 
     def stand_in(root: str, train: bool, download: bool) -> SimpleNamespace:
         assert not download
@@ -63,7 +63,7 @@ def test_cifar10_has_its_own_test_set_and_mirrors(example: SimpleNamespace, monk
     expected = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
     plain = torch.stack([data.train.image(i, None) for i in range(10)])
     torch.testing.assert_close(plain.double(), expected, rtol=1e-5, atol=1e-5)
-    # Every augmented image is a shifted window of the padded image, mirrored in about half of the cases.
+    # Every augmented image is a shifted window of the padded image, and about half of them are mirrored.
     mirrored = 0
     for key in range(40):
         got = data.train.image(0, np.random.default_rng(key))

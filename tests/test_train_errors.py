@@ -1,4 +1,4 @@
-"""examples/train.py says in one sentence what is wrong with its arguments, images, devices and checkpoints."""
+"""examples/train.py says in one sentence what is wrong with arguments, images, devices and checkpoints."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ SMALL = ["--arch", "resnet10", "--image-size", "8", "--batch", "8"]
     ("arguments", "message"),
     [
         (["--data", "no/such/place"], "there is no folder no/such/place"),
-        (["--data", "{tmp}"], "must hold one sub-folder a class"),
+        (["--data", "{tmp}"], "must hold one sub-folder per class"),
         (["--data", "cifar10", "--data-root", "{tmp}"], "pass --data-root or --download"),
         (["--data", "{folder}", "--batch", "1000"], "96 training images do not fill a batch of 1000"),
         (["--data", "{folder}", "--json", "{tmp}/none/x.json"], "there is no folder {tmp}/none to write to"),

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib", reason="the curves are drawn with matplotlib")
 pytest.importorskip("tqdm", reason="the progress bar is tqdm's")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-# One thread each: the processes of a test share the machine's cores, and threads that wait for a core spin.
+# One thread per process: the processes of a test share the machine's cores, and threads that wait for a core spin.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ["--arch", "resnet10", "--image-size", "8", "--batch", "8"]
 
@@ -43,7 +43,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """Where two checkpoints differ, bit for bit; times aside."""
+    """Return where two checkpoints differ in any bit, without times; None if nowhere."""
     if path.endswith("/seconds"):
         return None
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -67,14 +67,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def assert_picture(path: Path, width: int) -> None:
-    """A PNG of that width at least, with the colours of both lines in it."""
+    """Assert that this is a PNG of at least that width with many colours, so that something is drawn."""
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.width >= width
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
 
 
-# train.py, killed where it would write its second checkpoint: five batches were trained behind the first.
+# train.py, killed when it would write its second checkpoint, five batches after the first.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -136,7 +136,7 @@ def test_digits_are_learnt_and_everything_is_written(example: SimpleNamespace, t
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "curves.png"]
     state = read(out / "checkpoint.pt")
     assert (state["epoch"], state["batch"]) == (2, 0)
-    model = example.trainer.build_model("resnet10", 10, 1, True)  # stock blocks take the weights of fused ones
+    model = example.trainer.build_model("resnet10", 10, 1, True)  # stock blocks load the weights of fused ones
     model.load_state_dict(state["model"], strict=True)
 
 
@@ -147,7 +147,7 @@ def test_two_processes(image_folder: Path, tmp_path: Path) -> None:
         command(*options, launcher=launcher), capture_output=True, text=True, timeout=HANG, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)  # one process prints
+    result = json.loads(done.stdout)  # only one process prints
     assert result["processes"] == 2
     assert done.stderr.count("epoch   2/2") == 1
     state = read(tmp_path / "checkpoint.pt")
@@ -228,7 +228,7 @@ def test_mixed_precision_trains_the_fused_network(
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     batch = torch.stack([data.train.image(i, None) for i in range(0, 120, 15)])
     labels = torch.tensor([data.train.labels[i] for i in range(0, 120, 15)])
-    for _ in range(16):  # fp16: steps are skipped until the scale of the loss fits
+    for _ in range(16):  # fp16 skips steps until the loss scale fits
         trainer.step(*trainer.to_device(batch, labels))
         if trainer.scheduler.last_epoch > 0:
             break

@@ -1,4 +1,4 @@
-"""What examples/train.py writes and reads: checkpoints, curves and results, on disks that are full or spoilt."""
+"""The files that examples/train.py writes and reads: checkpoints, curves and results, also on full or broken disks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ["--arch", "resnet10", "--image-size", "8", "--batch", "4", "--epochs", 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Ten images in two classes."""
+    """Write ten images in two classes."""
     root = tmp_path_factory.mktemp("pictures")
     for label in ("a", "b"):
         (root / label).mkdir()
@@ -47,7 +47,7 @@ def is_state(found: dict[str, Any]) -> bool:
 
 
 def refused(example: SimpleNamespace, path: Path) -> str:
-    """What is said of a checkpoint that cannot be used: a sentence that names it."""
+    """Return the message for a checkpoint that cannot be used: a sentence that names the file."""
     with pytest.raises(example.data.UsageError) as caught:
         example.checkpoint.load(path)
     said = str(caught.value)
@@ -109,7 +109,7 @@ def test_strange_pickles_are_refused_and_never_run(example: SimpleNamespace, tmp
     ids=["raises", "settings", "another", "list", "number"],
 )
 def test_a_whole_file_of_something_else_is_refused(example: SimpleNamespace, tmp_path: Path, content: Any) -> None:
-    """Its checksum is right: nothing was damaged."""
+    """Its checksum is right, so it is not damaged."""
     example.checkpoint.save(content, tmp_path / "checkpoint.pt")
     refused(example, tmp_path / "checkpoint.pt")
 
@@ -188,7 +188,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 
 
 def test_a_limit_of_the_system_is_told(example: SimpleNamespace, saved: Path) -> None:
-    """The real thing: part of a write succeeds, then none."""
+    """With a real limit, part of a write succeeds, and then no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
@@ -206,7 +206,7 @@ def test_a_full_disk_ends_the_script_with_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the checkpoint, in the curves, and in the results."""
+    """The disk is full when the checkpoint, the curves or the results are written."""
     out, report, files = tmp_path / "out", tmp_path / "result.json", example.shared.files
     report.write_text("old")
     options = [*SMALL, "--data", str(pictures), "--out", str(out), "--json", str(report)]
@@ -310,7 +310,7 @@ def test_what_a_killed_process_leaves_is_removed_and_what_a_live_one_writes_is_n
 def test_a_file_taken_for_a_leftover_is_made_anew(
     example: SimpleNamespace, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process removes it after it was made and before it is locked."""
+    """Another process removes the file after it was made and before it is locked."""
     files, right, made = example.shared.files, os.open, []
 
     def open_(path: Any, *args: Any, **more: Any) -> int:

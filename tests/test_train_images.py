@@ -1,4 +1,4 @@
-"""Images that examples/train.py cannot read: each is named in one sentence, whatever its decoder raises."""
+"""examples/train.py names an image that it cannot read in one sentence, whatever the decoder raises."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_byte(data: bytearray, at: int, value: int) -> bytearray:
 
 
 def header(width: int, height: int) -> bytes:
-    """A PNG file that says it is of this size."""
+    """Return a PNG file that claims to have this size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end

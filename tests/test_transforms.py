@@ -1,4 +1,4 @@
-"""Function transforms around a fused block: batched gradients, torch.func, a node applied by hand."""
+"""Function transforms of a fused block: batched gradients, torch.func, and a node that is called by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m fusedres tune: what it measures, the rule by which it decides, and what it writes."""
+"""python -m fusedres tune: what it measures, how it decides, and what it writes."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def stem(size: int = 10) -> Subject:
 
 @pytest.fixture
 def kept() -> Iterator[None]:
-    """Whatever table a test installs is gone behind it."""
+    """Restore the table after a test that installs another one."""
     before = dispatch.table(CPU)
     yield
     dispatch.install(CPU, before)
 
 
 class Synthetic:
-    """Stands in for `interleave`: seconds by variant, scattered a little, the same for all in a round."""
+    """Replaces `interleave`: gives seconds for each variant, with some scatter, equal for all variants of a round."""
 
     def __init__(self, seconds: Callable[[str], float]) -> None:
         self.seconds, self.asked = seconds, []
@@ -76,7 +76,7 @@ def test_the_shapes_of_a_model() -> None:
     assert [subject.name for subject in found][:4] == [
         "resnet50.stem", "resnet50.layer1.0", "resnet50.layer1.1", "resnet50.layer2.0",
     ]  # fmt: skip
-    assert len(found) == 1 + 8 + 7  # the stem is the same
+    assert len(found) == 1 + 8 + 7  # both models have the same stem
     by_name = {subject.name: subject.shape for subject in found}
     assert by_name["resnet50.stem"] == ("stem 7x7", "none", 3, 64, 64, 1, 2, 1, 224, 224)
     assert by_name["resnet50.layer2.0"] == ("bottleneck", "projection", 256, 128, 512, 1, 2, 1, 56, 56)
@@ -122,7 +122,7 @@ def found_with(monkeypatch: pytest.MonkeyPatch, seconds, subject=None, phase="tr
 
 
 def test_each_product_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
-    """1x1 fprop and larger wgrad are faster of this package's own, all others of the library's."""
+    """Here this package's 1x1 fprop and larger wgrad are faster, and the library's other products."""
 
     def seconds(name: str) -> float:
         if name == "eager":
@@ -139,7 +139,7 @@ def test_each_product_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, kept: N
 
 
 def test_it_starts_from_the_faster_of_both(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
-    """All own products together are fastest, though none of them alone is."""
+    """All of this package's products together are fastest, although none of them is faster alone."""
     found, _ = found_with(monkeypatch, lambda name: 10 if name == "eager" else 5 if name.count("+") == 4 else 12)
     assert found.entry.way == Way("reference", OWN, OWN)
 
@@ -172,7 +172,7 @@ def test_inference_and_stems_choose_among_what_they_run(monkeypatch: pytest.Monk
     assert clock.asked == [["eager", "cpu"], ["eager", "cpu"]]
 
 
-# Wrong ways
+# Ways that compute wrong results
 
 
 def test_a_wrong_way_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
@@ -206,7 +206,7 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tm
     assert dispatch.table(CPU) is None
 
 
-# From end to end
+# The whole command
 
 
 def test_what_is_written_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
@@ -282,7 +282,7 @@ def test_an_interruption_says_what_was_measured(tmp_path: Path, monkeypatch: pyt
 
 @interpreted
 def test_products_and_tile_sizes_in_the_interpreter(tmp_path: Path, kept: None) -> None:
-    """The very kernels: every way agrees with eager, and every problem that has candidates gets one of them."""
+    """With the real kernels every way agrees with eager, and every problem with candidates gets one of them."""
     said: list[str] = []
     tuning = Tuning(CPU, "triton", tmp_path / "table.json", rounds=1, say=said.append)
     tuning.run([Case(bottleneck(), 1, "float32", "infer"), Case(stem(), 1, "float32", "train")])

@@ -1,4 +1,4 @@
-"""Blocks with something unusual inside: they run unfused, with the stock block's numbers, and report() says why."""
+"""Unusual blocks run unfused, with the stock block's numbers, and report() says why."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SMALL = case("basic", "projection")
 
 
 class Halved(nn.BatchNorm2d):
-    """A norm with a forward of its own."""
+    """A BatchNorm subclass with a forward of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) / 2
 
 
 class Quantized(nn.Conv2d):
-    """A convolution whose weight is rounded at each call, as quantization-aware training does."""
+    """A convolution that rounds its weight at each call, as in quantization-aware training."""
 
     def forward(self, x: Tensor) -> Tensor:
         rounded = torch.fake_quantize_per_tensor_affine(self.weight, 0.05, 0, -128, 127)
@@ -76,7 +76,7 @@ def with_pooling(block: nn.Module) -> None:
 
 
 def with_strided(block: nn.Module, name: str) -> None:
-    """A vector of a BatchNorm as every second element of a longer one."""
+    """Replace a vector of a BatchNorm by every second element of a longer one."""
     old = getattr(block.bn2, name)
     longer = torch.stack([old.detach(), torch.full_like(old, 7)], dim=1)[:, 0]
     setattr(block.bn2, name, nn.Parameter(longer) if isinstance(old, nn.Parameter) else longer)
@@ -87,7 +87,7 @@ def with_instance_forward(block: nn.Module) -> None:
     bn1.forward = lambda x: nn.BatchNorm2d.forward(bn1, x) + 1
 
 
-# What makes a block unusual, and words that the reason must hold.
+# Changes that make a block unusual, and words that the reason must contain.
 UNUSUAL: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
     "forward hook on bn1": (lambda b: b.bn1.register_forward_hook(lambda _, __, out: out * 2), ("hook", "bn1")),
     "pre-hook on conv2": (lambda b: b.conv2.register_forward_pre_hook(lambda _, a: (a[0] + 1,)), ("hook", "conv2")),
@@ -133,7 +133,7 @@ UNUSUAL: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_an_unusual_block_runs_unfused_with_identical_numbers(what: str, mode: str, after: bool) -> None:
-    """Reported with its reason, and every number is the stock block's bit by bit; looked at anew at each call."""
+    """report() gives the reason, and all numbers equal the stock block's bit by bit; every call checks again."""
     alter, words = UNUSUAL[what]
     (block, x, grad), (twin, _, _) = (stock_case(SMALL, mode=mode) for _ in range(2))
     if after:
@@ -226,7 +226,7 @@ def test_a_block_that_was_not_fused_is_reported_so() -> None:
 
 
 def test_convert_sync_batchnorm_after_fuse() -> None:
-    """The blocks fall back with the reason; in eval every number is the stock model's after the same conversion."""
+    """The blocks run unfused with that reason; in eval mode all numbers equal those of the converted stock model."""
     block, x, _ = stock_case(SMALL, mode="eval")
     twin = nn.SyncBatchNorm.convert_sync_batchnorm(fused_twin(block))
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(block)
@@ -236,7 +236,7 @@ def test_convert_sync_batchnorm_after_fuse() -> None:
 
 
 def test_grouped_convolutions_match_resnext() -> None:
-    """ResNeXt's blocks are fused, or reported with the reason; either way they compute what torchvision's do."""
+    """ResNeXt's blocks are fused, or reported with a reason; in both cases they compute what torchvision's do."""
     with torch.device("meta"):
         assert len(fusedres.report(fusedres.fuse(resnext50_32x4d()))) == 17
     stock = randomize(Bottleneck(32, 8, groups=4, base_width=64), 1).double()
@@ -258,7 +258,7 @@ def test_dilated_bottlenecks_match(dilation: int) -> None:
 
 
 def test_functional_call_uses_the_given_parameters() -> None:
-    """torch.func: other parameters for one call, gradients of them, and nothing of the module's own is touched."""
+    """torch.func uses other parameters for one call and gives their gradients; the module's own ones do not change."""
     block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
     twin = fused_twin(block)
     others = {name: p.detach() * 1.5 for name, p in block.named_parameters()}
@@ -275,7 +275,7 @@ def test_functional_call_uses_the_given_parameters() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 def test_forward_mode_and_batched_transforms_match() -> None:
-    """jvp and vmap over a fused block in eval are those of the stock block."""
+    """jvp and vmap of a fused block in eval mode equal those of the stock block."""
     block, x, tangent = stock_case(case("basic", "identity"), torch.float64, mode="eval")
     twin = fused_twin(block)
     for eager, got in zip(torch.func.jvp(block, (x,), (tangent,)), torch.func.jvp(twin, (x,), (tangent,)), strict=True):
@@ -293,7 +293,7 @@ def test_a_tensor_subclass_as_input_runs_unfused() -> None:
 
 
 def test_apply_and_to_reach_the_parts_of_a_fused_model() -> None:
-    """Model.to, .half, .apply and .requires_grad_ after fuse() work as on the stock model."""
+    """After fuse(), .to, .half, .apply and .requires_grad_ work as on the stock model."""
     block, _, _ = stock_case(SMALL)
     twin = fused_twin(block)
     twin.to(torch.float64, memory_format=torch.channels_last).requires_grad_(False)

@@ -1,6 +1,6 @@
 #pragma once
 
-// See cuda_runtime.h beside this file: the grid of a cooperative launch.
+// The grid of a cooperative launch; see cuda_runtime.h in this folder.
 
 #include "cuda_runtime.h"
 

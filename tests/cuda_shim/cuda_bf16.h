@@ -1,6 +1,6 @@
 #pragma once
 
-// See cuda_runtime.h beside this file: conversions of bfloat16.
+// Conversions of bfloat16; see cuda_runtime.h in this folder.
 
 #include "common/bits.h"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// See cuda_runtime.h beside this file: conversions of float16.
+// Conversions of float16; see cuda_runtime.h in this folder.
 
 #include "common/bits.h"
 

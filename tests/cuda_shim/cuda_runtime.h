@@ -1,14 +1,15 @@
 #pragma once
 
-// A stand-in for CUDA's header of the same name, for tests: csrc/**/*.cuh and *.cu compile with g++ (-std=c++20)
-// against it and run on the host. One std::thread is one CUDA thread; a block's threads meet at std::barrier in
-// __syncthreads; warp shuffles go through exchange slots. Device pointers are host pointers, launches return when the
-// kernel is done.
+// Replaces CUDA's header of the same name in tests: with it, csrc/**/*.cuh and *.cu compile with g++ (-std=c++20) and
+// run on the host. Each CUDA thread is a std::thread. In __syncthreads the threads of a block wait at a std::barrier,
+// and warp shuffles go through exchange slots. Device pointers are host pointers, and a launch returns when its kernel
+// is done.
 //
 // - Blocks run one after another, so a `static __shared__` array is one static array. Blocks of a cooperative launch
-//   run side by side: such kernels use dynamic shared memory only (csrc/common/cuda_shared.cuh).
-// - No thread may return before the last barrier or shuffle of its block or warp: the others would wait for ever.
-// - A shuffle is a barrier of its warp here, which hides a missing __syncwarp. No tensor cores, no code generation.
+//   run at the same time, so such kernels use dynamic shared memory only (csrc/common/cuda_shared.cuh).
+// - No thread may return before the last barrier or shuffle of its block or warp: the others would wait forever.
+// - A shuffle is also a barrier of its warp here, which hides a missing __syncwarp. There are no tensor cores, and
+//   nothing shows what code nvcc generates.
 
 #define FUSEDRES_CUDA_SHIM
 
@@ -41,7 +42,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Read and written in place of other types, as the device may.
+// Memory of other types may be read and written through these, as on a device.
 struct alignas(8) [[gnu::may_alias]] uint2 {
   unsigned x, y;
 };
@@ -59,7 +60,7 @@ constexpr int warpSize = 32;
 
 namespace cuda_shim {
 
-// What the tests' device is: small, so that grids and blocks are.
+// The simulated device is small, so that grids and blocks are small.
 constexpr int kMultiprocessors = 2;
 constexpr int kMaxBlockThreads = 64;
 constexpr int kBlocksAMultiprocessor = 2;
@@ -69,14 +70,14 @@ constexpr size_t kMaxSharedBytes = 232448;
 struct Warp {
   explicit Warp(std::ptrdiff_t threads) : barrier(threads) {}
   std::barrier<> barrier;
-  uint64_t slots[2][warpSize] = {};  // of every other exchange: one is read while the next is written
+  uint64_t slots[2][warpSize] = {};  // exchanges alternate: one array is read while the other is written
 };
 
 struct Block {
   Block(unsigned threads, size_t shared_bytes) : barrier(threads), shared_bytes(shared_bytes) {
     for (unsigned first = 0; first < threads; first += warpSize)
       warps.push_back(std::make_unique<Warp>(std::min<unsigned>(warpSize, threads - first)));
-    // exactly as many bytes as were asked for, so that AddressSanitizer sees the end
+    // exactly the requested number of bytes, so that AddressSanitizer finds an overrun
     shared = static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t{16}));
   }
   ~Block() { ::operator delete(shared, std::align_val_t{16}); }
@@ -92,13 +93,13 @@ inline thread_local Block* block;
 inline thread_local Warp* warp;
 inline thread_local int lane;
 inline thread_local int phase;
-inline thread_local std::barrier<>* grid;  // of a cooperative launch
+inline thread_local std::barrier<>* grid;  // the barrier of a cooperative launch
 
 inline unsigned char* dynamic_shared() {
   return block->shared;
 }
 
-// Every lane's value; all lanes of the warp take part.
+// Gives every lane access to the values of all lanes; all lanes of the warp must call it.
 template <class T, class Read>
 T exchange(T value, const Read& read) {
   static_assert(sizeof(T) <= 8);
@@ -113,7 +114,7 @@ T exchange(T value, const Read& read) {
   });
 }
 
-// What one CUDA thread does: its place in every block that is its share, one after another.
+// Runs one CUDA thread of each block from `first` to `last`, one after another.
 template <class Run>
 void run_thread(Block& mine, unsigned thread, dim3 block_size, dim3 grid_size, uint64_t first, uint64_t last,
                 const Run& run) {
@@ -127,14 +128,14 @@ void run_thread(Block& mine, unsigned thread, dim3 block_size, dim3 grid_size, u
   for (uint64_t index = first; index < last; ++index) {
     blockIdx = {static_cast<unsigned>(index % grid_size.x), static_cast<unsigned>(index / grid_size.x % grid_size.y),
                 static_cast<unsigned>(index / grid_size.x / grid_size.y)};
-    if (thread == 0) std::memset(mine.shared, 0xff, mine.shared_bytes);  // NaN: nobody may count on what is in it
+    if (thread == 0) std::memset(mine.shared, 0xff, mine.shared_bytes);  // NaN: no kernel may rely on old content
     mine.barrier.arrive_and_wait();
     run();
     mine.barrier.arrive_and_wait();
   }
 }
 
-// All threads of all blocks; concurrent: the blocks side by side, else one after another.
+// Runs all threads of all blocks: the blocks at the same time if `concurrent`, otherwise one after another.
 template <class Run>
 void run_grid(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool concurrent, const Run& run) {
   const unsigned threads = block_size.x * block_size.y * block_size.z;
@@ -236,7 +237,7 @@ inline float rsqrtf(float value) {
   return rsqrt(value);
 }
 
-// The runtime API, as far as csrc calls it
+// The functions of the runtime API that csrc calls
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
@@ -306,7 +307,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
   return cudaSuccess;
 }
 
-// Refuses what a GPU refuses.
+// Refuses the launches that a GPU refuses.
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {

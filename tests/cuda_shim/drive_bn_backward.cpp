@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kTileRows = 32;
 
-// A gradient behind a gate of any kind, and what passes it.
+// A gradient, a gate of any kind, and the gradient that passes it.
 struct Gradient {
   Gradient(DType dtype, int64_t rows, int64_t channels, GateKind kind)
       : grad(dtype, normal(rows * channels)),
@@ -30,7 +30,7 @@ struct Gradient {
   std::vector<double> d;
 };
 
-// Σd, Σd·x̂ and dx of a branch in double, and what the launches made of them.
+// Σd, Σd·x̂ and dx of a branch in double, and the results of the launches.
 void compare(const BnBackwardParams& p, const Gradient& gradient, int b, const Values& x, const Values& state,
              const Values& sums, const Values& grad_x) {
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -62,7 +62,7 @@ void check_backward(DType dtype, int64_t rows, int64_t channels, GateKind kind, 
     for (int64_t i = 0; i < rows * channels; ++i) {
       const int64_t c = i % channels;
       const double z = state[2 * channels + c] * x[i] + state[3 * channels + c];
-      if (std::abs(z) < 1e-4) return;  // rounding decides
+      if (std::abs(z) < 1e-4) return;  // rounding decides the mask
       if (z <= 0) gradient.d[i] = 0;
     }
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -96,7 +96,7 @@ void check_backward(DType dtype, int64_t rows, int64_t channels, GateKind kind, 
   if (branches == 2) compare(p, gradient, 1, other, other_state, sums, grad_other);
 }
 
-// how: 0 the steps themselves, else BnBackwardLaunches.
+// how: 0 for the separate steps, otherwise a value of BnBackwardLaunches.
 void check_all(int how) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     check_backward(dtype, 75, 16, GateKind::kBits, 2, how);

@@ -1,4 +1,4 @@
-// The index arithmetic beyond 2^31 elements, where no kernel of a test gets to.
+// Index arithmetic beyond 2^31 elements, which is more than the kernels of the tests reach.
 
 #include "common/cuda_gate.cuh"
 #include "common/cuda_index.cuh"
@@ -25,7 +25,7 @@ void index() {
   expect("source_row", map.source_row(map.out_rows() - 1), (int64_t{1} << 20) * 224 * 224 - 1 - 224 - 1);
 }
 
-// Every vector of the first rows belongs to exactly one thread; the grid has the limits of the device.
+// Every vector of the first rows belongs to exactly one thread, and the grid keeps the limits of the device.
 void rows() {
   CudaDevice device{};
   device.multiprocessors = 132;
@@ -48,7 +48,7 @@ void rows() {
             expect_near("no share", static_cast<double>(share.row - rows), 0, 0);
         }
       }
-  // by 32 bits and, beyond 2^32 rows, by 64
+  // with 32-bit arithmetic, and beyond 2^32 rows with 64-bit arithmetic
   for (const RowMap& map : {RowMap{1 << 20, 224, 224, 2}, RowMap{1 << 22, 61, 57, 2}, RowMap{5, 1 << 20, 3 << 20, 3},
                             RowMap{int64_t{1} << 33, 1, 1, 2}, RowMap{1 << 20, 99, 101, 1}}) {
     const SourceRows source(map);

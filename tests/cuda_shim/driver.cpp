@@ -1,5 +1,6 @@
-// Runs the CUDA kernels on the host (cuda_runtime.h in this folder) against plain double loops, for the sanitizers of
-// tests/test_cuda_sanitizers.py: `driver [op]` runs one op or all, prints what is wrong and returns 1 then.
+// Runs the CUDA kernels on the host (cuda_runtime.h in this folder) and compares them with plain double loops, for the
+// sanitizers of tests/test_cuda_sanitizers.py. `driver [op]` runs one op or all; if any result is wrong, it prints what
+// is wrong and returns 1.
 
 #include "driver.h"
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the checks of the CUDA kernels on the host share; driver.cpp runs them. To add an op: a file drive_<op>.cpp that
-// compares its launches with plain double loops, each in a function registered by `const Check check{"op", function};`.
+// Helpers of the checks of the CUDA kernels on the host, which driver.cpp runs. To add an op, write drive_<op>.cpp with
+// functions that compare its launches with plain double loops; `const Check check{"op", function};` registers one.
 
 #include <cmath>
 #include <cstddef>
@@ -15,26 +15,26 @@ namespace driver {
 
 using namespace fusedres;  // NOLINT: tests
 
-// A check by the name of its op.
+// Registers a check under the name of its op.
 struct Check {
   Check(const char* op, void (*run)());
 };
 
-// NaN equals NaN.
+// Counts a failure if |got - want| > tolerance; NaN equals NaN.
 void expect_near(const char* what, double got, double want, double tolerance);
 
-// The same values in every run.
+// Normal values, the same in every run.
 std::vector<double> normal(size_t count, double mean = 0, double deviation = 1);
 
-// Rounding errors of the arithmetic of a dtype, for values of size 1.
+// A bound for the rounding errors of a dtype's arithmetic, for values of size 1.
 double rounding(DType dtype);
 
-// Rounding of a value of size 1 to a dtype.
+// A bound for the error of rounding a value of size 1 to a dtype.
 inline double storage(DType dtype) {
   return dtype == DType::kBFloat16 ? 4e-3 : dtype == DType::kFloat16 ? 5e-4 : rounding(dtype);
 }
 
-// A vector of exactly so many bytes on the heap, so that its end is guarded, as values of a dtype.
+// Values of a dtype in exactly as many bytes on the heap as needed, so that the sanitizer guards the end.
 class Values {
  public:
   Values(DType dtype, const std::vector<double>& values) : dtype_(dtype), bytes_(values.size() * itemsize(dtype)) {
