@@ -1,11 +1,12 @@
-// Python bindings: raw addresses, sizes and dtype codes in, nothing out. fusedres/kernels/<op>/cpu.py calls these after
-// every argument was checked.
+// Python bindings of the C++ kernels. They take raw addresses, sizes and dtype codes, and return nothing.
+// fusedres/kernels/<op>/cpu.py calls them after it has checked every argument.
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
 #include "bindings_torch.h"
+#include "bindings_values.h"
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
 #include "bn_relu/bn_relu.h"
@@ -18,25 +19,52 @@
 #include "relu_backward/relu_backward.h"
 #include "shortcut_grad/shortcut_grad.h"
 
+namespace fusedres {
+
+inline bool read(PyObject* object, BnBranch& value) {
+  return read_tuple(object, value.x, value.state, value.batch_statistics, value.grad_x);
+}
+
+// What one_pass_statistics leaves for the backward.
+struct OnePassSaved {
+  Address state;
+  Address projected;
+  Address total;
+};
+
+inline bool read(PyObject* object, OnePassSaved& value) {
+  return read_tuple(object, value.state, value.projected, value.total);
+}
+
+// The results of one_pass_grads.
+struct OnePassResults {
+  Address grad_conv;
+  Address grad_weight;
+  Address quadratic;
+  Address constant;
+};
+
+inline bool read(PyObject* object, OnePassResults& value) {
+  return read_tuple(object, value.grad_conv, value.grad_weight, value.quadratic, value.constant);
+}
+
+}  // namespace fusedres
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fusedres::BnBranch> : fusedres::ArgumentCaster<fusedres::BnBranch> {};
+template <>
+struct type_caster<fusedres::OnePassSaved> : fusedres::ArgumentCaster<fusedres::OnePassSaved> {};
+template <>
+struct type_caster<fusedres::OnePassResults> : fusedres::ArgumentCaster<fusedres::OnePassResults> {};
+
+}  // namespace pybind11::detail
+
 namespace py = pybind11;
 using namespace fusedres;  // NOLINT: this file only binds
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DType dtype_of(int code) {
-  return static_cast<DType>(code);
-}
-
-Gate gate_of(int kind, Address data) {
-  return {static_cast<GateKind>(kind), pointer<const void>(data)};
-}
 
 py::dict build_info() {
   py::dict info;
@@ -70,128 +98,60 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
 
   m.attr("LARGE_BYTES") = kLargeBytes;
-  m.def("advise_huge_pages", [](Address data, size_t bytes) { advise_huge_pages(pointer(data), bytes); }, release);
+  m.def("advise_huge_pages", [](Address data, size_t bytes) { advise_huge_pages(data, bytes); }, release);
 
   m.def(
       "bn_statistics",
-      [](Address x, int dtype, int64_t rows, int64_t channels, Address state, Address weight, int weight_dtype,
-         Address bias, int bias_dtype, Address running_mean, int running_mean_dtype, Address running_var,
-         int running_var_dtype, Address num_batches_tracked, bool cumulative, double momentum, double eps,
-         int threads) {
-        bn_statistics({pointer<const void>(x),
-                       dtype_of(dtype),
-                       rows,
-                       channels,
-                       pointer(state),
-                       {pointer(weight), dtype_of(weight_dtype)},
-                       {pointer(bias), dtype_of(bias_dtype)},
-                       {pointer(running_mean), dtype_of(running_mean_dtype)},
-                       {pointer(running_var), dtype_of(running_var_dtype)},
-                       pointer<int64_t>(num_batches_tracked),
-                       cumulative,
-                       momentum,
-                       eps,
-                       threads});
+      [](const Matrix& x, Address state, const Norm& norm, int threads) {
+        bn_statistics({x.data, x.dtype, x.rows, x.columns, state, norm, threads});
       },
       release);
 
-  m.def("bn_frozen",
-        [](int dtype, int64_t channels, Address state, Address weight, int weight_dtype, Address bias, int bias_dtype,
-           Address running_mean, int running_mean_dtype, Address running_var, int running_var_dtype, double eps) {
-          BnStatisticsParams params{};
-          params.dtype = dtype_of(dtype);
-          params.channels = channels;
-          params.state = pointer(state);
-          params.weight = {pointer(weight), dtype_of(weight_dtype)};
-          params.bias = {pointer(bias), dtype_of(bias_dtype)};
-          params.running_mean = {pointer(running_mean), dtype_of(running_mean_dtype)};
-          params.running_var = {pointer(running_var), dtype_of(running_var_dtype)};
-          params.eps = eps;
-          bn_frozen(params);
-        });
+  m.def("bn_frozen", [](int dtype, int64_t channels, Address state, const Norm& norm) {
+    bn_frozen({nullptr, static_cast<DType>(dtype), 0, channels, state, norm, 1});
+  });
 
   m.def(
       "bn_relu",
-      [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t channels,
-         Address state, Address pivot, Address out, int threads) {
-        bn_relu({pointer<const void>(x),
-                 dtype_of(dtype),
-                 {batch, height, width, stride},
-                 channels,
-                 pointer<const void>(state),
-                 pointer<const void>(pivot),
-                 pointer(out),
-                 threads});
+      [](const Pixels& x, Address state, Address pivot, Address out, int threads) {
+        bn_relu({x.data, x.dtype, x.map, x.channels, state, pivot, out, threads});
       },
       release);
 
   m.def(
       "bn_add_relu",
-      [](Address x, int dtype, int64_t channels, Address state, Address shortcut, int64_t batch, int64_t height,
-         int64_t width, int64_t stride, int64_t shortcut_channels, Address shortcut_state, Address out, Address mask,
-         int threads) {
-        bn_add_relu({pointer<const void>(x),
-                     dtype_of(dtype),
-                     channels,
-                     pointer<const void>(state),
-                     pointer<const void>(shortcut),
-                     {batch, height, width, stride},
-                     shortcut_channels,
-                     pointer<const void>(shortcut_state),
-                     pointer(out),
-                     pointer<uint8_t>(mask),
-                     threads});
+      [](Address x, int64_t channels, Address state, const Pixels& shortcut, Address shortcut_state, Address out,
+         Address mask, int threads) {
+        bn_add_relu({x, shortcut.dtype, channels, state, shortcut.data, shortcut.map, shortcut.channels, shortcut_state,
+                     out, mask, threads});
       },
       release);
 
   m.def(
       "bn_add_relu_backward",
-      [](Address grad, int dtype, int64_t rows, int64_t channels, int gate_kind, Address gate, Address x, Address state,
-         bool batch_statistics, Address grad_x, Address shortcut_x, Address shortcut_state,
-         bool shortcut_batch_statistics, Address shortcut_grad_x, Address sums, bool reduce, bool elementwise,
-         int threads) {
-        const BnAddReluBackwardParams params{
-            pointer<const void>(grad),
-            dtype_of(dtype),
-            rows,
-            channels,
-            gate_of(gate_kind, gate),
-            {pointer<const void>(x), pointer<const void>(state), pointer(grad_x), batch_statistics},
-            {pointer<const void>(shortcut_x), pointer<const void>(shortcut_state), pointer(shortcut_grad_x),
-             shortcut_batch_statistics},
-            pointer(sums),
-            threads};
+      [](const Matrix& grad, const Gate& gate, const BnBranch& branch, const BnBranch& shortcut, Address sums,
+         bool reduce, int threads) {
+        const BnAddReluBackwardParams params{grad.data, grad.dtype, grad.rows, grad.columns, gate,
+                                             branch,    shortcut,   sums,      threads};
         if (reduce) bn_add_relu_backward_reduce(params);
-        if (elementwise) bn_add_relu_backward_elementwise(params);
+        bn_add_relu_backward_elementwise(params);
       },
       release);
 
   m.def(
       "bn_relu_maxpool",
-      [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, Address state,
-         Address out, Address argmax, int threads) {
-        bn_relu_maxpool({pointer<const void>(x),
-                         dtype_of(dtype),
-                         {batch, height, width, channels},
-                         pointer<const void>(state),
-                         pointer(out),
-                         pointer<uint8_t>(argmax),
-                         threads});
+      [](const Pixels& x, Address state, Address out, Address argmax, int threads) {
+        const PoolShape shape{x.map.batch, x.map.height, x.map.width, x.channels};
+        bn_relu_maxpool({x.data, x.dtype, shape, state, out, argmax, threads});
       },
       release);
 
   m.def(
       "bn_relu_maxpool_backward",
-      [](Address grad, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, Address argmax,
-         Address x, Address state, bool batch_statistics, Address grad_x, Address sums, bool reduce, int threads) {
-        const BnReluMaxpoolBackwardParams params{
-            pointer<const void>(grad),
-            dtype_of(dtype),
-            {batch, height, width, channels},
-            pointer<const uint8_t>(argmax),
-            {pointer<const void>(x), pointer<const void>(state), pointer(grad_x), batch_statistics},
-            pointer(sums),
-            threads};
+      [](Address grad, Address argmax, const Pixels& x, const BnBranch& branch, Address sums, bool reduce,
+         int threads) {
+        const PoolShape shape{x.map.batch, x.map.height, x.map.width, x.channels};
+        const BnReluMaxpoolBackwardParams params{grad, x.dtype, shape, argmax, branch, sums, threads};
         if (reduce) bn_relu_maxpool_backward_reduce(params);
         bn_relu_maxpool_backward_elementwise(params);
       },
@@ -199,100 +159,61 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "relu_backward",
-      [](Address grad, int dtype, int64_t rows, int64_t channels, int gate_kind, Address gate, Address d, Address sums,
-         int threads) {
-        relu_backward({pointer<const void>(grad), dtype_of(dtype), rows, channels, gate_of(gate_kind, gate), pointer(d),
-                       pointer(sums), threads});
+      [](const Matrix& grad, const Gate& gate, Address d, Address sums, int threads) {
+        relu_backward({grad.data, grad.dtype, grad.rows, grad.columns, gate, d, sums, threads});
       },
       release);
 
   m.def(
       "shortcut_grad",
-      [](Address grad_x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t x_channels,
-         Address grad, int64_t channels, int gate_kind, Address gate, int threads) {
-        shortcut_grad({pointer(grad_x),
-                       dtype_of(dtype),
-                       {batch, height, width, stride},
-                       x_channels,
-                       pointer<const void>(grad),
-                       channels,
-                       gate_of(gate_kind, gate),
-                       threads});
+      [](const Pixels& grad_x, Address grad, int64_t channels, const Gate& gate, int threads) {
+        shortcut_grad({grad_x.data, grad_x.dtype, grad_x.map, grad_x.channels, grad, channels, gate, threads});
       },
       release);
 
   m.def(
       "gram",
-      [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t channels,
-         Address state, Address out, Address pivot, Address sum, Address gram_matrix, int threads) {
-        gram({pointer<const void>(x),
-              dtype_of(dtype),
-              {batch, height, width, stride},
-              channels,
-              pointer<const void>(state),
-              pointer(out),
-              pointer(pivot),
-              pointer<double>(sum),
-              pointer<double>(gram_matrix),
-              threads});
+      [](const Pixels& x, Address state, Address out, Address pivot, Address total, Address matrix, int threads) {
+        gram({x.data, x.dtype, x.map, x.channels, state, out, pivot, total, matrix, threads});
       },
       release);
 
   m.def(
       "one_pass_statistics",
-      [](Address weight, int dtype, int64_t rows, int64_t channels, int64_t in_channels, Address pivot, Address total,
-         Address gram_matrix, Address state, Address projected, Address norm_weight, int norm_weight_dtype,
-         Address bias, int bias_dtype, Address running_mean, int running_mean_dtype, Address running_var,
-         int running_var_dtype, Address num_batches_tracked, bool cumulative, double momentum, double eps,
-         int threads) {
-        one_pass_statistics({{nullptr,
-                              dtype_of(dtype),
-                              rows,
-                              channels,
-                              pointer(state),
-                              {pointer(norm_weight), dtype_of(norm_weight_dtype)},
-                              {pointer(bias), dtype_of(bias_dtype)},
-                              {pointer(running_mean), dtype_of(running_mean_dtype)},
-                              {pointer(running_var), dtype_of(running_var_dtype)},
-                              pointer<int64_t>(num_batches_tracked),
-                              cumulative,
-                              momentum,
-                              eps,
-                              threads},
-                             pointer<const void>(weight),
-                             in_channels,
-                             pointer<const void>(pivot),
-                             pointer<const double>(total),
-                             pointer<const double>(gram_matrix),
-                             pointer(projected)});
+      [](const Matrix& weight, int64_t rows, Address pivot, Address total, Address gram_matrix, Address state,
+         Address projected, const Norm& norm, int threads) {
+        one_pass_statistics({{nullptr, weight.dtype, rows, weight.rows, state, norm, threads},
+                             weight.data,
+                             weight.columns,
+                             pivot,
+                             total,
+                             gram_matrix,
+                             projected});
       },
       release);
 
   m.attr("ONE_PASS_NARROW") = kOnePassNarrow;
   m.def(
       "one_pass_grads",
-      [](int dtype, int64_t rows, int64_t channels, int64_t in_channels, Address cross, Address sum_d, Address weight,
-         Address state, Address projected, Address total, Address grad_conv, Address grad_weight, Address quadratic,
-         Address constant, int threads, Address d, Address z) {
-        one_pass_grads({dtype_of(dtype), rows, channels, in_channels, pointer<const void>(cross),
-                        pointer<const void>(sum_d), pointer<const void>(weight), pointer<const void>(state),
-                        pointer<const void>(projected), pointer<const double>(total), pointer(grad_conv),
-                        pointer(grad_weight), pointer(quadratic), pointer(constant), threads, pointer<const void>(d),
-                        pointer<const void>(z)});
+      [](const Matrix& d, Address z, const Matrix& weight, Address cross, Address sum_d, const OnePassSaved& saved,
+         const OnePassResults& results, int threads) {
+        one_pass_grads({d.dtype, d.rows, weight.rows, weight.columns, cross, sum_d, weight.data, saved.state,
+                        saved.projected, saved.total, results.grad_conv, results.grad_weight, results.quadratic,
+                        results.constant, threads, d.data, z});
       },
       release);
 
   m.def(
       "one_pass_scale",
-      [](int dtype, int64_t channels, int64_t in_channels, Address weight, Address state, Address out, int threads) {
+      [](const Matrix& weight, Address state, Address out, int threads) {
         OnePassGradsParams params{};
-        params.dtype = dtype_of(dtype);
-        params.channels = channels;
-        params.in_channels = in_channels;
-        params.weight = pointer<const void>(weight);
-        params.state = pointer<const void>(state);
+        params.dtype = weight.dtype;
+        params.channels = weight.rows;
+        params.in_channels = weight.columns;
+        params.weight = weight.data;
+        params.state = state;
         params.threads = threads;
-        one_pass_scale(params, pointer(out));
+        one_pass_scale(params, out);
       },
       release);
 

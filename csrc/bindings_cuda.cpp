@@ -1,10 +1,13 @@
-// Python bindings of the CUDA kernels: raw addresses, sizes, dtype codes and a stream handle in, nothing out.
-// fusedres/kernels/<op>/cuda.py calls these after every argument was checked. Needs no CUDA header.
+// Python bindings of the CUDA kernels. They take raw addresses, sizes, dtype codes and a stream handle, and return
+// nothing. fusedres/kernels/<op>/cuda.py calls them after it has checked every argument. This file needs no CUDA
+// header.
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 
+#include "bindings_values.h"
 #include "bn_add_relu/bn_add_relu_cuda.h"
 #include "bn_add_relu_backward/bn_add_relu_backward_cuda.h"
 #include "bn_backward/bn_backward_cuda.h"
@@ -20,21 +23,52 @@
 #error "FUSEDRES_CUDA_ARCHS must be defined"
 #endif
 
+namespace fusedres {
+
+// What each tile of rows writes before the tiles are summed.
+struct Partials {
+  int64_t tile_rows;
+  int64_t tiles;
+  Address data;
+};
+
+inline bool read(PyObject* object, Partials& value) {
+  return read_tuple(object, value.tile_rows, value.tiles, value.data);
+}
+
+// One or two raw convolution outputs that meet in a ReLU.
+struct Branches {
+  int count;
+  BnBackwardBranch branch[2];
+};
+
+inline bool read(PyObject* object, BnBackwardBranch& value) {
+  return read_tuple(object, value.x, value.state, value.batch_statistics, value.coefficients, value.grad_x);
+}
+
+inline bool read(PyObject* object, Branches& value) {
+  value = {};
+  if (!PyTuple_Check(object)) return false;
+  value.count = static_cast<int>(PyTuple_GET_SIZE(object));
+  if (value.count == 1) return read_tuple(object, value.branch[0]);
+  return read_tuple(object, value.branch[0], value.branch[1]);
+}
+
+}  // namespace fusedres
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fusedres::Partials> : fusedres::ArgumentCaster<fusedres::Partials> {};
+template <>
+struct type_caster<fusedres::Branches> : fusedres::ArgumentCaster<fusedres::Branches> {};
+
+}  // namespace pybind11::detail
+
 namespace py = pybind11;
 using namespace fusedres;  // NOLINT: this file only binds
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DType dtype_of(int code) {
-  return static_cast<DType>(code);
-}
 
 py::dict build_info() {
   py::dict info;
@@ -43,131 +77,75 @@ py::dict build_info() {
   return info;
 }
 
-// Every launch of BatchNorm's backward takes the same arguments, and leaves alone those that it does not need.
+// Every launch of BatchNorm's backward takes the same arguments and ignores those that it does not need.
 template <void (*kLaunch)(const BnBackwardParams&, void*)>
-void bn_backward(int dtype, int64_t rows, int64_t channels, Address grad, int gate_kind, Address gate, int branches,
-                 Address x, Address state, bool batch_statistics, Address coefficients, Address grad_x,
-                 Address shortcut_x, Address shortcut_state, bool shortcut_batch_statistics,
-                 Address shortcut_coefficients, Address grad_shortcut, int64_t count, int64_t tile_rows, int64_t tiles,
-                 Address partials, Address sums, bool with_sums, int launches, Address stream) {
-  kLaunch(
-      {dtype_of(dtype),
-       rows,
-       channels,
-       pointer<const void>(grad),
-       {static_cast<GateKind>(gate_kind), pointer<const void>(gate)},
-       branches,
-       {{pointer<const void>(x), pointer<const void>(state), batch_statistics, pointer(coefficients), pointer(grad_x)},
-        {pointer<const void>(shortcut_x), pointer<const void>(shortcut_state), shortcut_batch_statistics,
-         pointer(shortcut_coefficients), pointer(grad_shortcut)}},
-       count,
-       tile_rows,
-       tiles,
-       pointer(partials),
-       pointer(sums),
-       with_sums,
-       static_cast<BnBackwardLaunches>(launches)},
-      pointer(stream));
+void bn_backward(const Matrix& grad, const Gate& gate, const Branches& branches, const Partials& partials, Address sums,
+                 bool with_sums, int launches, Address stream) {
+  kLaunch({grad.dtype,
+           grad.rows,
+           grad.columns,
+           grad.data,
+           gate,
+           branches.count,
+           {branches.branch[0], branches.branch[1]},
+           std::max<int64_t>(grad.rows, 1),
+           partials.tile_rows,
+           partials.tiles,
+           partials.data,
+           sums,
+           with_sums,
+           static_cast<BnBackwardLaunches>(launches)},
+          stream);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_CUDA, m) {
-  m.doc() = "CUDA kernels of fusedres. Internal: arguments are raw addresses, the last one is the stream.";
+  m.doc() = "CUDA kernels of fusedres. Internal: arguments are raw addresses, and the last one is the stream.";
   const auto release = py::call_guard<py::gil_scoped_release>();
 
   m.def("build_info", &build_info);
   m.def("driver_version", &cuda_driver_version);
 
-  m.def("bn_partial_tiles", [](Address x, int dtype, int64_t rows, int64_t channels, Address) {
-    return cuda_bn_partial_tiles(pointer<const void>(x), dtype_of(dtype), rows, channels);
-  });
+  m.def("bn_partial_tiles",
+        [](const Matrix& x, Address) { return cuda_bn_partial_tiles(x.data, x.dtype, x.rows, x.columns); });
 
   m.def(
       "bn_partials",
-      [](Address x, int dtype, int64_t rows, int64_t channels, int64_t tiles, Address partials, Address row_counts,
-         Address stream) {
-        cuda_bn_partials(
-            {pointer<const void>(x), dtype_of(dtype), rows, channels, tiles, pointer(partials), pointer(row_counts)},
-            pointer(stream));
+      [](const Matrix& x, int64_t tiles, Address partials, Address row_counts, Address stream) {
+        cuda_bn_partials({x.data, x.dtype, x.rows, x.columns, tiles, partials, row_counts}, stream);
       },
       release);
 
   m.def(
       "bn_finalize",
-      [](Address partials, Address rows, int dtype, int64_t tiles, int64_t channels, Address state, Address weight,
-         int weight_dtype, Address bias, int bias_dtype, Address running_mean, int running_mean_dtype,
-         Address running_var, int running_var_dtype, Address num_batches_tracked, bool cumulative, double momentum,
-         double eps, Address pivot, int pivot_dtype, Address stream) {
-        cuda_bn_finalize({pointer<const void>(partials),
-                          pointer<const void>(rows),
-                          dtype_of(dtype),
-                          tiles,
-                          channels,
-                          pointer(state),
-                          {pointer(weight), dtype_of(weight_dtype)},
-                          {pointer(bias), dtype_of(bias_dtype)},
-                          {pointer(running_mean), dtype_of(running_mean_dtype)},
-                          {pointer(running_var), dtype_of(running_var_dtype)},
-                          pointer<int64_t>(num_batches_tracked),
-                          cumulative,
-                          momentum,
-                          eps,
-                          {pointer(pivot), dtype_of(pivot_dtype)}},
-                         pointer(stream));
+      [](const ChannelVector& partials, Address rows, int64_t tiles, int64_t channels, Address state, const Norm& norm,
+         const ChannelVector& pivot, Address stream) {
+        cuda_bn_finalize({partials.data, rows, partials.dtype, tiles, channels, state, norm, pivot}, stream);
       },
       release);
 
   m.def(
       "bn_frozen",
-      [](int dtype, int64_t channels, Address state, Address weight, int weight_dtype, Address bias, int bias_dtype,
-         Address running_mean, int running_mean_dtype, Address running_var, int running_var_dtype, double eps,
-         Address stream) {
-        cuda_bn_frozen({dtype_of(dtype),
-                        channels,
-                        pointer(state),
-                        {pointer(weight), dtype_of(weight_dtype)},
-                        {pointer(bias), dtype_of(bias_dtype)},
-                        {pointer(running_mean), dtype_of(running_mean_dtype)},
-                        {pointer(running_var), dtype_of(running_var_dtype)},
-                        eps},
-                       pointer(stream));
+      [](const ChannelVector& state, int64_t channels, const Norm& norm, Address stream) {
+        cuda_bn_frozen({state.dtype, channels, state.data, norm}, stream);
       },
       release);
 
   m.def(
       "bn_relu",
-      [](Address x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t channels,
-         Address state, Address pivot, Address out, Address stream) {
-        cuda_bn_relu({pointer<const void>(x),
-                      dtype_of(dtype),
-                      {batch, height, width, stride},
-                      channels,
-                      pointer<const void>(state),
-                      pointer<const void>(pivot),
-                      pointer(out),
-                      0},
-                     pointer(stream));
+      [](const Pixels& x, Address state, Address pivot, Address out, Address stream) {
+        cuda_bn_relu({x.data, x.dtype, x.map, x.channels, state, pivot, out, 0}, stream);
       },
       release);
 
   m.def(
       "bn_add_relu",
-      [](Address x, int dtype, int64_t channels, Address state, Address shortcut, int64_t batch, int64_t height,
-         int64_t width, int64_t stride, int64_t shortcut_channels, Address shortcut_state, Address out, Address mask,
-         Address stream) {
-        cuda_bn_add_relu({pointer<const void>(x),
-                          dtype_of(dtype),
-                          channels,
-                          pointer<const void>(state),
-                          pointer<const void>(shortcut),
-                          {batch, height, width, stride},
-                          shortcut_channels,
-                          pointer<const void>(shortcut_state),
-                          pointer(out),
-                          pointer<uint8_t>(mask),
-                          0},
-                         pointer(stream));
+      [](Address x, int64_t channels, Address state, const Pixels& shortcut, Address shortcut_state, Address out,
+         Address mask, Address stream) {
+        cuda_bn_add_relu({x, shortcut.dtype, channels, state, shortcut.data, shortcut.map, shortcut.channels,
+                          shortcut_state, out, mask, 0},
+                         stream);
       },
       release);
 
@@ -178,57 +156,27 @@ PYBIND11_MODULE(_CUDA, m) {
 
   m.def(
       "relu_backward",
-      [](Address grad, int dtype, int64_t rows, int64_t channels, int gate_kind, Address gate, Address d,
-         int64_t tile_rows, int64_t tiles, Address partials, Address sums, Address stream) {
-        cuda_relu_backward({dtype_of(dtype),
-                            rows,
-                            channels,
-                            pointer<const void>(grad),
-                            {static_cast<GateKind>(gate_kind), pointer<const void>(gate)},
-                            pointer(d),
-                            tile_rows,
-                            tiles,
-                            pointer(partials),
-                            pointer(sums)},
-                           pointer(stream));
+      [](const Matrix& grad, const Gate& gate, Address d, const Partials& partials, Address sums, Address stream) {
+        cuda_relu_backward({grad.dtype, grad.rows, grad.columns, grad.data, gate, d, partials.tile_rows, partials.tiles,
+                            partials.data, sums},
+                           stream);
       },
       release);
 
   m.def(
       "shortcut_grad_",
-      [](Address grad_x, int dtype, int64_t batch, int64_t height, int64_t width, int64_t stride, int64_t x_channels,
-         Address grad, int64_t channels, int gate_kind, Address gate, Address stream) {
-        cuda_shortcut_grad({pointer(grad_x),
-                            dtype_of(dtype),
-                            {batch, height, width, stride},
-                            x_channels,
-                            pointer<const void>(grad),
-                            channels,
-                            {static_cast<GateKind>(gate_kind), pointer<const void>(gate)},
-                            0},
-                           pointer(stream));
+      [](const Pixels& grad_x, Address grad, int64_t channels, const Gate& gate, Address stream) {
+        cuda_shortcut_grad({grad_x.data, grad_x.dtype, grad_x.map, grad_x.channels, grad, channels, gate, 0}, stream);
       },
       release);
 
   m.def(
       "gram",
-      [](Address x, int dtype, bool tf32, int64_t batch, int64_t height, int64_t width, int64_t stride,
-         int64_t channels, Address state, Address out, Address pivot, int64_t split_rows, int64_t splits,
-         Address partials, Address total, Address matrix, Address stream) {
-        cuda_gram({pointer<const void>(x),
-                   dtype_of(dtype),
-                   tf32,
-                   {batch, height, width, stride},
-                   channels,
-                   pointer<const void>(state),
-                   pointer(out),
-                   pointer(pivot),
-                   split_rows,
-                   splits,
-                   pointer(partials),
-                   pointer<double>(total),
-                   pointer<double>(matrix)},
-                  pointer(stream));
+      [](const Pixels& x, bool tf32, Address state, Address out, Address pivot, const Partials& partials, Address total,
+         Address matrix, Address stream) {
+        cuda_gram({x.data, x.dtype, tf32, x.map, x.channels, state, out, pivot, partials.tile_rows, partials.tiles,
+                   partials.data, total, matrix},
+                  stream);
       },
       release);
 }

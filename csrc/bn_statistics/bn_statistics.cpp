@@ -30,26 +30,26 @@ void average_in(const ChannelVector& running, int64_t c, double value, double fa
 template <class A>
 void write_state(const BnStatisticsParams& p, int64_t c, double mean, double var) {
   A* state = static_cast<A*>(p.state);
-  const double invstd = 1.0 / std::sqrt(var + p.eps);
-  const double scale = value_or(p.weight, c, 1.0) * invstd;
+  const double invstd = 1.0 / std::sqrt(var + p.norm.eps);
+  const double scale = value_or(p.norm.weight, c, 1.0) * invstd;
   state[c] = static_cast<A>(mean);
   state[p.channels + c] = static_cast<A>(invstd);
   state[2 * p.channels + c] = static_cast<A>(scale);
-  state[3 * p.channels + c] = static_cast<A>(value_or(p.bias, c, 0.0) - scale * mean);
+  state[3 * p.channels + c] = static_cast<A>(value_or(p.norm.bias, c, 0.0) - scale * mean);
 }
 
 template <class A>
 void finalize(const BnStatisticsParams& p, const double* mean, const double* m2, const double* running_offset) {
-  double factor = p.momentum;
-  if (p.num_batches_tracked != nullptr) {
-    const int64_t batches = ++*p.num_batches_tracked;
-    if (p.cumulative) factor = 1.0 / static_cast<double>(batches);
+  double factor = p.norm.momentum;
+  if (p.norm.num_batches_tracked != nullptr) {
+    const int64_t batches = ++*p.norm.num_batches_tracked;
+    if (p.norm.cumulative) factor = 1.0 / static_cast<double>(batches);
   }
   const double count = static_cast<double>(p.rows);
   for (int64_t c = 0; c < p.channels; ++c) {
     write_state<A>(p, c, mean[c], m2[c] / count);
-    average_in(p.running_mean, c, running_offset == nullptr ? mean[c] : mean[c] + running_offset[c], factor);
-    average_in(p.running_var, c, m2[c] / (count - 1.0), factor);
+    average_in(p.norm.running_mean, c, running_offset == nullptr ? mean[c] : mean[c] + running_offset[c], factor);
+    average_in(p.norm.running_var, c, m2[c] / (count - 1.0), factor);
   }
 }
 
@@ -74,11 +74,11 @@ void bn_finalize(const BnStatisticsParams& p, const double* mean, const double* 
 }
 
 void bn_frozen(const BnStatisticsParams& p) {
-  require(p.state != nullptr && p.running_mean.data != nullptr && p.running_var.data != nullptr, "bn_frozen",
+  require(p.state != nullptr && p.norm.running_mean.data != nullptr && p.norm.running_var.data != nullptr, "bn_frozen",
           "null pointer");
   for (int64_t c = 0; c < p.channels; ++c) {
-    const double mean = load_scalar(p.running_mean.data, c, p.running_mean.dtype);
-    const double var = load_scalar(p.running_var.data, c, p.running_var.dtype);
+    const double mean = load_scalar(p.norm.running_mean.data, c, p.norm.running_mean.dtype);
+    const double var = load_scalar(p.norm.running_var.data, c, p.norm.running_var.dtype);
     if (p.dtype == DType::kFloat64)
       write_state<double>(p, c, mean, var);
     else

@@ -21,8 +21,8 @@ void finalize(const BnFinalizeParams& p, void* stream) {
     finalize<A, kVectorOf<A>>(p, config, stream);
   else
     finalize<A, 1>(p, config, stream);
-  if (p.cumulative && p.num_batches_tracked != nullptr)
-    launch({"bn_finalize", stream, dim3(1), dim3(1)}, count_batch_kernel, p.num_batches_tracked);
+  if (p.norm.cumulative && p.norm.num_batches_tracked != nullptr)
+    launch({"bn_finalize", stream, dim3(1), dim3(1)}, count_batch_kernel, p.norm.num_batches_tracked);
 }
 
 template <class T>

@@ -32,9 +32,9 @@ __device__ __forceinline__ void store_state(const Params& p, int64_t c, const La
   Lanes<A, kVector> invstd, scale, shift;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    invstd[i] = A{1} / sqrt(var[i] + static_cast<A>(p.eps));
-    scale[i] = load_channel<A>(p.weight, c + i, 1) * invstd[i];
-    shift[i] = load_channel<A>(p.bias, c + i, 0) - scale[i] * mean[i];
+    invstd[i] = A{1} / sqrt(var[i] + static_cast<A>(p.norm.eps));
+    scale[i] = load_channel<A>(p.norm.weight, c + i, 1) * invstd[i];
+    shift[i] = load_channel<A>(p.norm.bias, c + i, 0) - scale[i] * mean[i];
   }
   A* state = static_cast<A*>(p.state) + c;
   store(state, mean);
@@ -150,13 +150,14 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
   }
   store_state(p, c, mean, var);
   // Cumulative: others still read the count, so that a launch of its own increments it.
-  const A factor = p.cumulative ? A{1} / static_cast<A>(*p.num_batches_tracked + 1) : static_cast<A>(p.momentum);
+  const A factor =
+      p.norm.cumulative ? A{1} / static_cast<A>(*p.norm.num_batches_tracked + 1) : static_cast<A>(p.norm.momentum);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    average_in<A>(p.running_mean, c + i, mean[i], factor);
-    average_in<A>(p.running_var, c + i, moments.m2[i] / (moments.rows - 1), factor);
+    average_in<A>(p.norm.running_mean, c + i, mean[i], factor);
+    average_in<A>(p.norm.running_var, c + i, moments.m2[i] / (moments.rows - 1), factor);
   }
-  if (c == 0 && p.num_batches_tracked != nullptr && !p.cumulative) ++*p.num_batches_tracked;
+  if (c == 0 && p.norm.num_batches_tracked != nullptr && !p.norm.cumulative) ++*p.norm.num_batches_tracked;
 }
 
 // One thread.
@@ -169,8 +170,8 @@ template <class A>
 __global__ void bn_frozen_kernel(const BnFrozenParams p) {
   const int64_t c = thread_index();
   if (c >= p.channels) return;
-  const Lanes<A, 1> mean{{load_channel<A>(p.running_mean, c, 0)}};
-  const Lanes<A, 1> var{{load_channel<A>(p.running_var, c, 0)}};
+  const Lanes<A, 1> mean{{load_channel<A>(p.norm.running_mean, c, 0)}};
+  const Lanes<A, 1> var{{load_channel<A>(p.norm.running_var, c, 0)}};
   store_state(p, c, mean, var);
 }
 

@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-#include "common/channel_vector.h"
 #include "common/dtype.h"
+#include "common/norm.h"
 
 namespace fusedres {
 
@@ -13,14 +13,7 @@ struct BnStatisticsParams {
   int64_t rows;
   int64_t channels;
   void* state;  // [4, channels], float64 for float64 x, else float32: mean, invstd, scale, shift
-  ChannelVector weight;
-  ChannelVector bias;
-  ChannelVector running_mean;    // updated in place
-  ChannelVector running_var;     // updated in place with the unbiased variance
-  int64_t* num_batches_tracked;  // incremented; null where not tracked
-  bool cumulative;               // averaging factor 1 / num_batches_tracked instead of momentum
-  double momentum;
-  double eps;
+  Norm norm;
   int threads;
 };
 
@@ -32,8 +25,8 @@ void bn_statistics(const BnStatisticsParams& params);
 // null, is added to the mean for the running one: the data were centred on it. x is not read.
 void bn_finalize(const BnStatisticsParams& params, const double* mean, const double* m2, const double* running_offset);
 
-// The same state from given statistics, which stay as they are: channels, state, dtype (of the activation), weight,
-// bias, running_mean, running_var and eps are read.
+// The same state from given statistics, which stay as they are: channels, state, dtype (of the activation) and
+// norm without num_batches_tracked and momentum are read.
 void bn_frozen(const BnStatisticsParams& params);
 
 }  // namespace fusedres

@@ -4,6 +4,7 @@
 
 #include "common/channel_vector.h"
 #include "common/dtype.h"
+#include "common/norm.h"
 
 // The CUDA launches of this folder as C++ sees them: no CUDA header, streams as void*.
 
@@ -16,14 +17,7 @@ struct BnFinalizeParams {
   int64_t tiles;
   int64_t channels;
   void* state;  // [4, channels] dtype: mean, invstd, scale, shift
-  ChannelVector weight;
-  ChannelVector bias;
-  ChannelVector running_mean;    // updated in place
-  ChannelVector running_var;     // updated in place with the unbiased variance
-  int64_t* num_batches_tracked;  // incremented; null where not tracked
-  bool cumulative;               // averaging factor 1 / num_batches_tracked instead of momentum
-  double momentum;
-  double eps;
+  Norm norm;
   ChannelVector pivot = {};  // the partials' means are of x − pivot, 0 where it is not finite; null: of x
 };
 
@@ -41,11 +35,7 @@ struct BnFrozenParams {
   DType dtype;  // of the state: float32 or float64
   int64_t channels;
   void* state;  // [4, channels]: mean, invstd, scale, shift
-  ChannelVector weight;
-  ChannelVector bias;
-  ChannelVector running_mean;
-  ChannelVector running_var;
-  double eps;
+  Norm norm;    // num_batches_tracked, cumulative and momentum are not read
 };
 
 // How many tiles the current device takes for x.

@@ -25,16 +25,17 @@ namespace fusedres {
 
 void one_pass_statistics(const OnePassStatisticsParams& p) {
   require(p.weight != nullptr && p.pivot != nullptr && p.total != nullptr && p.gram != nullptr &&
-              p.projected != nullptr && p.norm.state != nullptr,
+              p.projected != nullptr && p.output.state != nullptr,
           "one_pass_statistics", "null pointer");
-  require(p.norm.rows > 0 && p.norm.channels > 0 && p.in_channels > 0, "one_pass_statistics", "no rows or channels");
-  const int64_t channels = p.norm.channels;
+  require(p.output.rows > 0 && p.output.channels > 0 && p.in_channels > 0, "one_pass_statistics",
+          "no rows or channels");
+  const int64_t channels = p.output.channels;
   std::vector<double> buffer(3 * channels);
   double* mean = buffer.data();
   double* m2 = mean + channels;
   double* offset = m2 + channels;
   FUSEDRES_SELECT_ISA(statistics_of)(p, mean, m2, offset);
-  bn_finalize(p.norm, mean, m2, offset);
+  bn_finalize(p.output, mean, m2, offset);
 }
 
 void one_pass_grads(const OnePassGradsParams& p) {

@@ -11,8 +11,8 @@
 namespace fusedres {
 
 struct OnePassStatisticsParams {
-  BnStatisticsParams norm;  // of the output: x is not read, rows and channels are
-  const void* weight;       // [channels, in_channels] arithmetic
+  BnStatisticsParams output;  // BatchNorm of the output; x is not read
+  const void* weight;         // [channels, in_channels] arithmetic
   int64_t in_channels;
   const void* pivot;    // [in_channels] arithmetic
   const double* total;  // [in_channels]: Σz

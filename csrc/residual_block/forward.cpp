@@ -24,19 +24,19 @@ BnStatisticsParams norm_params(DType dtype, const ConvBn& unit, const UnitTensor
   params.dtype = dtype;
   params.channels = tensors.conv_weight.sizes()[0];
   params.state = state.data();
-  params.weight = tensors.weight.vector();
-  params.bias = tensors.bias.vector();
-  params.eps = unit.eps;
+  params.norm.weight = tensors.weight.vector();
+  params.norm.bias = tensors.bias.vector();
+  params.norm.eps = unit.eps;
   params.threads = threads;
   if (unit.update || !unit.batch_statistics) {
-    params.running_mean = tensors.running_mean.vector();
-    params.running_var = tensors.running_var.vector();
+    params.norm.running_mean = tensors.running_mean.vector();
+    params.norm.running_var = tensors.running_var.vector();
   }
   if (unit.batch_statistics && unit.update) {
-    params.num_batches_tracked = static_cast<int64_t*>(tensors.num_batches_tracked.data());
+    params.norm.num_batches_tracked = static_cast<int64_t*>(tensors.num_batches_tracked.data());
   }
-  params.cumulative = unit.cumulative;
-  params.momentum = unit.momentum;
+  params.norm.cumulative = unit.cumulative;
+  params.norm.momentum = unit.momentum;
   return params;
 }
 

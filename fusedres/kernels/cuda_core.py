@@ -1,7 +1,7 @@
-"""The one place where CUDA kernels start: the arguments' addresses, device guard, current stream.
+"""The one place where CUDA kernels start. It sets the device and passes the current stream.
 
-A kernel folder's cuda.py allocates (scratch memory too: the C++ side allocates nothing) and calls `launch` with the
-arguments of the function in csrc/bindings_cuda.cpp, in its order, as tensors and numbers.
+The cuda.py of a kernel folder allocates all memory, also scratch memory, as the C++ side allocates nothing. It calls
+`launch` with the arguments of the function in csrc/bindings_cuda.cpp, in the same order.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from torch import Tensor
 
 from fusedres import cuda_support
 
-DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+def launch(function: str, device: torch.device, *arguments: Tensor | tuple[Any, ...] | float | bool | None) -> Any:
+    """Call a function of fusedres._CUDA on a device and its current stream.
 
-def code(tensor: Tensor | None) -> int:
-    """The dtype code of a tensor; any code for None."""
-    return 0 if tensor is None else DTYPE_CODE[tensor.dtype]
-
-
-def launch(function: str, device: torch.device, *arguments: Tensor | float | bool | None) -> Any:
-    """Calls a function of fusedres._CUDA on a device and its current stream; None is a null pointer.
+    Args:
+        arguments: Tensors, None for a null pointer, numbers, and tuples of fusedres/kernels/arguments.py.
 
     Returns:
         What the function returns; None on the meta device, where it is not called.

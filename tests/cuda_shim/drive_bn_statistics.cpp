@@ -24,8 +24,13 @@ void bn_finalize() {
       for (const bool cumulative : {false, true}) {
         const double factor = cumulative ? 0.25 : 0.1;
         Values mean_before = running_mean, var_before = running_var;
-        cuda_bn_finalize({partials.data(), rows.data(), dtype, tiles, channels, state.data(), weight, bias,
-                          running_mean, running_var, &batches, cumulative, 0.1, 1e-3},
+        cuda_bn_finalize({partials.data(),
+                          rows.data(),
+                          dtype,
+                          tiles,
+                          channels,
+                          state.data(),
+                          {weight, bias, running_mean, running_var, &batches, cumulative, 0.1, 1e-3}},
                          nullptr);
         expect_near("num_batches_tracked", static_cast<double>(batches), cumulative ? 4 : 3, 0);
         for (int64_t c = 0; c < channels; ++c) {
@@ -52,7 +57,7 @@ void bn_frozen() {
   const int64_t channels = 67;
   Values mean(DType::kFloat32, normal(channels)), var(DType::kFloat32, std::vector<double>(channels, 0.5));
   Values weight(DType::kBFloat16, normal(channels)), state(DType::kFloat32, 4 * channels);
-  cuda_bn_frozen({DType::kFloat32, channels, state.data(), weight, {}, mean, var, 1e-3}, nullptr);
+  cuda_bn_frozen({DType::kFloat32, channels, state.data(), {weight, {}, mean, var, nullptr, false, 0, 1e-3}}, nullptr);
   for (int64_t c = 0; c < channels; ++c) {
     const double scale = weight[c] / std::sqrt(0.501);
     expect_near("scale", state[2 * channels + c], scale, 1e-6 * (1 + std::abs(scale)));

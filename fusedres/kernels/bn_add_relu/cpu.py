@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, address, empty_like
+from fusedres.kernels.arguments import address, pixels_of
+from fusedres.kernels.cpu_core import empty_like
 
 
 def bn_add_relu(
@@ -40,21 +41,13 @@ def _launch(
     with_mask: bool,
     out: Tensor,
 ) -> Tensor:
-    channels = x.shape[1]
-    n, shortcut_channels, h, w = shortcut.shape
-    mask_shape = (n, x.shape[2], x.shape[3], (channels + 7) // 8) if with_mask else (0,)
-    mask = x.new_empty(mask_shape, dtype=torch.uint8)
+    n, channels, h, w = x.shape
+    mask = x.new_empty((n, h, w, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8)
     _C.bn_add_relu(
         x.data_ptr(),
-        DTYPE_CODE[x.dtype],
         channels,
         state.data_ptr(),
-        shortcut.data_ptr(),
-        n,
-        h,
-        w,
-        stride,
-        shortcut_channels,
+        pixels_of(shortcut, stride),
         address(shortcut_state),
         out.data_ptr(),
         mask.data_ptr() if with_mask else 0,

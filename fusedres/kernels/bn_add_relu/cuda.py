@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import pixels_of
+from fusedres.kernels.cuda_core import launch
 
 
 def bn_add_relu(
@@ -39,23 +40,16 @@ def _launch(
     with_mask: bool,
     out: Tensor,
 ) -> Tensor:
-    channels = x.shape[1]
-    n, shortcut_channels, h, w = shortcut.shape
-    mask_shape = (n, x.shape[2], x.shape[3], (channels + 7) // 8) if with_mask else (0,)
+    n, channels, h, w = x.shape
+    mask_shape = (n, h, w, (channels + 7) // 8) if with_mask else (0,)
     mask = torch.empty(mask_shape, dtype=torch.uint8, device=x.device)
     launch(
         "bn_add_relu",
         x.device,
         x,
-        code(x),
         channels,
         state,
-        shortcut,
-        n,
-        h,
-        w,
-        stride,
-        shortcut_channels,
+        pixels_of(shortcut, stride),
         shortcut_state,
         out,
         mask if with_mask else None,

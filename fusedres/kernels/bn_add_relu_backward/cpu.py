@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, GATE_NONE, GATE_RECOMPUTE, address, empty_like, gate_code
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, address, gate_of, matrix_of
+from fusedres.kernels.cpu_core import empty_like
 
 
 def bn_add_relu_backward(
@@ -25,8 +26,7 @@ def bn_add_relu_backward(
     grad_shortcut = x.new_empty(0) if shortcut_x is None else empty_like(shortcut_x)
     sums = _launch(
         grad,
-        gate_code(gate),
-        address(gate),
+        gate_of(gate),
         x,
         state,
         batch_statistics,
@@ -54,8 +54,7 @@ def bn_add_relu_backward_(
     """See fusedres.ops.bn_add_relu_backward."""
     return _launch(
         grad,
-        gate_code(gate),
-        address(gate),
+        gate_of(gate),
         x,
         state,
         batch_statistics,
@@ -72,14 +71,13 @@ def bn_relu_backward_(
     grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
 ) -> Tensor:
     """See fusedres.ops.bn_add_relu_backward.bn_relu_backward_."""
-    kind = GATE_RECOMPUTE if gated else GATE_NONE
-    return _launch(grad, kind, 0, x, state, batch_statistics, grad, None, None, False, None, with_sums)
+    gate = RECOMPUTED_GATE if gated else NO_GATE
+    return _launch(grad, gate, x, state, batch_statistics, grad, None, None, False, None, with_sums)
 
 
 def _launch(
     grad: Tensor,
-    gate_kind: int,
-    gate: int,
+    gate: Gate,
     x: Tensor,
     state: Tensor,
     batch_statistics: bool,
@@ -90,26 +88,15 @@ def _launch(
     grad_shortcut: Tensor | None,
     with_sums: bool,
 ) -> Tensor:
-    channels = x.shape[1]
-    sums = state.new_empty((3, channels))
+    matrix = matrix_of(grad)
+    sums = state.new_empty((3, matrix[-1]))
     _C.bn_add_relu_backward(
-        grad.data_ptr(),
-        DTYPE_CODE[grad.dtype],
-        x.numel() // channels,
-        channels,
-        gate_kind,
+        matrix,
         gate,
-        x.data_ptr(),
-        state.data_ptr(),
-        batch_statistics,
-        grad_x.data_ptr(),
-        address(shortcut_x),
-        address(shortcut_state),
-        shortcut_batch_statistics,
-        address(grad_shortcut),
+        (x.data_ptr(), state.data_ptr(), batch_statistics, grad_x.data_ptr()),
+        (address(shortcut_x), address(shortcut_state), shortcut_batch_statistics, address(grad_shortcut)),
         sums.data_ptr(),
         with_sums or batch_statistics or shortcut_batch_statistics,
-        True,
         torch.get_num_threads(),
     )
     return sums

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, gate_of, matrix_of
 from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles
-from fusedres.kernels.cpu_core import GATE_NONE, GATE_RECOMPUTE, gate_code
 
 # csrc/bn_add_relu_backward/config.h chooses, or a launch for each step, or one for all: the numbers are the same.
 CHOSEN, SEPARATE, FUSED = range(3)
@@ -30,7 +30,7 @@ def bn_add_relu_backward(
     if shortcut_x is not None and shortcut_state is not None:
         grad_shortcut = torch.empty_like(shortcut_x)
         branches += (_branch(shortcut_x, shortcut_state, shortcut_batch_statistics, grad_shortcut),)
-    return grad_x, grad_shortcut, _launch(grad, gate_code(gate), gate, branches, with_sums)
+    return grad_x, grad_shortcut, _launch(grad, gate_of(gate), branches, with_sums)
 
 
 def bn_add_relu_backward_(
@@ -48,37 +48,33 @@ def bn_add_relu_backward_(
     branches: tuple[Branch, ...] = (_branch(x, state, batch_statistics, x),)
     if shortcut_x is not None and shortcut_state is not None:
         branches += (_branch(shortcut_x, shortcut_state, shortcut_batch_statistics, shortcut_x),)
-    return _launch(grad, gate_code(gate), gate, branches, with_sums)
+    return _launch(grad, gate_of(gate), branches, with_sums)
 
 
 def bn_relu_backward_(
     grad: Tensor, x: Tensor, state: Tensor, gated: bool, batch_statistics: bool, with_sums: bool
 ) -> Tensor:
     """See fusedres.ops.bn_add_relu_backward.bn_relu_backward_."""
-    kind = GATE_RECOMPUTE if gated else GATE_NONE
-    return _launch(grad, kind, None, (_branch(x, state, batch_statistics, grad),), with_sums)
+    gate = RECOMPUTED_GATE if gated else NO_GATE
+    return _launch(grad, gate, (_branch(x, state, batch_statistics, grad),), with_sums)
 
 
 def _branch(x: Tensor, state: Tensor, batch_statistics: bool, grad_x: Tensor) -> Branch:
     return Branch(x, state, batch_statistics, torch.empty_like(state), grad_x)
 
 
-def _launch(grad: Tensor, kind: int, gate: Tensor | None, branches: tuple[Branch, ...], with_sums: bool) -> Tensor:
+def _launch(grad: Tensor, gate: Gate, branches: tuple[Branch, ...], with_sums: bool) -> Tensor:
     channels = grad.shape[1]
-    rows = grad.numel() // channels
     tile_rows, tiles = row_tiles(grad)
     state = branches[0].state
     assert state is not None
     sums = state.new_empty((3, channels))
     launch_step(
         "bn_add_relu_backward",
-        grad,
-        rows,
-        branches,
-        grad,
-        kind,
+        grad.device,
+        matrix_of(grad),
         gate,
-        count=max(rows, 1),
+        branches,
         tile_rows=tile_rows,
         partials=state.new_empty((tiles, 1 + len(branches), channels)),
         sums=sums,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cpu_core import GATE_NONE, gate_code
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import NO_GATE, Gate, address, gate_of, matrix_of, vector_of
+from fusedres.kernels.cuda_core import launch
 
 _BLOCKS = 2048  # that a sum over rows is split over, at 512 bytes of a row each
 
@@ -28,7 +28,7 @@ def row_tiles(x: Tensor) -> tuple[int, int]:
 
 
 class Branch(NamedTuple):
-    """A raw convolution output under the ReLU, as the launches take it."""
+    """A raw convolution output before the ReLU; a launch ignores what it does not need."""
 
     x: Tensor | None = None
     state: Tensor | None = None
@@ -39,42 +39,24 @@ class Branch(NamedTuple):
 
 def launch_step(
     function: str,
-    like: Tensor,
-    rows: int,
+    device: torch.device,
+    grad: tuple[int, int, int, int],
+    gate: Gate,
     branches: tuple[Branch, ...],
-    grad: Tensor | None,
-    kind: int,
-    gate: Tensor | None,
     *,
-    count: int = 1,
     tile_rows: int = 1,
     partials: Tensor | None = None,
     sums: Tensor | None = None,
     with_sums: bool = True,
     launches: int = 0,
 ) -> None:
-    """Calls a launch with what it needs of BnBackwardParams; dtype, device and C (the second size) are `like`'s."""
-    shortcut = branches[1] if len(branches) > 1 else Branch()
-    launch(
-        function,
-        like.device,
-        code(like),
-        rows,
-        like.shape[1],
-        grad,
-        kind,
-        gate,
-        len(branches),
-        *branches[0],
-        *shortcut,
-        count,
-        tile_rows,
-        0 if partials is None else partials.shape[0],
-        partials,
-        sums,
-        with_sums,
-        launches,
+    """Call a launch with what it needs of BnBackwardParams; grad is a matrix."""
+    tiled = (tile_rows, 0 if partials is None else partials.shape[0], address(partials))
+    at = tuple(
+        (address(x), address(state), batch_statistics, address(coefficients), address(grad_x))
+        for x, state, batch_statistics, coefficients, grad_x in branches
     )
+    launch(function, device, grad, gate, at, tiled, sums, with_sums, launches)
 
 
 def bn_backward_reduce(
@@ -91,9 +73,8 @@ def bn_backward_reduce(
         branches += (Branch(shortcut_x, shortcut_state),)
     tile_rows, tiles = row_tiles(x)
     partials = state.new_empty((tiles, 1 + len(branches), x.shape[1]))
-    rows = x.numel() // x.shape[1]
-    kind = gate_code(gate)
-    launch_step("bn_backward_reduce", x, rows, branches, grad, kind, gate, tile_rows=tile_rows, partials=partials)
+    arguments = (x.device, matrix_of(grad), gate_of(gate), branches)
+    launch_step("bn_backward_reduce", *arguments, tile_rows=tile_rows, partials=partials)
     return partials
 
 
@@ -112,8 +93,8 @@ def bn_backward_coefficients(
     if shortcut_state is not None:
         shortcut = torch.empty_like(shortcut_state)
         branches += (Branch(None, shortcut_state, shortcut_batch_statistics, shortcut),)
-    function = "bn_backward_coefficients"
-    launch_step(function, state, count, branches, None, GATE_NONE, None, count=count, partials=partials, sums=sums)
+    grad = (0, vector_of(state)[1], count, state.shape[1])  # only its dtype and sizes are read
+    launch_step("bn_backward_coefficients", state.device, grad, NO_GATE, branches, partials=partials, sums=sums)
     return sums, coefficients, shortcut
 
 
@@ -131,5 +112,5 @@ def bn_backward_apply(
     if shortcut_x is not None:
         grad_shortcut = torch.empty_like(shortcut_x)
         branches += (Branch(shortcut_x, coefficients=shortcut_coefficients, grad_x=grad_shortcut),)
-    launch_step("bn_backward_apply", x, x.numel() // x.shape[1], branches, grad, gate_code(gate), gate)
+    launch_step("bn_backward_apply", x.device, matrix_of(grad), gate_of(gate), branches)
     return grad_x, grad_shortcut

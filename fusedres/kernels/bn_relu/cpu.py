@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, address, empty_channels_last, empty_like
+from fusedres.kernels.arguments import address, pixels_of
+from fusedres.kernels.cpu_core import empty_channels_last, empty_like
 
 
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:
@@ -26,17 +27,5 @@ def bn_relu_(x: Tensor, state: Tensor) -> None:
 
 
 def _launch(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, out: Tensor) -> None:
-    n, c, h, w = x.shape
-    _C.bn_relu(
-        x.data_ptr(),
-        DTYPE_CODE[x.dtype],
-        n,
-        h,
-        w,
-        stride,
-        c,
-        address(state),
-        address(pivot),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    _C.bn_relu(pixels_of(x, stride), address(state), address(pivot), out.data_ptr(), threads)

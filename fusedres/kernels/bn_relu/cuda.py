@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import pixels_of
+from fusedres.kernels.cuda_core import launch
 
 
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:
@@ -23,5 +24,4 @@ def bn_relu_(x: Tensor, state: Tensor) -> None:
 
 
 def _launch(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int, out: Tensor) -> None:
-    n, c, h, w = x.shape
-    launch("bn_relu", x.device, x, code(x), n, h, w, stride, c, state, pivot, out)
+    launch("bn_relu", x.device, pixels_of(x, stride), state, pivot, out)

@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, empty_channels_last, empty_like
+from fusedres.kernels.arguments import pixels_of
+from fusedres.kernels.cpu_core import empty_channels_last, empty_like
 
 
 def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool."""
-    n, c, h, w = x.shape
+    pixels = pixels_of(x)
+    n, h, w, _, c = pixels[2:]
     out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x)
     argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
     _C.bn_relu_maxpool(
-        x.data_ptr(),
-        DTYPE_CODE[x.dtype],
-        n,
-        h,
-        w,
-        c,
+        pixels,
         state.data_ptr(),
         out.data_ptr(),
         argmax.data_ptr() if with_argmax else 0,
@@ -53,20 +50,13 @@ def _launch(
     with_sums: bool,
     grad_x: Tensor,
 ) -> Tensor:
-    n, c, h, w = x.shape
-    sums = (state.new_empty if n else state.new_zeros)((2, c))
+    pixels = pixels_of(x)
+    sums = (state.new_empty if x.numel() else state.new_zeros)((2, pixels[-1]))
     _C.bn_relu_maxpool_backward(
         grad.data_ptr(),
-        DTYPE_CODE[grad.dtype],
-        n,
-        h,
-        w,
-        c,
         argmax.data_ptr(),
-        x.data_ptr(),
-        state.data_ptr(),
-        batch_statistics,
-        grad_x.data_ptr(),
+        pixels,
+        (x.data_ptr(), state.data_ptr(), batch_statistics, grad_x.data_ptr()),
         sums.data_ptr(),
         with_sums or batch_statistics,
         torch.get_num_threads(),

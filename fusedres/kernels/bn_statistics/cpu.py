@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, address, code
+from fusedres.kernels.arguments import DTYPE_CODE, matrix_of, norm_of
 
 
 def bn_statistics(
@@ -20,26 +20,12 @@ def bn_statistics(
     eps: float,
 ) -> Tensor:
     """See fusedres.ops.bn_statistics."""
-    channels = x.shape[1]
-    state = x.new_empty((4, channels), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    matrix = matrix_of(x)
+    state = x.new_empty((4, matrix[-1]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
     _C.bn_statistics(
-        x.data_ptr(),
-        DTYPE_CODE[x.dtype],
-        x.numel() // channels,
-        channels,
+        matrix,
         state.data_ptr(),
-        address(weight),
-        code(weight),
-        address(bias),
-        code(bias),
-        address(running_mean),
-        code(running_mean),
-        address(running_var),
-        code(running_var),
-        address(num_batches_tracked),
-        momentum is None,
-        0.0 if momentum is None else momentum,
-        eps,
+        norm_of(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps),
         torch.get_num_threads(),
     )
     return state
@@ -56,18 +42,6 @@ def bn_frozen(
     """See fusedres.ops.bn_frozen."""
     channels = running_mean.shape[0]
     state = x.new_empty((4, channels), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
-    _C.bn_frozen(
-        DTYPE_CODE[x.dtype],
-        channels,
-        state.data_ptr(),
-        address(weight),
-        code(weight),
-        address(bias),
-        code(bias),
-        running_mean.data_ptr(),
-        code(running_mean),
-        running_var.data_ptr(),
-        code(running_var),
-        eps,
-    )
+    norm = norm_of(weight, bias, running_mean, running_var, None, 0.0, eps)
+    _C.bn_frozen(DTYPE_CODE[x.dtype], channels, state.data_ptr(), norm)
     return state

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import matrix_of, norm_of, vector_of
+from fusedres.kernels.cuda_core import launch
 from fusedres.kernels.reference_core import arithmetic_dtype
 
 
@@ -20,12 +21,11 @@ def bn_statistics(
     eps: float,
 ) -> Tensor:
     """See fusedres.ops.bn_statistics."""
-    channels = x.shape[1]
-    rows = x.numel() // channels
-    tiles = launch("bn_partial_tiles", x.device, x, code(x), rows, channels) or 1  # on the meta device one will do
-    partials = torch.empty((tiles, 2, channels), dtype=arithmetic_dtype(x.dtype), device=x.device)
+    matrix = matrix_of(x)
+    tiles = launch("bn_partial_tiles", x.device, matrix) or 1  # on the meta device one will do
+    partials = torch.empty((tiles, 2, x.shape[1]), dtype=arithmetic_dtype(x.dtype), device=x.device)
     row_counts = torch.empty(tiles, dtype=partials.dtype, device=x.device)
-    launch("bn_partials", x.device, x, code(x), rows, channels, tiles, partials, row_counts)
+    launch("bn_partials", x.device, matrix, tiles, partials, row_counts)
     running = (running_mean, running_var, num_batches_tracked)
     return _finalize(partials, row_counts, weight, bias, *running, momentum, eps, x)
 
@@ -60,31 +60,11 @@ def _finalize(
 ) -> Tensor:
     tiles, _, channels = partials.shape
     state = torch.empty((4, channels), dtype=partials.dtype, device=partials.device)
-    averaged = running_mean is not None and running_var is not None
-    launch(
-        "bn_finalize",
-        partials.device,
-        partials,
-        rows,
-        code(partials),
-        tiles,
-        channels,
-        state,
-        weight,
-        code(weight),
-        bias,
-        code(bias),
-        running_mean if averaged else None,
-        code(running_mean),
-        running_var if averaged else None,
-        code(running_var),
-        num_batches_tracked,
-        averaged and momentum is None,
-        0.0 if momentum is None else momentum,
-        eps,
-        pivot,
-        code(pivot),
-    )
+    if running_mean is None or running_var is None:
+        running_mean, running_var, momentum = None, None, 0.0
+    norm = norm_of(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    function, device = "bn_finalize", partials.device
+    launch(function, device, vector_of(partials), rows, tiles, channels, state, norm, vector_of(pivot))
     return state
 
 
@@ -99,20 +79,6 @@ def bn_frozen(
     """See fusedres.ops.bn_frozen."""
     channels = running_mean.shape[0]
     state = torch.empty((4, channels), dtype=arithmetic_dtype(x.dtype), device=running_mean.device)
-    launch(
-        "bn_frozen",
-        state.device,
-        code(state),
-        channels,
-        state,
-        weight,
-        code(weight),
-        bias,
-        code(bias),
-        running_mean,
-        code(running_mean),
-        running_var,
-        code(running_var),
-        eps,
-    )
+    norm = norm_of(weight, bias, running_mean, running_var, None, 0.0, eps)
+    launch("bn_frozen", state.device, vector_of(state), channels, norm)
     return state

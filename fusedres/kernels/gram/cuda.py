@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.arguments import pixels_of
+from fusedres.kernels.cuda_core import launch
 from fusedres.kernels.reference_core import arithmetic_dtype
 
 _STEP = 64  # rows: a multiple of what the kernels take at once
@@ -31,26 +32,8 @@ def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) ->
     total = torch.empty(channels, dtype=torch.float64, device=x.device)
     matrix = torch.empty((channels, channels), dtype=torch.float64, device=x.device)
     tf32 = x.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    launch(
-        "gram",
-        x.device,
-        x,
-        code(x),
-        tf32,
-        n,
-        h,
-        w,
-        stride,
-        channels,
-        state,
-        out,
-        pivot,
-        size,
-        splits,
-        partials,
-        total,
-        matrix,
-    )
+    split = (size, splits, partials.data_ptr())
+    launch("gram", x.device, pixels_of(x, stride), tf32, state, out, pivot, split, total, matrix)
     return pivot, total, matrix
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.cpu_core import DTYPE_CODE, address, code
+from fusedres.kernels.arguments import matrix_of, norm_of
 from fusedres.kernels.one_pass import reference
 from fusedres.kernels.shortcut_grad.cpu import shortcut_grad_
 
@@ -35,28 +35,14 @@ def one_pass_statistics(
     state = torch.empty((4, channels), dtype=pivot.dtype, device=pivot.device)
     projected = torch.empty((channels, in_channels), dtype=pivot.dtype, device=pivot.device)
     _C.one_pass_statistics(
-        matrix.data_ptr(),
-        DTYPE_CODE[pivot.dtype],
+        matrix_of(matrix),
         count,
-        channels,
-        in_channels,
         pivot.data_ptr(),
         total.data_ptr(),
         gram.data_ptr(),
         state.data_ptr(),
         projected.data_ptr(),
-        address(weight),
-        code(weight),
-        address(bias),
-        code(bias),
-        address(running_mean),
-        code(running_mean),
-        address(running_var),
-        code(running_var),
-        address(num_batches_tracked),
-        momentum is None,
-        0.0 if momentum is None else momentum,
-        eps,
+        norm_of(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps),
         torch.get_num_threads(),
     )
     return state, projected
@@ -76,11 +62,11 @@ def one_pass_backward(
     if d.dtype is not torch.float32:
         return reference.one_pass_backward(d, sum_d, z, conv_weight, state, projected, total, with_input)
     channels, in_channels = conv_weight.shape[:2]
-    sizes = (DTYPE_CODE[d.dtype], channels, in_channels)
     threads = torch.get_num_threads()
     matrix = _matrix(conv_weight, state.dtype)
+    weight = matrix_of(matrix)
     scaled = torch.empty((channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
-    _C.one_pass_scale(*sizes, matrix.data_ptr(), state.data_ptr(), scaled.data_ptr(), threads)
+    _C.one_pass_scale(weight, state.data_ptr(), scaled.data_ptr(), threads)
     narrow = in_channels <= _C.ONE_PASS_NARROW
     grad_z: Tensor | None = None
     cross: Tensor | None = None
@@ -91,24 +77,16 @@ def one_pass_backward(
     grad_conv, grad_weight = torch.empty_like(projected), torch.empty_like(sum_d)
     quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
     constant = torch.empty(in_channels, dtype=state.dtype, device=state.device)
+    correction_at = (quadratic.data_ptr(), constant.data_ptr()) if with_input else (0, 0)
     _C.one_pass_grads(
-        DTYPE_CODE[d.dtype],
-        z.numel() // in_channels,
-        channels,
-        in_channels,
+        matrix_of(d),
+        z.data_ptr(),
+        weight,
         0 if cross is None else cross.view(channels, in_channels).data_ptr(),
         sum_d.data_ptr(),
-        matrix.data_ptr(),
-        state.data_ptr(),
-        projected.data_ptr(),
-        total.data_ptr(),
-        grad_conv.data_ptr(),
-        grad_weight.data_ptr(),
-        quadratic.data_ptr() if with_input else 0,
-        constant.data_ptr() if with_input else 0,
+        (state.data_ptr(), projected.data_ptr(), total.data_ptr()),
+        (grad_conv.data_ptr(), grad_weight.data_ptr(), *correction_at),
         threads,
-        d.data_ptr(),
-        z.data_ptr(),
     )
     grad_conv = grad_conv.view(conv_weight.shape).to(conv_weight.dtype)
     if grad_z is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres.kernels.arguments import gate_of, matrix_of
 from fusedres.kernels.bn_backward.cuda import row_tiles
-from fusedres.kernels.cpu_core import gate_code
-from fusedres.kernels.cuda_core import code, launch
+from fusedres.kernels.cuda_core import launch
 from fusedres.kernels.reference_core import arithmetic_dtype
 
 
@@ -18,19 +18,6 @@ def relu_backward(grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     d = torch.empty_like(grad)
     partials = torch.empty((tiles, channels), dtype=arithmetic_dtype(grad.dtype), device=grad.device)
     sums = partials.new_empty(channels)
-    launch(
-        "relu_backward",
-        grad.device,
-        grad,
-        code(grad),
-        grad.numel() // channels,
-        channels,
-        gate_code(gate),
-        gate,
-        d,
-        tile_rows,
-        tiles,
-        partials,
-        sums,
-    )
+    tiled = (tile_rows, tiles, partials.data_ptr())
+    launch("relu_backward", grad.device, matrix_of(grad), gate_of(gate), d, tiled, sums)
     return d, sums

@@ -1,0 +1,68 @@
+"""Arguments as both extensions read them (csrc/bindings_values.h): addresses, and tuples of addresses and numbers.
+
+C++ cannot check a tensor by its address: the ops check every tensor first, and the caller keeps it alive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# As DType (csrc/common/dtype.h) and GateKind (csrc/common/gate.h) number them.
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_BITS, _OUTPUT = 1, 2
+NO_GATE = (0, 0)
+RECOMPUTED_GATE = (3, 0)  # the kernel computes BatchNorm's output again from x and its state
+
+Vector = tuple[int, int]
+Gate = tuple[int, int]
+Norm = tuple[Vector, Vector, Vector, Vector, int, bool, float, float]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return the address of the tensor's first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def vector_of(tensor: Tensor | None) -> Vector:
+    """Return address and dtype."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPE_CODE[tensor.dtype])
+
+
+def matrix_of(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Return address, dtype, rows and columns; the columns are the second dimension, as for NHWC pixels."""
+    columns = tensor.shape[1]
+    return tensor.data_ptr(), DTYPE_CODE[tensor.dtype], tensor.numel() // columns, columns
+
+
+def pixels_of(x: Tensor, stride: int = 1) -> tuple[int, int, int, int, int, int, int]:
+    """Return address, dtype, batch, height, width, stride and channels of an activation."""
+    n, c, h, w = x.shape
+    return x.data_ptr(), DTYPE_CODE[x.dtype], n, h, w, stride, c
+
+
+def gate_of(gate: Tensor | None) -> Gate:
+    """Return what a gate tensor holds (nothing, bits as uint8, or a ReLU's output), and its address."""
+    return NO_GATE if gate is None else (_BITS if gate.dtype is torch.uint8 else _OUTPUT, gate.data_ptr())
+
+
+def norm_of(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Norm:
+    """Return a BatchNorm's tensors and settings; momentum None averages cumulatively."""
+    return (
+        vector_of(weight),
+        vector_of(bias),
+        vector_of(running_mean),
+        vector_of(running_var),
+        address(num_batches_tracked),
+        momentum is None,
+        0.0 if momentum is None else momentum,
+        eps,
+    )
