@@ -1,6 +1,6 @@
 #pragma once
 
-// How both extensions read their arguments. A tensor is the address of its first element, an integer; 0 is null. A
+// Reads the arguments of both extensions. A tensor is the address of its first element, as an integer; 0 is null. A
 // struct is a tuple of its fields, in the order of the `read` functions below. fusedres/kernels/arguments.py builds
 // these tuples.
 
@@ -17,7 +17,7 @@
 
 namespace fusedres {
 
-// The address of a tensor, as a pointer of the type that the kernel's struct has.
+// The address of a tensor. It converts to a pointer of any type.
 struct Address {
   uintptr_t value = 0;
 
@@ -43,7 +43,7 @@ struct Pixels {
   int64_t channels;
 };
 
-// Each `read` returns false, with or without a Python error set, when the object is not such a value.
+// Each `read` returns false if the object is not such a value. A Python error may be set then.
 
 inline bool read(PyObject* object, Address& value) {
   value.value = PyLong_AsUnsignedLongLong(object);
@@ -111,7 +111,7 @@ inline bool read(PyObject* object, Norm& value) {
                     value.cumulative, value.momentum, value.eps);
 }
 
-// Makes pybind11 read a T by the functions above.
+// Makes pybind11 read a T with these functions.
 template <class T>
 struct ArgumentCaster {
   PYBIND11_TYPE_CASTER(T, pybind11::detail::const_name("int | tuple"));

@@ -44,6 +44,14 @@ def test_requested_instruction_set_is_used():
     assert done.stdout.strip() == "portable"
 
 
+@pytest.mark.parametrize(
+    "pixels", [(0, 0, 1, 2, 2, 1), (0, 0, 1, 2, 2, 1, 8, 0), (0, 0, 1, 2, 2.5, 1, 8), (-1, 0, 1, 2, 2, 1, 8), 0, None]
+)
+def test_a_wrong_tuple_is_a_type_error(pixels):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.bn_relu(pixels, 0, 0, 0, 1)
+
+
 def _free_gib() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), 0.0)

@@ -4,7 +4,7 @@
 
 namespace fusedres {
 
-// Storage types of activations and parameters; the numbers are those of fusedres/kernels/cpu_core.py.
+// Storage types of activations and parameters; fusedres/kernels/arguments.py uses the same numbers.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 struct BFloat16 {

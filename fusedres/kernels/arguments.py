@@ -1,6 +1,6 @@
 """Arguments as both extensions read them (csrc/bindings_values.h): addresses, and tuples of addresses and numbers.
 
-An address says nothing of its tensor: the ops check every tensor before, and the caller keeps it alive during the call.
+C++ cannot check a tensor by its address: the ops check every tensor first, and the caller keeps it alive.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fusedres import values
 
+# As DType (csrc/common/dtype.h) and GateKind (csrc/common/gate.h) number them.
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+_BITS, _OUTPUT = 1, 2
 NO_GATE = (0, 0)
-RECOMPUTED_GATE = (3, 0)  # BatchNorm's output, computed again from x and its state
+RECOMPUTED_GATE = (3, 0)  # the kernel computes BatchNorm's output again from x and its state
 
 Vector = tuple[int, int]
 Gate = tuple[int, int]
@@ -44,7 +46,7 @@ def pixels_of(x: Tensor, stride: int = 1) -> tuple[int, int, int, int, int, int,
 
 def gate_of(gate: Tensor | None) -> Gate:
     """Return what a gate tensor holds (nothing, bits as uint8, or a ReLU's output), and its address."""
-    return NO_GATE if gate is None else (1 if gate.dtype is torch.uint8 else 2, gate.data_ptr())
+    return NO_GATE if gate is None else (_BITS if gate.dtype is torch.uint8 else _OUTPUT, gate.data_ptr())
 
 
 def norm_of(norm: values.Norm) -> Norm:
