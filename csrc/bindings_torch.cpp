@@ -1,4 +1,4 @@
-// Python bindings of what takes and returns torch's tensors themselves: the passes of residual_block/.
+// Python bindings of the passes in residual_block/, which take and return torch tensors themselves.
 
 #include "bindings_torch.h"
 
@@ -23,11 +23,11 @@ namespace {
 using aten::Tensor;
 
 constexpr size_t kUnitTensors = 6;
-constexpr size_t kUnitParams = 3;  // the first of them
+constexpr size_t kUnitParams = 3;  // the first three of them
 constexpr size_t kOnePassTensors = 4;
 
-// torch._C._aoti's conversions: a tensor to a capsule with a handle that we own, a list of such capsules to tensors
-// that take the handles over.
+// Conversions of torch._C._aoti. The first turns a tensor into a capsule with a handle, which we then own. The second
+// turns a list of such capsules into tensors, which then own the handles.
 PyObject* to_handle = nullptr;
 PyObject* from_handles = nullptr;
 
@@ -38,7 +38,7 @@ Tensor tensor_of(PyObject* object) {
   return Tensor(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
 }
 
-// Python's tensors, None where undefined.
+// Returns a list of Python tensors, with None for undefined ones.
 py::list objects_of(std::vector<Tensor> tensors) {
   py::list result(tensors.size());
   py::list capsules;
@@ -55,8 +55,8 @@ py::list objects_of(std::vector<Tensor> tensors) {
   return result;
 }
 
-// The fields of fusedres.autograd.plan's named tuples, by position: a lookup by name would take longer than all else
-// here. connect() is told their names and checks them.
+// The positions of fields in the named tuples of fusedres.autograd.plan. A lookup by name would take longer than
+// everything else here. connect() gets the names of the fields and checks them.
 enum UnitField { kStride, kPadding, kDilation, kGroups, kPixelwise, kBatchStatistics, kUpdate, kMomentum, kEps };
 const std::vector<std::string> kUnitFields = {"stride",           "padding", "dilation", "groups", "pixelwise",
                                               "batch_statistics", "update",  "momentum", "eps"};
@@ -75,10 +75,11 @@ bool flag(const py::handle& object) {
   return PyObject_IsTrue(object.ptr()) == 1;
 }
 
-// A tuple, or any sequence that a user put in its place.
+// Reads two integers from a tuple, or from any sequence that a user gave instead.
 void read_pair(const py::handle& pair, int64_t* out) {
   const auto values = py::reinterpret_steal<py::object>(PySequence_Tuple(pair.ptr()));
-  if (!values || PyTuple_GET_SIZE(values.ptr()) != 2) throw py::value_error("stride, padding, dilation: two integers");
+  if (!values || PyTuple_GET_SIZE(values.ptr()) != 2)
+    throw py::value_error("stride, padding and dilation must be two integers each");
   out[0] = integer(field(values, 0));
   out[1] = integer(field(values, 1));
 }
@@ -132,7 +133,8 @@ void connect(const std::map<std::string, uintptr_t>& addresses, const py::object
 }
 
 std::vector<UnitTensors> unit_tensors_of(const py::tuple& tensors, const ResidualBlock& block) {
-  if (tensors.size() != kUnitTensors * block.units.size()) throw std::invalid_argument("six tensors a unit");
+  if (tensors.size() != kUnitTensors * block.units.size())
+    throw std::invalid_argument("expected six tensors for each unit");
   std::vector<UnitTensors> result;
   result.reserve(block.units.size());
   for (size_t i = 0; i < tensors.size(); i += kUnitTensors) {
@@ -163,7 +165,7 @@ py::object forward(const py::object& x, const py::tuple& plan, const py::tuple& 
       tensors_out.push_back(std::move(end->pivot));
       tensors_out.push_back(std::move(end->total));
       tensors_out.push_back(std::move(end->projected));
-      tensors_out.emplace_back();  // of own convolutions
+      tensors_out.emplace_back();  // only written by our own convolutions
     }
   }
   return objects_of(std::move(tensors_out));
@@ -183,7 +185,7 @@ py::object infer(const py::object& x, const py::tuple& plan, const py::tuple& te
   return objects_of(std::move(result))[0];
 }
 
-// saved: x, three parameters a unit, and what forward returned behind the result.
+// saved: x, three parameters for each unit, and what forward returned after the result.
 py::object backward(const py::object& grad_out, const py::tuple& plan, const py::tuple& saved, std::vector<bool> needs,
                     bool donated, int threads) {
   const ResidualBlock block = block_of(plan, threads);
@@ -192,7 +194,8 @@ py::object backward(const py::object& grad_out, const py::tuple& plan, const py:
   const bool one_pass = block.one_pass_last || block.one_pass_projection;
   const size_t ends = one_pass ? kOnePassTensors * (block.projection ? 2 : 1) : 0;
   if (saved.size() < 2 + params + 2 * units + ends || needs.size() != 1 + params) {
-    throw std::invalid_argument("x, a mask, three parameters and two tensors a unit, four an end");
+    throw std::invalid_argument(
+        "expected x, a mask, three parameters and two tensors for each unit, and four for each one-pass end");
   }
   size_t next = 0;
   const auto take = [&](size_t count) {

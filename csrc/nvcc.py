@@ -1,8 +1,8 @@
-"""Compiles csrc/**/*.cu: finds nvcc, reads the list of architectures, calls it. Used by setup.py and the tests.
+"""Finds nvcc, reads the list of architectures, and compiles csrc/**/*.cu, for setup.py and the tests.
 
-CUDA_HOME            the toolkit; without it nvcc is looked for on PATH
+CUDA_HOME            the folder of the toolkit; if it is not set, nvcc is searched on PATH
 TORCH_CUDA_ARCH_LIST the architectures as torch writes them: "8.0;9.0a+PTX", separated by semicolons or spaces
-MAX_JOBS             bounds the parallel compilations (default: one a core)
+MAX_JOBS             the number of parallel compilations (default: one per core)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# 9.0 PTX and not 9.0a's, which runs on nothing newer.
+# PTX of 9.0, as PTX of 9.0a runs on no newer GPU.
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0;9.0+PTX"
 
 NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
@@ -26,7 +26,7 @@ FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvi
 
 
 def find() -> str | None:
-    """nvcc's path, None where there is none."""
+    """Return the path of nvcc, or None if there is none."""
     home = os.environ.get("CUDA_HOME")
     if home:
         return shutil.which("nvcc", path=str(Path(home, "bin")))
@@ -34,18 +34,18 @@ def find() -> str | None:
 
 
 def jobs() -> int:
-    """How many compilations may run at once."""
+    """Return how many compilations may run at once."""
     return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
 
 def known(nvcc: str) -> set[str]:
-    """The architectures that this nvcc compiles for, "80", "90", ..., without their a or f."""
+    """Return the architectures that this nvcc compiles for, "80", "90", ..., without their a or f."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     return set(re.findall(r"\bsm_(\d+)", listed))
 
 
 def parse_archs(listed: str) -> list[tuple[str, bool]]:
-    """("90a", with PTX) of each entry of TORCH_CUDA_ARCH_LIST, in its order.
+    """Return ("90a", whether with PTX) for each entry of TORCH_CUDA_ARCH_LIST, in its order.
 
     Raises:
         ValueError: an entry is not an architecture.
@@ -64,7 +64,7 @@ def parse_archs(listed: str) -> list[tuple[str, bool]]:
 
 
 def archs(nvcc: str) -> list[tuple[str, bool]]:
-    """What to compile for: TORCH_CUDA_ARCH_LIST, all of it, or those of the default that this nvcc knows."""
+    """Return what to compile for: all of TORCH_CUDA_ARCH_LIST, or the default architectures that this nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
         return parse_archs(asked)
@@ -73,7 +73,7 @@ def archs(nvcc: str) -> list[tuple[str, bool]]:
 
 
 def as_text(listed: Sequence[tuple[str, bool]]) -> str:
-    """The architectures as the list writes them."""
+    """Return the architectures as TORCH_CUDA_ARCH_LIST writes them."""
     parts = []
     for arch, ptx in listed:
         match = re.fullmatch(r"(\d+)(\d)([af]?)", arch)
@@ -83,19 +83,19 @@ def as_text(listed: Sequence[tuple[str, bool]]) -> str:
 
 
 def gencode(listed: Sequence[tuple[str, bool]]) -> list[str]:
-    """nvcc's options for these architectures; machine code of one that is named twice is made once."""
+    """Return nvcc's options for these architectures. Machine code is made once, even if one is named twice."""
     machine = dict.fromkeys(arch for arch, _ in listed if not _is_ptx_only(arch, listed))
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
     return options + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch, ptx in listed if ptx]
 
 
 def _is_ptx_only(arch: str, listed: Sequence[tuple[str, bool]]) -> bool:
-    """9.0+PTX beside 9.0a: every GPU of 9.0 takes the code of 9.0a."""
+    """Whether only PTX is needed, as for 9.0+PTX beside 9.0a: every GPU of 9.0 runs the code of 9.0a."""
     return (arch, True) in listed and (f"{arch}a", False) in listed
 
 
 def library_dirs(nvcc: str) -> list[str]:
-    """Where this nvcc's own libraries are."""
+    """Return the folders of this nvcc's own libraries."""
     shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
     line = next((line for line in shown.splitlines() if "LIBRARIES=" in line), "")
     return [found for found in re.findall(r'-L"?([^"\s]+)', line) if not found.endswith("stubs")]
@@ -109,10 +109,12 @@ def compile_all(
     options: Sequence[str],
     newest_header: float = float("inf"),
 ) -> list[str]:
-    """Objects of the sources, which lie below `include`, in `folder`; one newer than its source and headers is kept.
+    """Compile the sources, which are below `include`, to objects in `folder`, and return the objects' paths.
+
+    An object that is newer than its source and all headers is kept.
 
     Raises:
-        RuntimeError: a source does not compile; with nvcc's messages.
+        RuntimeError: a source does not compile. The error has nvcc's messages.
     """
     objects = [str(Path(folder, os.path.relpath(source, include)).with_suffix(".cu.o")) for source in sources]
     stale = []

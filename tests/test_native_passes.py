@@ -344,7 +344,7 @@ def test_the_core_checks_what_it_is_given() -> None:
     plan = BlockPlan((unit, unit), None, 1, (False, False), 1, torch.float32, "cpu")
     x = torch.zeros(2, 8, 4, 4).to(memory_format=torch.channels_last)
     tensors = (torch.zeros(8, 8, 3, 3), None, None, None, None, None) * 2
-    with pytest.raises(ValueError, match="six tensors a unit"):
+    with pytest.raises(ValueError, match="expected six tensors for each unit"):
         _C.residual_block_forward(x, plan, tensors[:-1], 1)
     with pytest.raises(ValueError, match="batch statistics"):
         _C.residual_block_infer(x, plan, tensors, 1)

@@ -9,7 +9,7 @@ namespace {
 
 using Error = int32_t;
 
-// One entry a function: its name in the interface behind aoti_torch_, its result, its arguments.
+// One entry for each function: its name without the prefix aoti_torch_, its result, its arguments.
 #define FUSEDRES_ATEN_FUNCTIONS(X)                                                                                  \
   X(device_type_cpu, int32_t, ())                                                                                   \
   X(dtype_float32, int32_t, ())                                                                                     \
@@ -47,9 +47,9 @@ struct Functions {
 
 struct Torch {
   Functions call;
-  const char* (*what)() = nullptr;  // of the last error; newer than the rest
+  const char* (*what)() = nullptr;  // text of the last error; null if torch does not have it
   int32_t cpu = 0;
-  int32_t dtypes[4] = {};  // by DType
+  int32_t dtypes[4] = {};  // indexed by DType
   int32_t uint8 = 0;
   int32_t int64 = 0;
 };
@@ -77,14 +77,14 @@ Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, 
   return Tensor(result);
 }
 
-// Bytes of an element.
+// The size of an element in bytes.
 int64_t item_size(int32_t dtype) {
   if (dtype == torch.uint8) return 1;
   if (dtype == torch.int64 || dtype == torch_dtype(DType::kFloat64)) return 8;
   return dtype == torch_dtype(DType::kFloat32) ? 4 : 2;
 }
 
-// Huge pages behind a large tensor.
+// Asks for huge pages if the tensor is large.
 Tensor advised(Tensor tensor) {
   const Shape s = tensor.shape();
   const size_t bytes = static_cast<size_t>(s.rows() * s.channels * item_size(tensor.torch_dtype()));
@@ -205,7 +205,7 @@ DType Tensor::dtype() const {
   for (int code = 0; code < 4; ++code) {
     if (found == torch.dtypes[code]) return static_cast<DType>(code);
   }
-  throw std::invalid_argument("fusedres._C: a dtype without kernels");
+  throw std::invalid_argument("fusedres._C: there are no kernels for this dtype");
 }
 
 Shape Tensor::shape() const {

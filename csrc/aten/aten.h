@@ -9,17 +9,17 @@
 #include "common/channel_vector.h"
 #include "common/dtype.h"
 
-// Torch's CPU tensors and convolutions through its C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which torch
-// keeps for the models that it compiled ahead of time. The functions' addresses come at run time: nothing of torch is
-// included or linked.
+// Torch's CPU tensors and convolutions, called through the C interface (torch/csrc/inductor/aoti_torch/c/shim.h) that
+// torch keeps for models compiled ahead of time. The addresses of its functions are found at run time: no header of
+// torch is included, and no library of torch is linked.
 namespace fusedres::aten {
 
 using Handle = void*;  // AtenTensorHandle: an at::Tensor on the heap
 
-// Takes the addresses of the interface's functions by name; the names it needs are function_names().
+// Sets the addresses of the interface's functions by name. function_names() returns the names that are needed.
 void connect(const std::map<std::string, uintptr_t>& addresses);
 const std::initializer_list<const char*>& function_names();
-constexpr const char* kErrorText = "torch_exception_get_what_without_backtrace";  // taken where torch has it
+constexpr const char* kErrorText = "torch_exception_get_what_without_backtrace";  // optional: newer than the rest
 
 struct Shape {
   int64_t batch;
@@ -33,7 +33,7 @@ struct Shape {
   }
 };
 
-// A handle that is owned, or none. Undefined stands for Python's None.
+// Owns a handle, or is undefined, which stands for Python's None.
 class Tensor {
  public:
   Tensor() = default;
@@ -49,21 +49,21 @@ class Tensor {
   Handle get() const { return handle_; }
   Handle release() { return std::exchange(handle_, nullptr); }
 
-  void* data() const;  // null where undefined
+  void* data() const;  // null if undefined
   int64_t dim() const;
   const int64_t* sizes() const;
   const int64_t* strides() const;
   int32_t torch_dtype() const;
-  int64_t bytes() const;   // of its elements
-  bool has_dtype() const;  // one of DType
+  int64_t bytes() const;   // the size of all elements
+  bool has_dtype() const;  // whether the dtype is one of DType
   DType dtype() const;
-  Shape shape() const;  // of four dimensions
+  Shape shape() const;  // the tensor must have four dimensions
   bool is_contiguous() const;
   bool is_channels_last() const;
   bool is_matrix() const;              // (K, C, 1, 1), dense
   bool is_vector(int64_t size) const;  // (size,), contiguous
-  bool in_memory() const;              // its storage on the CPU holds all of its elements; true where undefined
-  ChannelVector vector() const;        // of a contiguous vector, or undefined
+  bool in_memory() const;        // whether its storage is on the CPU and holds all of its elements; true if undefined
+  ChannelVector vector() const;  // the tensor must be a contiguous vector, or undefined
 
  private:
   Handle handle_ = nullptr;
@@ -74,11 +74,11 @@ int32_t torch_uint8();
 int32_t torch_int64();
 
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t torch_dtype);
-Tensor empty_channels_last(const Shape& shape, int32_t torch_dtype);  // huge pages behind large ones
-Tensor empty_like(const Tensor& tensor);                              // of four dimensions, dense
+Tensor empty_channels_last(const Shape& shape, int32_t torch_dtype);  // in huge pages if large
+Tensor empty_like(const Tensor& tensor);  // the tensor must be dense and have four dimensions
 Tensor clone(const Tensor& tensor);
 void copy(const Tensor& target, const Tensor& source);
-Tensor to_channels_last(Tensor tensor);                        // itself where it is
+Tensor to_channels_last(Tensor tensor);                        // returns the tensor itself if it is channels_last
 Tensor row(const Tensor& matrix, int64_t index);               // a view of a contiguous matrix
 Tensor images(const Tensor& x, int64_t begin, int64_t count);  // a view of a channels_last tensor
 
@@ -89,7 +89,7 @@ struct ConvolutionParams {
   int64_t groups;
 };
 
-// Torch's convolution; its result in channels_last.
+// Torch's convolution. The result is channels_last.
 Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params,
                    const Tensor& bias = Tensor());
 

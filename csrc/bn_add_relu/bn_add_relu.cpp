@@ -17,7 +17,7 @@ void bn_add_relu(const BnAddReluParams& p) {
           "null pointer");
   require(p.shortcut_channels <= p.channels, "bn_add_relu", "more shortcut channels than channels");
   require(p.shortcut_state == nullptr || p.shortcut_channels == p.channels, "bn_add_relu",
-          "a normalised shortcut has as many channels as x");
+          "a normalised shortcut must have as many channels as x");
   FUSEDRES_SELECT_ISA(add_all)(p);
 }
 

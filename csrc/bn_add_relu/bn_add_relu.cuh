@@ -4,10 +4,10 @@
 //
 //     z[m, c] = scale[c]·x[m, c] + shift[c] + S[m, c]      out = relu(z)      mask = NOT (z <= 0)    (He et al. 2015)
 //
-// S is the shortcut as it is, or with its own scale and shift, or every stride-th of its pixels with zero channels
-// appended. A thread owns 8 channels, a byte of the mask, of every step-th row (common/cuda_rows.h), their coefficients
-// in registers. Reads x and the pixels of the shortcut that are used, writes out and, where asked for, 1 bit an
-// element, each once.
+// S is the shortcut unchanged, or the shortcut with its own scale and shift, or every stride-th pixel of it with zero
+// channels appended. A thread owns 8 channels (one byte of the mask) of every step-th row (common/cuda_rows.h) and
+// keeps their coefficients in registers. Reads x and the used pixels of the shortcut once. Writes out and, if wanted,
+// one bit per element once.
 
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_add_relu/config.h"
@@ -18,7 +18,8 @@ namespace fusedres {
 
 enum class Shortcut { kPlain, kNormalised, kMapped };
 
-// The owned channels from `source` on: by 16 bytes, or one by one the first `count` of them and 0 beyond.
+// Loads the owned channels from `source` on: by 16 bytes, or, if kVector is 1, the first `count` channels one by one,
+// and 0 for the others.
 template <int kVector, class T>
 __device__ __forceinline__ Packed<T, kBnAddReluOwned> load_owned(const T* source, int64_t count) {
   if constexpr (kVector > 1) {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kRowThreads, kBnAddReluBlocks<T>)
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         z[i] += added[i];
-        bits |= static_cast<unsigned>(!(z[i] <= 0)) << i;  // beyond the channels z is 0
+        bits |= static_cast<unsigned>(!(z[i] <= 0)) << i;  // z is 0 after the last channel
       }
       store_owned<kVector>(out + element(row + r * step, p.channels, 0), relu(z), count);
       if (p.mask != nullptr) p.mask[bits_byte(row + r * step, p.channels, c)] = static_cast<uint8_t>(bits);

@@ -12,15 +12,15 @@ struct BnAddReluParams {
   const void* state;     // [4, channels] arithmetic type: mean, invstd, scale, shift
   const void* shortcut;  // [batch, height, width, shortcut_channels] of shortcut_map
   RowMap shortcut_map;
-  int64_t shortcut_channels;   // at most channels; the channels beyond get no shortcut (zero padding)
-  const void* shortcut_state;  // [4, channels] where the shortcut is a raw convolution output to normalise; may be null
+  int64_t shortcut_channels;   // at most channels; the other channels get no shortcut (zero padding)
+  const void* shortcut_state;  // [4, channels] to normalise a raw convolution output as the shortcut; may be null
   void* out;                   // [rows, channels]; may be x
   uint8_t* mask;               // [rows, ceil(channels / 8)], bit set where NOT (out <= 0); may be null
   int threads;
 };
 
-// out = relu(scale·x + shift + S) with S the shortcut, the shortcut normalised, or the shortcut subsampled and
-// zero-padded in its channels.
+// out = relu(scale·x + shift + S), where S is the shortcut: unchanged, normalised, or subsampled and zero-padded in its
+// channels.
 void bn_add_relu(const BnAddReluParams& params);
 
 }  // namespace fusedres

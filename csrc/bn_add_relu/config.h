@@ -2,22 +2,22 @@
 
 #include "common/cuda_rows.h"
 
-// Vectors and grid of bn_add_relu. Guesses: no GPU has measured them yet.
+// Vector width and grid of bn_add_relu. The numbers are guesses: no GPU has measured them yet.
 
 namespace fusedres {
 
-constexpr int kBnAddReluOwned = 8;  // channels of a thread: their bits are a byte of the mask
+constexpr int kBnAddReluOwned = 8;  // channels of a thread; their bits are one byte of the mask
 
-// Rows of a thread, under way at once: 32 bytes of each operand, and never less than one.
+// Rows that a thread loads at once: 32 bytes of each operand, but at least one row.
 template <class T, int kVector>
 constexpr int kBnAddReluRows = sizeof(T) == 2 && kVector > 1 ? 2 : 1;
 
-// Blocks of a multiprocessor.
+// Blocks per multiprocessor.
 template <class T>
 constexpr int kBnAddReluBlocks = sizeof(T) == 8 ? 2 : 3;
 
 struct BnAddReluConfig {
-  bool vectorised;  // 16 bytes an access, else one value
+  bool vectorised;  // 16 bytes per access, else one value
   RowGrid grid;
 };
 

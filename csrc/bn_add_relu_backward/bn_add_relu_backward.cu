@@ -8,7 +8,7 @@
 namespace fusedres {
 namespace {
 
-// All steps in one launch, where that pays or is asked for; whether it ran.
+// Runs all steps in one launch if that pays or is requested. Returns whether it ran.
 template <class Kind>
 bool launch_fused(const BnBackwardParams& p, void* stream) {
   const char* op = "bn_add_relu_backward";

@@ -1,9 +1,9 @@
 #pragma once
 
-// BatchNorm's backward under a ReLU in one cooperative launch, for tensors that stay in L2 between its steps. The
-// steps, their equations and the order of their sums are bn_backward's (bn_backward/bn_backward.cuh), block by block; a
-// block of this grid does the work of several of theirs, and the grid waits between the steps. Reads grad, the gate and
-// x from memory once, from L2 once more; writes dx.
+// Backward of BatchNorm and the ReLU after it in one cooperative launch, for tensors that stay in L2 between the steps.
+// The steps, their equations and the order of their sums are those of bn_backward/bn_backward.cuh, block by block. A
+// block of this grid does the work of several of those blocks, and the grid waits between the steps. Reads grad, the
+// gate and x once from memory and once more from L2; writes dx.
 
 #include <cooperative_groups.h>
 

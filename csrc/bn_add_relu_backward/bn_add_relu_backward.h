@@ -18,7 +18,7 @@ struct BnAddReluBackwardParams {
   int threads;
 };
 
-// With d the gradient that passes the ReLU, per channel: sums as above, in one pass over both branches.
+// Computes the sums above per channel, in one pass over both branches. d is the gradient that passes the ReLU.
 void bn_add_relu_backward_reduce(const BnAddReluBackwardParams& params);
 
 // grad_x = scale·(d - Σd/M - x̂·Σd·x̂/M) with batch statistics, scale·d without, for both branches in one pass.

@@ -1,20 +1,21 @@
 #pragma once
 
-// Backward of BatchNorm under a ReLU, of one branch or of two that meet in it, in three steps.
+// Backward of BatchNorm and the ReLU after it, for one branch or for two that are added before the ReLU, in three
+// steps.
 //
 //     d = grad where the gate is open, else 0      x̂ = (x − μ)·r      c1 = Σd / M      k = r·(Σ d·x̂) / M
-//     dx = a·(d − c1 − (x − μ)·k)                  (Ioffe and Szegedy 2015); c1 = k = 0 where the statistics are
-//     constant
+//     dx = a·(d − c1 − (x − μ)·k)                  (Ioffe and Szegedy 2015); c1 = k = 0 for constant statistics
 //
 // Activations are [rows, channels]. A block is seen as rows of `width` vectors of channels, 16 bytes each.
 //
-// reduce        a block sums a tile of rows, each thread its channels of every height-th row, then as a tree.
-//               Reads grad, the gate and x (of both branches); writes a partial for each tile.
-// coefficients  a block merges its channels of all partials, in fixed order. Reads the partials; writes per channel.
-// apply         a block walks over rows; its coefficients stay in registers. Reads grad, the gate and x again; writes
-// dx.
+// reduce        A block sums a tile of rows: each thread sums its channels of every height-th row, then the threads are
+//               summed as a tree. Reads grad, the gate and x (of both branches); writes a partial for each tile.
+// coefficients  A block merges its channels of all partials in a fixed order. Reads the partials; writes the sums and
+//               the coefficients of each channel.
+// apply         A block walks over rows and keeps its coefficients in registers. Reads grad, the gate and x again;
+//               writes dx.
 //
-// The functions on the device take the block's share, not the grid's: bn_add_relu_backward runs all three in one
+// The device functions do the work of one block, not of the grid, so that bn_add_relu_backward can run all three in one
 // launch.
 
 #include "bn_backward/bn_backward_cuda.h"
@@ -25,14 +26,14 @@
 
 namespace fusedres {
 
-// Rows of a batch of loads.
+// The rows that are loaded together.
 template <class A, int kVector, int kBranches, int kRows>
 struct BnBackwardRows {
   Lanes<A, kVector> d[kRows];
   Lanes<A, kVector> x[kBranches][kRows];
 };
 
-// What a recomputed gate needs, of one branch only.
+// The scale and shift that a recomputed gate needs. There is only one branch then.
 template <class A, int kVector>
 struct GateAffine {
   Lanes<A, kVector> scale, shift;
@@ -49,7 +50,7 @@ __device__ __forceinline__ GateAffine<A, kVector> load_gate_affine(const BnBackw
   return affine;
 }
 
-// d and x of rows row, row + step, …; everything is on its way before the gate waits for it.
+// Loads d and x of rows row, row + step, …. All loads start before the gate waits for any of them.
 template <class T, int kVector, int kBranches, int kRows>
 __device__ __forceinline__ BnBackwardRows<Arithmetic<T>, kVector, kBranches, kRows> load_rows(
     const BnBackwardParams& p, const GateAffine<Arithmetic<T>, kVector>& affine, int64_t row, int64_t step, int64_t c) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ BnBackwardRows<Arithmetic<T>, kVector, kBranches, kRo
   return rows;
 }
 
-// The partial of a tile of rows, of the channels of a block of width·kVector from first_channel on.
+// Writes the partial of a tile of rows, for the width·kVector channels of a block from first_channel on.
 template <class T, int kVector, int kBranches>
 __device__ __forceinline__ void sum_tile(const BnBackwardParams& p, int64_t tile, int64_t first_channel,
                                          unsigned width) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void sum_tile(const BnBackwardParams& p, int64_t tile
   reduce_rows(sums, dynamic_shared<Sums<A, kVector, 1 + kBranches>>(), add<A, kVector, 1 + kBranches>, place);
 
   if (!inside || place.y != 0) return;
-  // x̂ is (x − μ)·r, and r is the channel's: once is enough
+  // x̂ is (x − μ)·r, and r is constant for a channel: multiply by it once
 #pragma unroll
   for (int b = 0; b < kBranches; ++b) {
     const auto invstd = load<kVector>(static_cast<const A*>(p.branch[b].state) + p.channels + c);
@@ -140,7 +141,7 @@ __device__ __forceinline__ void sum_tile(const BnBackwardParams& p, int64_t tile
   store_sums(static_cast<A*>(p.partials) + tile * (1 + kBranches) * p.channels, p.channels, c, sums);
 }
 
-// Sums and coefficients of the channels of a block of width·kVector from first_channel on.
+// Writes the sums and coefficients of the width·kVector channels of a block from first_channel on.
 template <class A, int kVector, int kBranches>
 __device__ __forceinline__ void merge_channels(const BnBackwardParams& p, int64_t first_channel, unsigned width) {
   const BlockPlace place = place_in_block(width);
@@ -186,7 +187,7 @@ __device__ __forceinline__ BnBackwardCoefficients<A, kVector> load_coefficients(
           load<kVector>(coefficients + 2 * channels), load<kVector>(coefficients + 3 * channels)};
 }
 
-// grad_x of rows first + y, first + y + step, … below last, of the channels of a block of width·kVector from
+// Writes grad_x of rows first + y, first + y + step, … below last, for the width·kVector channels of a block from
 // first_channel on.
 template <class T, int kVector, int kBranches>
 __device__ __forceinline__ void apply_rows(const BnBackwardParams& p, int64_t first, int64_t last, int64_t step,
@@ -209,7 +210,7 @@ __device__ __forceinline__ void apply_rows(const BnBackwardParams& p, int64_t fi
         Lanes<A, kVector> grad_x;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-          // constant statistics: whatever x is
+          // for constant statistics x has no effect, not even NaN
           const A pull = of[b].k[i] == 0 ? 0 : (rows.x[b][r][i] - of[b].mean[i]) * of[b].k[i];
           grad_x[i] = of[b].a[i] * (rows.d[r][i] - of[b].c1[i] - pull);
         }

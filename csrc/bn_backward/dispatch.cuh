@@ -17,7 +17,7 @@ struct BnBackwardKind {
   static constexpr int kBranches = kCount;
 };
 
-// Whether whole vectors of `lanes` channels cover the rows, 16 bytes at once; null pointers are not used.
+// Whether rows are whole vectors of `lanes` channels that can be accessed by 16 bytes. Null pointers are not used.
 inline bool is_vectorised(const BnBackwardParams& p, int lanes) {
   bool vectorised = p.channels % lanes == 0 && is_aligned(p.grad) && is_aligned(p.partials) && is_aligned(p.sums);
   if (p.gate.kind == GateKind::kOutput) vectorised = vectorised && is_aligned(p.gate.data);

@@ -4,8 +4,8 @@
 //
 //     out[m, c] = relu(scale[c]·x[m, c] + shift[c]) − pivot[c]                        (Ioffe and Szegedy 2015)
 //
-// m runs over the pixels that the stride leaves. A thread owns kVector channels of every step-th row
-// (common/cuda_rows.h), their coefficients in registers. Reads the pixels of x that are used, writes out, each once.
+// m runs over every stride-th pixel. A thread owns kVector channels of every step-th row (common/cuda_rows.h) and keeps
+// their coefficients in registers. Reads the used pixels of x once and writes out once.
 
 #include "bn_relu/bn_relu.h"
 #include "bn_relu/config.h"

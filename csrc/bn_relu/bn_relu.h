@@ -16,7 +16,7 @@ struct BnReluParams {
   int threads;
 };
 
-// out = relu(scale·x + shift) - pivot, of every stride-th pixel.
+// out = relu(scale·x + shift) - pivot, for every stride-th pixel.
 void bn_relu(const BnReluParams& params);
 
 }  // namespace fusedres

@@ -2,15 +2,15 @@
 
 #include "common/cuda_rows.h"
 
-// Vectors and grid of bn_relu. Guesses: no GPU has measured them yet.
+// Vector width and grid of bn_relu. The numbers are guesses: no GPU has measured them yet.
 
 namespace fusedres {
 
-constexpr int kBnReluRows = 4;    // of a thread, under way at once
-constexpr int kBnReluBlocks = 3;  // of a multiprocessor
+constexpr int kBnReluRows = 4;    // rows that a thread loads at once
+constexpr int kBnReluBlocks = 3;  // blocks per multiprocessor
 
 struct BnReluConfig {
-  bool vectorised;  // 16 bytes an access, else one value
+  bool vectorised;  // 16 bytes per access, else one value
   RowGrid grid;
 };
 

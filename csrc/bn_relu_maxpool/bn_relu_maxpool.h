@@ -7,8 +7,8 @@
 
 namespace fusedres {
 
-// Sizes of x, [batch, height, width, channels]. A window's centre is pixel (2p, 2q); its places 0 to 8 are row-major,
-// and 9 stands for a window whose ReLU is closed: its maximum, as stored, is <= 0.
+// The sizes of x, [batch, height, width, channels]. The centre of window (p, q) is pixel (2p, 2q). Its places are
+// numbered 0 to 8 in row-major order. Place 9 means that the ReLU of the window is closed: its stored maximum is <= 0.
 struct PoolShape {
   int64_t batch;
   int64_t height;
@@ -30,7 +30,8 @@ struct BnReluMaxpoolParams {
   int threads;
 };
 
-// out = maxpool3x3, stride 2, padding 1, of relu(scale·x + shift). The first of equal maxima wins, and the last NaN.
+// out = maxpool3x3, stride 2, padding 1, of relu(scale·x + shift). The first of equal maxima wins, but the last of
+// several NaNs.
 void bn_relu_maxpool(const BnReluMaxpoolParams& params);
 
 struct BnReluMaxpoolBackwardParams {
@@ -43,7 +44,7 @@ struct BnReluMaxpoolBackwardParams {
   int threads;
 };
 
-// With d the gradient of scale·x + shift, per channel: the sums above.
+// Computes the sums above per channel. d is the gradient of scale·x + shift.
 void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardParams& params);
 
 // grad_x = scale·(d - Σd/M - x̂·Σd·x̂/M) with batch statistics, scale·d without.

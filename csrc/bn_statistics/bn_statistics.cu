@@ -50,7 +50,8 @@ void cuda_bn_partials(const BnPartialsParams& p, void* stream) {
   dispatch_dtype(p.dtype, [&](auto value) {
     using T = decltype(value);
     const auto config = partials_config<T>(p.x, p.rows, p.channels);
-    require(p.tiles == config.tiles && is_aligned(p.partials), "bn_statistics", "partials of another size");
+    require(p.tiles == config.tiles && is_aligned(p.partials), "bn_statistics",
+            "partials must have the size that cuda_bn_partial_tiles gave");
     if (config.vectorised)
       partials<T, kVectorOf<T>>(p, config, stream);
     else

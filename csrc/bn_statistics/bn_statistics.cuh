@@ -1,20 +1,21 @@
 #pragma once
 
-// Batch statistics on the GPU: partial statistics of row tiles, and their merge into what BatchNorm derives from them.
+// Batch statistics on the GPU: partial statistics of row tiles, and their merge into the state of BatchNorm.
 //
 //     mean = Σx / n                M2 = Σ(x − mean)²           var = M2 / n      invstd = (var + eps)^-½
 //     scale = weight·invstd        shift = bias − scale·mean                         (Ioffe and Szegedy 2015)
 //
-// with M2 merged without cancellation (common/cuda_moments.cuh). Sums are of x − pivot, the pivot a value of the
-// channel (x's first row, or the first tile's mean), so that float32 keeps the differences of values far from 0.
+// M2 is merged without cancellation (common/cuda_moments.cuh). Sums are of x − pivot. The pivot is a value of the
+// channel (the first row of x, or the mean of the first tile), so that float32 keeps the differences of values far from
+// 0.
 //
-// bn_partials: a block owns width·kVector channels of a tile; thread row y takes every tiles·height-th row from
-// tile·height + y on, kBnPartialsRows at a time: their mean, then the deviations from it, in registers. The block
-// merges its rows as a tree. Reads x once, writes the partial statistics.
+// bn_partials: a block owns width·kVector channels of a tile. Thread row y takes every tiles·height-th row from
+// tile·height + y on, kBnPartialsRows at a time, and computes their mean and then the deviations from it in registers.
+// The block merges its thread rows as a tree. Reads x once and writes the partial statistics.
 //
-// bn_finalize: a block owns blockDim.x·kVector channels of every tile; thread row y merges tiles y, y + blockDim.y, …,
-// the block merges its rows as a tree: a fixed order. Reads the partial statistics once; writes the state and the
-// running statistics.
+// bn_finalize: a block owns blockDim.x·kVector channels of every tile. Thread row y merges tiles y, y + blockDim.y, …,
+// then the block merges its thread rows as a tree, so that the order is fixed. Reads the partial statistics once;
+// writes the state and the running statistics.
 
 #include "bn_statistics/bn_statistics_cuda.h"
 #include "bn_statistics/config.h"
@@ -25,7 +26,7 @@
 
 namespace fusedres {
 
-// mean, invstd, scale and shift of kVector channels from c on.
+// Stores mean, invstd, scale and shift of kVector channels from c on.
 template <class A, int kVector, class Params>
 __device__ __forceinline__ void store_state(const Params& p, int64_t c, const Lanes<A, kVector>& mean,
                                             const Lanes<A, kVector>& var) {
@@ -118,7 +119,8 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
   const A* rows = static_cast<const A*>(p.rows);
 
   const bool shifted = p.pivot.data != nullptr;
-  Lanes<A, kVector> pivot, taken;  // added to the mean in the end, and what of it each tile's mean still has
+  Lanes<A, kVector> pivot;  // added to the mean at the end
+  Lanes<A, kVector> taken;  // the part of the pivot that the means of the tiles contain
   auto moments = no_moments<A, kVector>();
   if (inside) {
     const auto first = load<kVector>(partials);
@@ -149,7 +151,7 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
     var[i] = moments.m2[i] / moments.rows;
   }
   store_state(p, c, mean, var);
-  // Cumulative: others still read the count, so that a launch of its own increments it.
+  // For a cumulative average other threads may still read the count, so a separate launch increments it.
   const A factor =
       p.norm.cumulative ? A{1} / static_cast<A>(*p.norm.num_batches_tracked + 1) : static_cast<A>(p.norm.momentum);
 #pragma unroll
@@ -160,12 +162,12 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
   if (c == 0 && p.norm.num_batches_tracked != nullptr && !p.norm.cumulative) ++*p.norm.num_batches_tracked;
 }
 
-// One thread.
+// Runs in one thread.
 __global__ void count_batch_kernel(int64_t* num_batches_tracked) {
   ++*num_batches_tracked;
 }
 
-// A thread owns a channel.
+// A thread owns one channel.
 template <class A>
 __global__ void bn_frozen_kernel(const BnFrozenParams p) {
   const int64_t c = thread_index();

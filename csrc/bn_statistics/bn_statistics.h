@@ -21,12 +21,13 @@ struct BnStatisticsParams {
 // mean, invstd = (var + eps)^-1/2, scale = weight·invstd, shift = bias - scale·mean, and the running statistics.
 void bn_statistics(const BnStatisticsParams& params);
 
-// The state and the running statistics from each channel's mean and sum of squared deviations. running_offset, if not
-// null, is added to the mean for the running one: the data were centred on it. x is not read.
+// Computes the state and the running statistics from the mean and the sum of squared deviations of each channel. If the
+// data were centred, running_offset is what was subtracted; it is added to the mean for the running mean, and may be
+// null. x is not read.
 void bn_finalize(const BnStatisticsParams& params, const double* mean, const double* m2, const double* running_offset);
 
-// The same state from given statistics, which stay as they are: channels, state, dtype (of the activation) and
-// norm without num_batches_tracked and momentum are read.
+// Computes the same state from the running statistics, which do not change. Reads only channels, state, dtype (of the
+// activation) and norm, of which the averaging settings are ignored.
 void bn_frozen(const BnStatisticsParams& params);
 
 }  // namespace fusedres

@@ -6,7 +6,7 @@
 #include "common/dtype.h"
 #include "common/norm.h"
 
-// The CUDA launches of this folder as C++ sees them: no CUDA header, streams as void*.
+// The CUDA launches of this folder for C++. No CUDA header is needed: streams are void*.
 
 namespace fusedres {
 
@@ -18,15 +18,15 @@ struct BnFinalizeParams {
   int64_t channels;
   void* state;  // [4, channels] dtype: mean, invstd, scale, shift
   Norm norm;
-  ChannelVector pivot = {};  // the partials' means are of x − pivot, 0 where it is not finite; null: of x
+  ChannelVector pivot = {};  // subtracted from x before the means of the partials; 0 where not finite; may be null
 };
 
 struct BnPartialsParams {
-  const void* x;  // [rows, channels], its first row the pivot
+  const void* x;  // [rows, channels]; the first row is the pivot
   DType dtype;
   int64_t rows;
   int64_t channels;
-  int64_t tiles;     // of cuda_bn_partial_tiles
+  int64_t tiles;     // as cuda_bn_partial_tiles returned
   void* partials;    // [tiles, 2, channels] arithmetic type: mean of x − pivot, and M2, of each tile
   void* row_counts;  // [tiles] like the partials
 };
@@ -38,7 +38,7 @@ struct BnFrozenParams {
   Norm norm;    // num_batches_tracked, cumulative and momentum are not read
 };
 
-// How many tiles the current device takes for x.
+// The number of tiles into which the current device splits x.
 int64_t cuda_bn_partial_tiles(const void* x, DType dtype, int64_t rows, int64_t channels);
 
 void cuda_bn_partials(const BnPartialsParams& params, void* stream);

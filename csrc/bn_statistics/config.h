@@ -6,22 +6,22 @@
 #include "common/cuda_blocks.h"
 #include "common/cuda_device.h"
 
-// Blocks and grids of the statistics' kernels. Guesses: no GPU has measured them yet.
+// Blocks and grids of the kernels for statistics. The numbers are guesses: no GPU has measured them yet.
 
 namespace fusedres {
 
 constexpr int kBnPartialsThreads = 256;  // of a block
-constexpr int kBnPartialsBlocks = 3;     // of a multiprocessor
-constexpr int kBnPartialsRows = 4;       // of a thread, under way at once and averaged in registers
+constexpr int kBnPartialsBlocks = 3;     // blocks per multiprocessor
+constexpr int kBnPartialsRows = 4;       // rows that a thread loads at once and averages in registers
 
-// A block is threads / width rows of `width` vectors of channels; tile t is rows t·height to (t + 1)·height and every
-// tiles·height-th after them.
+// A block is threads / width rows of `width` vectors of channels. With height = threads / width, tile t is rows
+// t·height to (t + 1)·height and every tiles·height-th row after each of them.
 struct BnPartialsConfig {
-  bool vectorised;  // 16 bytes a load, else one value
+  bool vectorised;  // 16 bytes per load, else one value
   unsigned threads;
   unsigned width;
-  unsigned channel_blocks;  // that cover a row
-  int64_t tiles;            // as many as run at once
+  unsigned channel_blocks;  // blocks that cover a row
+  int64_t tiles;            // as many as the device runs at once
 };
 
 template <class T>
@@ -40,13 +40,13 @@ BnPartialsConfig bn_partials_config(int64_t rows, int64_t channels, bool aligned
 }
 
 struct BnFinalizeConfig {
-  bool vectorised;   // 16 bytes a load, else one value
+  bool vectorised;   // 16 bytes per load, else one value
   unsigned block_x;  // vectors of channels
   unsigned block_y;  // tiles side by side
   unsigned grid;
 };
 
-// 64 bytes of a row a block: few channels have few blocks, and what a block does alone is walk over the tiles.
+// A block reads only 64 bytes of a row, so that many blocks share the work: each block walks over all tiles.
 inline BnFinalizeConfig bn_finalize_config(int64_t tiles, int64_t channels, int itemsize, bool aligned,
                                            const CudaDevice& device) {
   const int vector = 16 / itemsize;
@@ -61,7 +61,7 @@ inline BnFinalizeConfig bn_finalize_config(int64_t tiles, int64_t channels, int 
   return config;
 }
 
-// One channel a thread.
+// One thread per channel.
 inline unsigned channel_threads(const CudaDevice& device) {
   return static_cast<unsigned>(std::min(128, device.max_block_threads));
 }

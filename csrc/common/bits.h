@@ -5,7 +5,7 @@
 
 #include "common/dtype.h"
 
-// Scalar conversions between storage types and float, round to nearest even, NaN kept.
+// Scalar conversions between storage types and float. They round to nearest even and keep NaN.
 
 namespace fusedres {
 
@@ -51,7 +51,8 @@ inline uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-// A scalar of run-time dtype, for the per-channel parameters whose type is independent of the activations'.
+// Loads a scalar of a run-time dtype. Per-channel parameters need it: their dtype may differ from that of the
+// activations.
 inline double load_scalar(const void* data, int64_t index, DType dtype) {
   switch (dtype) {
     case DType::kFloat64:

@@ -2,7 +2,7 @@
 
 namespace fusedres {
 
-// One normalised branch below a ReLU, in backward: z = scale·x + shift.
+// One normalised branch that enters a ReLU, as backward sees it: z = scale·x + shift.
 struct BnBranch {
   const void* x = nullptr;        // [rows, channels]; null: no such branch
   const void* state = nullptr;    // [4, channels] arithmetic type: mean, invstd, scale, shift

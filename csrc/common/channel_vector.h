@@ -4,7 +4,8 @@
 
 namespace fusedres {
 
-// A per-channel vector whose dtype is its own; data may be null where the vector is optional.
+// A per-channel vector. Its dtype may differ from that of the activations. data is null if an optional vector is
+// absent.
 struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

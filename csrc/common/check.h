@@ -8,7 +8,7 @@
 
 namespace fusedres {
 
-// The last line of defence: arguments are checked in Python, with messages for users. This guards the pointers.
+// A last check that protects the pointers. Python checks all arguments first, with messages for users.
 inline void require(bool condition, const char* op, const char* what) {
   if (!condition) throw std::invalid_argument(std::string("fusedres._C.") + op + ": " + what);
 }

@@ -2,7 +2,7 @@
 
 namespace fusedres {
 
-// What a launch is sized by.
+// The properties of a device that determine the size of a launch.
 struct CudaDevice {
   int multiprocessors;
   int max_block_threads;

@@ -6,19 +6,20 @@
 
 namespace fusedres {
 
-// Packed bits of a ReLU, [rows, ceil(channels / 8)] bytes, lowest bit first: those of channels c to c + kVector of a
-// row (c a multiple of kVector, kVector 1, 2, 4 or 8) are in one byte.
+// The index of the byte with the packed bits of a ReLU for channels c to c + kVector of a row. The bits are [rows,
+// ceil(channels / 8)] bytes, lowest bit first. c is a multiple of kVector, and kVector is 1, 2, 4 or 8.
 __device__ __forceinline__ int64_t bits_byte(int64_t row, int64_t channels, int64_t c) {
   return element(row, (channels + 7) / 8, c / 8);
 }
 
 template <int kVector>
 __device__ __forceinline__ unsigned load_bits(const uint8_t* bits, int64_t row, int64_t channels, int64_t c) {
-  static_assert(8 % kVector == 0, "a vector's bits lie in one byte");
+  static_assert(8 % kVector == 0, "the bits of a vector must be in one byte");
   return bits[bits_byte(row, channels, c)] >> (c % 8);
 }
 
-// value where the gate of this row is open, NOT (gate <= 0), else 0. kRecompute has no memory: see z_gated.
+// Returns value where the gate of this row is open, NOT (gate <= 0), else 0. A recomputed gate is not in memory: see
+// z_gated.
 template <GateKind kKind, class T, int kVector>
 __device__ __forceinline__ Lanes<Arithmetic<T>, kVector> gated(const Gate& gate, int64_t row, int64_t channels,
                                                                int64_t c, Lanes<Arithmetic<T>, kVector> value) {
@@ -35,7 +36,7 @@ __device__ __forceinline__ Lanes<Arithmetic<T>, kVector> gated(const Gate& gate,
   return value;
 }
 
-// value where z, the ReLU's input, is open.
+// Returns value where the ReLU is open for its input z, else 0.
 template <class A, int kVector>
 __device__ __forceinline__ Lanes<A, kVector> z_gated(const Lanes<A, kVector>& z, Lanes<A, kVector> value) {
 #pragma unroll

@@ -6,7 +6,7 @@
 
 namespace fusedres {
 
-// Of all threads along x, in 64 bits: tensors may have more than 2^31 elements.
+// The index of this thread among all threads along x. It has 64 bits, as tensors may have more than 2^31 elements.
 __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t thread_count() {
   return static_cast<int64_t>(gridDim.x) * blockDim.x;
 }
 
-// Element (row, c) of a dense [rows, channels] tensor.
+// The index of element (row, c) of a dense [rows, channels] tensor.
 __device__ __forceinline__ int64_t element(int64_t row, int64_t channels, int64_t c) {
   return row * channels + c;
 }
@@ -26,8 +26,8 @@ struct RowCount {
   constexpr operator int() const { return kRows; }
 };
 
-// Calls body(RowCount, row) for rows first, first + step, … below last, kBatch of them at a time (row, row + step, …)
-// so that their loads are on their way together, then one at a time.
+// Calls body(RowCount, row) for rows first, first + step, … below last. It takes kBatch rows at a time (row, row +
+// step, …), so that their loads overlap, then the remaining rows one at a time.
 template <int kBatch, class Body>
 __device__ __forceinline__ void for_rows(int64_t first, int64_t last, int64_t step, const Body& body) {
   int64_t row = first;

@@ -4,6 +4,6 @@ namespace fusedres {
 
 // CUDA versions as the API numbers them, 13000 for 13.0.
 int cuda_runtime_version();  // linked into this module
-int cuda_driver_version();   // the highest that the driver serves; 0 without a driver
+int cuda_driver_version();   // the highest version that the driver supports; 0 without a driver
 
 }  // namespace fusedres

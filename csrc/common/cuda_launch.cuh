@@ -1,6 +1,6 @@
 #pragma once
 
-// The one place where CUDA kernels start. Nothing is allocated here or behind it: scratch memory comes from the caller.
+// All CUDA kernels start here. Neither this code nor the kernels allocate memory: the caller provides scratch memory.
 
 #include <cuda_runtime.h>
 
@@ -13,10 +13,10 @@
 
 namespace fusedres {
 
-// A failed CUDA call becomes a Python RuntimeError that names the op.
+// Throws if a CUDA call failed. Python gets a RuntimeError that names the op.
 inline void check_cuda(const char* op, const char* call, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // does not stick to the next call
+  cudaGetLastError();  // clears the error, so that the next call does not report it
   throw std::runtime_error(std::string(op) + ": " + call + " failed: " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
 }
@@ -34,7 +34,7 @@ inline CudaDevice cuda_device(const char* op) {
   return device;
 }
 
-// Whether 16 bytes may be loaded and stored at once.
+// Whether 16 bytes can be loaded and stored at once.
 inline bool is_aligned(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
@@ -51,7 +51,7 @@ struct CudaLaunch {
 // Starts kernel(arguments...).
 template <class... Parameters, class... Arguments>
 void launch(const CudaLaunch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  constexpr size_t kWithoutAsking = 48 << 10;  // more shared memory than this has to be asked for
+  constexpr size_t kWithoutAsking = 48 << 10;  // more shared memory than this must be requested
   if (how.shared_bytes > kWithoutAsking)
     check_cuda(
         how.op, "cudaFuncSetAttribute",
@@ -69,7 +69,7 @@ void launch(const CudaLaunch& how, void (*kernel)(Parameters...), const Argument
   check_cuda(how.op, "cudaLaunchKernelEx", cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-// Blocks of a kernel that the device runs at once: the largest grid of a cooperative launch.
+// The number of blocks of a kernel that the device can run at once. This is the largest grid of a cooperative launch.
 template <class... Parameters>
 int resident_blocks(const char* op, void (*kernel)(Parameters...), int block_threads, size_t shared_bytes) {
   int blocks = 0;

@@ -1,9 +1,9 @@
 #pragma once
 
-// Matrix products on the tensor cores, mma.sync.m16n8k16 (m16n8k8 for tf32), sums in float32.
+// Matrix products on the tensor cores: mma.sync.m16n8k16 (m16n8k8 for tf32), with sums in float32.
 //
-// A warp holds its operands in words of 32 bits: two values of 16 bits that follow each other along k, or one of tf32.
-// In words the fragments are the same for all types: with g = lane / 4, t = lane % 4,
+// A warp holds its operands in words of 32 bits. A word is two 16-bit values that are neighbours along k, or one tf32
+// value. Counted in words, the fragments are the same for all types. With g = lane / 4, t = lane % 4,
 //     a[r]: row g + 8·(r % 2), word t + 4·(r / 2) of k      b[r]: word t + 4·r of k, column g
 //     c[r]: row g + 8·(r / 2), column 2·t + r % 2
 
@@ -17,7 +17,7 @@ namespace fusedres {
 
 constexpr int kMmaRows = 16, kMmaColumns = 8, kMmaWords = 8;
 
-// Nearest tf32, ties away from zero, as a word of an operand.
+// Rounds to the nearest tf32, ties away from zero. The result is a word of an operand.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
 #ifdef FUSEDRES_CUDA_SHIM
   const uint32_t bits = __float_as_uint(value);
@@ -31,7 +31,7 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 
 #ifdef FUSEDRES_CUDA_SHIM
 
-// The product of two words, added up as the type says.
+// The sum of the products of the values in two words.
 template <class T>
 float mma_words(uint32_t a, uint32_t b) {
   if constexpr (sizeof(T) == 2) {
@@ -64,12 +64,13 @@ FUSEDRES_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 
 #endif
 
-// sums[i][j] += a[i]·b[j], kRows by kColumns fragments of a warp; called by all its lanes. float is tf32.
+// sums[i][j] += a[i]·b[j] for kRows by kColumns fragments of a warp. All lanes of the warp must call it. T = float
+// means tf32.
 template <class T, int kRows, int kColumns>
 __device__ __forceinline__ void mma_tile(float (&sums)[kRows][kColumns][4], const uint32_t (&a)[kRows][4],
                                          const uint32_t (&b)[kColumns][2]) {
 #ifdef FUSEDRES_CUDA_SHIM
-  // Every lane reads what the others hold, by the table above.
+  // Every lane reads the fragments of the other lanes, as the table above places them.
   struct Fragments {
     const uint32_t (*a)[4];
     const uint32_t (*b)[2];
@@ -87,7 +88,7 @@ __device__ __forceinline__ void mma_tile(float (&sums)[kRows][kColumns][4], cons
           }
     return &mine;
   });
-  __syncwarp();  // until here the fragments stay
+  __syncwarp();  // the fragments must stay alive until here
 #else
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {

@@ -4,9 +4,9 @@
 
 namespace fusedres {
 
-// Rows, sum, and squared deviations from the mean (M2) of a set of values of each of kVector channels. The sum and not
-// the mean is kept, so that infinities of one sign average to that infinity; sums are of x − pivot with a pivot near
-// the channel's values, so that float keeps their differences.
+// The number of rows, the sum, and the sum of squared deviations from the mean (M2) of a set of values, for each of
+// kVector channels. It keeps the sum instead of the mean, so that infinities of one sign average to that infinity. The
+// sums are of x − pivot, with a pivot near the channel's values, so that float keeps their differences.
 template <class A, int kVector>
 struct Moments {
   A rows;
@@ -23,7 +23,7 @@ __device__ __forceinline__ Moments<A, kVector> no_moments() {
   return none;
 }
 
-// Adds the moments of another set; either may be empty. Chan, Golub and LeVeque 1983, δ = mean_b − mean_a:
+// Adds the moments of another set. Either set may be empty. With δ = mean_b − mean_a (Chan, Golub and LeVeque 1983):
 //     M2 = M2_a + M2_b + δ²·n_a·n_b / (n_a + n_b)
 template <class A, int kVector>
 __device__ __forceinline__ void merge(Moments<A, kVector>& into, const Moments<A, kVector>& added) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void merge(Moments<A, kVector>& into, const Moments<A
   into.rows = rows;
 }
 
-// A finite value: a mean of infinities is infinite, their difference is not.
+// Returns value if it is finite, else 0. A pivot must be finite, as the difference of two infinities is NaN.
 template <class A>
 __device__ __forceinline__ A finite_or_zero(A value) {
   return value - value == 0 ? value : 0;

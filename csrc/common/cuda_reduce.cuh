@@ -6,20 +6,20 @@
 
 namespace fusedres {
 
-// A thread's place in its block seen as [height][width].
+// The place of a thread in its block, when the block is seen as [height][width].
 struct BlockPlace {
   unsigned x, y, width, height;
 };
 
-// A one-dimensional block, `width` threads side by side; width divides its threads.
+// The place in a one-dimensional block with `width` threads side by side. width divides the number of threads.
 __device__ __forceinline__ BlockPlace place_in_block(unsigned width) {
   return {threadIdx.x % width, threadIdx.x / width, width, blockDim.x / width};
 }
 
-// Combines the values of all threads of a block with the same place.x, as a binary tree over place.y: the order
-// depends on the block's shape alone. Called by every thread of the block; the height is a power of two. The result is
-// valid at place.y == 0; combine(into, added) adds a value to another.
-// scratch: shared memory, [height / 2][width] values; free again on return.
+// Combines the values of all threads of a block that have the same place.x, as a binary tree over place.y. The order
+// depends only on the shape of the block. Every thread of the block must call it, and the height must be a power of
+// two. The result is valid at place.y == 0. combine(into, added) adds one value to another. scratch is shared memory of
+// [height / 2][width] values, which may be used again after the return.
 template <class Value, class Combine>
 __device__ __forceinline__ void reduce_rows(Value& value, Value* scratch, const Combine& combine,
                                             const BlockPlace& place) {
@@ -32,13 +32,13 @@ __device__ __forceinline__ void reduce_rows(Value& value, Value* scratch, const 
   }
 }
 
-// The same in a block of blockDim's own shape.
+// Does the same in a block with the shape of blockDim.
 template <class Value, class Combine>
 __device__ __forceinline__ void reduce_rows(Value& value, Value* scratch, const Combine& combine) {
   reduce_rows(value, scratch, combine, BlockPlace{threadIdx.x, threadIdx.y, blockDim.x, blockDim.y});
 }
 
-// Bytes of that scratch.
+// The size of that scratch memory in bytes.
 template <class Value>
 constexpr size_t reduce_rows_bytes(unsigned block_x, unsigned block_y) {
   return sizeof(Value) * block_x * (block_y / 2);

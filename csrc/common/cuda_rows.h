@@ -1,7 +1,7 @@
 #pragma once
 
-// How the threads of an elementwise kernel share a [rows, channels] tensor. Plain C++: what is computed here is tested
-// without a GPU.
+// Divides a [rows, channels] tensor among the threads of an elementwise kernel. This is plain C++, so that tests need
+// no GPU.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,9 +12,10 @@
 
 namespace fusedres {
 
-// The threads of all blocks, numbered through, take the vectors of the first `step` rows in the order of memory, then
-// those of the next: a thread keeps its channels, whose coefficients it loads once, and neighbouring threads touch
-// neighbouring memory whatever the number of channels. At most `vectors` − 1 threads of the grid have nothing to do.
+// The threads of all blocks are numbered consecutively. They take the vectors of the first `step` rows in memory order,
+// then those of the next `step` rows, and so on. So a thread keeps its channels and loads their coefficients once, and
+// neighbouring threads access neighbouring memory for any number of channels. At most `vectors` − 1 threads of the grid
+// are idle.
 struct RowGrid {
   unsigned blocks;
   unsigned threads;  // of a block
@@ -24,8 +25,8 @@ struct RowGrid {
 
 constexpr int kRowThreads = 256;
 
-// So many blocks a multiprocessor, all running at once: a kernel's launch bounds make its registers allow them. Every
-// thread has work for at least one row.
+// Starts blocks_each blocks per multiprocessor, which all run at once: the launch bounds of the kernel limit its
+// registers for that. There are fewer blocks if there are too few rows to give every thread at least one.
 inline RowGrid row_grid(const char* op, int64_t rows, int64_t channels, int vector, int blocks_each,
                         const CudaDevice& device) {
   const int64_t vectors = (channels + vector - 1) / vector;
@@ -38,8 +39,8 @@ inline RowGrid row_grid(const char* op, int64_t rows, int64_t channels, int vect
           static_cast<uint32_t>(blocks * threads / vectors)};
 }
 
-// What thread `thread` of that grid takes: channels c to c + vector of rows row, row + step, … of `rows`, none where
-// row is `rows` already.
+// The part of thread `thread` of that grid: channels c to c + vector of rows row, row + step, … below `rows`. It is
+// empty if row equals `rows`.
 struct RowShare {
   int64_t row;
   int64_t c;
@@ -50,7 +51,8 @@ constexpr RowShare row_share(const RowGrid& grid, uint32_t thread, int64_t rows,
   return {row < grid.step ? row : rows, static_cast<int64_t>(thread % grid.vectors) * vector};
 }
 
-// RowMap::source_row for the device, where a division of 64 bits takes several times as long as one of 32.
+// RowMap::source_row for the device. It divides in 32 bits if the sizes allow it: a 64-bit division takes several times
+// as long there.
 class SourceRows {
  public:
   explicit SourceRows(const RowMap& map)

@@ -4,8 +4,9 @@
 
 namespace fusedres {
 
-// The block's dynamic shared memory, 16-byte aligned. Kernels of a cooperative launch use no other: the host shim
-// (tests/cuda_shim) runs their blocks side by side and has one copy of a `static __shared__` array.
+// The dynamic shared memory of the block, aligned to 16 bytes. Kernels of a cooperative launch use no other shared
+// memory: the host shim (tests/cuda_shim) runs their blocks at the same time and has only one copy of a `static
+// __shared__` array.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
 #ifdef FUSEDRES_CUDA_SHIM

@@ -8,7 +8,7 @@
 
 namespace fusedres {
 
-// kSums sums of each of kVector channels.
+// kSums sums for each of kVector channels.
 template <class A, int kVector, int kSums>
 struct Sums {
   Lanes<A, kVector> of[kSums];
@@ -31,7 +31,7 @@ __device__ __forceinline__ void add(Sums<A, kVector, kSums>& into, const Sums<A,
   }
 }
 
-// Rows of [rows][channels]: row s holds sum s of every channel.
+// Stores sums as [kSums][channels]: row s holds sum s of every channel.
 template <class A, int kVector, int kSums>
 __device__ __forceinline__ void store_sums(A* target, int64_t channels, int64_t c,
                                            const Sums<A, kVector, kSums>& sums) {
@@ -39,8 +39,9 @@ __device__ __forceinline__ void store_sums(A* target, int64_t channels, int64_t 
   for (int s = 0; s < kSums; ++s) store(target + s * channels + c, sums.of[s]);
 }
 
-// The second stage of a sum over rows: partials [tiles][kSums][channels] of channels c on, summed by the whole block,
-// thread row y from tile y on, then as a tree. The result is valid at place.y == 0; c may lie outside.
+// The second stage of a sum over rows. The whole block sums the partials, [tiles][kSums][channels], of its channels
+// from c on: thread row y sums tiles y, y + height, …, then the thread rows are summed as a tree. The result is valid
+// at place.y == 0. c may be outside the channels.
 template <int kVector, int kSums, class A>
 __device__ __forceinline__ Sums<A, kVector, kSums> merge_partials(const A* partials, int64_t tiles, int64_t channels,
                                                                   int64_t c, const BlockPlace& place,

@@ -13,11 +13,11 @@
 
 namespace fusedres {
 
-// What T computes in: double for double, else float.
+// The arithmetic type of T: double for double, else float.
 template <class T>
 using Arithmetic = typename Accumulate<T>::type;
 
-// Values of T in 16 bytes.
+// The number of values of T in 16 bytes.
 template <class T>
 constexpr int kVectorOf = 16 / static_cast<int>(sizeof(T));
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ float to_arithmetic(Float16 value) {
   return __half2float(__ushort_as_half(value.bits));
 }
 
-// Rounds to nearest even, NaN kept.
+// Rounds to nearest even and keeps NaN.
 template <class T>
 __device__ __forceinline__ T to_storage(Arithmetic<T> value) {
   if constexpr (sizeof(T) > 2) return value;
@@ -57,13 +57,14 @@ __device__ __forceinline__ Float16 to_storage<Float16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
-// kVector values as they are stored: what waits for its turn in registers takes fewer of them so.
+// kVector values in their storage type. Values that wait in registers take fewer registers in this form.
 template <class T, int kVector>
 struct Packed {
   T values[kVector];
 };
 
-// kVector values from `source`, which is 16-byte aligned unless kVector is 1. kVector values are whole 16 bytes then.
+// Loads kVector values from `source`. Unless kVector is 1, source is aligned to 16 bytes, and the values fill whole
+// words of 16 bytes.
 template <int kVector, class T>
 __device__ __forceinline__ Packed<T, kVector> load_packed(const T* source) {
   Packed<T, kVector> packed;
@@ -109,13 +110,13 @@ __device__ __forceinline__ void store(T* target, const Lanes<Arithmetic<T>, kVec
       for (int i = 0; i < kEach; ++i) values[i] = to_storage<T>(lanes[word * kEach + i]);
       uint4 bits;
       __builtin_memcpy(&bits, values, sizeof(bits));
-      // not an assignment: of that nvcc makes four stores in some kernels
+      // not an assignment, which nvcc turns into four stores in some kernels
       __stwb(reinterpret_cast<uint4*>(target) + word, bits);
     }
   }
 }
 
-// Value c of a per-channel vector of any dtype; `otherwise` where there is no vector.
+// Value c of a per-channel vector of any dtype, or `otherwise` if there is no vector.
 template <class A>
 __device__ __forceinline__ A load_channel(const ChannelVector& vector, int64_t c, A otherwise) {
   if (vector.data == nullptr) return otherwise;

@@ -1,5 +1,6 @@
-// Includes FUSEDRES_KERNEL_FILE once an instruction set. No include guard: every kernel's .cpp includes this file once.
-// All standard headers must be included before, so that nothing shared is compiled for a special instruction set.
+// Includes FUSEDRES_KERNEL_FILE once for each instruction set. There is no include guard, as the .cpp of every kernel
+// includes this file once. Include all standard headers before it, so that no shared code is compiled for a special
+// instruction set.
 
 #ifndef FUSEDRES_KERNEL_FILE
 #error "define FUSEDRES_KERNEL_FILE before including common/for_each_isa.h"

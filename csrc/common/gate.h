@@ -4,12 +4,12 @@
 
 namespace fusedres {
 
-// Where the ReLU's mask comes from in backward passes: the gradient passes where NOT (gate <= 0).
+// The source of the ReLU's mask in backward passes. The gradient passes where NOT (gate <= 0).
 enum class GateKind : int {
-  kNone = 0,       // the gradient is masked already
+  kNone = 0,       // no mask: the gradient is masked already
   kBits = 1,       // packed bits, [rows, ceil(channels / 8)]
   kOutput = 2,     // the ReLU's output, [rows, channels]
-  kRecompute = 3,  // scale·x + shift of the layer itself, where its ReLU's input had no shortcut
+  kRecompute = 3,  // scale·x + shift of the layer itself; only if no shortcut was added before the ReLU
 };
 
 struct Gate {

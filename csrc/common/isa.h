@@ -1,8 +1,8 @@
 #pragma once
 
-// Instruction sets that the CPU kernels are compiled for; the best one the processor has is chosen once, at run time.
-// A kernel file is included once an instruction set, inside its namespace (see for_each_isa.h), so the same source
-// gives portable, AVX2 and AVX-512 code in one binary without any -march flag.
+// The instruction sets for which the CPU kernels are compiled. The best one that the processor supports is chosen once,
+// at run time. Each kernel file is included once for each instruction set, in a namespace of its own (see
+// for_each_isa.h). So one source gives portable, AVX2 and AVX-512 code in one binary, without any -march flag.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FUSEDRES_X86 1
@@ -19,7 +19,7 @@ Isa best_isa();     // what the processor supports
 Isa current_isa();  // best_isa() unless FUSEDRES_ISA=portable|avx2|avx512 asks for a lower one
 const char* isa_name(Isa isa);
 
-// Picks the entry of a function table for the current instruction set.
+// Picks the function for the current instruction set.
 template <class F>
 F* select_isa(F* portable, [[maybe_unused]] F* avx2, [[maybe_unused]] F* avx512) {
 #if FUSEDRES_X86

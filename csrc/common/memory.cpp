@@ -10,7 +10,7 @@ namespace fusedres {
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Only whole huge pages inside the buffer, so that no neighbour's memory is advised.
+  // Only whole huge pages inside the buffer: the advice must not reach the memory of others.
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);

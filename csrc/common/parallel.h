@@ -5,20 +5,20 @@
 
 namespace fusedres {
 
-// Rows are handled in chunks whose size depends on the problem alone, never on the number of threads: partial sums are
-// then merged in the same order whatever the number of threads, and results are bitwise reproducible.
+// Splits rows into chunks. The size of a chunk depends only on the problem, never on the number of threads. So partial
+// sums are merged in the same order for any number of threads, and results are bitwise reproducible.
 struct Chunks {
-  int64_t rows;   // rows in all
-  int64_t size;   // rows a chunk
-  int64_t count;  // chunks
+  int64_t rows;   // number of all rows
+  int64_t size;   // rows of a chunk
+  int64_t count;  // number of chunks
 
   Chunks(int64_t rows, int64_t row_bytes)
       : rows(rows),
         size(std::clamp<int64_t>(65536 / std::max<int64_t>(row_bytes, 1), 64, 256)),
         count((rows + size - 1) / size) {}
 
-  // Where there are many rows as tall as sums over a chunk allow, for what leaves several values a channel and chunk:
-  // few of them to merge.
+  // Larger chunks (up to 256 rows) if there are many rows. Kernels that write several values per channel and chunk use
+  // them: fewer chunks leave fewer values to merge.
   static Chunks tall(int64_t rows, int64_t row_bytes) {
     return Chunks(rows, std::min(row_bytes, 65536 / std::clamp<int64_t>(rows / 64, 64, 256)));
   }
@@ -34,7 +34,7 @@ inline int threads_for(int64_t bytes, int threads) {
   return bytes < kSerialBytes ? 1 : std::max(threads, 1);
 }
 
-// Calls body(index) for every index in [0, count), contiguous ranges a thread.
+// Calls body(index) for every index in [0, count). Each thread takes a contiguous range.
 template <class Body>
 void parallel_for(int threads, int64_t count, const Body& body) {
 #ifdef _OPENMP

@@ -4,8 +4,8 @@
 
 namespace fusedres {
 
-// Rows of an NHWC tensor of which every stride-th pixel in height and width is taken: output pixel (n, p, q) reads
-// source pixel (n, p·stride, q·stride). Sizes are the source's. constexpr: for the GPU too.
+// Maps the rows of a subsampled NHWC tensor to rows of its source: output pixel (n, p, q) is source pixel (n, p·stride,
+// q·stride). The sizes are those of the source. The functions are constexpr so that the GPU can call them too.
 struct RowMap {
   int64_t batch;
   int64_t height;
@@ -26,7 +26,7 @@ struct RowMap {
   }
 };
 
-// Source rows of consecutive output rows, from `first` on, without a division each.
+// Walks over the source rows of consecutive output rows, from `first` on, without a division for each row.
 class RowCursor {
  public:
   RowCursor(const RowMap& map, int64_t first)

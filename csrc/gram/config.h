@@ -5,24 +5,24 @@
 
 #include "common/cuda_device.h"
 
-// Tiles and grids of the Gram matrix. Guesses: no GPU has measured them yet.
+// Tiles and grids of the Gram matrix. The numbers are guesses: no GPU has measured them yet.
 
 namespace fusedres {
 
 struct GramTilesConfig {
-  bool vectorised;  // 16 bytes a load, else one value
-  int tile;         // channels of a side of a block's tile of G; a block has twice as many threads
+  bool vectorised;  // 16 bytes per load, else one value
+  int tile;         // channels along one side of a block's tile of G; a block has twice as many threads
   unsigned panels;  // column blocks of x that a block may hold
   int64_t grid;
 };
 
-// Tiles on and above the diagonal.
+// The number of tiles on and above the diagonal.
 constexpr int64_t gram_tile_pairs(int64_t channels, int tile) {
   const int64_t across = (channels + tile - 1) / tile;
   return across * (across + 1) / 2;
 }
 
-// Wide tiles read x less often; without tensor cores arithmetic is what takes the time.
+// Wide tiles read x less often. They do not pay without tensor cores, as arithmetic takes most of the time then.
 inline GramTilesConfig gram_tiles_config(int64_t channels, int64_t splits, int vector, bool aligned,
                                          bool tensor_cores) {
   GramTilesConfig config{};
@@ -34,7 +34,7 @@ inline GramTilesConfig gram_tiles_config(int64_t channels, int64_t splits, int v
 }
 
 struct GramFinalizeConfig {
-  bool vectorised;   // 16 bytes a load, else one value
+  bool vectorised;   // 16 bytes per load, else one value
   unsigned block_x;  // vectors of elements
   unsigned block_y;  // splits side by side
   unsigned grid;

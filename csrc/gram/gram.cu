@@ -9,7 +9,7 @@ namespace {
 template <class T, int kVector, int kTile, bool kTensorCores>
 void tiles(const GramCudaParams& p, const GramTilesConfig& config, void* stream) {
   using Traits = GramTraits<T, kVector, kTile, kTensorCores>;
-  require(p.split_rows % Traits::kRows == 0, "gram", "splits of a part of a step's rows");
+  require(p.split_rows % Traits::kRows == 0, "gram", "split_rows must be a multiple of the rows of a step");
   require(config.grid <= INT32_MAX, "gram", "more than 2^31 - 1 blocks");
   const CudaLaunch how{"gram", stream, dim3(static_cast<unsigned>(config.grid)), dim3(Traits::kThreads),
                        Traits::shared_bytes(config.panels)};

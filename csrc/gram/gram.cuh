@@ -4,17 +4,18 @@
 //
 //     z' = relu(scale·x + shift) − t, rounded to x's dtype        s = Σ z'        G = z'ᵀz'
 //
-// t is the average of the first rows of z: variances that are later taken from s and G do not cancel.
+// t is the average of the first rows of z, so that variances that are computed from s and G later do not lose accuracy.
 //
-// gram_tiles_kernel: a block owns the rows of a split and a kTile×kTile tile of G on or above the diagonal. It forms z'
-// of the tile's columns (one panel on the diagonal, else two) in shared memory, one step of rows while the loads of the
-// next are under way, and multiplies there: a warp owns 32 × kTile / 2 of the tile. Blocks on the diagonal also sum z'
-// and write it where asked for, those of the first split write t. Reads x once for each tile of a row of tiles, from
-// the L2 cache but for the first, as the tiles of the same rows run side by side; writes a split of s and G.
+// gram_tiles_kernel: a block owns the rows of a split and a kTile×kTile tile of G on or above the diagonal. It computes
+// z' of the tile's columns (one panel on the diagonal, else two) in shared memory, one step of rows at a time, while
+// the next step is being loaded, and multiplies there. A warp owns 32 × kTile / 2 of the tile. Blocks on the diagonal
+// also sum z' and write it if wanted; those of the first split write t. Reads x once for each tile of a row of tiles.
+// Only the first read is from memory, the others are from the L2 cache, as the tiles of the same rows run at the same
+// time. Writes s and G of each split.
 //
-// gram_finalize_kernel: a block owns blockDim.x·kVector elements of s, and of G on and above the diagonal; thread row y
-// sums splits y, y + blockDim.y, … in float64, the block its rows as a tree: a fixed order. Writes s and both halves of
-// G.
+// gram_finalize_kernel: a block owns blockDim.x·kVector elements of s, and of G on and above the diagonal. Thread row y
+// sums splits y, y + blockDim.y, … in float64, then the block sums its thread rows as a tree, so that the order is
+// fixed. Writes s and both halves of G.
 
 #include <type_traits>
 
@@ -29,7 +30,8 @@ namespace fusedres {
 
 constexpr int kGramPivotRows = 8;
 
-// kTensorCores: mma.sync of words of 32 bits, two rows of 16-bit values or one of tf32. Else words are A's.
+// kTensorCores: mma.sync on words of 32 bits, which hold 16-bit values of two rows or one tf32 value. Else a word is a
+// value of A.
 template <class T_, int kVector_, int kTile_, bool kTensorCores_>
 struct GramTraits {
   using T = T_;
@@ -43,21 +45,21 @@ struct GramTraits {
   static constexpr int kWords = kVector == 1 ? 8 : 128 / sizeof(Word);  // words along the rows of a step
   static constexpr int kRows = kWords * kPack;
   static constexpr int kThreads = 2 * kTile;
-  static constexpr int kStride = kTile + 8;  // words of a panel's row: a warp's fragments lie in 32 banks
+  static constexpr int kStride = kTile + 8;  // words of a panel's row; the fragments of a warp are in 32 banks
   static constexpr int kPanel = kWords * kStride;
   static constexpr int kFragmentRows = 32 / kMmaRows;               // of a warp
   static constexpr int kFragmentColumns = kTile / 2 / kMmaColumns;  // of a warp
-  static_assert(kTensorCores || sizeof(T) > 2, "16-bit values have tensor cores");
+  static_assert(kTensorCores || sizeof(T) > 2, "16-bit values need tensor cores");
 
-  static_assert(kRows >= kGramPivotRows && kRows <= kThreads, "a thread a row fills the table of rows");
+  static_assert(kRows >= kGramPivotRows && kRows <= kThreads, "one thread per row fills the table of rows");
 
-  // Two steps' panels, and the table of rows.
+  // The panels of two steps, and two tables of rows.
   static constexpr size_t shared_bytes(int panels) {
     return sizeof(Word) * 2 * panels * kPanel + sizeof(int64_t) * 2 * kRows;
   }
 };
 
-// A thread's part in filling panels: the same kVector columns of every kGroups-th word.
+// Fills panels. A thread fills the same kVector columns of every kGroups-th word.
 template <class Traits, int kPanels>
 class GramLoader {
   using T = typename Traits::T;
@@ -71,7 +73,7 @@ class GramLoader {
   static constexpr int kEach = Traits::kWords / kGroups;
 
  public:
-  // table: the rows of the pivot.
+  // table: the rows that give the pivot.
   __device__ GramLoader(const GramCudaParams& p, int64_t column_a, int64_t column_b, const int64_t* table)
       : p_(p), group_(threadIdx.x / kAcross), affine_{}, pivot_{}, sum_{} {
     const int across = threadIdx.x % kAcross, panel = across / kPanelVectors;
@@ -107,7 +109,8 @@ class GramLoader {
     }
   }
 
-  // Writes z' of the rows that were fetched to shared memory, 0 outside; on the diagonal to p.out and the sums too.
+  // Writes z' of the fetched rows to shared memory, and 0 outside. On the diagonal it also writes z' to p.out and adds
+  // it to the sums.
   __device__ void put(Word* panels, int64_t first, int64_t last) {
 #pragma unroll
     for (int each = 0; each < kEach; ++each) {
@@ -137,10 +140,10 @@ class GramLoader {
     }
   }
 
-  // The sums of all threads of the block, in the order of the groups; the pivot.
+  // Stores the sums of all threads of the block, added in the order of the groups, and the pivot if wanted.
   __device__ void store_sums(A* shared, A* target, bool with_pivot) {
     static_assert(kGroups * Traits::kTile * sizeof(A) <= 2 * Traits::kPanel * sizeof(Word), "the sums fit");
-    __syncthreads();  // products are done with shared memory
+    __syncthreads();  // the products no longer read shared memory
 #pragma unroll
     for (int i = 0; i < kVector; ++i) shared[group_ * Traits::kTile + column_ + i] = sum_[i];
     __syncthreads();
@@ -204,7 +207,7 @@ class GramLoader {
   Raw raw_[kEach][Traits::kPack];
 };
 
-// A warp's part of a tile: sums[i][j] are fragments as of cuda_mma.cuh, also where no tensor core makes them.
+// The part of a tile that a warp computes. sums[i][j] are fragments as in cuda_mma.cuh, also without tensor cores.
 template <class Traits>
 class GramProducts {
   using A = typename Traits::A;
@@ -214,7 +217,7 @@ class GramProducts {
   __device__ GramProducts()
       : row_(threadIdx.x / 32 / 2 * 32), column_(threadIdx.x / 32 % 2 * (Traits::kTile / 2)), sums_{} {}
 
-  // Adds the products of the columns of two panels, which may be the same one.
+  // Adds the products of the columns of two panels, which may be the same panel.
   __device__ void add(const Word* a, const Word* b) {
     a += row_ + group();
     if constexpr (Traits::kTensorCores) {
@@ -253,7 +256,7 @@ class GramProducts {
     }
   }
 
-  // Into [channels, channels], where the tile starts at (column_a, column_b).
+  // Stores the products into [channels, channels], where the tile starts at (column_a, column_b).
   __device__ void store(A* target, int64_t channels, int64_t column_a, int64_t column_b) const {
 #pragma unroll
     for (int i = 0; i < Traits::kFragmentRows; ++i) {
@@ -278,7 +281,8 @@ class GramProducts {
   A sums_[Traits::kFragmentRows][Traits::kFragmentColumns][4];
 };
 
-// Where in x rows first to first + Traits::kRows start, −1 from `last` on: one division a row, not one a load.
+// Writes where rows first to first + Traits::kRows start in x, and −1 for rows from `last` on. This takes one division
+// per row instead of one per load.
 template <class Traits>
 __device__ __forceinline__ void fill_table(int64_t* table, const SourceRows& source, int64_t channels, int64_t first,
                                            int64_t last) {
@@ -309,7 +313,7 @@ __device__ __forceinline__ void gram_tile(const GramCudaParams& p, const SourceR
     int64_t* table = tables + buffer * Traits::kRows;
     fill_table<Traits>(table, source, p.channels, first + Traits::kRows, last);
     loader.put(panels, first, last);
-    __syncthreads();  // panels and table are written, and nobody reads the others any more
+    __syncthreads();  // panels and table are written, and the other ones are no longer read
     loader.fetch(table);
     products.add(panels, panels + (kPanels - 1) * Traits::kPanel);
     buffer ^= 1;
@@ -321,7 +325,7 @@ __device__ __forceinline__ void gram_tile(const GramCudaParams& p, const SourceR
     loader.store_sums(reinterpret_cast<A*>(shared), partial + p.channels * p.channels, split == 0);
 }
 
-// Blocks: the tiles of the first split, row by row, then those of the next.
+// The blocks are the tiles of the first split, row by row, then those of the next split, and so on.
 template <class T, int kVector, int kTile, bool kTensorCores>
 __global__ void __launch_bounds__(2 * kTile)
     gram_tiles_kernel(const GramCudaParams p, const SourceRows source, const int64_t rows, const int pairs) {

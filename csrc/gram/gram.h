@@ -18,8 +18,8 @@ struct GramParams {
   int threads;
 };
 
-// z = relu(scale·x + shift) of every stride-th pixel, centred on a pivot, with its column sums and Gram matrix:
-// the statistics of any 1x1 convolution of z follow from them before it runs.
+// Computes z = relu(scale·x + shift) for every stride-th pixel, centred on a pivot, with its column sums and Gram
+// matrix. The batch statistics of any 1x1 convolution of z follow from them before the convolution runs.
 void gram(const GramParams& params);
 
 }  // namespace fusedres

@@ -13,7 +13,7 @@
 
 namespace fusedres {
 
-// Up to this many multiplications Q is taken in float64: it costs little there.
+// Up to this many multiplications Q is computed in float64, which costs little then.
 constexpr double kFloat64Products = 1 << 24;
 
 }  // namespace fusedres

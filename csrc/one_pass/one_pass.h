@@ -4,8 +4,8 @@
 
 #include "bn_statistics/bn_statistics.h"
 
-// The small products of a 1x1 convolution whose BatchNorm statistics come before it: with z centred on a pivot,
-// Cov = Σzzᵀ/rows - centre·centreᵀ and centre = Σz/rows, the output W·z has
+// The small products of a 1x1 convolution with BatchNorm statistics that are known before it runs. With z centred on a
+// pivot, Cov = Σzzᵀ/rows - centre·centreᵀ and centre = Σz/rows, the output W·z has
 //     mean = W·centre,  var = diag(W·Cov·Wᵀ).
 // Matrices are dense; "arithmetic" is float64 for float64 activations, else float32.
 namespace fusedres {
@@ -20,12 +20,12 @@ struct OnePassStatisticsParams {
   void* projected;      // [channels, in_channels] arithmetic: W·Cov
 };
 
-// The state of the output's BatchNorm, its running statistics (of the data before they were centred), and W·Cov; the
-// product is taken in float64.
+// Computes the state of the output's BatchNorm, its running statistics (of the data before centring), and W·Cov. The
+// product is computed in float64.
 void one_pass_statistics(const OnePassStatisticsParams& params);
 
-// A convolution of no more input channels takes G and Σd in float64 from d and z themselves: a value of few terms shows
-// how each of them was rounded, and eager adds up in float64 where there is one channel.
+// Up to this many input channels, G and Σd are computed in float64 from d and z themselves: in a sum of few terms the
+// rounding of each term shows, and eager sums in float64 if there is one channel.
 constexpr int64_t kOnePassNarrow = 8;
 
 struct OnePassGradsParams {
@@ -33,7 +33,7 @@ struct OnePassGradsParams {
   int64_t rows;
   int64_t channels;
   int64_t in_channels;
-  const void* cross;      // [channels, in_channels] arithmetic: G = dᵀz; not read where in_channels <= kOnePassNarrow
+  const void* cross;      // [channels, in_channels] arithmetic: G = dᵀz; not read if in_channels <= kOnePassNarrow
   const void* sum_d;      // [channels] arithmetic
   const void* weight;     // [channels, in_channels] arithmetic
   const void* state;      // [4, channels] arithmetic: mean, invstd, scale, shift
@@ -41,10 +41,10 @@ struct OnePassGradsParams {
   const double* total;    // [in_channels]: Σz
   void* grad_conv;        // [channels, in_channels] arithmetic
   void* grad_weight;      // [channels] arithmetic
-  void* quadratic;        // [in_channels, in_channels] arithmetic: -Q; null with constant: not wanted
+  void* quadratic;        // [in_channels, in_channels] arithmetic: -Q; null, together with constant: not wanted
   void* constant;         // [in_channels] arithmetic
   int threads;
-  const void* d;  // [rows, channels] arithmetic, like z read where in_channels <= kOnePassNarrow only
+  const void* d;  // [rows, channels] arithmetic; like z only read if in_channels <= kOnePassNarrow
   const void* z;  // [rows, in_channels] arithmetic
 };
 
@@ -53,7 +53,7 @@ struct OnePassGradsParams {
 // so that dz = d·(scale⊙W) - z·Q + constant.
 void one_pass_grads(const OnePassGradsParams& params);
 
-// out = scale⊙W by rows, scale that of the state.
+// out = scale⊙W by rows, with the scale of the state.
 void one_pass_scale(const OnePassGradsParams& params, void* out);
 
 }  // namespace fusedres

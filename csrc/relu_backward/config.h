@@ -7,7 +7,8 @@
 #include "common/cuda_device.h"
 #include "relu_backward/relu_backward_cuda.h"
 
-// Blocks and grids of relu_backward. Guesses: no GPU has measured them yet. Sizes alone fix the order of the sums.
+// Blocks and grids of relu_backward. The numbers are guesses: no GPU has measured them yet. The order of the sums
+// depends only on the sizes.
 
 namespace fusedres {
 
@@ -17,8 +18,8 @@ constexpr int kReluBackwardThreads = 256;
 struct ReluBackwardConfig {
   unsigned threads;
   unsigned width;
-  unsigned channel_blocks;  // that cover a row
-  unsigned merge_width;     // of the blocks that merge partials
+  unsigned channel_blocks;  // blocks that cover a row
+  unsigned merge_width;     // width of the blocks that merge partials
   unsigned merge_blocks;
 };
 

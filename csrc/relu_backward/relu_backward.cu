@@ -29,7 +29,8 @@ void relu_backward(const ReluBackwardParams& p, void* stream) {
 }  // namespace
 
 void cuda_relu_backward(const ReluBackwardParams& p, void* stream) {
-  require(p.gate.kind == GateKind::kBits || p.gate.kind == GateKind::kOutput, "relu_backward", "a gate is needed");
+  require(p.gate.kind == GateKind::kBits || p.gate.kind == GateKind::kOutput, "relu_backward",
+          "the gate must be bits or an output");
   dispatch_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool aligned = is_aligned(p.grad) && is_aligned(p.d) && is_aligned(p.partials) && is_aligned(p.sums) &&

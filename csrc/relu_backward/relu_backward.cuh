@@ -6,9 +6,9 @@
 //
 // Activations are [rows, channels]; a block is seen as rows of `width` vectors of channels, 16 bytes each.
 //
-// relu_backward_kernel  a block owns a tile of rows, each thread its channels of every height-th row, summed then as a
-//                       tree. Reads grad and the gate; writes d and a partial for each tile.
-// merge_sums_kernel     a block merges its channels of all partials, in fixed order. Reads them; writes the sums.
+// relu_backward_kernel  A block owns a tile of rows: each thread sums its channels of every height-th row, then the
+//                       threads are summed as a tree. Reads grad and the gate; writes d and a partial for each tile.
+// merge_sums_kernel     A block merges its channels of all partials in a fixed order. Reads them; writes the sums.
 
 #include "common/cuda_gate.cuh"
 #include "common/cuda_shared.cuh"

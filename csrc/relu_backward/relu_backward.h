@@ -16,7 +16,7 @@ struct ReluBackwardParams {
   int threads;
 };
 
-// d = grad where the gate is open, else 0, and its column sums.
+// Computes d, which is grad where the gate is open, else 0, and its column sums.
 void relu_backward(const ReluBackwardParams& params);
 
 }  // namespace fusedres

@@ -5,7 +5,7 @@
 #include "common/dtype.h"
 #include "common/gate.h"
 
-// The CUDA launches of this folder as C++ sees them: no CUDA header, streams as void*.
+// The CUDA launches of this folder for C++. No CUDA header is needed: streams are void*.
 
 namespace fusedres {
 
@@ -16,7 +16,7 @@ struct ReluBackwardParams {
   const void* grad;
   Gate gate;  // kBits or kOutput
   void* d;
-  int64_t tile_rows;  // that a partial sums
+  int64_t tile_rows;  // rows that each partial sums
   int64_t tiles;
   void* partials;  // [tiles, channels], like sums float64 for float64, else float32
   void* sums;      // [channels]

@@ -30,7 +30,7 @@ class Backward {
     Tensor shortcut;
     if (block_.projection) shortcut = projection(std::move(grad_projection));
     Tensor h;
-    // Where the last unit was one-pass, grad is already that of its input.
+    // If the last unit is one-pass, grad is already the gradient of its input.
     for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
       if (!needs_first(index + 1)) return std::move(grads_);
       if (index < last) below(index, grad, GateKind::kRecompute);
@@ -53,7 +53,7 @@ class Backward {
  private:
   static size_t slot(size_t index) { return 1 + kUnitParams * index; }
 
-  // Whether the gradient of x, or of a parameter of the branch's first `units` units, is asked for.
+  // Whether the gradient of x, or of a parameter of the branch's first `units` units, is needed.
   bool needs_first(size_t units) const {
     for (size_t i = 0; i < slot(units); ++i) {
       if (saved_.needs[i]) return true;
@@ -68,13 +68,13 @@ class Backward {
     return aten::empty({3, saved_.states[index].sizes()[1]}, saved_.states[index].torch_dtype());
   }
 
-  // From the row of Σd·x̂ and from Σd.
+  // Sets the gradients of BatchNorm's weight (row `dot` of the sums, Σd·x̂) and of its bias (sum, Σd).
   void set_norm_grads(size_t index, const Tensor& sums, int64_t dot, Tensor sum) {
     if (saved_.needs[slot(index) + 1]) grads_[slot(index) + 1] = aten::row(sums, dot);
     if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = std::move(sum);
   }
 
-  // A branch below the last ReLU; its gradient goes over the raw output where that is donated.
+  // A branch that enters the last ReLU. Its gradient overwrites the raw output if that is donated.
   BnBranch branch(size_t index, Tensor* grad) {
     Tensor& y = saved_.outputs[index];
     const void* x = y.data();
@@ -82,7 +82,7 @@ class Backward {
     return {x, saved_.states[index].data(), grad->data(), block_.units[index].batch_statistics};
   }
 
-  // The gradients, behind the last ReLU, of the last unit's raw output and of the projection's.
+  // Gradient of the block's output → gradients of the raw outputs of the last unit and of the projection.
   Tensor tail(Tensor* grad_projection) {
     const size_t last = block_.last();
     const size_t end = block_.units.size() - 1;
@@ -105,11 +105,12 @@ class Backward {
     }
     bn_add_relu_backward_elementwise(params);
     set_norm_grads(last, sums, 1, aten::row(sums, 0));
-    if (block_.projection) set_norm_grads(end, sums, 2, aten::clone(aten::row(sums, 0)));  // no two share memory
+    if (block_.projection) set_norm_grads(end, sums, 2, aten::clone(aten::row(sums, 0)));  // must not share memory
     return grad;
   }
 
-  // The same with one-pass units, whose gradient is that of their input, undefined where that is not asked for.
+  // Does the same with one-pass units. The gradient of a one-pass unit is that of its input, and undefined if it is not
+  // needed.
   Tensor tail_one_pass(Tensor* grad_projection) {
     const size_t last = block_.last();
     const Shape shape = saved_.grad_out.shape();
@@ -132,7 +133,7 @@ class Backward {
       const int64_t stride = block_.units.back().convolution.stride[0];
       *grad_projection = one_pass(last + 1, d, sum, saved_.x, nullptr, stride, saved_.projection, needs_first(0));
     }
-    // An ordinary branch turns d into its own gradient in place, last, when nobody else reads it.
+    // An ordinary branch comes last and overwrites d with its own gradient: d is no longer read then.
     if (!block_.one_pass_last) {
       below(last, d, GateKind::kNone);
       return d;
@@ -144,7 +145,8 @@ class Backward {
     return grad;
   }
 
-  // The gradient of a one-pass unit's input, which is relu(BN(h)) of every stride-th pixel, without a state h.
+  // Returns the gradient of a one-pass unit's input, which is relu(BN(h)) of every stride-th pixel (h itself without a
+  // state).
   Tensor one_pass(size_t index, const Tensor& d, const Tensor& sum, const Tensor& h, const Tensor* h_state,
                   int64_t stride, const OnePass& saved, bool needs_input) {
     if (!(needs_input || saved_.needs[slot(index)] || needs_sums(index))) return Tensor();
@@ -190,11 +192,11 @@ class Backward {
 
     if (saved_.needs[slot(index)]) grads_[slot(index)] = std::move(grad_conv);
     if (saved_.needs[slot(index) + 1]) grads_[slot(index) + 1] = std::move(grad_weight);
-    if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = aten::clone(sum);  // the other branch's may be sum too
+    if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = aten::clone(sum);  // the other branch may use sum too
     return std::move(grad_z);
   }
 
-  // Turns the gradient behind a BatchNorm, or behind the ReLU on it, into that of the raw output before it, in place.
+  // Gradient of BatchNorm's output (or of the ReLU after it) → gradient of its input, in place.
   void below(size_t index, const Tensor& grad, GateKind gate) {
     const Tensor& y = saved_.outputs[index];
     const Shape shape = y.shape();
@@ -213,7 +215,7 @@ class Backward {
     set_norm_grads(index, sums, 1, aten::row(sums, 0));
   }
 
-  // The gradient of the input where needed; the weight's goes to its slot.
+  // Returns the gradient of the input if needed, and writes that of the weight to its slot.
   Tensor convolution(size_t index, const aten::ConvolutionParams& params, const Tensor& grad, const Tensor& input,
                      bool need_input) {
     const Tensor& weight = saved_.params[kUnitParams * index];
@@ -223,7 +225,7 @@ class Backward {
     return std::move(grad_input);
   }
 
-  // The gradient that the projection sends to x, of the pixels that it reads.
+  // Returns the gradient that the projection sends to the pixels of x that it reads.
   Tensor projection(Tensor grad) {
     const ConvBn& unit = block_.units.back();
     const size_t index = block_.units.size() - 1;
@@ -260,7 +262,8 @@ bool matches(const Tensor& tensor, int32_t dtype, std::initializer_list<int64_t>
   return std::equal(sizes.begin(), sizes.end(), tensor.sizes()) && tensor.is_contiguous() && tensor.in_memory();
 }
 
-// A unit's saved tensors, whose input has the shape `input`; the shape of its output goes to `output`.
+// Whether the passes accept the saved tensors of a unit with an input of shape `input`. Writes the shape of its output
+// to `output`.
 bool serves_unit(const ResidualBlock& block, const ResidualBlockBackward& saved, size_t index, const Shape& input,
                  Shape* output) {
   const int32_t dtype = saved.x.torch_dtype();

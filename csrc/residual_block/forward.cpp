@@ -17,7 +17,7 @@ namespace {
 using aten::Shape;
 using aten::Tensor;
 
-// What BatchNorm reads and updates of a unit, without data: batch statistics, or the running ones as constants.
+// The BatchNorm of a unit, without its data. It uses batch statistics, or the running statistics as constants.
 BnStatisticsParams norm_params(DType dtype, const ConvBn& unit, const UnitTensors& tensors, const Tensor& state,
                                int threads) {
   BnStatisticsParams params{};
@@ -44,7 +44,7 @@ Tensor empty_state(DType dtype, const UnitTensors& tensors) {
   return aten::empty({4, tensors.conv_weight.sizes()[0]}, aten::torch_dtype(state_dtype(dtype)));
 }
 
-// The (4, C) state of a unit's BatchNorm: from y, or from the running statistics.
+// Returns the (4, C) state of a unit's BatchNorm, computed from y or from the running statistics.
 Tensor unit_state(const Tensor* y, DType dtype, const ConvBn& unit, const UnitTensors& tensors, int threads) {
   Tensor state = empty_state(dtype, tensors);
   BnStatisticsParams params = norm_params(dtype, unit, tensors, state, threads);
@@ -58,7 +58,8 @@ Tensor unit_state(const Tensor* y, DType dtype, const ConvBn& unit, const UnitTe
   return state;
 }
 
-// The raw convolution of a one-pass unit's input, centred: relu(BN(h)) of every stride-th pixel, without a state h.
+// Returns the raw convolution of a one-pass unit. Its input is relu(BN(h)) of every stride-th pixel (h itself without a
+// state), centred.
 Tensor one_pass(const Tensor& h, const Tensor* h_state, int64_t stride, const ConvBn& unit, const UnitTensors& tensors,
                 int threads, Tensor* state, OnePass* saved) {
   const DType dtype = h.dtype();
@@ -88,7 +89,7 @@ Tensor one_pass(const Tensor& h, const Tensor* h_state, int64_t stride, const Co
   return aten::convolution(z, tensors.conv_weight, dense(unit.convolution));
 }
 
-// Puts the running statistics back where a forward fails half-way.
+// Restores the running statistics if a forward fails half-way.
 class KeptStatistics {
  public:
   KeptStatistics(const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
@@ -120,7 +121,7 @@ class KeptStatistics {
 
 struct Shortcut {
   const Tensor* tensor;
-  const Tensor* state;  // null where it is not normalised
+  const Tensor* state;  // null if it is not normalised
   int64_t stride;
 };
 
@@ -139,14 +140,15 @@ void tail(const Tensor& y, const Tensor& state, const Shortcut& shortcut, void* 
                threads});
 }
 
-// The raw convolution of a projection. A strided 1x1 reads every stride-th pixel: taken out before.
+// Returns the raw convolution of a projection. A strided 1x1 convolution reads every stride-th pixel: these are
+// extracted first.
 Tensor project(const Tensor& x, const ConvBn& unit, const Tensor& weight, int threads) {
   if (!subsamples(unit)) return aten::convolution(x, weight, unit.convolution);
   const Tensor source = subsampled(x, unit.convolution.stride[0], threads);
   return aten::convolution(source, weight, dense(unit.convolution));
 }
 
-// The block on some images, into out where given.
+// Runs the block on some images, and writes the result to out if it is given.
 Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
              const std::vector<Tensor>& states, const Tensor* out) {
   const size_t last = block.last();
@@ -169,8 +171,9 @@ Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<Unit
 
 namespace {
 
-// A unit's tensors, whose input has the shape `input`; the shape of its output goes to `output`. What BatchNorm keeps
-// is of one dtype: that of the convolution, or float32 after one of 16 bits.
+// Whether the passes accept the tensors of a unit with an input of shape `input`. Writes the shape of its output to
+// `output`. All tensors of a BatchNorm must have one dtype: that of the convolution, or float32 after a 16-bit
+// convolution.
 bool serves_unit(const ConvBn& unit, const UnitTensors& tensors, int32_t dtype, const Shape& input, Shape* output) {
   const Tensor& weight = tensors.conv_weight;
   if (!is_sound(unit)) return false;
@@ -227,7 +230,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
   KeptStatistics statistics(block, tensors);
   std::vector<Tensor>& outputs = result.outputs;
   std::vector<Tensor>& states = result.states;
-  Tensor h, out;  // out: a raw convolution output that nobody saves
+  Tensor h, out;  // out: a raw convolution output that is not saved
   for (size_t index = 0; index <= last; ++index) {
     const ConvBn& unit = block.units[index];
     Tensor y, state;
@@ -279,7 +282,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
 Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
                             int64_t images_at_a_time) {
   for (const ConvBn& unit : block.units) {
-    require(!unit.batch_statistics, "residual_block_infer", "batch statistics");
+    require(!unit.batch_statistics, "residual_block_infer", "all statistics must be constants");
   }
   std::vector<Tensor> states;
   for (size_t index = 0; index < block.units.size(); ++index) {
@@ -292,7 +295,7 @@ Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const s
     const int64_t count = std::min(images_at_a_time, batch - begin);
     const Tensor part = aten::images(x, begin, count);
     if (begin == 0) {
-      // The shape of the result is known behind the first part.
+      // The shape of the result is known after the first part.
       const Tensor first = infer(part, block, tensors, states, nullptr);
       Shape shape = first.shape();
       shape.batch = batch;

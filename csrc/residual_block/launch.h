@@ -39,7 +39,7 @@ inline aten::Shape subsampled_shape(const aten::Tensor& x, int64_t stride) {
   return {s.batch, s.channels, (s.height + stride - 1) / stride, (s.width + stride - 1) / stride};
 }
 
-// relu(BN(x)) - pivot of every stride-th pixel; without a state those pixels themselves.
+// Computes relu(BN(x)) - pivot for every stride-th pixel. Without a state BN and ReLU are left out.
 inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, const aten::Tensor* pivot, int64_t stride,
                          void* out, int threads) {
   const aten::Shape s = x.shape();
@@ -53,7 +53,7 @@ inline void bn_relu_into(const aten::Tensor& x, const aten::Tensor* state, const
            threads});
 }
 
-// relu(BN(x)), in the memory of `room` where that has its shape.
+// Returns relu(BN(x)), in the memory of `room` if that has the shape of x.
 inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor& state, aten::Tensor room, int threads) {
   const aten::Shape s = x.shape();
   if (!room.defined() || !(room.shape() == s)) room = aten::Tensor();
@@ -62,7 +62,7 @@ inline aten::Tensor bn_relu_of(const aten::Tensor& x, const aten::Tensor& state,
   return room;
 }
 
-// Every stride-th pixel of x.
+// Returns every stride-th pixel of x.
 inline aten::Tensor subsampled(const aten::Tensor& x, int64_t stride, int threads) {
   aten::Tensor out = aten::empty_channels_last(subsampled_shape(x, stride), x.torch_dtype());
   bn_relu_into(x, nullptr, nullptr, stride, out.data(), threads);

@@ -6,20 +6,20 @@
 #include "aten/aten.h"
 
 // The passes of a residual block on the CPU with torch's convolutions, in the order of fusedres/autograd/forward.py and
-// backward.py, which say the mathematics: the same kernels on the same tensors, without Python between them.
+// backward.py, which explain the mathematics. The same kernels run on the same tensors, without Python between them.
 namespace fusedres {
 
 struct ConvBn {
   aten::ConvolutionParams convolution;
-  bool pixelwise;         // a 1x1 kernel without padding or groups, same stride both ways
-  bool batch_statistics;  // else the running ones, as constants
-  bool update;            // running statistics take this batch in
-  bool cumulative;        // averaging factor 1 / num_batches_tracked instead of momentum
+  bool pixelwise;         // a 1x1 kernel without padding or groups, and the same stride for both axes
+  bool batch_statistics;  // false: the running statistics, as constants
+  bool update;            // update the running statistics with this batch
+  bool cumulative;        // the averaging factor is 1 / num_batches_tracked instead of momentum
   double momentum;
   double eps;
 };
 
-// Whether a convolution's settings are ones that any convolution has.
+// Whether the settings of a convolution are valid.
 inline bool is_sound(const ConvBn& unit) {
   const aten::ConvolutionParams& p = unit.convolution;
   for (int axis = 0; axis < 2; ++axis) {
@@ -32,15 +32,15 @@ struct ResidualBlock {
   std::vector<ConvBn> units;  // of the branch in order, then the projection's
   bool projection;
   int64_t pad_stride;        // of an identity or zero-padded shortcut
-  bool one_pass_last;        // the last unit's statistics before its convolution
-  bool one_pass_projection;  // the projection's
+  bool one_pass_last;        // the statistics of the last unit are computed before its convolution
+  bool one_pass_projection;  // those of the projection
   int threads;
 
   size_t last() const { return units.size() - 1 - (projection ? 1 : 0); }
   bool one_pass(size_t index) const { return index == last() ? one_pass_last : index > last() && one_pass_projection; }
 };
 
-// What a one-pass unit saves instead of its convolution's output.
+// What a one-pass unit saves instead of the output of its convolution.
 struct OnePass {
   aten::Tensor pivot;      // (C,)
   aten::Tensor total;      // (C,), float64
@@ -59,21 +59,21 @@ struct UnitTensors {
 struct ResidualBlockForward {
   aten::Tensor out;
   aten::Tensor mask;                  // packed bits of the last ReLU
-  std::vector<aten::Tensor> outputs;  // raw ones of the convolutions, in the order of the units; none where one-pass
+  std::vector<aten::Tensor> outputs;  // raw outputs of the convolutions in the units' order; undefined if one-pass
   std::vector<aten::Tensor> states;   // (4, C) of the BatchNorms
   OnePass last;
   OnePass projection;
 };
 
-// Whether the passes below serve these tensors: one dtype for x and the convolution weights, channels_last x; float32
-// where a unit is one-pass.
+// Whether the passes below accept these tensors: x and the convolution weights have one dtype, x is channels_last, and
+// the dtype is float32 if a unit is one-pass.
 bool serves(const aten::Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors);
 
-// relu(F(x) + S(x)), and what its backward needs.
+// Computes relu(F(x) + S(x)), and what its backward needs.
 ResidualBlockForward residual_block_forward(const aten::Tensor& x, const ResidualBlock& block,
                                             const std::vector<UnitTensors>& tensors);
 
-// The same where nothing is kept and all statistics are constants, some images at a time.
+// Computes the same with constant statistics, some images at a time, and keeps nothing for backward.
 aten::Tensor residual_block_infer(const aten::Tensor& x, const ResidualBlock& block,
                                   const std::vector<UnitTensors>& tensors, int64_t images_at_a_time);
 
@@ -92,7 +92,7 @@ struct ResidualBlockBackward {
 
 bool serves(const ResidualBlock& block, const ResidualBlockBackward& saved);
 
-// The gradients in the order of `needs`; what is not needed is undefined.
+// Returns the gradients in the order of `needs`. Those that are not needed are undefined.
 std::vector<aten::Tensor> residual_block_backward(const ResidualBlock& block, ResidualBlockBackward& saved);
 
 }  // namespace fusedres

@@ -2,15 +2,15 @@
 
 #include "common/cuda_rows.h"
 
-// Vectors and grid of shortcut_grad. Guesses: no GPU has measured them yet.
+// Vector width and grid of shortcut_grad. The numbers are guesses: no GPU has measured them yet.
 
 namespace fusedres {
 
-constexpr int kShortcutGradRows = 2;    // of a thread, under way at once
-constexpr int kShortcutGradBlocks = 4;  // of a multiprocessor
+constexpr int kShortcutGradRows = 2;    // rows that a thread loads at once
+constexpr int kShortcutGradBlocks = 4;  // blocks per multiprocessor
 
 struct ShortcutGradConfig {
-  bool vectorised;  // 16 bytes an access, else one value
+  bool vectorised;  // 16 bytes per access, else one value
   RowGrid grid;
 };
 

@@ -22,7 +22,7 @@ void start(const ShortcutGradParams& p, int64_t rows, const RowGrid& grid, void*
 void cuda_shortcut_grad(const ShortcutGradParams& p, void* stream) {
   const int64_t rows = p.map.out_rows();
   if (rows * p.x_channels == 0) return;
-  require(p.gate.kind != GateKind::kRecompute, "shortcut_grad_", "a gate is bits or an output");
+  require(p.gate.kind != GateKind::kRecompute, "shortcut_grad_", "the gate cannot be recomputed here");
   const bool aligned =
       is_aligned(p.grad_x) && is_aligned(p.grad) && (p.gate.kind != GateKind::kOutput || is_aligned(p.gate.data));
   dispatch_dtype(p.dtype, [&](auto value) {

@@ -5,7 +5,7 @@
 //     grad_x[n, p·stride, q·stride, c] += d[m, c]      d = grad where the gate is open, else 0; m = (n, p, q)
 //
 // A thread owns kVector channels of grad_x of every step-th row (common/cuda_rows.h). Reads those channels of grad and
-// gate once, reads and writes the pixels of grad_x that the stride reaches once.
+// the gate once. Reads and writes every stride-th pixel of grad_x once.
 
 #include "common/cuda_gate.cuh"
 #include "common/cuda_rows.cuh"

@@ -17,8 +17,8 @@ struct ShortcutGradParams {
   int threads;
 };
 
-// grad_x[n, p·stride, q·stride, c] += d[n, p, q, c] for c < x_channels, with d the gradient that passes the gate: the
-// transpose of an identity, subsampled or zero-padded shortcut, added to the branch's gradient.
+// grad_x[n, p·stride, q·stride, c] += d[n, p, q, c] for c < x_channels, where d is the gradient that passes the gate.
+// This is the transpose of an identity, subsampled or zero-padded shortcut, added to the gradient of the branch.
 void shortcut_grad(const ShortcutGradParams& params);
 
 }  // namespace fusedres

@@ -9,7 +9,7 @@ from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, gate_of, 
 from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles, tiles_of
 from fusedres.values import BnBranch, Gated
 
-# csrc/bn_add_relu_backward/config.h chooses, or a launch for each step, or one for all: the numbers are the same.
+# csrc/bn_add_relu_backward/config.h chooses, or one launch for each step, or one launch for all. Results are the same.
 CHOSEN, SEPARATE, FUSED = range(3)
 launches = CHOSEN
 

@@ -11,18 +11,18 @@ from fusedres.kernels.arguments import NO_GATE, Gate, address, gate_of, matrix_o
 from fusedres.kernels.cuda_core import launch
 from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
-_BLOCKS = 2048  # that a sum over rows is split over, at 512 bytes of a row each
+_BLOCKS = 2048  # a sum over rows is split over so many blocks, each of which reads 512 bytes of a row
 
 
 def row_tile(rows: int, channels: int, itemsize: int) -> int:
-    """Rows that one partial sums: by sizes alone, so that partials have one shape and one value everywhere."""
+    """Return the rows that one partial sums. Only sizes count, so that partials are the same on every device."""
     across = -(-channels * itemsize // 512)
     wanted = -(-rows * across // _BLOCKS)
     return max(32, 1 << (wanted - 1).bit_length())
 
 
 def row_tiles(x: Tensor) -> tuple[int, int]:
-    """Rows of a tile, and tiles of an activation."""
+    """Return the rows of a tile, and the number of tiles of an activation."""
     rows = x.numel() // x.shape[1]
     size = row_tile(rows, x.shape[1], x.element_size())
     return size, -(-rows // size)

@@ -14,7 +14,7 @@ from fusedres.values import Norm
 def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     matrix = matrix_of(x)
-    tiles = launch("bn_partial_tiles", x.device, matrix) or 1  # on the meta device one will do
+    tiles = launch("bn_partial_tiles", x.device, matrix) or 1  # any number is right on the meta device
     partials = torch.empty((tiles, 2, x.shape[1]), dtype=arithmetic_dtype(x.dtype), device=x.device)
     row_counts = torch.empty(tiles, dtype=partials.dtype, device=x.device)
     launch("bn_partials", x.device, matrix, tiles, partials, row_counts)

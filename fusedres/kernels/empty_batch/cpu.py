@@ -1,4 +1,4 @@
-"""Room for a batch, with huge pages behind it where it is large."""
+"""Memory for a batch, in huge pages if it is large."""
 
 from __future__ import annotations
 

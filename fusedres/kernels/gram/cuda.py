@@ -9,13 +9,13 @@ from fusedres.kernels.arguments import pixels_of
 from fusedres.kernels.cuda_core import launch
 from fusedres.kernels.reference_core import arithmetic_dtype
 
-_STEP = 64  # rows: a multiple of what the kernels take at once
+_STEP = 64  # a multiple of the rows that the kernels take at once
 
 
 def _split(rows: int, channels: int) -> tuple[int, int]:
-    """Rows of a split, and how many: by the sizes alone, so that every device gives the same bits.
+    """Return the rows of a split, and the number of splits. Only sizes count, so that every device gives the same bits.
 
-    A guess for about 132 multiprocessors, with four blocks each of narrow tiles, two of wide ones; not measured.
+    A guess, not measured, for about 132 multiprocessors: each runs four blocks of narrow tiles or two of wide ones.
     """
     across = -(-channels // 128)
     wanted = max(1, (512 if channels <= 64 else 256) // (across * (across + 1) // 2))

@@ -1,4 +1,4 @@
-"""One-pass statistics and gradients on the CPU: the small products in C++ (csrc/one_pass), the large ones oneDNN's.
+"""One-pass statistics and gradients on the CPU: small products in C++ (csrc/one_pass), large ones in oneDNN.
 
 In float32 oneDNN's convolutions took half the time of torch.mm for each of the large products at every ResNet-50 stage
 (two cores, batch 8).
@@ -74,7 +74,7 @@ def one_pass_backward(
     grad_conv = grad_conv.view(conv_weight.shape).to(conv_weight.dtype)
     if grad_z is None:
         return z.new_empty(0), grad_conv, grad_weight
-    # Not torch.conv2d, which autocast would round: what follows reads float32 by its address.
+    # Not torch.conv2d: autocast would round its result, and the next call needs float32.
     correction = torch.convolution(z, quadratic, constant, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
     grad_z = grad_z.contiguous(memory_format=torch.channels_last)
     shortcut_grad_(grad_z, ShortcutGradient(correction.contiguous(memory_format=torch.channels_last), None))
@@ -82,5 +82,5 @@ def one_pass_backward(
 
 
 def _matrix(conv_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight of a 1x1 convolution as a dense (K, C) matrix."""
+    """Return the weight of a 1x1 convolution as a dense (K, C) matrix."""
     return conv_weight.detach().reshape(conv_weight.shape[:2]).to(dtype).contiguous()
