@@ -33,7 +33,7 @@ class Backward {
     // If the last unit is one-pass, grad is already the gradient of its input.
     for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
       if (!needs_first(index + 1)) return std::move(grads_);
-      if (index < last) below(index, grad, GateKind::kRecompute);
+      if (index < last) through_norm(index, grad, GateKind::kRecompute);
       h = index > 0 ? bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], std::move(h), block_.threads)
                     : Tensor();
       grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_first(index));
@@ -135,11 +135,11 @@ class Backward {
     }
     // An ordinary branch comes last and overwrites d with its own gradient: d is no longer read then.
     if (!block_.one_pass_last) {
-      below(last, d, GateKind::kNone);
+      through_norm(last, d, GateKind::kNone);
       return d;
     }
     if (block_.projection && !block_.one_pass_projection) {
-      below(last + 1, d, GateKind::kNone);
+      through_norm(last + 1, d, GateKind::kNone);
       *grad_projection = std::move(d);
     }
     return grad;
@@ -197,7 +197,7 @@ class Backward {
   }
 
   // Gradient of BatchNorm's output (or of the ReLU after it) → gradient of its input, in place.
-  void below(size_t index, const Tensor& grad, GateKind gate) {
+  void through_norm(size_t index, const Tensor& grad, GateKind gate) {
     const Tensor& y = saved_.outputs[index];
     const Shape shape = y.shape();
     const Tensor sums = empty_sums(index);
