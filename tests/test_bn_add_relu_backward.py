@@ -215,7 +215,7 @@ def test_errors():
     affine = state(8, torch.float32)
     with pytest.raises(ValueError, match="bn_add_relu_backward: gate must have shape"):
         ops.bn_add_relu_backward(Gated(grad, pack_bits(active)[:1]), BnBranch(x, affine, True), None, backend="cpu")
-    with pytest.raises(ValueError, match="shortcut_state must be given with shortcut_x"):
+    with pytest.raises(ValueError, match="shortcut_state must be given with shortcut,"):
         ops.bn_add_relu_backward(
             Gated(grad, None), BnBranch(x, affine, True), BnBranch(other, None, False), backend="cpu"
         )

@@ -145,9 +145,9 @@ def test_errors_leave_the_running_statistics():
         (ValueError, "bn_statistics: x must have 4 dimensions", (x[0], None, None)),
         (TypeError, "bn_statistics: x must be float32", (x.int(), None, None)),
     ]
-    for error, message, (x, weight, bias) in cases:
+    for error, message, (wrong, weight, bias) in cases:
         with pytest.raises(error, match=message):
-            ops.bn_statistics(x, Norm(weight, bias, *running, 0.1, 1e-5), backend="cpu")
+            ops.bn_statistics(wrong, Norm(weight, bias, *running, 0.1, 1e-5), backend="cpu")
     assert not running_mean.any() and bool((running_var == 1).all()) and int(batches) == 0
     with pytest.raises(RuntimeError, match="there is no nonsense backend"):
         ops.bn_statistics(x, Norm(None, None, None, None, None, 0.1, 1e-5), backend="nonsense")

@@ -54,7 +54,7 @@ def test_errors():
     grad_x, grad = activation((2, 8, 6, 6), torch.float32), activation((2, 8, 6, 6), torch.float32)
     with pytest.raises(ValueError, match="was the downsample branch skipped"):
         ops.shortcut_grad_(grad_x, ShortcutGradient(grad, None, 2), backend="cpu")
-    with pytest.raises(ValueError, match="shortcut_grad_: gate must have shape"):
+    with pytest.raises(ValueError, match="shortcut_grad_: shortcut_gate must have shape"):
         ops.shortcut_grad_(grad_x, ShortcutGradient(grad, grad[:1]), backend="cpu")
     with pytest.raises(ValueError, match="relu_backward: gate must have shape"):
         ops.relu_backward(Gated(grad, torch.zeros(2, 6, 6, 2, dtype=torch.uint8)), backend="cpu")
