@@ -28,8 +28,7 @@ class Geometry(NamedTuple):
 
     def output_shape(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
         """(N, K, P, Q) of the convolution of an input (N, C, H, W) with a weight (K, C, R, S)."""
-        p, q = (self.output_size(axis, x[2 + axis], weight[2 + axis]) for axis in (0, 1))
-        return x[0], weight[0], p, q
+        return x[0], weight[0], self.output_size(0, x[2], weight[2]), self.output_size(1, x[3], weight[3])
 
 
 DENSE = Geometry((1, 1), (0, 0), (1, 1))

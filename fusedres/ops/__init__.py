@@ -7,66 +7,40 @@ float64 activations, else in float32. A tensor that is not what the rows say is 
 that names op and argument, raised before anything is computed or written.
 """
 
-from fusedres.ops.bn_add_relu import bn_add_relu, bn_add_relu_, bn_add_relu_out
-from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward, bn_add_relu_backward_, bn_relu_backward_
-from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_coefficients, bn_backward_reduce
-from fusedres.ops.bn_relu import bn_relu, bn_relu_
-from fusedres.ops.bn_relu_maxpool import (
-    bn_relu_maxpool,
-    bn_relu_maxpool_backward,
-    bn_relu_maxpool_backward_,
-    bn_relu_maxpool_reduce,
-    bn_relu_maxpool_wgrad,
-)
-from fusedres.ops.bn_statistics import bn_finalize, bn_frozen, bn_statistics
-from fusedres.ops.conv_dgrad import conv_dgrad
-from fusedres.ops.conv_fprop import conv_bn_add_relu, conv_fprop
-from fusedres.ops.conv_weights import conv_weights
-from fusedres.ops.conv_wgrad import conv_wgrad, conv_wgrad_finalize
-from fusedres.ops.empty_batch import empty_batch
-from fusedres.ops.gram import gram, gram_statistics
-from fusedres.ops.one_pass import one_pass_backward, one_pass_statistics
-from fusedres.ops.one_pass_tail import one_pass_fold, one_pass_tail
-from fusedres.ops.one_pass_tail_backward import one_pass_dgrad, one_pass_products, one_pass_reduce
-from fusedres.ops.relu_backward import relu_backward
-from fusedres.ops.shortcut_grad import shortcut_grad_
-
-__all__ = [
-    "bn_add_relu",
-    "bn_add_relu_",
-    "bn_add_relu_backward",
-    "bn_add_relu_backward_",
-    "bn_add_relu_out",
-    "bn_backward_apply",
-    "bn_backward_coefficients",
-    "bn_backward_reduce",
-    "bn_finalize",
-    "bn_frozen",
-    "bn_relu",
-    "bn_relu_",
-    "bn_relu_backward_",
-    "bn_relu_maxpool",
-    "bn_relu_maxpool_backward",
-    "bn_relu_maxpool_backward_",
-    "bn_relu_maxpool_reduce",
-    "bn_relu_maxpool_wgrad",
-    "bn_statistics",
-    "conv_bn_add_relu",
-    "conv_dgrad",
-    "conv_fprop",
-    "conv_weights",
-    "conv_wgrad",
-    "conv_wgrad_finalize",
-    "empty_batch",
-    "gram",
-    "gram_statistics",
-    "one_pass_backward",
-    "one_pass_dgrad",
-    "one_pass_fold",
-    "one_pass_products",
-    "one_pass_reduce",
-    "one_pass_statistics",
-    "one_pass_tail",
-    "relu_backward",
-    "shortcut_grad_",
-]
+from fusedres.ops.bn_add_relu import bn_add_relu as bn_add_relu
+from fusedres.ops.bn_add_relu import bn_add_relu_ as bn_add_relu_
+from fusedres.ops.bn_add_relu import bn_add_relu_out as bn_add_relu_out
+from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward as bn_add_relu_backward
+from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward_ as bn_add_relu_backward_
+from fusedres.ops.bn_add_relu_backward import bn_relu_backward_ as bn_relu_backward_
+from fusedres.ops.bn_backward import bn_backward_apply as bn_backward_apply
+from fusedres.ops.bn_backward import bn_backward_coefficients as bn_backward_coefficients
+from fusedres.ops.bn_backward import bn_backward_reduce as bn_backward_reduce
+from fusedres.ops.bn_relu import bn_relu as bn_relu
+from fusedres.ops.bn_relu import bn_relu_ as bn_relu_
+from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool as bn_relu_maxpool
+from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool_backward as bn_relu_maxpool_backward
+from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool_backward_ as bn_relu_maxpool_backward_
+from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool_reduce as bn_relu_maxpool_reduce
+from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool_wgrad as bn_relu_maxpool_wgrad
+from fusedres.ops.bn_statistics import bn_finalize as bn_finalize
+from fusedres.ops.bn_statistics import bn_frozen as bn_frozen
+from fusedres.ops.bn_statistics import bn_statistics as bn_statistics
+from fusedres.ops.conv_dgrad import conv_dgrad as conv_dgrad
+from fusedres.ops.conv_fprop import conv_bn_add_relu as conv_bn_add_relu
+from fusedres.ops.conv_fprop import conv_fprop as conv_fprop
+from fusedres.ops.conv_weights import conv_weights as conv_weights
+from fusedres.ops.conv_wgrad import conv_wgrad as conv_wgrad
+from fusedres.ops.conv_wgrad import conv_wgrad_finalize as conv_wgrad_finalize
+from fusedres.ops.empty_batch import empty_batch as empty_batch
+from fusedres.ops.gram import gram as gram
+from fusedres.ops.gram import gram_statistics as gram_statistics
+from fusedres.ops.one_pass import one_pass_backward as one_pass_backward
+from fusedres.ops.one_pass import one_pass_statistics as one_pass_statistics
+from fusedres.ops.one_pass_tail import one_pass_dgrad as one_pass_dgrad
+from fusedres.ops.one_pass_tail import one_pass_fold as one_pass_fold
+from fusedres.ops.one_pass_tail import one_pass_products as one_pass_products
+from fusedres.ops.one_pass_tail import one_pass_reduce as one_pass_reduce
+from fusedres.ops.one_pass_tail import one_pass_tail as one_pass_tail
+from fusedres.ops.relu_backward import relu_backward as relu_backward
+from fusedres.ops.shortcut_grad import shortcut_grad_ as shortcut_grad_

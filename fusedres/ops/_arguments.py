@@ -2,16 +2,16 @@
 
 A table has a row for each argument that decides what memory is touched, in the order of the checks. A row is data:
 
-    "x": activation("N C H W"),                     # dense channels_last, any floating dtype, which is then that of x
+    "x": activation("N C H W"),                     # dense channels_last, in the dtype of the activations
     "state": wide("4 C"),                           # contiguous, in the arithmetic dtype of x
     "shortcut_state": wide("4 C", only_with="shortcut"),
 
-The shapes' language is that of _shapes.py. Which arguments may be None, and which are written, the op's schema says
-(`Tensor?`, `Tensor(a!)`); an argument that is written is read too, except where its op says otherwise. All tensors of a
-call are on one device, which the backend serves. Their memory is the matter of _memory.py.
+_shapes.py describes the language of the shapes. The op's schema says which arguments may be None and which are written;
+an argument that is written is read too, unless its op says otherwise. All tensors of a call must be on one device that
+the backend serves. _memory.py checks their memory.
 
-Messages: op and argument, expected, got, remedy. TypeErrors for the kind, ValueErrors for the value (both of them
-RuntimeErrors as well where torch raises those, see errors.py), RuntimeErrors for device and storage.
+A message has op and argument, expected, got, remedy. Errors are TypeErrors for the kind and ValueErrors for the value
+(both also RuntimeErrors where torch raises those, see errors.py), and RuntimeErrors for device and storage.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from fusedres.ops._sizes import FLOATING, WIDE, wide_dtype
 from fusedres.values import Geometry
 
 _LARGEST = 2**31 - 1  # of an int argument: products of a few of them and a tensor's size stay inside of 64 bits
-_MAKE_CHANNELS_LAST = "call .contiguous(memory_format=torch.channels_last)"
 
 
 class Call:
-    """A call of an op while it is checked: the arguments by name, and what they said so far."""
+    """A call of an op while it is checked: the arguments by name, and what is known from them so far."""
 
     def __init__(self, op: str, values: Mapping[str, Any], backend: str) -> None:
         self.op, self.values, self.backend = op, values, backend
@@ -48,30 +47,29 @@ class Call:
         return self.values[argument]
 
     def item(self, index: int) -> Scope:
-        """The sizes and dtypes of one item of the lists of tensors, which say nothing of the other items."""
+        """The sizes and dtypes of one item of the lists of tensors; the other items have their own."""
         return self._scopes.setdefault(index, Scope(self.values))
 
     def fail(self, error: type[Exception], argument: str, expected: str, got: object, remedy: str = "") -> NoReturn:
-        """Raises the error: `op: argument must expected, got what it is; remedy`."""
+        """Raise the error with the text `op: argument must expected, got got; remedy`."""
         fail(error, self.op, argument, expected, got, remedy)
 
 
 @dataclass(frozen=True)
 class Argument:
-    """A row of a tensor."""
+    """The row of a tensor."""
 
     shape: Shape | None  # None: any
     dtype: str | torch.dtype  # "x": that of the activations; "wide": what they are computed in; "floating": any such
     layout: str  # "channels_last", "contiguous", or "strided": any
     empty: bool = True  # whether N may be 0; no other size may
-    required: bool = False  # may not be None, although the value that it is a field of says so
-    given_with: str = ""  # None exactly where this argument is None
-    only_with: str = ""  # None where this argument is None
-    not_with: str = ""  # None where this argument is not None
+    required: bool = False  # may not be None, although its type says that it may
+    given_with: str = ""  # None exactly if this other argument is None
+    only_with: str = ""  # None if this other argument is None
+    not_with: str = ""  # None if this other argument is not None
     remedy: str = ""  # for a wrong shape
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the argument is not what this row says."""
         value = call[name]
         self._check_presence(call, name, value)
         if value is not None:
@@ -82,31 +80,30 @@ class Argument:
             if self.required:
                 call.fail(DtypeError, name, "be a tensor", "None", "this op needs it")
             if self.given_with and call[self.given_with] is not None:
-                remedy = "pass both or neither"
-                call.fail(ValueError, name, f"be given with {self.given_with}", "None", remedy)
+                call.fail(ValueError, name, f"be given with {self.given_with}", "None", "pass both or neither")
             return
         for other in filter(None, (self.given_with, self.only_with)):
             if call[other] is None:
-                call.fail(
-                    ValueError, name, f"be None without {other}", "a tensor", f"pass {other} too, or none of them"
-                )
+                remedy = f"pass {other} too, or none of them"
+                call.fail(ValueError, name, f"be None without {other}", "a tensor", remedy)
         if self.not_with and call[self.not_with] is not None:
             call.fail(ValueError, name, f"be None with {self.not_with}", "both", "pass one of the two")
 
     def check_tensor(self, call: Call, name: str, tensor: Tensor, scope: Scope) -> None:
-        """Raises where a tensor is not what this row says."""
+        """Check a tensor that is given, with the sizes and dtypes that are known in this scope."""
         _check_device(call, name, tensor)
-        self._check_dtype(call, name, tensor, scope)
+        self._check_dtype(call, name, tensor.dtype, scope)
         if self.shape is not None:
             self._check_shape(call, name, tensor, self.shape, scope)
+        got = f"strides {tensor.stride()}"
         if self.layout == "channels_last" and not tensor.is_contiguous(memory_format=torch.channels_last):
-            got = f"strides {tensor.stride()}"
-            call.fail(ShapeError, name, "be dense and channels_last", got, _MAKE_CHANNELS_LAST)
+            remedy = "call .contiguous(memory_format=torch.channels_last)"
+            call.fail(ShapeError, name, "be dense and channels_last", got, remedy)
         if self.layout == "contiguous" and not tensor.is_contiguous():
-            call.fail(ShapeError, name, "be contiguous", f"strides {tensor.stride()}", "call .contiguous()")
+            call.fail(ShapeError, name, "be contiguous", got, "call .contiguous()")
 
-    def _check_dtype(self, call: Call, name: str, tensor: Tensor, scope: Scope) -> None:
-        dtype, wanted = tensor.dtype, self.dtype
+    def _check_dtype(self, call: Call, name: str, dtype: torch.dtype, scope: Scope) -> None:
+        wanted = self.dtype
         if isinstance(wanted, torch.dtype):
             if dtype is not wanted:
                 call.fail(DtypeError, name, f"be {wanted}", dtype)
@@ -114,13 +111,12 @@ class Argument:
         known = scope.dtypes.get(wanted)
         if known is not None:
             if dtype is not known:
-                expected = f"be {known} {scope.reasons[wanted]}"
-                call.fail(DtypeError, name, expected, dtype, "convert one of them")
+                call.fail(DtypeError, name, f"be {known} {scope.reasons[wanted]}", dtype, "convert one of them")
             return
         allowed = WIDE if wanted == "wide" else FLOATING
         if dtype not in allowed:
-            expected = f"be {' or '.join(', '.join(map(_short, allowed)).rsplit(', ', 1))}"
-            call.fail(DtypeError, name, expected, dtype, "convert it first")
+            names = ", ".join(str(each).removeprefix("torch.") for each in allowed).rsplit(", ", 1)
+            call.fail(DtypeError, name, f"be {' or '.join(names)}", dtype, "convert it first")
         if wanted != "floating":
             set_dtype(scope, dtype, name, activations=wanted == "x")
 
@@ -136,16 +132,12 @@ class Argument:
 
 
 def set_dtype(scope: Scope, dtype: torch.dtype, setter: str, activations: bool) -> None:
-    """The dtype of the call's activations, or the one that they are computed in, is known from now on."""
+    """Note the dtype of the call's activations, or the dtype that they are computed in."""
     if activations:
         scope.dtypes["x"], scope.reasons["x"] = dtype, f"like {setter}"
         scope.dtypes["wide"], scope.reasons["wide"] = wide_dtype(dtype), f"with {setter} of {dtype}"
     else:
         scope.dtypes["wide"], scope.reasons["wide"] = dtype, f"like {setter}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_device(call: Call, name: str, tensor: Tensor) -> None:
@@ -162,13 +154,12 @@ def _check_device(call: Call, name: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Items:
-    """A row of a list of tensors, each of them with sizes and dtypes of its own."""
+    """The row of a list of tensors, each of them with sizes and dtypes of its own."""
 
     item: Argument
     most: int
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the list has another number of tensors, or one of them is not what this row says."""
         if not 1 <= len(call[name]) <= self.most:
             call.fail(ShapeError, name, f"be 1 to {self.most} tensors", len(call[name]))
         for index, tensor in enumerate(call[name]):
@@ -177,13 +168,12 @@ class Items:
 
 @dataclass(frozen=True)
 class Integer:
-    """A row of an int."""
+    """The row of an int."""
 
     least: int
     most: int = _LARGEST
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the number is outside of its limits."""
         if not self.least <= call[name] <= self.most:
             limit = f"at least {self.least}" if call[name] < self.least else f"at most {self.most}"
             call.fail(ShapeError, name, f"be {limit}", call[name])
@@ -191,30 +181,27 @@ class Integer:
 
 @dataclass(frozen=True)
 class Integers:
-    """A row of a list of ints, which may be sizes of the call."""
+    """The row of a list of ints, which may be sizes of the call."""
 
     count: int
     least: int
     shape: Shape | None = None
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the list has another length, or a number is outside of its limits."""
         got = tuple(call[name])
         if len(got) != self.count or not all(self.least <= number <= _LARGEST for number in got):
             count = {2: "two", 4: "four"}[self.count]
-            limit = "at most" if got and max(got) > _LARGEST else "at least"
-            number = _LARGEST if limit == "at most" else self.least
-            call.fail(ShapeError, name, f"be {count} integers of {limit} {number}", got)
+            limit = f"at most {_LARGEST}" if got and max(got) > _LARGEST else f"at least {self.least}"
+            call.fail(ShapeError, name, f"be {count} integers of {limit}", got)
         if self.shape is not None and not self.shape.fits(got, call.scope, name):
             call.fail(ShapeError, name, self.shape.expected(call.scope, name), got)
 
 
 @dataclass(frozen=True)
 class ActivationDtype:
-    """A row of a dtype: that of the activations, none of which is an argument."""
+    """The row of a dtype: that of the activations, none of which is an argument."""
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the dtype is not one that activations have."""
         if call[name] not in FLOATING:
             call.fail(DtypeError, name, "be float32, float64, bfloat16 or float16", call[name])
         set_dtype(call.scope, call[name], name, activations=True)
@@ -222,29 +209,27 @@ class ActivationDtype:
 
 @dataclass(frozen=True)
 class Gate:
-    """A row of packed bits, or of a ReLU's output."""
+    """The row of packed bits, or of a ReLU's output."""
 
     bits: Argument
     output: Argument
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the argument is neither of the two."""
         row = self.bits if call[name] is not None and call[name].dtype is torch.uint8 else self.output
         row.check(call, name)
 
 
 @dataclass(frozen=True)
 class Convolved:
-    """A row of no argument: two sizes, those of a convolution's output.
+    """The row of two sizes that are no argument: those of a convolution's output.
 
-    They are the call's P and Q from here on; where an argument has set those, it is checked to have what follows.
+    They are the call's P and Q from here on. If an argument has set these before, it must have this size.
     """
 
-    image: tuple[str, str]
-    kernel: tuple[str, str]
+    image: tuple[str, ...]
+    kernel: tuple[str, ...]
 
     def check(self, call: Call, name: str) -> None:
-        """Raises where the output has no pixels, or an argument other ones."""
         sizes, outputs = call.scope.sizes, tuple(name.split())
         image, kernel = (tuple(sizes[n] for n in names) for names in (self.image, self.kernel))
         geometry = Geometry(call["stride"], call["padding"], call["dilation"])
@@ -264,7 +249,22 @@ class Convolved:
             call.scope.matches(output, size, "the output")
 
 
-Row = Argument | Items | Integer | Integers | ActivationDtype | Gate | Convolved
+@dataclass(frozen=True)
+class NormalisedShortcut:
+    """The row of a ShortcutInput as a whole: with a state, it has the shape of the output, (N, channels, P, Q)."""
+
+    channels: str
+
+    def check(self, call: Call, name: str) -> None:
+        out = tuple(call.scope.sizes[size] for size in ("N", self.channels, "P", "Q"))
+        got = None if call["shortcut_state"] is None else tuple(call["shortcut"].shape)
+        if got not in (None, out):
+            remedy = "a normalised shortcut is neither strided nor padded"
+            call.fail(ShapeError, "shortcut", f"have shape {out} like the output", got, remedy)
+
+
+Row = Argument | Items | Integer | Integers | ActivationDtype | Gate | Convolved | NormalisedShortcut
+Rows = dict[str, Row]
 Relations = Callable[[Call], None]
 
 
@@ -295,12 +295,23 @@ def bits(shape: str, **options: Any) -> Argument:
 
 
 def gate(shape: str, **options: Any) -> Gate:
-    """Where a ReLU is open: packed bits, or its output."""
+    """What says where a ReLU is open: packed bits, or its output."""
     return Gate(bits(shape, **options), activation(shape, **options))
 
 
+def shortcut_input(channels: str, **options: Any) -> Rows:
+    """The rows of a ShortcutInput, for an output with this many channels."""
+    shape = f"N L<={channels} P*shortcut_stride Q*shortcut_stride"
+    return {
+        "shortcut_stride": Integer(1),
+        "shortcut": activation(shape, remedy="was the downsample branch skipped?", **options),
+        "shortcut_state": wide(f"4 {channels}", only_with="shortcut"),
+        "the normalised shortcut": NormalisedShortcut(channels),
+    }
+
+
 def norm(channels: str, *, running: bool = False) -> dict[str, Argument]:
-    """Rows of a Norm with this many channels; running: its running statistics may not be None."""
+    """The rows of a Norm with this many channels; running: its running statistics may not be None."""
     vector = dense(channels, "floating")
     return {
         "weight": vector,
@@ -311,13 +322,7 @@ def norm(channels: str, *, running: bool = False) -> dict[str, Argument]:
     }
 
 
-def convolution(image: str, kernel: str) -> dict[str, Row]:
-    """The geometry of a convolution of "H W" pixels with a kernel of "R S": sets P and Q, or checks them."""
-    h, w = image.split()
-    r, s = kernel.split()
-    return {
-        "stride": Integers(2, 1),
-        "padding": Integers(2, 0),
-        "dilation": Integers(2, 1),
-        "P Q": Convolved((h, w), (r, s)),
-    }
+def convolution(image: str, kernel: str) -> Rows:
+    """The rows of a Geometry, for "H W" pixels and a kernel of "R S"; they set P and Q, or check them."""
+    numbers = {"stride": Integers(2, 1), "padding": Integers(2, 0), "dilation": Integers(2, 1)}
+    return {**numbers, "P Q": Convolved(tuple(image.split()), tuple(kernel.split()))}

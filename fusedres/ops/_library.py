@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusedres.errors import DtypeError
 from fusedres.kernels import serving
-from fusedres.ops._arguments import Call, Relations, Row
+from fusedres.ops._arguments import Call, Relations, Rows
 from fusedres.ops._memory import check_kinds, check_memory, check_one_device, signature, tensors_of
 
 _LIBRARY = torch.library.Library("fusedres", "DEF")
@@ -96,7 +96,7 @@ class Op:
         self,
         declared: Callable[..., Any],
         folder: str,
-        rows: Mapping[str, Row],
+        rows: Rows,
         writes: tuple[str, ...],
         relations: Relations | None,
     ) -> None:
@@ -214,7 +214,7 @@ class Op:
 
 
 def op(
-    folder: str, rows: Mapping[str, Row], *, writes: tuple[str, ...] = (), relations: Relations | None = None
+    folder: str, rows: Rows, *, writes: tuple[str, ...] = (), relations: Relations | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make an Op of a typed function, and a function that calls it; see the head of this file."""
 

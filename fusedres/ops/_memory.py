@@ -1,6 +1,6 @@
-"""What is checked of the tensors of every call, whatever the op: that their memory is there, and may be written.
+"""Checks of the tensors of every call, for every op: their memory must be there, and may be written.
 
-What a table says (_arguments.py) depends on a call's signature alone and is checked once for each; this is not.
+A table (_arguments.py) is checked once for each signature of a call; these checks run at each call.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fusedres.errors import DtypeError
 
 
 def fail(error: type[Exception], op: str, argument: str, expected: str, got: object, remedy: str = "") -> NoReturn:
-    """Raises the error: `op: argument must expected, got what it is; remedy`."""
+    """Raise the error with the text `op: argument must expected, got got; remedy`."""
     raise error(f"{op}: {argument} must {expected}, got {got}" + (f"; {remedy}" if remedy else ""))
 
 
 def tensors_of(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor among the arguments, those of lists too, with its name."""
+    """Every tensor among the arguments and in their lists, with its name."""
     for name, value in zip(names, values, strict=True):
         if isinstance(value, Tensor):
             yield name, value
@@ -29,7 +29,7 @@ def tensors_of(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[st
 
 
 def check_kinds(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises where a tensor has no strides, or where memory does not hold its values."""
+    """Raise if a tensor has no strides, or if its memory does not hold its values."""
     for name, tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
@@ -42,7 +42,7 @@ def check_kinds(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def signature(value: Any) -> Any:
-    """All of an argument that a table can speak of."""
+    """Everything of an argument that a table can depend on."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):
@@ -51,9 +51,9 @@ def signature(value: Any) -> Any:
 
 
 def check_memory(op: str, tensors: Iterable[tuple[str, Tensor]], written: tuple[str, ...]) -> None:
-    """Raises where a storage does not hold what its tensor reaches, or what is written shares memory, or may not be.
+    """Raise if a storage is too small for its tensor, or if a written tensor shares memory or may not be written.
 
-    Meta tensors have no memory and none is checked.
+    Meta tensors have no memory, so theirs is not checked.
     """
     spans = {name: _span(op, name, tensor) for name, tensor in tensors if tensor.numel() and not tensor.is_meta}
     if not written:
@@ -70,7 +70,7 @@ def check_memory(op: str, tensors: Iterable[tuple[str, Tensor]], written: tuple[
 
 
 def needed_bytes(tensor: Tensor) -> int:
-    """The bytes of a storage up to the end of its tensor's last element; the tensor is not empty."""
+    """The bytes of a storage up to the end of its tensor's last element, for a tensor that is not empty."""
     elements = tensor.numel()
     if not (tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))):
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -78,7 +78,7 @@ def needed_bytes(tensor: Tensor) -> int:
 
 
 def _span(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor reaches, from its first element to the end of its last: all there, and aligned."""
+    """The addresses from a tensor's first element to the end of its last; raise if they are missing or unaligned."""
     needed, held = needed_bytes(tensor), tensor.untyped_storage().nbytes()
     begin, itemsize = tensor.data_ptr(), tensor.itemsize
     if held < needed:
@@ -91,7 +91,7 @@ def _span(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
 
 
 def _check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """As in torch."""
+    """Raise as torch does."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         expected = "be a normal tensor, as it is written outside of inference mode"
         fail(RuntimeError, op, name, expected, "an inference tensor", "clone it")
@@ -101,7 +101,7 @@ def _check_writable(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_one_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises where tensors are on several devices: all that is checked of tensors that stand for others."""
+    """Raise if tensors are on several devices: the only check of fake tensors."""
     first = None
     for name, tensor in tensors:
         if first is None:

@@ -1,13 +1,13 @@
-"""The language in which a table of arguments says shapes: one word for each size.
+"""The language of the shapes in a table of arguments: one word for each size.
 
 | word         | the size is                                                                     |
 | ------------ | ------------------------------------------------------------------------------- |
 | `4`          | this number                                                                     |
-| `C`          | the C of the call: the first argument that has one sets it, the others match it |
-| `D<=C`, `D>=C` | D of the call, and at most, at least C                                        |
+| `C`          | the C of the call: the first argument with a C sets it, the others must match   |
+| `D<=C`, `D>=C` | the D of the call, and at most, at least C                                    |
 | `C/8`        | ceil(C / 8)                                                                     |
 | `H/stride`   | ceil(H / stride), stride being an int argument                                  |
-| `P*stride`   | any size of which every stride-th pixel makes P; sets P where nothing has       |
+| `P*stride`   | any size from which every stride-th pixel gives P; sets P if nothing has        |
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from fusedres.ops._sizes import subsampled
+
 
 class Scope:
-    """What the arguments that were checked say of a call: its named sizes and dtypes, and what set them."""
+    """What is known of a call from the arguments checked so far: named sizes and dtypes, and what set them."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
@@ -31,11 +33,10 @@ class Scope:
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the arguments, for messages
 
     def matches(self, name: str, size: int, setter: str) -> bool:
-        """Whether a named size is this one; sets it where nothing has."""
-        known = self.sizes.get(name)
-        if known is None:
+        """Whether a named size is this one; sets it if nothing has."""
+        if name not in self.sizes:
             self.sizes[name], self.setters[name] = size, setter
-        return known is None or known == size
+        return self.sizes[name] == size
 
 
 class Size:
@@ -62,11 +63,9 @@ class Size:
         if self.number is not None:
             return got == self.number
         if self.sign == "/":
-            step = self._step(scope)
-            return got == (scope.sizes[self.first] + step - 1) // step
+            return got == subsampled(scope.sizes[self.first], self._step(scope))
         if self.sign == "*":
-            step = self._step(scope)
-            return scope.matches(self.first, (got + step - 1) // step, setter)
+            return scope.matches(self.first, subsampled(got, self._step(scope)), setter)
         if not scope.matches(self.first, got, setter):
             return False
         if not self.sign:
@@ -75,15 +74,14 @@ class Size:
         return got <= other if self.sign == "<=" else got >= other
 
     def shown(self, known: Mapping[str, int], scope: Scope) -> str:
-        """What this size has to be, given the sizes that other arguments set."""
+        """What this size must be, given the sizes that other arguments set."""
         if self.number is not None:
             return self.first
         size = known.get(self.first)
-        if self.sign == "/" or (self.sign == "*" and size is not None):
-            assert size is not None
+        if size is not None and self.sign in ("/", "*"):
             step = self._step(scope)
             if self.sign == "/":
-                return str((size + step - 1) // step)
+                return str(subsampled(size, step))
             return str(size) if step == 1 or size == 0 else f"{(size - 1) * step + 1} to {size * step}"
         if size is not None or not self.sign or self.sign == "*":
             return self.first if size is None else str(size)
@@ -109,7 +107,7 @@ class Shape:
         return True
 
     def expected(self, scope: Scope, argument: str) -> str:
-        """`have shape (2, 8, 5, 5) for x (2, 8, 5, 5)`: with what other arguments set, and which."""
+        """`have shape (2, 8, 5, 5) for x (2, 8, 5, 5)`: the sizes that other arguments set, and these arguments."""
         known = {name: size for name, size in scope.sizes.items() if scope.setters[name] != argument}
         setters = dict.fromkeys(scope.setters[n] for size in self.sizes for n in size.names() if n in known)
         if not setters:

@@ -5,33 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.errors import ShapeError
-from fusedres.ops._arguments import Call, Integer, Row, activation, wide
+from fusedres.ops._arguments import Rows, activation, shortcut_input, wide
 from fusedres.ops._library import op
 from fusedres.ops._sizes import mask_shape
 from fusedres.values import ShortcutInput
 
-_TAIL: dict[str, Row] = {
-    "shortcut_stride": Integer(1),
-    "x": activation("N C P Q"),
-    "state": wide("4 C"),
-    "shortcut": activation("N L<=C P*shortcut_stride Q*shortcut_stride", remedy="was the downsample branch skipped?"),
-    "shortcut_state": wide("4 C"),
-}
-
-
-def _check_normalised_shortcut(call: Call) -> None:
-    x, shortcut = call["x"], call["shortcut"]
-    if call["shortcut_state"] is not None and shortcut.shape != x.shape:
-        remedy = "a normalised shortcut is neither strided nor padded"
-        call.fail(ShapeError, "shortcut", f"have shape {tuple(x.shape)} like x", tuple(shortcut.shape), remedy)
+_TAIL: Rows = {"x": activation("N C P Q"), "state": wide("4 C"), **shortcut_input("C")}
 
 
 def _empty_mask(x: Tensor, with_mask: bool) -> Tensor:
     return x.new_empty(mask_shape(x) if with_mask else (0,), dtype=torch.uint8)
 
 
-@op("bn_add_relu", _TAIL, relations=_check_normalised_shortcut)
+@op("bn_add_relu", _TAIL)
 def bn_add_relu(
     x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool = False, *, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -44,17 +30,12 @@ def bn_add_relu(
     return torch.empty_like(x, memory_format=torch.channels_last), _empty_mask(x, with_mask)
 
 
-@op("bn_add_relu", _TAIL, writes=("x",), relations=_check_normalised_shortcut)
+@op("bn_add_relu", _TAIL, writes=("x",))
 def bn_add_relu_(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool = False, *, backend: str) -> Tensor:
     """x = relu(scale·x + shift + S) in place; arguments and mask as in bn_add_relu. Returns the mask."""
     return _empty_mask(x, with_mask)
 
 
-@op(
-    "bn_add_relu",
-    {**_TAIL, "out": activation("N C P Q")},  # written, not read
-    writes=("out",),
-    relations=_check_normalised_shortcut,
-)
+@op("bn_add_relu", {**_TAIL, "out": activation("N C P Q")}, writes=("out",))
 def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tensor, *, backend: str) -> None:
-    """relu(scale·x + shift + S) into out, which is like x; arguments as in bn_add_relu."""
+    """relu(scale·x + shift + S) into out, which is like x and not read; arguments as in bn_add_relu."""

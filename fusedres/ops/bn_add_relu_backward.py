@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops._arguments import Row, activation, gate, wide
+from fusedres.ops._arguments import Rows, activation, gate, wide
 from fusedres.ops._library import op
 from fusedres.values import BnBranch, Gated
 
-_BRANCHES: dict[str, Row] = {
+_BRANCHES: Rows = {
     "grad": activation("N C H W"),
     "gate": gate("N C H W"),
     "x": activation("N C H W"),

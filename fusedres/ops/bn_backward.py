@@ -42,11 +42,7 @@ def _tiles(x: Tensor, backend: str) -> int:
 def bn_backward_reduce(gated: Gated, x: Raw, shortcut: Raw | None = None, *, backend: str) -> Tensor:
     """Sums over row tiles that BatchNorm's backward needs: Σd, Σd·x̂ and, with a shortcut, its Σd·x̂.
 
-    d of Gated; x̂ = (x − mean)·invstd.
-
-    Args:
-        x: the raw convolution output and its state.
-        shortcut: the same for the projection of a shortcut.
+    d of Gated; x̂ = (x − mean)·invstd. x is the raw convolution output; the shortcut is that of a projection.
 
     Returns:
         (T, 2, C), or (T, 3, C) with a shortcut, float64 for float64, else float32: one row of sums for each of T tiles.
@@ -106,12 +102,8 @@ def bn_backward_coefficients(
 def bn_backward_apply(gradient: Gradient, shortcut: BnGradient | None = None, *, backend: str) -> tuple[Tensor, Tensor]:
     """The gradient dy of a raw convolution output (see Gradient), written out; for one branch or two that meet.
 
-    Args:
-        gradient: with y.
-        shortcut: the branch of a projection, to which the same grad and gate come.
-
-    Returns:
-        dy and the shortcut's (empty without one), like y.
+    The shortcut is the branch of a projection, to which the same grad and gate come. Returns dy and the shortcut's
+    gradient (empty without one), both like y.
     """
     grad_y = torch.empty_like(gradient.grad, memory_format=torch.channels_last)
     return grad_y, grad_y.new_empty(0) if shortcut is None else torch.empty_like(grad_y)

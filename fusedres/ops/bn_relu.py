@@ -9,10 +9,7 @@ from fusedres.ops._library import op
 from fusedres.ops._sizes import empty_activation, subsampled
 
 
-@op(
-    "bn_relu",
-    {"x": activation("N C H W"), "state": wide("4 C"), "pivot": wide("C"), "stride": Integer(1)},
-)
+@op("bn_relu", {"x": activation("N C H W"), "state": wide("4 C"), "pivot": wide("C"), "stride": Integer(1)})
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None = None, stride: int = 1, *, backend: str) -> Tensor:
     """relu(scale·x + shift) − pivot, of every stride-th pixel in height and width.
 

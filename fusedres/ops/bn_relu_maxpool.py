@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedres.ops._arguments import Integers, Row, activation, convolution, wide
+from fusedres.ops._arguments import Integers, Rows, activation, convolution, wide
 from fusedres.ops._library import op
 from fusedres.ops._shapes import Shape
 from fusedres.ops._sizes import empty_activation, subsampled
@@ -21,11 +21,8 @@ _POOLED = "pass the gradient of the pooled output"
 _WITH_ARGMAX = "call bn_relu_maxpool with with_argmax=True"
 
 
-def _windows(pooled: str) -> dict[str, Row]:
-    return {
-        "grad": activation(pooled, remedy=_POOLED),
-        "argmax": activation(pooled, torch.uint8, remedy=_WITH_ARGMAX),
-    }
+def _windows(pooled: str) -> Rows:
+    return {"grad": activation(pooled, remedy=_POOLED), "argmax": activation(pooled, torch.uint8, remedy=_WITH_ARGMAX)}
 
 
 @op("bn_relu_maxpool", {"x": activation("N C H W"), "state": wide("4 C")})
@@ -45,7 +42,7 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool = False, *, back
     return out, torch.empty_like(out, dtype=torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
 
 
-_BACKWARD: dict[str, Row] = {"x": activation("N C H W"), **_windows("N C H/2 W/2"), "x_state": wide("4 C")}
+_BACKWARD: Rows = {"x": activation("N C H W"), **_windows("N C H/2 W/2"), "x_state": wide("4 C")}
 
 
 @op("bn_relu_maxpool", _BACKWARD)
@@ -74,19 +71,9 @@ def bn_relu_maxpool_backward_(pooled: Pooled, x: BnBranch, with_sums: bool = Tru
     return x.state.new_empty((2, x.x.shape[1]))
 
 
-@op(
-    "bn_relu_maxpool",
-    {"x": activation("N C H W", empty=False), **_windows("N C H/2 W/2"), "state": wide("4 C")},
-)
+@op("bn_relu_maxpool", {"x": activation("N C H W", empty=False), **_windows("N C H/2 W/2"), "state": wide("4 C")})
 def bn_relu_maxpool_reduce(pooled: Pooled, x: Tensor, state: Tensor, *, backend: str) -> Tensor:
-    """The sums of bn_relu_maxpool_backward alone, Σd and Σd·x̂, over tiles of windows: for bn_backward_coefficients.
-
-    Args:
-        x: not empty.
-
-    Returns:
-        (T, 2, C), float64 for float64, else float32: one row of sums for each of T tiles.
-    """
+    """The sums of bn_relu_maxpool_backward alone: (T, 2, C), Σd and Σd·x̂ of T tiles, for bn_backward_coefficients."""
     tiles = 1
     if backend == "triton":
         from fusedres.kernels.bn_relu_maxpool.configs import reduction_partials
@@ -116,9 +103,6 @@ def bn_relu_maxpool_wgrad(
     load as in Gradient, where d is, at each pixel, the sum of grad over the windows that it won and whose ReLU is open.
     dy is computed in the arithmetic type and rounded to the activations' dtype. An empty batch, groups, and 2³¹ pixels
     or more are not supported.
-
-    Args:
-        input: (N, C, H, W), what was convolved.
 
     Returns:
         (S, K, R, S', C): one sum for each split of the pixels, for conv_wgrad_finalize; float64 for float64 grad, else

@@ -53,26 +53,17 @@ def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm, *, backend: str) -> 
     With n_t rows, mean μ_t and M2_t = Σ(x − μ_t)² of tile t: μ = Σ n_t·μ_t / Σ n_t and
     σ² = (Σ M2_t + Σ n_t·(μ_t − μ)²) / Σ n_t (Chan, Golub and LeVeque 1983); the rest as in bn_statistics.
 
-    Args:
-        partials: (T, 2, C): mean and M2 of each tile; float32 or float64.
-        rows: (T,) like partials: the rows of each tile. Their sum must be more than 1, which is not checked: it is on
-            the device.
-
-    Returns:
-        (4, C) like partials: mean, invstd, scale, shift.
+    `partials` (T, 2, C) has mean and M2 of each tile, and `rows` (T,) its rows. Their sum must be more than 1; that is
+    not checked, as it is on the device.
     """
     return partials.new_empty((4, partials.shape[2]))
 
 
 @op("bn_statistics", {"x": strided(None, "x"), **norm("C", running=True)})
 def bn_frozen(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
-    """The state of a BatchNorm in eval mode, from its running statistics, which are left as they are.
+    """The state of a BatchNorm in eval mode, a copy that later updates of the running statistics do not change.
 
-    Args:
-        x: any tensor of the dtype and device of the activation that will be normalised.
-
-    Returns:
-        (4, C), float64 for float64 x, else float32; a copy, so later updates of the running statistics do not reach it.
+    x is any tensor with the dtype and device of the activation that will be normalised.
     """
     assert norm.running_mean is not None  # checked by the op
     return x.new_empty((4, norm.running_mean.shape[0]), dtype=arithmetic_dtype(x))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres.errors import ShapeError
-from fusedres.ops._arguments import Call, Integer, Row, activation, convolution, wide
+from fusedres.ops._arguments import Call, Rows, activation, convolution, shortcut_input, wide
 from fusedres.ops._library import op
 from fusedres.ops._sizes import arithmetic_dtype, empty_activation
 from fusedres.values import Geometry, Raw, ShortcutInput
 
-_CONVOLUTION: dict[str, Row] = {
+_CONVOLUTION: Rows = {
     "x": activation("N C H W"),
     "weight": activation("K C R S", remedy="grouped convolutions are not supported"),
     **convolution("H W", "R S"),
@@ -21,15 +21,6 @@ def _check_pixels(call: Call) -> None:
     n, p, q = (call.scope.sizes[name] for name in "NPQ")
     if n * p * q > 2**31 - 2**10:
         call.fail(ShapeError, "x", "give an output of fewer than 2³¹ pixels", f"{n}x{p}x{q}", "split the batch")
-
-
-def _check_normalised_shortcut(call: Call) -> None:
-    _check_pixels(call)
-    out = tuple(call.scope.sizes[name] for name in "NKPQ")
-    shortcut = call["shortcut"]
-    if call["shortcut_state"] is not None and shortcut.shape != out:
-        remedy = "a normalised shortcut is neither strided nor padded"
-        call.fail(ShapeError, "shortcut", f"have shape {out} like the output", tuple(shortcut.shape), remedy)
 
 
 @op("conv_fprop", {**_CONVOLUTION, "x_state": wide("4 C")}, relations=_check_pixels)
@@ -60,19 +51,7 @@ def conv_fprop(
     return y, y.new_empty((tiles, 2, weight.shape[0]), dtype=dtype), y.new_empty((tiles,), dtype=dtype)
 
 
-@op(
-    "conv_fprop",
-    {
-        **_CONVOLUTION,
-        "state": wide("4 K"),
-        "shortcut_stride": Integer(1),
-        "shortcut": activation(
-            "N L<=K P*shortcut_stride Q*shortcut_stride", remedy="was the downsample branch skipped?"
-        ),
-        "shortcut_state": wide("4 K", only_with="shortcut"),
-    },
-    relations=_check_normalised_shortcut,
-)
+@op("conv_fprop", {**_CONVOLUTION, "state": wide("4 K"), **shortcut_input("K")}, relations=_check_pixels)
 def conv_bn_add_relu(
     x: Tensor, weight: Tensor, geometry: Geometry, state: Tensor, shortcut: ShortcutInput | None = None, *, backend: str
 ) -> Tensor:

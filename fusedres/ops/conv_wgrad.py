@@ -76,13 +76,9 @@ def _check_lengths(call: Call) -> None:
     relations=_check_lengths,
 )
 def conv_wgrad_finalize(partials: list[Tensor], weights: list[Tensor], *, backend: str) -> list[Tensor]:
-    """Gradients of up to four convolution weights: partials added over their splits in a fixed order, in one launch.
+    """Gradients of one to four convolution weights: conv_wgrad's partials, added over their splits in a fixed order.
 
-    Args:
-        partials: 1 to 4 results of conv_wgrad, one for each weight.
-        weights: not read.
-
-    Returns:
-        One gradient for each weight, of its shape, dtype and strides (torch.empty_like), the sum rounded once.
+    The weights are not read: each gradient has the shape, dtype and strides of its weight (torch.empty_like), and is
+    rounded once. All gradients take one launch.
     """
     return [torch.empty_like(weight) for weight in weights]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.ops._arguments import Integer, Row, activation, wide
+from fusedres.ops._arguments import Integer, Rows, activation, wide
 from fusedres.ops._library import op
 from fusedres.ops._sizes import arithmetic_dtype, empty_activation, subsampled
 
-_ROWS: dict[str, Row] = {"x": activation("N C H W", empty=False), "state": wide("4 C"), "stride": Integer(1)}
+_ROWS: Rows = {"x": activation("N C H W", empty=False), "state": wide("4 C"), "stride": Integer(1)}
 
 
 @op("gram", _ROWS)

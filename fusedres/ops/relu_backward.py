@@ -13,11 +13,7 @@ from fusedres.values import Gated
 
 @op("relu_backward", {"grad": activation("N C H W"), "gate": gate("N C H W", required=True)})
 def relu_backward(gated: Gated, *, backend: str) -> tuple[Tensor, Tensor]:
-    """d of Gated, written out; and Σd.
-
-    Returns:
-        d like grad; and Σd (C,), float64 for float64, else float32.
-    """
+    """d of Gated, written out; and Σd (C,), float64 for float64, else float32."""
     grad = gated.grad
     sums = grad.new_empty(grad.shape[1], dtype=arithmetic_dtype(grad))
     return torch.empty_like(grad, memory_format=torch.channels_last), sums

@@ -163,7 +163,7 @@ def one_pass_products(
     count: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail_backward."""
+    """See fusedres.ops.one_pass_tail."""
     state, projected, total = gram_state
     channels, in_channels = folded.shape
     grad_conv, grad_weight, c2 = torch.empty_like(conv_weight), torch.empty_like(sum_d), torch.empty_like(sum_d)

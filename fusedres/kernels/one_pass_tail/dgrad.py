@@ -114,7 +114,7 @@ def one_pass_dgrad_kernel(
 def one_pass_dgrad(
     gated: Gated, z: Centred, z_state: Tensor | None, folded: Tensor, quadratic: Tensor, constant: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail_backward."""
+    """See fusedres.ops.one_pass_tail."""
     grad, gate = before_product(*gated)
     source, pivot, stride = z
     n, channels, p, q = grad.shape

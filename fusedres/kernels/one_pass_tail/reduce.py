@@ -163,7 +163,7 @@ def one_pass_finalize_kernel(
 def one_pass_reduce(
     gated: Gated, z: Centred, z_state: Tensor | None, x: Centred | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail_backward."""
+    """See fusedres.ops.one_pass_tail."""
     grad, gate = before_product(*gated)
     source, pivot, stride = z
     joined, x_pivot, x_stride = (None, None, 1) if x is None else x

@@ -51,7 +51,7 @@ def one_pass_tail(
 def one_pass_reduce(
     gated: Gated, z: Centred, z_state: Tensor | None, x: Centred | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail_backward."""
+    """See fusedres.ops.one_pass_tail."""
     dtype = arithmetic_dtype(gated.grad.dtype)
     d = rows(masked_gradient(*gated)).to(dtype)
     cross = d.T @ rows(centred(z, z_state)).to(dtype)
@@ -71,7 +71,7 @@ def one_pass_products(
     count: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail_backward."""
+    """See fusedres.ops.one_pass_tail."""
     state, _, total = gram_state
     matrix = conv_weight.detach().reshape(conv_weight.shape[:2]).to(state.dtype)
     grads, grad_weight = parameter_grads(cross, sum_d, matrix, gram_state, count)
@@ -85,7 +85,7 @@ def one_pass_products(
 def one_pass_dgrad(
     gated: Gated, z: Centred, z_state: Tensor | None, folded: Tensor, quadratic: Tensor, constant: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor]:
-    """See fusedres.ops.one_pass_tail_backward."""
+    """See fusedres.ops.one_pass_tail."""
     source = z.z
     dtype, channels = arithmetic_dtype(source.dtype), source.shape[1]
     grad_z = torch.addmm(constant, rows(masked_gradient(*gated)).to(dtype), folded.to(dtype))
