@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from op_inputs import activation, channels, device, state, vector
+from op_inputs import activation, call, channels, device, state, vector
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
