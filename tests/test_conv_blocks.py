@@ -164,6 +164,17 @@ def test_gradcheck(block_case: Case, mode: str, memory: str) -> None:
         assert torch.autograd.gradcheck(function, (x.requires_grad_(), *leaves))
 
 
+@pytest.mark.parametrize(("backend", "conv"), [("reference", "fused"), ("reference", "library"), ("cpu", "library")])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_last_convolution_with_a_stride(memory: str, backend: str, conv: str) -> None:
+    block, x, grad = stock_case(case("bottleneck", "projection", stride=2, height=9, width=8), torch.float64)
+    block.conv2.stride, block.conv3.stride = (1, 1), (2, 2)
+    twin = fused_twin(block, memory, conv)
+    with fusedres.use_backend(backend), expect_paths(fused_forward=1, fused_backward=1):
+        got = run(twin, x, grad)
+    torch.testing.assert_close(got, run(block, x, grad))
+
+
 @pytest.mark.parametrize("block_case", CORE, ids=label)
 def test_a_retained_graph_gives_the_same_gradients_twice(block_case: Case) -> None:
     block, x, grad = stock_case(block_case, torch.float32, torch.channels_last)
