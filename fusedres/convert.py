@@ -184,7 +184,7 @@ def _unfusable(cls: type[nn.Module]) -> str | None:
     """Return why fuse() leaves modules of a class unchanged, or None if it sets their class or options."""
     base = base_of(cls)
     if base is None:
-        return "it is no residual block"
+        return "it is not a residual block"
     if is_fused(cls):
         return None
     method = own_method(cls, base)

@@ -148,7 +148,7 @@ def _gather_unit(names: tuple[str, str], conv: Any, norm: Any) -> RawUnit | str:
     for name, attributes in ((names[0], settings), (names[1], state)):
         for field in _TENSORS:
             if field in attributes:
-                return f"{name} has a {field} that is no parameter or buffer"
+                return f"{name} has a {field} that is not a parameter or buffer"
     weights, parameters, buffers = settings["_parameters"], state["_parameters"], state["_buffers"]
     return RawUnit(
         weights.get("weight"),
@@ -190,7 +190,7 @@ def _hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> s
     attributes = block.__dict__
     for name in names:
         if name in attributes and attributes[name] is not None:  # a block without downsample may have None there
-            return f"{name} is an attribute of the instance, and no module"
+            return f"{name} is an attribute of the instance, not a module"
     return class_attribute(cls, names)
 
 
@@ -317,7 +317,7 @@ def _vectors(name: str, raw: RawUnit, not_plain: _Check) -> Any:
         mean = var = None
     for field, tensor in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
         if tensor is not None and (not_plain(tensor) is not None or tensor.dim() != 1 or not tensor.is_contiguous()):
-            return f"{name}.{field} {not_plain(tensor) or 'is no contiguous vector'}"
+            return f"{name}.{field} {not_plain(tensor) or 'is not a contiguous vector'}"
     if (mean is None) != (var is None):
         return f"{name} has only one of running_mean and running_var"
     return weight, bias, mean, var
