@@ -147,7 +147,7 @@ def cuda_extensions() -> list[CudaExtension]:
         print(f"fusedres: built without CUDA kernels, {missing} to have them; Triton serves the GPU")
         return []
     extension = CudaExtension(path)
-    print(f"fusedres: CUDA kernels by {path} for {nvcc.as_text(extension.archs)}")
+    print(f"fusedres: compiling CUDA kernels with {path} for {nvcc.as_text(extension.archs)}")
     return [extension]
 
 

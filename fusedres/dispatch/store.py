@@ -178,7 +178,7 @@ def read(path: Path, device: str | None) -> Table | None:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not os.path.lexists(path):
             return None
-        _ignore(path, f"it is a link that leads nowhere ({error.strerror})")
+        _ignore(path, f"it is a broken link ({error.strerror})")
     except Exception as error:  # no content of a file may stop a block
         _ignore(path, str(error) or type(error).__name__)
     return None
@@ -188,7 +188,7 @@ def _ignore(path: Path, reason: str) -> None:
     if len(reason) > _LONGEST_REASON:
         reason = f"{reason[:_LONGEST_REASON]}..."
     warnings.warn(
-        f"fusedres: {path} is ignored: {' '.join(reason.split())}; measure anew with `python -m fusedres tune`, or "
+        f"fusedres: {path} is ignored: {' '.join(reason.split())}; measure again with `python -m fusedres tune`, or "
         "delete it",
         stacklevel=2,
     )
