@@ -1,8 +1,8 @@
-"""Builds fusedres._C, the C++ core, and where nvcc is found fusedres._CUDA, the CUDA kernels, out of csrc/.
+"""Builds fusedres._C, the C++ core, from csrc/, and if nvcc is found also fusedres._CUDA, the CUDA kernels.
 
-The rest of the configuration is in pyproject.toml. Needs setuptools and pybind11. Torch is neither imported nor linked:
-both take raw pointers and sizes. FUSEDRES_BUILD_CUDA=0 leaves the CUDA kernels out, 1 makes their absence an error;
-csrc/nvcc.py says which other variables count.
+The rest of the configuration is in pyproject.toml. The build needs setuptools and pybind11. It neither imports nor
+links torch, as both modules take raw pointers and sizes. FUSEDRES_BUILD_CUDA=0 leaves the CUDA kernels out; with 1 it
+is an error if nvcc is missing. csrc/nvcc.py lists the other variables.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SOURCES = sorted(path for path in map(str, Path("csrc").rglob("*.cpp")) if path 
 CUDA_SOURCES = sorted(map(str, Path("csrc").rglob("*.cu")))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc", ".cuh"})
 
-# Not -ffast-math: NaN, infinities and the order of sums are kept. No -march: the sources carry their own targets and
-# choose at run time, so one binary runs on every CPU of the architecture.
+# No -ffast-math, to keep NaN, infinities and the order of sums. No -march: the sources set their own targets and choose
+# at run time, so one binary runs on every CPU of the architecture.
 CXXFLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 CPP_PROBE = "#include <vector>\nint probe() { return static_cast<int>(std::vector<int>(1).size()); }\n"
 PYTHON_PROBE = "#include <Python.h>\n"
-# GCC only: its OpenMP runtime is torch's (libgomp.so.1, one copy in the process); clang's would be a second one.
+# Only GCC: its OpenMP runtime is torch's (libgomp.so.1, one copy per process); clang's would be a second runtime.
 OPENMP_PROBE = """
 #ifdef __clang__
 #error "another OpenMP runtime than torch's"
@@ -44,7 +44,7 @@ int probe() { return omp_get_max_threads(); }
 
 
 class BuildExt(build_ext):
-    """Checks the compiler first, so that what is missing is said in one sentence, then adds OpenMP where it has it."""
+    """Checks the compiler first, to report what is missing in one sentence, then adds OpenMP if the compiler has it."""
 
     def build_extensions(self) -> None:
         compiler = getattr(self.compiler, "compiler_so_cxx", None)
@@ -75,7 +75,7 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
     def _cuda_objects(self, ext: CudaExtension) -> list[str]:
-        """The kernels' objects; all are made again when a header or what they are made for has changed."""
+        """Compile the kernels and return the objects; a changed header or list of targets recompiles all of them."""
         folder = Path(self.build_temp, "cuda")
         options = nvcc.gencode(ext.archs)
         record = folder / "options"
@@ -105,12 +105,12 @@ class BuildExt(build_ext):
 
 
 def _stale(obj: str, source: str) -> bool:
-    """An object is kept only if it is newer than its source and than every header."""
+    """Whether an object must be compiled again: it is not newer than its source and every header."""
     return os.stat(obj).st_mtime <= max(os.stat(path).st_mtime for path in (source, *HEADERS, __file__))
 
 
 class CudaExtension(Pybind11Extension):
-    """fusedres._CUDA; its kernels are compiled by nvcc, the CUDA runtime is linked in."""
+    """fusedres._CUDA: nvcc compiles its kernels, and the CUDA runtime is linked statically."""
 
     def __init__(self, nvcc_path: str) -> None:
         self.nvcc = nvcc_path
@@ -132,7 +132,7 @@ class CudaExtension(Pybind11Extension):
 
 
 def cuda_extensions() -> list[CudaExtension]:
-    """The CUDA kernels, where they are wanted and there is an nvcc."""
+    """Return the extension with the CUDA kernels if it is wanted and nvcc is found, else nothing."""
     wanted = os.environ.get("FUSEDRES_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"fusedres: FUSEDRES_BUILD_CUDA must be 0, 1 or unset, got {wanted!r}")
@@ -147,7 +147,7 @@ def cuda_extensions() -> list[CudaExtension]:
         print(f"fusedres: built without CUDA kernels, {missing} to have them; Triton serves the GPU")
         return []
     extension = CudaExtension(path)
-    print(f"fusedres: CUDA kernels by {path} for {nvcc.as_text(extension.archs)}")
+    print(f"fusedres: compiling CUDA kernels with {path} for {nvcc.as_text(extension.archs)}")
     return [extension]
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def _use_installed_copy() -> None:
-    """Loads the installed package in place of a checkout's folder of the same name that has no compiled core.
+    """Load the installed package instead of a checkout's folder of the same name that has no compiled core.
 
-    `python -m ...` in the root of a checkout puts this folder before the installed package. Without `_C` beside it,
-    `sys.modules["fusedres"]` becomes the installed module, whole, so that no two versions mix.
+    `python -m ...` in the root of a checkout finds this folder before the installed package. If the folder has no `_C`,
+    the installed module replaces it completely in `sys.modules["fusedres"]`, so that two versions never mix.
 
     Raises:
-        ImportError: nothing is installed, or another version than the checkout's is.
+        ImportError: nothing is installed, or its version is not the checkout's.
     """
 
     def has_core(folder: Path) -> bool:
@@ -33,7 +33,7 @@ def _use_installed_copy() -> None:
     else:
         raise ImportError("fusedres is not installed: run 'pip install .' in the checkout")
 
-    import runpy  # only here: nobody else pays for it
+    import runpy  # imported only here, as no other case needs it
 
     version = runpy.run_path(str(here / "_version.py"))["__version__"]
     if version != module.__version__:
@@ -47,7 +47,7 @@ _use_installed_copy()
 
 from fusedres import terminal
 
-if getattr(sys, "argv", [])[:1] == ["-m"]:  # `python -m fusedres`, which Python is about to find
+if getattr(sys, "argv", [])[:1] == ["-m"]:  # `python -m fusedres`: Python is still looking for __main__
     terminal.begin()
 
 from fusedres._version import __version__

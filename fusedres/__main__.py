@@ -1,8 +1,10 @@
-"""`python -m fusedres info [--json]`: what is installed, what was built for what, what runs where and why;
-`python -m fusedres tune`: what is fastest here, measured for "auto" to follow.
+"""The package's commands.
 
-Exit codes besides 0 and 1: 2 for wrong arguments and what the system refuses, 130 after Ctrl-C, 141 where the reader of
-the output is gone.
+`python -m fusedres info [--json]` shows what is installed, what the kernels were built for, what runs where and why.
+`python -m fusedres tune` measures what is fastest on this device; "auto" then follows the result.
+
+Exit codes besides 0 and 1: 2 for wrong arguments and for files that the system refuses to read or write, 130 after
+Ctrl-C, 141 if the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def _triton_version() -> str | None:
 
 
 def _devices() -> dict[str, dict[str, Any]]:
-    """Every device torch sees, with its name and the backend that "auto" means there."""
+    """Return every device that torch sees, with its name and the backend that "auto" selects there."""
     devices: dict[str, dict[str, Any]] = {"cpu": {"name": platform.machine(), "threads": torch.get_num_threads()}}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -46,13 +48,13 @@ def _devices() -> dict[str, dict[str, Any]]:
             measured = dispatch.table(device)
             entry["measured"] = f"{len(measured.blocks)} shapes" if measured else "nothing"
             entry["backend"] = (
-                backends.backend_for(device) or "none: blocks run unfused unless fuse() is told conv or memory"
+                backends.backend_for(device) or "none: blocks run unfused unless fuse() is given conv or memory"
             )
     return devices
 
 
 def _cuda() -> dict[str, Any]:
-    """What the CUDA kernels were built for, the CUDA versions on either side, and what keeps them from running here."""
+    """Return what the CUDA kernels were built for, the CUDA versions, and what keeps the kernels from running here."""
     module = cuda_support.module()
     driver = module.driver_version() if module else 0
     return {
@@ -64,10 +66,10 @@ def _cuda() -> dict[str, Any]:
 
 
 def _serving(op: Op, device_type: str) -> dict[str, str]:
-    """The backend whose kernel runs for an op in this context, "none" where PyTorch's operators do, and why."""
+    """Return which backend's kernel runs for an op in this context ("none": PyTorch's operators run), and why."""
     name = backends.backend_for(device_type)
     if name is None:
-        found = "none", "nothing was measured on this device: blocks run unfused unless fuse() is told conv or memory"
+        found = "none", "nothing was measured on this device: blocks run unfused unless fuse() is given conv or memory"
     elif name not in serving.STAND_INS and serving.find(op.folder, op.name, name) is None:
         found = "none", f"there is no {name} kernel, and blocks use PyTorch's operators there"
     else:
@@ -76,7 +78,7 @@ def _serving(op: Op, device_type: str) -> dict[str, str]:
 
 
 def _ops(devices: list[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """By op: what "auto" means on each device, and what use_backend("cuda") would mean on a GPU."""
+    """Return for each op what "auto" runs on each device, and what use_backend("cuda") would run on a GPU."""
     with backends.use_backend("auto"):
         ops = {name: {device: _serving(op, device.partition(":")[0]) for device in devices} for name, op in OPS.items()}
     try:
@@ -90,7 +92,7 @@ def _ops(devices: list[str]) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def info() -> dict[str, Any]:
-    """What a report of a problem needs, as JSON types."""
+    """Return what a report of a problem needs, as JSON types."""
     devices = _devices()
     return {
         "fusedres": fusedres.__version__,
@@ -108,7 +110,7 @@ def info() -> dict[str, Any]:
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """`info()` as aligned lines, one a device; ops that run the same for the same reason share a line."""
+    """Return `info()` as aligned lines, one per device; ops with the same backend and reason share a line."""
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
@@ -136,10 +138,10 @@ def as_text(values: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Runs the command; its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fusedres", description="Fused residual blocks for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    info_parser = commands.add_parser("info", help="versions, devices, what the native core was built with")
+    info_parser = commands.add_parser("info", help="show versions, devices, and how the native core was built")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     tune_parser = commands.add_parser("tune", help=tune.HELP)
     tune.add_arguments(tune_parser)

@@ -1,4 +1,4 @@
-"""Which kernels serve a device: chosen by the user, or the verified default."""
+"""Which kernels serve a device: the user's choice, or the verified default."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fusedres import cuda_support, dispatch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
-# Devices whose kernels have been verified on that kind of device: what "auto" takes there. A device that is not listed
-# takes the backend of its table of measured choices; without one it runs the unfused composition of torch's operators,
-# unless fuse() was told conv or memory (modules/choice.py).
+# For each device type with kernels verified on it: the backend that "auto" uses there. Other devices use the backend of
+# their table of measured choices. Without a table they run torch's operators unfused, unless fuse() was given conv or
+# memory (modules/choice.py).
 _VERIFIED = {"cpu": "cpu"}
 
-# Device types that a backend serves; the reference composite serves all. Triton's interpreter takes CPU tensors; on
-# meta tensors its launches are only recorded.
+# Device types that a backend serves; the reference composite serves all. Triton's interpreter accepts CPU tensors. On
+# meta tensors Triton's launches are only recorded.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "meta", "cpu") if _INTERPRETED else ("cuda", "meta")}
 
 
 def served_devices(name: str, device_type: str) -> tuple[str, ...]:
-    """The device types that a backend serves; this one too where it serves all."""
+    """Return the device types that a backend serves; if it serves all, return device_type alone."""
     return cuda_support.devices if name == "cuda" else _DEVICES.get(name, (device_type,))
 
 
 def _require(name: str, source: str) -> None:
-    """Raises where what a backend needs is not there."""
+    """Raise if something that a backend needs is missing."""
     missing = cuda_support.missing() if name == "cuda" else None
     if missing is not None:
         raise RuntimeError(f"{source}: the cuda backend cannot run here: {missing}")
@@ -48,19 +48,19 @@ _selected: ContextVar[str] = ContextVar("fusedres_backend", default=_initial)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Selects the kernels of every fused block called inside the context, and of its backward.
+    """Select the kernels of every fused block called inside the context, and of its backward.
 
     Args:
-        name: ``"auto"`` (the kernels verified for the device or measured on it; the default), ``"reference"``
-            (readable PyTorch, any device), ``"cpu"`` (C++, CPU tensors), ``"triton"`` (NVIDIA GPUs; CPU tensors where
-            Python was started with ``TRITON_INTERPRET=1``), or ``"cuda"`` (CUDA C++, NVIDIA GPUs; Triton's kernel
-            where an op has no other, where the driver is too old, or where the GPU is none that was built for:
-            ``python -m fusedres info`` shows which op runs what). The environment variable ``FUSEDRES_BACKEND`` sets
-            the default.
+        name: ``"auto"`` (the default: the kernels verified for the device or measured on it), ``"reference"``
+            (readable PyTorch, any device), ``"cpu"`` (C++, CPU tensors), ``"triton"`` (NVIDIA GPUs; also CPU tensors
+            if Python was started with ``TRITON_INTERPRET=1``), or ``"cuda"`` (CUDA C++, NVIDIA GPUs). With ``"cuda"``,
+            Triton's kernel runs if an op has no CUDA kernel, the driver is too old, or the build does not target this
+            GPU; ``python -m fusedres info`` shows what each op runs. The environment variable ``FUSEDRES_BACKEND``
+            sets the default.
 
     Raises:
         ValueError: the name is none of these.
-        RuntimeError: ``"cuda"`` in an installation without CUDA kernels, or without a GPU.
+        RuntimeError: ``"cuda"`` was selected without CUDA kernels in the installation, or without a GPU.
     """
     _require(_checked(name, "use_backend"), "use_backend")
     token = _selected.set(name)
@@ -72,7 +72,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _current() -> str:
-    """The selected name; what is compiled keeps the one it was compiled under."""
+    """Return the selected name; compiled code keeps the name from its compilation."""
     return _selected.get()
 
 
@@ -82,7 +82,7 @@ def automatic() -> bool:
 
 
 def backend_for(device: torch.device | str) -> str | None:
-    """The backend that serves a device in this context, or None where nothing is verified for it.
+    """Return the backend that serves a device in this context, or None if nothing was verified or measured for it.
 
     Raises:
         RuntimeError: the selected backend does not serve this device.

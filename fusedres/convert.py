@@ -1,4 +1,4 @@
-"""Swap the residual blocks and the stem of a model for fused ones and back, and say what was done."""
+"""Switch a model's residual blocks and stem to fused ones and back, and report what runs fused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "
 
 
 class BlockReport(NamedTuple):
-    """One residual block or stem: its name in the model, its kind, whether it runs fused, and why not."""
+    """One residual block or stem: its name in the model, its kind, whether it runs fused, and if not, why."""
 
     name: str
     kind: str
@@ -57,33 +57,35 @@ def fuse(
     memory: str = "auto",
     conv: str = "auto",
 ) -> nn.Module:
-    """Makes the residual blocks and the stem of a torchvision ResNet, ResNeXt or Wide ResNet run fused. In place.
+    """Make the residual blocks and the stem of a torchvision ResNet, ResNeXt or Wide ResNet run fused, in place.
 
-    The stem is conv1, bn1, relu and maxpool. Only the class of the blocks and of the ResNet changes: parameters and
-    buffers keep their identity (an optimizer made before stays valid), hooks on the block, train/eval state, dtype,
-    device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without a forward of
-    their own are switched too (isinstance of them stays), and so are modules that fully_shard wrapped. Blocks and stems
-    with unusual parts are left to their stock forward; see `report`.
+    The stem is conv1, bn1, relu and maxpool. Only the class of the blocks and of the ResNet changes. Parameters and
+    buffers stay the same objects, so an existing optimizer stays valid. Hooks on the block, train/eval state, dtype,
+    device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without their own
+    forward (isinstance still holds) and modules that fully_shard wrapped are switched too. Blocks and stems with
+    unusual parts run their stock forward; see `report`.
 
-    "auto" follows the device's table of measured choices (`python -m fusedres tune`) by shape of block, batch, dtype
-    and whether gradients are recorded; with both options "auto" and no backend selected, a shape that is fastest
-    unfused runs the stock forward. Without a table CPUs run the library's convolutions with the rest fused; GPUs run
-    what conv or memory ask for on Triton's kernels, and with both "auto" the stock forward, which is told in a warning.
+    "auto" follows the device's table of measured choices (`python -m fusedres tune`). The choice depends on the shape
+    of the block, the batch, the dtype, and whether gradients are recorded. If both options are "auto" and no backend is
+    selected, a shape that is fastest unfused runs the stock forward. Without a table, CPUs run the library's
+    convolutions with everything else fused. GPUs without a table run Triton's kernels if conv or memory is given; with
+    both "auto" they run the stock forward and a warning says so.
 
     Args:
-        model: any module; its BasicBlock, Bottleneck and ResNet descendants (itself included) are switched.
-        filter: filter(name, module) → bool selects the blocks, and the ResNets whose stem is fused; None: all.
-        memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass); "auto": where that
-            was measured faster.
-        conv: whose convolutions run: "library" (torch's), "fused" (this package's, with BatchNorm and ReLU on their
-            loads and stores; not on the cpu backend, nor in a stem unless it was measured faster there), or
-            "auto" (product by product what was measured faster, see below; without measurements the library's).
+        model: any module; every BasicBlock, Bottleneck and ResNet in it is switched, model itself included.
+        filter: filter(name, module) → bool selects the blocks, and the ResNets to get a fused stem; None: all.
+        memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass); "auto": do this
+            only if it was measured faster.
+        conv: which convolutions run. "library": torch's. "fused": this package's, with BatchNorm and ReLU applied as
+            they load and store; not on the cpu backend, and in a stem only if it was measured faster there. "auto": for
+            each product the one that was measured faster, see above; without measurements the library's.
 
     Returns:
         model itself.
 
     Raises:
-        TypeError: model is not a module. ValueError: an unknown option.
+        TypeError: model is not a module.
+        ValueError: an option is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -109,9 +111,9 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes `fuse`: every fused block and ResNet gets the class back that it had. In place; returns model.
+    """Undo `fuse` in place and return model: every fused block and ResNet gets its earlier class back.
 
-    A block that was built from a fused class gets torchvision's; subclasses of fused classes stay what they are.
+    A block that was built from a fused class gets torchvision's class. Users' subclasses of fused classes stay.
 
     Raises:
         TypeError: model is not a module.
@@ -127,21 +129,22 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Keeps the weights of the fused blocks folded for inference: a contract that they no longer change. In place.
+    """Fold the weights of the fused blocks for inference, in place: the caller promises that they no longer change.
 
-    Without it BatchNorm is applied from the live weights at every call, so nothing can be stale. Frozen blocks fold it
-    into the convolutions (in float32 or wider) and lay the weights out at their next call, and use that until
-    model.train() drops it. Copies and pickles of a frozen model are not frozen. Calls that want gradients, and blocks
-    whose BatchNorm takes batch statistics, run as if they were not.
+    Without freeze, BatchNorm is applied from the current weights at every call, so nothing can be out of date. Frozen
+    blocks fold BatchNorm into the convolutions (in float32 or wider) and rearrange the weights at their next call. They
+    use the result until model.train() drops it. Copies and pickles of a frozen model are not frozen. Calls that need
+    gradients, and blocks with batch statistics in BatchNorm, run as if they were not frozen.
 
     Args:
-        model: in eval mode, blocks fused before.
+        model: a module in eval mode that was fused before.
 
     Returns:
         model itself.
 
     Raises:
-        TypeError: model is not a module. ValueError: a fused block is in training mode.
+        TypeError: model is not a module.
+        ValueError: a fused block is in training mode.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -155,12 +158,12 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Each stem and residual block of a model: fused or not, and exactly why not. Looked up now, as each call does.
+    """Return for each stem and residual block of a model whether it runs fused now, and if not, the exact reason.
 
-    A block is not fused where its parts are unusual, where code that it would bypass was replaced, where a batch of
-    images would raise an error, or where its last input ran unfused (a tensor subclass, a transform of torch.func).
-    Without an input no table of measured choices is asked, which may leave a shape unfused (see `fuse`).
-    A ResNet's stem is named "<name> stem", its kind is "stem".
+    A block is not fused if its parts are unusual, if code that it would bypass was replaced, if a batch of images would
+    raise an error, or if its last input ran unfused (a tensor subclass, a transform of torch.func). The report has no
+    input, so it does not ask the table of measured choices, which may also leave a shape unfused (see `fuse`).
+    A ResNet's stem has the name "<name> stem" and the kind "stem".
 
     Raises:
         TypeError: model is not a module.
@@ -178,10 +181,10 @@ def report(model: nn.Module) -> Report:
 
 
 def _unfusable(cls: type[nn.Module]) -> str | None:
-    """Why fuse() leaves modules of a class as they are, None where it does not: fused ones included."""
+    """Return why fuse() leaves modules of a class unchanged, or None if it sets their class or options."""
     base = base_of(cls)
     if base is None:
-        return "it is no residual block"
+        return "it is not a residual block"
     if is_fused(cls):
         return None
     method = own_method(cls, base)
@@ -191,7 +194,7 @@ def _unfusable(cls: type[nn.Module]) -> str | None:
 
 
 def _reason(block: nn.Module) -> str | None:
-    """Why a block or a stem does not run fused."""
+    """Return why a block or a stem does not run fused, or None if it does."""
     cls = type(block)
     reason = replaced_on_block(block.__dict__)
     if reason is not None:
@@ -202,7 +205,7 @@ def _reason(block: nn.Module) -> str | None:
     if method is not None:
         return _has_its_own(cls, method)
     found: str | None = block.unfused_reason() if isinstance(block, FusedBlock) else block.stem_unfused_reason()  # type: ignore[operator]
-    last = block.__dict__.get("fused_last_reason")  # "" where the last call ran fused
+    last = block.__dict__.get("fused_last_reason")  # "" if the last call ran fused
     if found is not None and found.endswith(SHARDED):
         return None if last == "" else f"{found}: fused where fully_shard gathers it for the call"
     return found or (f"its last input ran unfused: {last}" if last else None)

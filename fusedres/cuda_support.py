@@ -1,4 +1,7 @@
-"""fusedres._CUDA, the CUDA kernels: whether this build has them, and whether they can run here. Imports no layer."""
+"""fusedres._CUDA, the CUDA kernels: whether this build has them, and whether they can run here.
+
+This module imports no other module of the package.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from typing import Any
 
 import torch
 
-# Devices whose tensors the kernels take; on meta tensors nothing is launched. Tests without a GPU put the kernels as
-# compiled for the host in the module's place, and add "cpu" (tests/cuda_on_cpu.py).
+# The kernels accept tensors of these devices; on meta tensors nothing is launched. Tests without a GPU replace the
+# module by the same kernels compiled for the host, and add "cpu" (tests/cuda_on_cpu.py).
 devices: tuple[str, ...] = ("cuda", "meta")
 _module: Any = None
 _looked = False
 
 
 def module() -> Any:
-    """The extension module, None in a build without it."""
+    """Return the extension module, or None in a build without it."""
     global _module, _looked
     if not _looked:
         try:
@@ -27,13 +30,13 @@ def module() -> Any:
 
 
 def substitute(replacement: Any, served: tuple[str, ...]) -> None:
-    """Puts another module of the same functions in the extension's place, for tensors of these devices."""
+    """Replace the extension by another module with the same functions, for tensors of these devices."""
     global _module, _looked, devices
     _module, _looked, devices = replacement, True, served
 
 
 def missing() -> str | None:
-    """What has to be there before the cuda backend can be selected and is not, with the remedy."""
+    """Return what is missing for the cuda backend to be selected, with the remedy, or None."""
     if module() is None:
         return (
             "this installation has no CUDA kernels, as nvcc was not found when it was built; install the CUDA toolkit, "
@@ -47,7 +50,7 @@ def missing() -> str | None:
 
 
 def unsupported() -> str | None:
-    """Why the kernels cannot run here although they are built and there is a GPU: other backends then stand in."""
+    """Return why the kernels cannot run here, or None if they can; if there is a GPU, other backends run instead."""
     reason = missing()
     if reason is not None or "cpu" in devices:
         return reason
@@ -70,8 +73,8 @@ def unsupported() -> str | None:
 def covers(archs: str, capability: tuple[int, int]) -> bool:
     """Whether code for these architectures runs on a device.
 
-    Machine code runs on its own major version, from its minor version on; with an "a" on exactly its version; PTX on
-    everything from its version on.
+    Machine code runs on devices with the same major version and at least its minor version. With an "a" it runs on
+    exactly its version. PTX runs on its version and all later ones.
     """
     for entry in archs.split(";"):
         number, _, ptx = entry.partition("+")
@@ -86,5 +89,5 @@ def covers(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def version(number: int) -> str:
-    """13000 as 13.0."""
+    """Return CUDA's version number as text: 13000 is "13.0"."""
     return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,6 +1,6 @@
-"""Files that others may spoil: read without trust in what lies there, written whole or not at all.
+"""Safe access to files that others may damage: reading trusts nothing, writing replaces the whole file or nothing.
 
-Only Python's own library is used; the examples load this file by its path.
+This module uses only Python's standard library; the examples load it by its path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def require_regular(path: Path) -> None:
-    """Raises OSError where there is something else than a file, such as a folder, a pipe or a device."""
+    """Raise OSError if path is not a regular file but, for example, a folder, a pipe or a device."""
     with contextlib.suppress(FileNotFoundError):
         _refuse_others(os.stat(path), path)
 
@@ -31,12 +31,12 @@ def _refuse_others(found: os.stat_result, path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor to read a regular file; never waits, as opening a pipe that nobody writes to would.
+    """Yield a descriptor to read a regular file. Never waits, which opening a pipe without a writer would do.
 
     Raises:
-        OSError: it is not there, cannot be read, or is no file.
+        OSError: the file does not exist, cannot be read, or is not a regular file.
     """
-    _refuse_others(os.stat(path), path)  # before it is opened: that alone does something to some devices
+    _refuse_others(os.stat(path), path)  # before opening it, which alone has an effect on some devices
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         _refuse_others(os.fstat(descriptor), path)
@@ -46,10 +46,10 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read(path: Path, largest: int) -> bytes:
-    """What is in a regular file of at most `largest` bytes.
+    """Return the content of a regular file of at most `largest` bytes.
 
     Raises:
-        OSError: as of `opened`, or it is larger.
+        OSError: as `opened` raises it, or the file is larger.
     """
     with opened(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
         data = file.read(largest + 1)
@@ -59,9 +59,9 @@ def read(path: Path, largest: int) -> bytes:
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
-    """Replaces a file as a whole: readers, and whoever is killed meanwhile, leave the old content or the new.
+    """Replace a whole file: readers see the old content or the new, and a writer that is killed leaves one of the two.
 
-    Any number of processes may write to one path. Where it is a link, the link is replaced and not what it points to.
+    Any number of processes may write to one path. If it is a link, the link is replaced and its target stays.
 
     Raises:
         OSError: the file cannot be written; the old one stays.
@@ -73,7 +73,7 @@ def write(path: Path, data: bytes | memoryview) -> None:
         os.fsync(descriptor)
         require_regular(path)
         os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # the new name survives a loss of power
+    with contextlib.suppress(OSError):  # makes the new name survive a loss of power
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
@@ -82,7 +82,7 @@ def write(path: Path, data: bytes | memoryview) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raises OSError where `write` could not write."""
+    """Raise OSError if `write` could not write."""
     require_regular(path)
     with _unfinished(path):
         pass
@@ -90,7 +90,7 @@ def require_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def _unfinished(path: Path) -> Iterator[tuple[Path, int]]:
-    """A file of this process alone beside path, and its descriptor; removed unless it was renamed."""
+    """Yield a new file next to path that only this process uses, and its descriptor; remove it if not renamed."""
     _remove_leftovers(path)
     temporary, descriptor = _create(path)
     try:
@@ -102,11 +102,11 @@ def _unfinished(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _create(path: Path) -> tuple[Path, int]:
-    """A new file that is locked as long as its process lives."""
+    """Create a file that stays locked as long as its process lives."""
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.unfinished")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # taken for a leftover before it was locked
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another process took it for a leftover
             _lock(descriptor)
             os.stat(temporary)
             return temporary, descriptor
@@ -114,17 +114,17 @@ def _create(path: Path) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> None:
-    """Raises BlockingIOError where another process has the lock."""
+    """Lock a file; raise BlockingIOError if another process has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except OSError:  # a file system without locks: there nobody removes leftovers
+    except OSError:  # the file system has no locks, so nobody removes leftovers there
         pass
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what killed processes left of this file: those of live ones are locked."""
+    """Remove unfinished files that killed processes left for this path; those of live processes are locked."""
     pattern = re.compile(re.escape(_prefix(path)) + r"[0-9a-f]{16}\.unfinished")
     with contextlib.suppress(OSError):
         for name in os.listdir(path.parent):
@@ -143,4 +143,4 @@ def _remove_if_unlocked(leftover: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name[:40]}."  # cut, so that the whole is no longer than names may be
+    return f".{path.name[:40]}."  # cut, so that the full name is not longer than file names may be

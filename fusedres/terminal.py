@@ -1,10 +1,11 @@
-"""How a command ends where the terminal, or whoever reads its output, ends first: without a traceback.
+"""How a command ends, without a traceback, after Ctrl-C, without a reader of its output, or with a refused file.
 
-    130    Ctrl-C (what a shell shows of a program that SIGINT ended), after one line on standard error
-    141    the reader of the output is gone, as in `... | head -1` (what a shell shows after SIGPIPE), silently
-    2      the system refuses to read or write a file, a full disk for example: one sentence on standard error
+    130    Ctrl-C: prints one line on standard error (the code that a shell shows after SIGINT)
+    141    the reader of the output is gone, as in `... | head -1`: prints nothing (the code that a shell shows after
+           SIGPIPE)
+    2      the system refuses to read or write a file, for example on a full disk: prints one sentence on standard error
 
-Only Python's own library is used, so that this can be loaded before anything that takes long to import.
+This module uses only Python's standard library, so that it loads before anything that takes long to import.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ REFUSED, INTERRUPTED, READER_GONE = 2, 130, 141
 
 
 def begin() -> None:
-    """Makes Ctrl-C end the process at once and silently, until `run`: for the time of a script's imports.
+    """Make Ctrl-C end the process at once and silently while a script imports, until it calls `run`.
 
-    Also opens the null device in place of standard streams that the caller has closed: the next file that is opened
-    would otherwise take a stream's number, and get what libraries print.
+    Also open the null device for standard streams that the caller has closed. Otherwise the next opened file would get
+    the number of such a stream, and libraries would print into it.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or somebody's
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, or handled by other code
         signal.signal(signal.SIGINT, _leave)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -37,24 +38,24 @@ def begin() -> None:
 
 
 def run(main: Callable[[], int | None], name: str, interrupted: str = "interrupted") -> int:
-    """The exit code of a command; see the head of this file.
+    """Run a command and return its exit code; see the head of this file.
 
     Args:
-        main: the command. What it raises of the kinds above is told; anything else passes.
-        name: the command's, before its errors.
-        interrupted: what is said after Ctrl-C.
+        main: the command. Exceptions of the kinds above become a message and a code; all others pass through.
+        name: the command's name, printed before its errors.
+        interrupted: the line to print after Ctrl-C.
     """
     begin()
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, _interrupt)
     for stream in _outputs():
-        if stream.errors == "strict":  # an encoding that lacks ± or ² is no reason to fail
+        if stream.errors == "strict":  # do not fail because an encoding has no ± or ²
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     try:
         code = _code(main, name, interrupted)
     finally:
         if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is the interpreter's end
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # only the interpreter's shutdown is left
     return _flush(code, name)
 
 
@@ -63,7 +64,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Ends the command; the second time at once, in whatever the first one has to clean up."""
+    """End the command; a second Ctrl-C ends it at once, even during the clean-up after the first."""
     signal.signal(signal.SIGINT, _leave)
     raise KeyboardInterrupt
 
@@ -71,7 +72,7 @@ def _interrupt(number: int, frame: object) -> None:
 def _code(main: Callable[[], int | None], name: str, interrupted: str) -> int:
     try:
         return main() or 0
-    except SystemExit as leaving:  # argparse's, or a message
+    except SystemExit as leaving:  # raised by argparse, or with a message
         if leaving.code is None or isinstance(leaving.code, int):
             return leaving.code or 0
         _say(str(leaving.code))
@@ -81,7 +82,7 @@ def _code(main: Callable[[], int | None], name: str, interrupted: str) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         if not any(map(_reader_is_gone, _outputs())):
-            raise  # another pipe's, which is a fault
+            raise  # it came from another pipe, which is a bug
         return READER_GONE
     except OSError as error:
         _say(f"{name}: error: {error}")
@@ -89,12 +90,12 @@ def _code(main: Callable[[], int | None], name: str, interrupted: str) -> int:
 
 
 def _flush(code: int, name: str) -> int:
-    """Writes what is buffered, so that the interpreter finds nothing to complain of; the exit code."""
+    """Write what is buffered, so that the interpreter does not report errors at its end; return the exit code."""
     for stream in _outputs():
         try:
             stream.flush()
         except OSError as error:
-            _null(stream.fileno())  # takes what is left in the buffer
+            _null(stream.fileno())  # receives what is left in the buffer
             if not isinstance(error, BrokenPipeError):
                 _say(f"{name}: error: the output cannot be written: {error.strerror}")
                 code = code or REFUSED
@@ -114,12 +115,12 @@ def _outputs() -> list[TextIO]:
 
 def _reader_is_gone(stream: TextIO) -> bool:
     poll = select.poll()
-    poll.register(stream.fileno(), 0)  # errors are always told
+    poll.register(stream.fileno(), 0)  # errors are always reported
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _null(number: int) -> int:
-    """Opens the null device as this file descriptor, which it returns."""
+    """Open the null device as this file descriptor and return the descriptor."""
     opened = os.open(os.devnull, os.O_RDWR)
     if opened != number:
         os.dup2(opened, number)

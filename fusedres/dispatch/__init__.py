@@ -1,6 +1,6 @@
-"""What "auto" follows on a device: the choices that were measured there, read once a process at the first call.
+"""The measured choices that "auto" follows on a device. Each process reads them once, at the first call.
 
-Where nothing was measured, `measured` is all that a block asks.
+If nothing was measured, a block calls only `measured`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _reading = threading.Lock()
 
 
 def table(device: torch.device) -> Table | None:
-    """The table of a device, None where nothing was measured."""
+    """Return the table of a device, or None if nothing was measured."""
     try:
         return _tables[device]
     except KeyError:
@@ -39,28 +39,28 @@ def _load(device: torch.device) -> Table | None:
 
 
 def install(device: torch.device, found: Table | None) -> None:
-    """Follows this table from now on, whatever was read; for whoever measures."""
+    """Follow this table from now on instead of the one that was read; tune uses this while it measures."""
     _tables[device] = found
 
 
 @torch.compiler.assume_constant_result
 def measured(device: torch.device) -> bool:
-    """Whether there is a table."""
+    """Whether there is a table for the device."""
     return table(device) is not None
 
 
 @torch.compiler.assume_constant_result
 def backend(device: torch.device) -> str | None:
-    """The table's backend, None without one."""
+    """Return the backend of the device's table, or None without a table."""
     found = table(device)
     return None if found is None else found.backend
 
 
 @torch.compiler.assume_constant_result
 def way(device: torch.device, dtype: torch.dtype, phase: str, batch: int, *shape: str | int) -> Way:
-    """The measured way of a shape, given from its kind to its width, on a device with a table.
+    """Return the measured way of a shape on a device with a table; shape: the fields of Shape from kind to width.
 
-    torch.compile takes the result as a constant; sizes must be plain integers.
+    torch.compile treats the result as a constant, and sizes must be plain integers.
     """
     found = table(device)
     assert found is not None
@@ -68,7 +68,7 @@ def way(device: torch.device, dtype: torch.dtype, phase: str, batch: int, *shape
 
 
 def dtype_name(device: torch.device, dtype: torch.dtype) -> str:
-    """As a Shape has it: float32 on a GPU is tf32 where torch's convolutions take that."""
+    """Return a dtype's name in a Shape; float32 on a GPU is "tf32" if torch's convolutions use TF32."""
     if dtype is torch.float32 and device.type == "cuda":
         return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"  # type: ignore[attr-defined]
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""Where tables of measured choices lie: in the package, by device, and in the user's cache folder, which goes before.
+"""Files of measured choices, one per device: shipped in the package, or in the user's cache folder, which overrides.
 
-Writers take turns under a lock and replace the file as a whole, so that readers see the old one or the new one. What
-lies where a table is expected and is none is told in one warning, and blocks run as without a table.
+Writers use a lock and replace the whole file, so that readers see the old file or the new one. If a file cannot be used
+as a table, one warning says so, and blocks run as without a table.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ from fusedres._version import __version__
 from fusedres.dispatch.table import Entry, Table, as_json, decode, parse
 
 PACKAGED = Path(__file__).parent / "measured"
-LARGEST = 16 << 20  # bytes of a file that is read: some 50,000 shapes
+LARGEST = 16 << 20  # bytes of the largest file that is read: about 50,000 shapes
 _INTERPRETED = ", Triton interpreted"
 _CAPABILITY = re.compile(r", sm_\d+$")
-_LONGEST_REASON = 300  # of a warning, which may quote what is in the file
+_LONGEST_REASON = 300  # characters of a reason in a warning, which may quote the file
 
 
 def family(device: torch.device) -> str | None:
-    """What shares a table: a GPU's name and capability, a CPU's model and threads; None where nothing is measured."""
+    """Return the name under which devices share a table, or None for a device that cannot be measured.
+
+    A GPU's name and capability, or a CPU's model and number of threads.
+    """
     if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, sm_{properties.major}{properties.minor}"
@@ -48,7 +51,7 @@ def family(device: torch.device) -> str | None:
 
 
 def serving(device: str) -> frozenset[str]:
-    """The backends whose kernels take the tensors of a device family."""
+    """Return the backends with kernels for tensors of a device family."""
     if _CAPABILITY.search(device):
         return frozenset({"reference", "triton", "cuda"})
     return frozenset({"reference", "cpu", *(["triton"] if device.endswith(_INTERPRETED) else [])})
@@ -63,12 +66,12 @@ def _cpu_name() -> str:
 
 
 def file_name(device: str) -> str:
-    """Of the table of a device family."""
+    """Return the file name of a device family's table."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
 def cache_folder() -> Path:
-    """FUSEDRES_CACHE_DIR, else fusedres in XDG_CACHE_HOME, else in ~/.cache."""
+    """Return $FUSEDRES_CACHE_DIR, else the folder fusedres in $XDG_CACHE_HOME, else in ~/.cache."""
     chosen = os.environ.get("FUSEDRES_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -76,7 +79,7 @@ def cache_folder() -> Path:
 
 
 def versions() -> dict[str, str | None]:
-    """What the times of a table hold for."""
+    """Return the versions for which a table's times hold."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -86,7 +89,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def _kernels() -> str:
-    """What changes when a kernel does."""
+    """Return a hash that changes with any kernel."""
     folder = Path(__file__).parents[1] / "kernels"
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -95,8 +98,9 @@ def _kernels() -> str:
 
 
 def load(device: torch.device) -> Table | None:
-    """The device's table: the package's, with what the user measured in front; where there is neither, that of another
-    GPU of the same capability.
+    """Return the device's table: the user's entries override the package's.
+
+    If the device has neither, use the table of another GPU of the same capability.
     """
     name = family(device)
     if name is None:
@@ -119,7 +123,10 @@ def _users(path: Path, device: str | None) -> Table | None:
 
 
 def _packaged(path: Path, device: str | None) -> Table | None:
-    """A table of the package: one of Triton's kernels holds while they or Triton's minor version are what they were."""
+    """Return a table of the package, or None if it is too old.
+
+    A table with kernels for GPUs holds until both the kernels and Triton's minor version have changed.
+    """
     found, now = read(path, device), versions()
     if found is None or found.backends.isdisjoint(("triton", "cuda")):
         return found
@@ -134,7 +141,7 @@ def _minor(version: str | None) -> list[str]:
 
 
 def _of_a_sibling(device: str) -> Table | None:
-    """What was measured on another GPU of the same capability, by the user before the package's."""
+    """Return the table of another GPU of the same capability: a user's if there is one, else one of the package."""
     capability = _CAPABILITY.search(device)
     if capability is None:
         return None
@@ -148,18 +155,19 @@ def _of_a_sibling(device: str) -> Table | None:
 
 
 def _with_triton(table: Table | None) -> Table | None:
-    """The table, if what it says can run: Triton may not be installed."""
+    """Return the table, or None with a warning if it needs Triton and Triton is not installed."""
     if table is None or importlib.util.find_spec("triton") is not None:
         return table
     if "triton" not in table.backends:
         return table
-    warnings.warn("fusedres: what was measured on this device is ignored: it needs Triton; install it", stacklevel=2)
+    warnings.warn("fusedres: the table of this device is ignored: it needs Triton; install it", stacklevel=2)
     return None
 
 
 def read(path: Path, device: str | None) -> Table | None:
-    """The table of a device, of any where it is None; None where there is no file, or none that can be used, which is a
-    warning.
+    """Return the table in a file, or None if there is no file. A file that cannot be used gives a warning and None.
+
+    device: the family that the table must be for; None: any.
     """
     try:
         table = parse(decode(files.read(path, LARGEST)), device)
@@ -170,8 +178,8 @@ def read(path: Path, device: str | None) -> Table | None:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not os.path.lexists(path):
             return None
-        _ignore(path, f"it is a link that leads nowhere ({error.strerror})")
-    except Exception as error:  # nothing that a file holds may stop a block
+        _ignore(path, f"it is a broken link ({error.strerror})")
+    except Exception as error:  # no content of a file may stop a block
         _ignore(path, str(error) or type(error).__name__)
     return None
 
@@ -180,7 +188,7 @@ def _ignore(path: Path, reason: str) -> None:
     if len(reason) > _LONGEST_REASON:
         reason = f"{reason[:_LONGEST_REASON]}..."
     warnings.warn(
-        f"fusedres: {path} is ignored: {' '.join(reason.split())}; measure anew with `python -m fusedres tune`, or "
+        f"fusedres: {path} is ignored: {' '.join(reason.split())}; measure again with `python -m fusedres tune`, or "
         "delete it",
         stacklevel=2,
     )
@@ -191,7 +199,7 @@ def _listed(found: dict[str, str | None]) -> str:
 
 
 def writable(path: Path) -> None:
-    """Raises OSError where `update` could not write there."""
+    """Raise OSError if `update` could not write there."""
     files.require_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
@@ -199,9 +207,9 @@ def writable(path: Path) -> None:
 
 
 def update(path: Path, table: Table) -> None:
-    """Writes a table, keeping what else the file has of the same device and versions.
+    """Write a table and keep the file's other entries if they have the same device and versions.
 
-    A shape's new entry replaces the file's, except where another backend had gained more over eager there.
+    A new entry replaces the file's entry for its shape, unless another backend was faster there, compared with eager.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
@@ -217,12 +225,12 @@ def update(path: Path, table: Table) -> None:
 
 
 def _gain(entry: Entry) -> float:
-    """Eager's time over that of what is followed."""
+    """Return eager's time divided by the time of the entry's way."""
     return 1.0 if entry.way.backend is None or entry.eager_over_way is None else entry.eager_over_way
 
 
 def _as_text(table: Table) -> str:
-    """JSON, an entry a line."""
+    """Return JSON with one entry per line."""
     data = as_json(table)
     blocks = ",\n".join(map(json.dumps, data.pop("blocks")))
     configs = ",\n".join(f"{json.dumps(key)}: {json.dumps(label)}" for key, label in data.pop("configs").items())
@@ -232,7 +240,10 @@ def _as_text(table: Table) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a killed one leaves no lock. The lock's file is neither written nor followed as a link."""
+    """Let one process at a time run the body; a killed process leaves no lock.
+
+    The lock file is not written to, and a link in its place is not followed.
+    """
     lock = path.with_name(path.name + ".lock")
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:

@@ -1,13 +1,14 @@
-"""A device's measured choices: what "auto" runs for each shape of block, and tile sizes of each GEMM-shaped problem.
+"""A device's measured choices: what "auto" runs for each shape of block, and the tile sizes of each GEMM problem.
 
 As JSON, one object:
 
     format, device, versions, date, backend    what was measured where; `backend` serves shapes without an entry
-    blocks     one object a Shape: its fields, `way`, `eager_over_way`
+    blocks     one object per Shape: its fields, `way`, `eager_over_way`
     configs    launch.problem_key → label of the fastest config
 
-A way is "unfused" or {"backend", "1x1", "larger", "one_pass"}: which of fprop, dgrad, wgrad are this package's own
-products for kernels of 1x1 and for larger ones, and whether BatchNorm statistics are taken before the convolution.
+A way is "unfused" or {"backend", "1x1", "larger", "one_pass"}. "1x1" and "larger" list which of fprop, dgrad and wgrad
+run in this package's own kernels, for 1x1 convolutions and for larger ones. "one_pass" says whether BatchNorm
+statistics are computed before the convolution.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 SHORTCUTS = ("identity", "projection", "zero_pad", "none")
 DTYPES = ("float32", "tf32", "bfloat16", "float16", "float64")
 PHASES = ("train", "infer")
-LARGEST_SIZE = 2**63 - 1  # what a tensor's sizes are at most
+LARGEST_SIZE = 2**63 - 1  # the largest possible size of a tensor
 
 
 class Directions(NamedTuple):
-    """Which of a convolution's three products are this package's own kernels; the others are the library's."""
+    """Which of a convolution's three products run in this package's own kernels; the library runs the others."""
 
     fprop: bool
     dgrad: bool
@@ -40,11 +41,11 @@ LIBRARY = Directions(False, False, False)
 
 
 class Way(NamedTuple):
-    """How a block or a stem runs: unfused, or on a backend with these products its own."""
+    """How a block or a stem runs: unfused, or on a backend, with these products in this package's own kernels."""
 
     backend: str | None  # None: unfused
-    pixelwise: Directions = LIBRARY  # of 1x1 kernels
-    larger: Directions = LIBRARY
+    pixelwise: Directions = LIBRARY  # for 1x1 convolutions
+    larger: Directions = LIBRARY  # for larger convolutions
     one_pass: bool = False
 
     def __str__(self) -> str:
@@ -62,33 +63,33 @@ UNFUSED = Way(None)
 
 
 class Shape(NamedTuple):
-    """What the fastest way depends on."""
+    """Everything that the fastest way depends on."""
 
     kind: str  # basic, bottleneck, "stem 7x7"
-    shortcut: str  # identity, projection, zero_pad; none
+    shortcut: str  # identity, projection, zero_pad; none for a stem
     in_channels: int
-    channels: int  # behind the first convolution
+    channels: int  # after the first convolution
     out_channels: int
     groups: int
     stride: int
     dilation: int
     height: int  # of the input
     width: int
-    batch: int  # its class: a power of two
+    batch: int  # rounded to a power of two, see batch_class
     dtype: str  # of the convolutions: float32, tf32, bfloat16, float16, float64
-    phase: str  # train where gradients are recorded, else infer
+    phase: str  # train if gradients are recorded, else infer
 
 
 class Entry(NamedTuple):
-    """What was found for a shape."""
+    """The result of the measurements of a shape."""
 
     way: Way
-    eager_over_way: float | None  # times of eager and of the fastest fused way; None where no fused way was right
+    eager_over_way: float | None  # eager's time / that of the fastest fused way; None: no fused way was correct
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Choices of one device; see the head of this file."""
+    """The choices of one device; see the head of this file."""
 
     device: str
     backend: str
@@ -99,30 +100,32 @@ class Table:
 
     @property
     def backends(self) -> frozenset[str]:
-        """Those that it names."""
+        """All backends that the table names."""
         return frozenset({self.backend, *(e.way.backend for e in self.blocks.values() if e.way.backend is not None)})
 
     def way(self, shape: Shape) -> Way:
-        """The entry of this shape, else a likely one: see `_nearest`."""
+        """Return the way of this shape, else that of a similar one; see `_nearest`."""
         return _nearest(self, shape)
 
 
 def batch_class(batch: int) -> int:
-    """The power of two nearest to a batch; an empty one counts as one image."""
+    """Return the power of two nearest to a batch; an empty batch counts as one image."""
     return 1 << round(log2(max(1, batch)))
 
 
-# An entry of other sizes is taken up to this distance, in factors of two over channels, pixels and batch together.
+# The largest distance of an entry with other sizes, in factors of two over channels, height, width and batch together.
 _FAR = 3.0
-_FAR_BATCH = 2.0  # of the batch alone, in factors of two: another one is another shape
+_FAR_BATCH = 2.0  # the same for the batch alone, in factors of two
 
 
 @lru_cache(maxsize=4096)
 def _nearest(table: Table, shape: Shape) -> Way:
-    """The way of the entry of these sizes with the nearest batch, of those that are no more than _FAR_BATCH away.
+    """Return the way of the most similar entry.
 
-    Where there is none, that of the entry nearest in sizes, of the same kind, shortcut, groups, stride, dilation, dtype
-    and phase; beyond _FAR the table's backend with the library's convolutions, if a GPU's table has that anywhere.
+    Only entries of the same kind, shortcut, groups, stride, dilation, dtype and phase count, with a batch at most
+    _FAR_BATCH away. Of those with exactly these sizes, take the nearest batch; else the nearest in sizes, up to _FAR.
+    If there is none, return the table's backend with the library's convolutions; but unfused if a GPU's table has no
+    entry with its backend.
     """
     alike = [
         other
@@ -146,7 +149,7 @@ def _sizes(shape: Shape) -> tuple[int, ...]:
 
 
 def _distance(a: Shape, b: Shape) -> float:
-    """In factors of two; sizes of 0, which a call may have, count as 1."""
+    """Return the distance of two shapes in factors of two; sizes of 0, which a call may have, count as 1."""
     pairs = zip((*_sizes(a), a.batch), (*_sizes(b), b.batch), strict=True)
     return sum(abs(log2(max(1, x)) - log2(max(1, y))) for x, y in pairs)
 
@@ -155,7 +158,7 @@ def _distance(a: Shape, b: Shape) -> float:
 
 
 def as_json(table: Table) -> dict[str, Any]:
-    """The object that `parse` reads."""
+    """Return the object that `parse` reads."""
     blocks = [
         shape._asdict() | {"way": _way_as_json(entry.way), "eager_over_way": entry.eager_over_way}
         for shape, entry in sorted(table.blocks.items())
@@ -165,14 +168,14 @@ def as_json(table: Table) -> dict[str, Any]:
 
 
 def decode(data: bytes) -> Any:
-    """JSON as the standard has it: UTF-8, no NaN, and no name twice in an object.
+    """Read JSON strictly by the standard: UTF-8, no NaN, and no name twice in an object.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: the data is not such JSON, or is nested too deeply.
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a number in JSON")
 
     try:
         return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=refuse)
@@ -181,10 +184,10 @@ def decode(data: bytes) -> Any:
 
 
 def parse(data: Any, device: str | None) -> Table:
-    """The table of `device`; None: of whichever it is.
+    """Return the table in decoded JSON; device: the family that it must be for, None: any.
 
     Raises:
-        ValueError: it is another format's or another device's, or broken; why.
+        ValueError: the table has another format, is for another device, or is broken; the message says why.
     """
     if not isinstance(data, dict):
         raise ValueError("it holds no JSON object")
@@ -246,11 +249,11 @@ def _directions(names: Any) -> Directions:
 
 
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """A dict of them, of which none may come twice."""
+    """Return a dict of the pairs; raise if a name occurs twice."""
     found: dict[Any, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{_short(name)} is there twice")
+            raise ValueError(f"{_short(name)} occurs twice")
         found[name] = value
     return found
 

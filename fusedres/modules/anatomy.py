@@ -1,8 +1,8 @@
-"""What a residual block or a stem consists of, and whether every part is plain enough to be fused.
+"""The parts of a residual block or a stem, and whether each of them is plain enough to be fused.
 
-A call gathers the objects that it depends on once (`gather`), and makes everything else of them (`anatomy_of`): what is
-checked is what runs, whatever another thread does to the module meanwhile, and a call that gathers the same objects
-again is the same call.
+A call collects the objects that it depends on once (`gather`) and derives everything else from them (`anatomy_of`). So
+the checked objects are the ones that run, even if another thread changes the module meanwhile. A later call that
+collects the same objects is the same call.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fusedres.autograd import LIBRARY, PLAIN, ConvBN
 from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
 from fusedres.modules.shortcut import ZeroPadShortcut
 
-SHARDED = "is a DTensor"  # the end of a reason that holds between calls only, where fully_shard gathers parameters
-_ABSENT = object()  # what a module does not have, not even as None
+SHARDED = "is a DTensor"  # end of a reason that holds only between calls: fully_shard gathers parameters for each call
+_ABSENT = object()  # stands for an attribute that a module does not have, not even as None
 _PROJECTION = ("downsample.0", "downsample.1")
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _Pair = tuple[int, int]
-_Check = Callable[[Any], str | None]  # of a tensor: why kernels cannot read it, None where they can
+_Check = Callable[[Any], str | None]  # returns why kernels cannot read a tensor, or None
 
 
 class Parts(NamedTuple):
-    """torchvision's class of a block, its convolutions' names, each with its norm's, and those of other children."""
+    """torchvision's class of a block, the names of its convolutions with their norms, and of its other children."""
 
     base: type[nn.Module] | None
     units: tuple[tuple[str, str], ...]
@@ -39,12 +39,12 @@ class Parts(NamedTuple):
 
     @staticmethod
     def of(base: type[nn.Module] | None, units: tuple[tuple[str, str], ...], *others: str) -> Parts:
-        """The parts of a class."""
+        """Return the parts of a class."""
         return Parts(base, units, others, (*chain(*units), *others, "downsample"))
 
 
 class RawUnit(NamedTuple):
-    """A convolution and the norm after it as Python finds them: nothing is checked yet."""
+    """A convolution and the norm after it as read from the modules; nothing is checked yet."""
 
     conv_weight: Any
     conv_bias: Any
@@ -73,27 +73,27 @@ class ZeroPad(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """Every object that a call of a block depends on besides its input."""
+    """Every object besides the input that a call of a block depends on."""
 
     units: tuple[RawUnit, ...]
     projection: RawUnit | None = None
     zero_pad: ZeroPad | None = None
 
     def is_same(self, other: Gathered) -> bool:
-        """Whether the two hold the same objects."""
+        """Whether both hold the same objects."""
         return all(map(is_, self._objects(), other._objects()))
 
     def is_fixed(self) -> bool:
-        """Whether the objects that are no tensors cannot change in place."""
+        """Whether no object other than a tensor can change in place."""
         return not any(type(found) is list for found in self._objects())
 
     def _objects(self) -> Iterator[Any]:
-        """Of two blocks of one class, the same kinds in the same order up to the first that differs."""
+        """Iterate over all objects, in the same order for all blocks of one class."""
         return chain(*self.units, self.projection or (None,), self.zero_pad or (None,))
 
 
 class Unit(NamedTuple):
-    """A convolution without bias and the BatchNorm after it, checked."""
+    """A checked convolution without bias and the BatchNorm after it."""
 
     conv_name: str
     norm_name: str
@@ -115,10 +115,10 @@ class Anatomy(NamedTuple):
 
 
 def gather(block: nn.Module, cls: type[nn.Module], parts: Parts) -> Gathered | str:
-    """What a call of a block or of a stem depends on, or why it must run unfused: the stock class's forward then runs.
+    """Return what a call of a block or a stem depends on, or why it must run unfused, by the stock class's forward.
 
-    Fused ops bypass the children's own code, so anything that changes a child's behaviour counts: another type, a
-    hook, a replaced method, a parametrization, an attribute that Python finds in a child's place.
+    Fused ops bypass the children's own code, so everything that changes a child's behaviour is a reason: another type,
+    a hook, a replaced method, a parametrization, or an attribute that Python finds instead of the child.
     """
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
@@ -140,7 +140,7 @@ def gather(block: nn.Module, cls: type[nn.Module], parts: Parts) -> Gathered | s
 
 
 def _gather_unit(names: tuple[str, str], conv: Any, norm: Any) -> RawUnit | str:
-    """A convolution and its norm."""
+    """Return a convolution and its norm, or why they cannot be fused."""
     reason = _of_type(names[0], conv, nn.Conv2d) or _of_type(names[1], norm, nn.BatchNorm2d)
     if reason is not None:
         return reason
@@ -148,7 +148,7 @@ def _gather_unit(names: tuple[str, str], conv: Any, norm: Any) -> RawUnit | str:
     for name, attributes in ((names[0], settings), (names[1], state)):
         for field in _TENSORS:
             if field in attributes:
-                return f"{name} has a {field} that is no parameter or buffer"
+                return f"{name} has a {field} that is not a parameter or buffer"
     weights, parameters, buffers = settings["_parameters"], state["_parameters"], state["_buffers"]
     return RawUnit(
         weights.get("weight"),
@@ -186,11 +186,11 @@ def _gather_shortcut(units: tuple[RawUnit, ...], downsample: Any) -> Gathered | 
 
 
 def _hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
-    """A child that is not what Python finds by its name: an attribute of the instance or of a class is."""
+    """Return which child an attribute of the instance or of a class hides, in words, or None."""
     attributes = block.__dict__
     for name in names:
-        if name in attributes and attributes[name] is not None:  # None lies there where a block has no downsample
-            return f"{name} is an attribute of the instance, and no module"
+        if name in attributes and attributes[name] is not None:  # a block without downsample may have None there
+            return f"{name} is an attribute of the instance, not a module"
     return class_attribute(cls, names)
 
 
@@ -206,7 +206,7 @@ def _relu(child: nn.Module | None) -> str | None:
     return _of_type("relu", child, nn.ReLU)
 
 
-# What the fused max-pool does: windows of 3x3, stride 2, padding 1.
+# The only max-pool that is fused: 3x3 windows, stride 2, padding 1.
 _POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
 
 
@@ -228,7 +228,7 @@ _OTHERS = {"relu": _relu, "maxpool": _maxpool}
 
 
 def anatomy_of(gathered: Gathered, parts: Parts) -> Anatomy | str:
-    """The parts of a block or a stem, or why they cannot be fused: an option or a tensor that no kernel has."""
+    """Return the parts of a block or a stem, or the option or tensor that no kernel supports, in words."""
     not_plain = _other_kind if torch.compiler.is_compiling() else _other_kind_or_lazy
     units: list[Unit] = []
     for names, raw in zip(parts.units, gathered.units, strict=True):
@@ -259,7 +259,7 @@ def _unit(names: tuple[str, str], raw: RawUnit, not_plain: _Check) -> Unit | str
     if type(eps) is not float and type(eps) is not int:
         return f"{norm_name} has eps {eps!r}"
     if momentum is None:
-        momentum = 0.0 if batches is None else None  # as in torch: without a counter nothing is averaged in
+        momentum = 0.0 if batches is None else None  # as in torch: without a counter, the statistics stay as they are
     elif type(momentum) is not float and type(momentum) is not int:
         return f"{norm_name} has momentum {momentum!r}"
     statistics = (training or mean is None, update, momentum, eps)
@@ -268,7 +268,7 @@ def _unit(names: tuple[str, str], raw: RawUnit, not_plain: _Check) -> Unit | str
 
 
 def _geometry(name: str, raw: RawUnit, not_plain: _Check) -> Any:
-    """Stride, padding, dilation, groups, and whether the convolution is pixelwise; or a text: why it is not fused."""
+    """Return stride, padding, dilation, groups, and whether the convolution is pixelwise; or why it is not fused."""
     if raw.conv_bias is not None:
         return f"{name}.bias is not a parameter" if raw.conv_bias is _ABSENT else f"{name} has a bias"
     if raw.padding_mode != "zeros":
@@ -290,7 +290,7 @@ def _geometry(name: str, raw: RawUnit, not_plain: _Check) -> Any:
 
 
 def _as_pair(value: Any, least: int) -> _Pair | None:
-    """What torch's convolution takes for two integers: one, or a sequence of one or two; None for all else."""
+    """Return a pair from what torch accepts for one: an integer, or a sequence of one or two. None: anything else."""
     if type(value) is int:
         value = (value, value)
     elif type(value) is list or (type(value) is tuple and len(value) == 1):
@@ -304,9 +304,9 @@ def _as_pair(value: Any, least: int) -> _Pair | None:
 
 
 def _vectors(name: str, raw: RawUnit, not_plain: _Check) -> Any:
-    """Weight, bias, running mean and variance of a norm, or a text: why it cannot be fused.
+    """Return weight, bias, running mean and variance of a norm, or why it cannot be fused.
 
-    Running statistics that a call neither reads nor updates may be missing, as in torch.
+    As in torch, running statistics may be missing if the call neither reads nor updates them.
     """
     weight, bias, mean, var = raw.weight, raw.bias, raw.running_mean, raw.running_var
     if weight is _ABSENT or bias is _ABSENT:
@@ -317,14 +317,14 @@ def _vectors(name: str, raw: RawUnit, not_plain: _Check) -> Any:
         mean = var = None
     for field, tensor in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
         if tensor is not None and (not_plain(tensor) is not None or tensor.dim() != 1 or not tensor.is_contiguous()):
-            return f"{name}.{field} {not_plain(tensor) or 'is no contiguous vector'}"
+            return f"{name}.{field} {not_plain(tensor) or 'is not a contiguous vector'}"
     if (mean is None) != (var is None):
         return f"{name} has only one of running_mean and running_var"
     return weight, bias, mean, var
 
 
 def _counter(name: str, batches: Any, running_mean: Tensor | None, not_plain: _Check) -> Any:
-    """The counter of a norm that updates its statistics, or a text: why it cannot be fused."""
+    """Return the counter of a norm that updates its statistics, or why the norm cannot be fused."""
     if batches is None:
         return None
     reason = "is not a buffer" if batches is _ABSENT else not_plain(batches)
@@ -338,12 +338,15 @@ def _counter(name: str, batches: Any, running_mean: Tensor | None, not_plain: _C
 
 
 def _other_kind(tensor: Any) -> str | None:
-    """Why a tensor is no plain one, by its class."""
+    """Return why a tensor is not plain, judged by its class, or None."""
     return None if type(tensor) in PLAIN else f"is a {type(tensor).__name__}"
 
 
 def _other_kind_or_lazy(tensor: Any) -> str | None:
-    """Why kernels cannot read a tensor by its address: a subclass, another layout, values that are not in memory."""
+    """Return why kernels cannot read a tensor by its address, or None.
+
+    It is a subclass, has another layout, or its values are not in memory.
+    """
     if type(tensor) not in PLAIN:
         return f"is a {type(tensor).__name__}"
     if tensor.layout is not torch.strided:

@@ -9,21 +9,22 @@ from fusedres.modules.fused_block import FusedBlock
 
 
 class FusedBottleneck(FusedBlock, Bottleneck):
-    """torchvision's Bottleneck with its passes fused: same constructor, children, state_dict and numbers.
+    """torchvision's Bottleneck with its passes fused: same constructor, children, state_dict and results.
 
-    out = relu(BN3(conv3(relu(BN2(conv2(relu(BN1(conv1(x))))))) + S(x)), 1x1, 3x3, 1x1 with stride on the 3x3, S as in
-    FusedBasicBlock (He et al. 2015, figure 5; groups and width as in ResNeXt and Wide ResNet).
+    out = relu(BN3(conv3(relu(BN2(conv2(relu(BN1(conv1(x))))))) + S(x)). The convolutions are 1x1, 3x3 and 1x1; the 3x3
+    has the stride. S is as in FusedBasicBlock (He et al. 2015, figure 5; groups and width as in ResNeXt and Wide
+    ResNet).
 
     Shape:
         x (N, inplanes, H, W), float32, float64, bfloat16 or float16 → (N, 4·planes, ceil(H / stride),
         ceil(W / stride)) in x's memory format; channels_last is the fast one.
 
-    Saved for backward: x, the raw convolution outputs, one bit an element. With memory="min" conv3's and the
-    projection's outputs, the largest tensors, are not saved where there are 16 rows or more an input channel:
-    ops.one_pass.
+    Saved for backward: x, the raw convolution outputs, and one bit per element. With memory="min" the outputs of conv3
+    and the projection, the largest tensors, are not saved if there are at least 16 rows per input channel
+    (ops.one_pass).
 
     Raises:
-        ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
+        ValueError, TypeError, RuntimeError: wrong channels, shape, dtype or device; nothing is updated then.
     """
 
     _stock = Bottleneck

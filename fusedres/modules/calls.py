@@ -1,4 +1,4 @@
-"""What a call of a fused block and a call of a fused stem have in common, from the options to the checked input."""
+"""What calls of a fused block and of a fused stem share: options, checks of the input, reasons to run unfused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, se
 from fusedres.modules.reading import Input, Tensors, read_block, read_input, read_stem
 from fusedres.ops._sizes import FLOATING
 
-_ORDINARY = 256  # a side of images, in pixels, that any block takes
+_ORDINARY = 256  # height and width of images, in pixels, that any block accepts
 
 
 class Options(NamedTuple):
-    """The settings that fuse() and freeze() made, read once for each call: another thread may change them meanwhile."""
+    """The settings of fuse() and freeze(), read once per call, as another thread may change them during the call."""
 
     memory: str
     conv: str
@@ -27,7 +27,7 @@ class Options(NamedTuple):
 
 
 def options_of(module: nn.Module) -> Options:
-    """The options of a block or of a model with a fused stem."""
+    """Return the options of a block, or of a model with a fused stem."""
     settings = module.__dict__
     return Options(
         settings.get("fused_memory") or "auto", settings.get("fused_conv") or "auto", settings.get("fused_frozen")
@@ -35,29 +35,29 @@ def options_of(module: nn.Module) -> Options:
 
 
 def input_of_call(op: str, x: Tensor, anatomy: Anatomy, backend: str | None, options: Options) -> Input | str:
-    """The checked input of a call, with its backend and its measured way; or why the call runs unfused.
+    """Return the checked input of a call, with its backend and its measured way, or why the call runs unfused.
 
     Args:
-        op: the module's class, for errors.
-        backend: of serving_backend.
+        op: the name of the module's class, for errors.
+        backend: the result of serving_backend.
 
     Raises:
         ShapeError, DtypeError: see read_input.
     """
     chosen = chosen_way(backend, anatomy, x, options.conv, options.memory)
     if chosen == FASTER_UNFUSED and options.frozen is not None and x.is_cpu and backend is not None:
-        chosen = backend, None  # freeze() asked for it, and the CPU's kernels are verified
+        chosen = backend, None  # freeze() asked for fused blocks, and the CPU's kernels are verified
     return chosen if isinstance(chosen, str) else read_input(op, x, chosen[0], options.conv, chosen[1])
 
 
 def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
-    """Why a batch of ordinary images does not run fused: the parts do not fit each other, say."""
+    """Return why a batch of ordinary images does not run fused (for example, parts that do not fit), or None."""
     first = anatomy.units[0]
     size = (2, first.conv_weight.shape[1] * first.settings.groups, _ORDINARY, _ORDINARY)
     x = first.conv_weight.detach().new_empty(1).expand(size)
     given = read_input(op, x, "reference", "library", None)
     norm = next((v.dtype for v in (first.weight, first.running_mean) if v is not None), None)
-    if norm in (torch.float16, torch.bfloat16) and norm is not given.dtype:  # such a block is for autocast
+    if norm in (torch.float16, torch.bfloat16) and norm is not given.dtype:  # such a block runs under autocast
         given = given._replace(dtype=norm, autocast=True)
     try:
         found = read_stem(given, anatomy) if len(anatomy.units) == 1 else read_block(given, anatomy, "auto")
@@ -67,19 +67,22 @@ def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
 
 
 def keep_reason(block: nn.Module, reason: str | None) -> None:
-    """Keeps for report() why a call ran unfused: "" where it ran fused, None where the block's parts are the reason."""
+    """Store for report() why a call ran unfused; "": it ran fused, None: the reason is in the block's parts."""
     if not torch.compiler.is_compiling() and block.__dict__.get("fused_last_reason") != reason:
         block.__dict__["fused_last_reason"] = reason
 
 
 def has_function_mode() -> bool:
-    """Whether a TorchFunctionMode is active other than torch.device's."""
+    """Whether a TorchFunctionMode other than torch.device's is active."""
     modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
     return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def unusual_input(x: Any) -> str | None:
-    """Why an input must run through torch's own operators: they are observed, or its values are not in its memory."""
+    """Return why an input needs torch's own operators, or None.
+
+    Something observes these operators, or the input's values are not in its memory.
+    """
     if type(x) not in (Tensor, nn.Parameter):
         return f"the input was a {type(x).__name__}, not a plain tensor"
     if torch._C._are_functorch_transforms_active():
@@ -100,14 +103,14 @@ def unusual_input(x: Any) -> str | None:
 
 
 def holds_inference_tensors(x: Tensor, tensors: Tensors, written_or_saved: bool) -> bool:
-    """Whether torch refuses a call outside inference mode, as tensors made inside it would be written or saved."""
+    """Whether torch refuses this call outside inference mode: it would write or save tensors made in that mode."""
     if not written_or_saved or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     return x.is_inference() or any(tensor is not None and tensor.is_inference() for tensor in tensors)
 
 
 def without_kernels(weight: Tensor, conv: str, memory: str) -> str | None:
-    """Why nothing runs fused on a weight's dtype and device, or None where it does."""
+    """Return why nothing runs fused for the weight's dtype and device, or None if it does."""
     if weight.dtype not in FLOATING:
         return f"weights are {weight.dtype}"
     return None if serving_backend(weight.device, conv, memory) is not None else not_measured(weight.device)

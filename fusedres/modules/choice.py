@@ -1,4 +1,4 @@
-"""Choices between ways that give the same numbers, by shape alone: what was measured faster, or was asked for."""
+"""Choices between ways that compute the same result, from the shapes alone: the fastest measured, or the requested."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fusedres.backends import automatic, backend_for
 from fusedres.dispatch import Way, measured
 from fusedres.modules.anatomy import Anatomy
 
-# The products of the Gram matrix with the weight do not shrink with the batch. Below this many rows an input channel
-# they cost more than 5% of the block, and the output that they would spare is no larger than they are.
+# The products of the Gram matrix with the weight do not shrink with the batch. With fewer rows per input channel than
+# this they cost more than 5% of the block, and they are as large as the output that they save.
 _MIN_ROWS_A_CHANNEL = 16
 
-# Inference goes through the block some images at a time, so that its intermediates stay in cache and their memory is
-# used again: on two cores, batch 8, a 256-channel Bottleneck at 56x56 took 0.6 of the time. Below _WHOLE_BYTES it lost.
+# Inference runs the block on a few images at a time, so that its intermediates stay in cache and their memory is used
+# again. On two cores at batch 8, a 256-channel Bottleneck at 56x56 took 0.6 of the time; below _WHOLE_BYTES it was
+# slower.
 _WHOLE_BYTES = 16 << 20
 _PART_BYTES = 8 << 20
 
@@ -33,8 +34,9 @@ FASTER_UNFUSED = "measured faster unfused"
 
 
 def serving_backend(device: torch.device, conv: str, memory: str) -> str | None:
-    """The backend that serves a device in this context; on a GPU that nothing was measured on, Triton's kernels where
-    fuse() was told conv or memory. None: what is fused runs unfused.
+    """Return the backend that serves a device in this context; None: fused blocks run unfused.
+
+    On a GPU without measurements this is Triton if fuse() was given conv or memory.
     """
     found = backend_for(device)
     asked = found is None and (conv != "auto" or memory != "auto")
@@ -48,7 +50,7 @@ def _has_triton() -> bool:
 
 
 def not_measured(device: torch.device) -> str:
-    """Why what is fused runs unfused on a device without a backend."""
+    """Return why fused blocks run unfused on a device without a backend."""
     if device.type != "cuda":
         return f"nothing was measured on {device.type} devices: select a backend with use_backend"
     if not _has_triton():
@@ -63,7 +65,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(device: torch.device) -> None:
-    """That a GPU runs unfused, which nobody would see otherwise."""
+    """Warn once that blocks on a GPU run unfused, which the user would not notice otherwise."""
     if device.type in _warned or device.type != "cuda" or torch.compiler.is_compiling():
         return
     _warned.add(device.type)
@@ -73,14 +75,15 @@ def _warn_once(device: torch.device) -> None:
 def chosen_way(
     backend: str | None, anatomy: Anatomy, x: Tensor, conv: str, memory: str
 ) -> tuple[str, Way | None] | str:
-    """The backend that a call runs on, with its measured way if there is one; or why it runs unfused.
+    """Return the backend that a call runs on and its measured way, if there is one; or why the call runs unfused.
 
-    backend: the one of serving_backend.
+    Args:
+        backend: the result of serving_backend.
     """
     if backend is None:
         _warn_once(x.device)
         return not_measured(x.device)
-    if x.dim() != 4:  # what reads the input refuses it
+    if x.dim() != 4:  # read_input raises the error
         return backend, None
     if x.shape[0] == 0:
         return "the batch was empty"
@@ -91,10 +94,10 @@ def chosen_way(
 
 
 def measured_way(anatomy: Anatomy, x: Tensor, backend: str, conv: str, memory: str) -> Way | None:
-    """What the device's table says of this call; None where it does not apply.
+    """Return the way that the device's table has for this call, or None if the table does not apply.
 
-    It does not where another backend was selected than the one that was measured, nor where it says unfused and fuse()
-    was told conv or memory: that is what then runs. Nor in code that is being compiled for sizes left open.
+    It does not apply if the selected backend is not the measured one, if the table says unfused but fuse() was given
+    conv or memory (these decide then), or while code is compiled for symbolic sizes.
     """
     if torch.compiler.is_compiling() and _open(x):
         return None
@@ -111,12 +114,12 @@ def measured_way(anatomy: Anatomy, x: Tensor, backend: str, conv: str, memory: s
 
 
 def _open(x: Tensor) -> bool:
-    """Whether a size is a symbol, which taking it as a number would fix."""
+    """Whether a size is symbolic: using it as a number would specialise the compiled code."""
     return not all(has_static_value(x.shape[axis]) for axis in (0, 2, 3))
 
 
 def shape_of(anatomy: Anatomy, x: Tensor) -> tuple[str | int, ...]:
-    """A dispatch.Shape from its kind to its width, of a block or of a stem."""
+    """Return the fields of dispatch.Shape from kind to width, for a block or a stem."""
     units = anatomy.units
     first, last, middle = units[0], units[-1], units[min(1, len(units) - 1)]
     stride = 1
@@ -135,10 +138,10 @@ def shape_of(anatomy: Anatomy, x: Tensor) -> tuple[str | int, ...]:
 
 
 def own_products(conv: str, backend: str, groups: int, kernel: tuple[int, int], way: Way | None = None) -> Directions:
-    """Which products of a convolution run in this package's own kernels.
+    """Return which products of a convolution run in this package's own kernels.
 
-    The CPU's convolutions are always the library's, and so are grouped ones. "auto" and "measured" take those of the
-    measured way, without one the library's.
+    Convolutions on the CPU and grouped convolutions are always the library's. "auto" and "measured" follow the measured
+    way, or use the library's if there is none.
     """
     if backend == "cpu" or groups != 1:
         return LIBRARY
@@ -154,12 +157,12 @@ def one_pass_units(
     tensors: list[Tensor | None],
     shape: tuple[int, int, int, int],
 ) -> tuple[bool, bool]:
-    """Whether the last unit and the projection take their statistics before the convolution (ops.one_pass).
+    """Return whether the last unit and the projection compute their statistics before the convolution (ops.one_pass).
 
     The last unit can with stride 1 only: its gradient reaches every pixel of its input.
 
-    Wanted where memory="min" asks for it or the measured way has it: on two cores, batch 8, a Bottleneck's training
-    step took 0.95 to 1.08 of the ordinary time at 56x56 and 28x28, so that "auto" leaves it elsewhere.
+    wanted: memory="min" asks for it, or the measured way has it. "auto" does not use it otherwise: on two cores at
+    batch 8, a Bottleneck's training step took 0.95 to 1.08 of the ordinary time at 56x56 and 28x28.
     """
     if not wanted:
         return False, False
@@ -179,10 +182,10 @@ def _possible(unit: ConvBN, weight: Tensor, rows: int) -> bool:
 
 
 def images_at_a_time(x: Tensor, shape: tuple[int, int, int, int]) -> int:
-    """How many images inference takes through the block together."""
+    """Return how many images inference runs through the block at once."""
     images = x.shape[0]
     size = max(x.numel(), shape[0] * shape[1] * shape[2] * shape[3]) * x.element_size()
     if not x.is_cpu or size < _WHOLE_BYTES:
         return images
     parts = -(-images // max(1, images * _PART_BYTES // size))
-    return -(-images // parts)  # of one size: a small part at the end took 1.1 of the time
+    return -(-images // parts)  # equal parts: with a small last part it took 1.1 of the time

@@ -1,7 +1,7 @@
-"""The fused class of a torchvision class, or of a subclass of one, and the way back.
+"""Maps torchvision's classes, and subclasses of them, to fused classes and back.
 
-A subclass without a forward of its own (a tag, a helper method, the class that fully_shard makes) gets a fused class
-of its own: isinstance, attributes and methods stay.
+A subclass that does not define its own forward (it adds a tag or a helper method, or fully_shard made it) gets its own
+fused class, which keeps isinstance, attributes and methods.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from fusedres.modules.resnet import FusedResNet, FusedStem
 Module = type[nn.Module]
 
 FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
-_of_subclasses: dict[Module, Module] = {}  # fused ones
-_of_sharded: dict[Module, Module] = {}  # stock ones, sharded
-refusals: dict[Module, str] = {}  # classes that do not let themselves be subclassed, and why
+_of_subclasses: dict[Module, Module] = {}  # user's subclass → its fused class
+_of_sharded: dict[Module, Module] = {}  # sharded fused class → the sharded stock class
+refusals: dict[Module, str] = {}  # classes that cannot be subclassed, and why
 _METHODS = ("forward", "_forward_impl", "__call__", "_call_impl", "__getattr__", "__getattribute__")
-_OWN_NAMES = ("anatomy", "fused_stem", "unfused_reason", "_parts", "_stock")  # of the fused classes
+_OWN_NAMES = ("anatomy", "fused_stem", "unfused_reason", "_parts", "_stock")  # names that the fused classes use
 
 
 def base_of(cls: Module) -> Module | None:
-    """torchvision's class with a fused one that a module's class descends from."""
+    """Return the torchvision class that cls is or descends from, if it has a fused class; else None."""
     return next((stock for stock in cls.__mro__ if stock in FUSED), None)
 
 
 def own_method(cls: Module, base: Module) -> str | None:
-    """A method of a subclass's own that keeps it from being fused, where it has one."""
+    """Return a method that the subclass cls of base overrides and that keeps it from being fused, or None."""
     names = (*_METHODS, *(() if is_fused(base) else _OWN_NAMES))
     return next((name for name in names if getattr(cls, name, None) is not getattr(base, name, None)), None)
 
 
 def own_method_of_fused(cls: Module) -> str | None:
-    """The same of a user's subclass of a fused class."""
+    """Do the same as own_method for a user's subclass of a fused class."""
     fused = next(other for other in cls.__mro__ if other in FUSED.values() or "_stock" in other.__dict__)
     return own_method(cls, fused)
 
 
 def is_fused(cls: Module) -> bool:
-    """Whether a class is a fused one, or descends from one."""
+    """Whether a class is a fused class or descends from one."""
     return issubclass(cls, FusedBlock | FusedStem)
 
 
 def fused_class(cls: Module, base: Module) -> Module | None:
-    """The fused class of base, or of a subclass of it without a forward of its own; None where it cannot be made."""
+    """Return the fused class of cls: base, or a subclass of it without its own forward. None: it cannot be made."""
     if cls is base or cls in _of_subclasses:
         return _of_subclasses.get(cls, FUSED[base])
     described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls}
     bases = (_OfSubclass, FUSED[base], cls)
     try:
         made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
-    except Exception as error:  # of a metaclass or __init_subclass__: whatever they raise
+    except Exception as error:  # a metaclass or __init_subclass__ may raise anything
         refusals[cls] = f"{cls.__module__}.{cls.__qualname__} cannot be subclassed: {error}"
         return None
     return _of_subclasses.setdefault(cls, made)
 
 
 def stock_class(cls: Module) -> Module:
-    """The class that a fused one stands for; cls itself where that is a user's own subclass of a fused class."""
+    """Return the class that a fused class replaces, or cls itself if it is a user's subclass of a fused class."""
     if cls in FUSED.values() or "_stock" in cls.__dict__:
         stock: Module = cls._stock  # type: ignore[attr-defined]
         return stock
@@ -78,23 +78,23 @@ def stock_class(cls: Module) -> Module:
 
 
 def _is_sharded(cls: Module) -> bool:
-    """Whether one of torch's wrappers, fully_shard, made the class out of a fused one."""
+    """Whether torch's fully_shard made the class from a fused class."""
     bases = cls.__bases__
     return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.") and is_fused(bases[1])
 
 
 def _rebuilt(stock: Module, base: Module) -> nn.Module:
-    """An empty instance of a subclass's fused class."""
+    """Return an empty instance of the fused class of a subclass (for pickle)."""
     cls = fused_class(stock, base)
     assert cls is not None
     return cls.__new__(cls)
 
 
 class _OfSubclass(nn.Module):
-    """Mixin of the fused classes of subclasses, which no module holds by name: pickle finds them by the subclass."""
+    """Mixin of the fused classes of subclasses. No module has them by name, so pickle finds them by the subclass."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stock: Module = type(self)._stock  # type: ignore[attr-defined]
         if stock.__reduce__ is not object.__reduce__ or stock.__reduce_ex__ is not object.__reduce_ex__:
-            return super().__reduce_ex__(protocol)  # its own, which may give back the stock class
+            return super().__reduce_ex__(protocol)  # the subclass's own, which may return the stock class
         return _rebuilt, (stock, base_of(stock)), self.__getstate__()

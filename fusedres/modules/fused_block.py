@@ -1,4 +1,4 @@
-"""What FusedBasicBlock and FusedBottleneck share: reading a block's live settings, and running it."""
+"""What FusedBasicBlock and FusedBottleneck share: they read a block's current settings and run it."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from fusedres.modules.choice import serving_backend
 from fusedres.modules.reading import Tensors, read_block, read_input
 from fusedres.modules.remembered import recall, remember
 
-# Not copied with a block nor pickled: folds, and what the last call left.
+# Neither copied nor pickled with a block: folded weights, and what the last call left.
 _OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")
 
 
 class FusedBlock(nn.Module):
-    """Mixin in front of a torchvision block: forward runs fused wherever that is the same computation.
+    """Mixin that comes before a torchvision block in the bases: forward runs fused if that is the same computation.
 
-    Everything is read from the children once at each call. Where a part is unusual (`unfused_reason`), or a functorch
-    transform is active, the stock forward runs instead.
+    Everything is read from the children once per call. If a part is unusual (`unfused_reason`) or a functorch transform
+    is active, the stock forward runs instead.
     """
 
     fused_memory: str = "auto"
     fused_conv: str = "auto"
     fused_frozen: Frozen | None = None
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
-    _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
+    _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _parts: Parts = Parts.of(None, ())
 
     def anatomy(self) -> Anatomy | str:
-        """The block's parts, or why it runs unfused whatever the input."""
+        """Return the block's parts, or why it runs unfused for every input."""
         gathered = gather(self, type(self), self._parts)
         return gathered if isinstance(gathered, str) else anatomy_of(gathered, self._parts)
 
     def unfused_reason(self) -> str | None:
-        """Why the stock forward runs on the parameters' device, or None where the block is fused."""
+        """Return why the stock forward runs on the parameters' device, or None if the block is fused."""
         anatomy = self.anatomy()
         if isinstance(anatomy, str):
             return anatomy
@@ -65,9 +65,9 @@ class FusedBlock(nn.Module):
         return without or reason_of_shapes(type(self).__name__, anatomy)
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(F(x) + S(x)); see the class."""
+        """Return relu(F(x) + S(x)); see the class."""
         cls: Any = type(self)
-        if not issubclass(cls, FusedBlock):  # unfuse() in another thread came between
+        if not issubclass(cls, FusedBlock):  # another thread called unfuse() just now
             result: Tensor = cls.forward(self, x)
             return result
         options = options_of(self)
@@ -97,24 +97,25 @@ class FusedBlock(nn.Module):
         return run_plan(cls, self, x, *found, options.frozen)
 
     def train(self, mode: bool = True) -> Self:
-        """Also drops what fusedres.freeze kept, where mode is True."""
+        """Set the mode as torch does; with mode=True, also drop what fusedres.freeze kept."""
         if mode:
             self.fused_frozen = None
         return super().train(mode)
 
     def __getstate__(self) -> Any:
-        """A copy or a pickle of a frozen block is not frozen: folds stay with the block that they were made for."""
+        """Return the state without the folded weights: a copy or a pickle of a frozen block is not frozen."""
         state = self.__dict__ if not hasattr(super(), "__getstate__") else super().__getstate__()
-        if not isinstance(state, dict):  # a subclass's own
+        if not isinstance(state, dict):  # a subclass has its own __getstate__
             return state
         return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
 
 def plan_of(block: FusedBlock, x: Tensor, backend: str, way: Way | None = None) -> tuple[BlockPlan, Tensors]:
-    """The plan of a call on a backend and its tensors.
+    """Return the plan of a call on a backend, and its tensors.
 
     Raises:
-        RuntimeError: the block runs unfused. ShapeError, DtypeError: see reading.py.
+        RuntimeError: the block runs unfused.
+        ShapeError, DtypeError: see reading.py.
     """
     anatomy, options = block.anatomy(), options_of(block)
     if not isinstance(anatomy, str):
@@ -129,10 +130,10 @@ def plan_of(block: FusedBlock, x: Tensor, backend: str, way: Way | None = None) 
 def run_plan(
     cls: Any, block: FusedBlock, x: Tensor, plan: BlockPlan, tensors: Tensors, frozen: Frozen | None
 ) -> Tensor:
-    """A block of a fused class by the plan of a call.
+    """Run a block of the fused class cls by the plan of a call.
 
     Raises:
-        UncheckedError: the plan is of an earlier call and does not fit; nothing was computed.
+        UncheckedError: the plan is from an earlier call and does not fit; nothing was computed.
     """
     recorded = wants_gradients(x, tensors)
     if holds_inference_tensors(x, tensors, recorded or any(unit.update for unit in plan.all_units)):
@@ -147,7 +148,7 @@ def run_plan(
 
 
 def run_unfused(cls: Any, block: FusedBlock, x: Tensor, reason: str | None) -> Tensor:
-    """The stock forward of a fused class; the reason is kept for report() where it lies in the input."""
+    """Run the stock forward of the fused class cls; reason: why, for report() (None: it is in the block's parts)."""
     count_path("unfused")
     keep_reason(block, reason)
     result: Tensor = cls._stock.forward(block, x)
@@ -155,5 +156,5 @@ def run_unfused(cls: Any, block: FusedBlock, x: Tensor, reason: str | None) -> T
 
 
 def _is_constant(plan: BlockPlan) -> bool:
-    """No statistics depend on the batch."""
+    """Whether no statistics depend on the batch."""
     return not any(unit.batch_statistics for unit in plan.all_units)

@@ -1,8 +1,8 @@
-"""Whether the code that a fused block bypasses is torch's and torchvision's own, or somebody replaced it.
+"""Checks whether the code that a fused block bypasses is still torch's and torchvision's own.
 
-A fused block does not call its children. Whoever replaces `Conv2d._conv_forward`, `BatchNorm2d.forward` or a block's
-forward, on the class or on one instance, before or after fuse(), means the replacement to run: such blocks run their
-stock forward. Classes are compared at every call with what they had when this module was imported.
+A fused block does not call its children. If somebody replaces `Conv2d._conv_forward`, `BatchNorm2d.forward` or a
+block's forward, on the class or on one instance, before or after fuse(), the replacement must run: such blocks run
+their stock forward. Each call compares the classes with their state when this module was imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusedres.modules.shortcut import ZeroPadShortcut
 
 
 class _Bypassed:
-    """Where the code lies that calling the children of a block or of a stem reaches: one read of all."""
+    """Holds everything that calls of a block's or a stem's children reach, so that one attrgetter reads all of it."""
 
     Module, Conv2d, BatchNorm2d, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU
     MaxPool2d, Sequential, ZeroPadShortcut = nn.MaxPool2d, nn.Sequential, ZeroPadShortcut
@@ -47,7 +47,7 @@ _OF_STEMS = (*_OF_UNITS, *_methods("MaxPool2d"), "functional.max_pool2d", "torch
 _OF_BLOCKS = (*_OF_UNITS, *_methods("Sequential"), "ZeroPadShortcut.forward", "torch.Tensor.__iadd__")
 _BYPASSED = {None: _OF_STEMS, BasicBlock: _OF_BLOCKS, Bottleneck: _OF_BLOCKS, ResNet: _OF_STEMS}
 
-# What a block's or a ResNet's own call reaches, from the fused class: its call, and the stock class's methods.
+# What a call of a block or a ResNet itself reaches, from the fused class: its call, and the stock class's methods.
 _CALL = ("__call__", "_call_impl")
 _STOCK_METHODS = {
     None: _CALL,
@@ -56,7 +56,7 @@ _STOCK_METHODS = {
     ResNet: (*_CALL, "_stock.forward", "_stock._forward_impl"),
 }
 
-# What an instance may have replaced: a child, and a block.
+# Methods that may be replaced on an instance of a child or of a block.
 _CHILD_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim")
 _BLOCK_METHODS = ("forward", "_call_impl", "_forward_impl")
 
@@ -65,7 +65,7 @@ _BUILTIN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
 
 
 def _own(function: Any) -> Any:
-    """The function, or what equals nothing where somebody had replaced it before this module was imported."""
+    """Return the function, or an object equal to no function if it was replaced before this module was imported."""
     if not isinstance(function, FunctionType):
         return function if isinstance(function, _BUILTIN) else object()
     homes = {function.__globals__["__name__"].partition(".")[0], function.__module__.partition(".")[0]}
@@ -85,11 +85,11 @@ _OWN_STOCK = {base: _own_of(base, names) for base, names in _STOCK_METHODS.items
 
 
 def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | None:
-    """What was replaced of the code that a fused block bypasses, None where nothing was.
+    """Return which code that a fused block bypasses was replaced, or None.
 
     Args:
-        cls: the fused block's class; its attribute _stock is the class of the forward that runs unfused.
-        base: torchvision's BasicBlock, Bottleneck or ResNet, from which both descend, if they do.
+        cls: the fused block's class; its attribute _stock is the class with the unfused forward.
+        base: torchvision's BasicBlock, Bottleneck or ResNet, if both descend from one of them.
     """
     if (
         not torch.compiler.is_compiling()
@@ -102,7 +102,7 @@ def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | N
 
 @torch.compiler.assume_constant_result
 def _first_replaced(cls: Any, base: type[nn.Module] | None) -> str | None:
-    """What was replaced, in words; compiled code keeps what it was compiled with."""
+    """Return which code was replaced, in words, or None; compiled code keeps the answer from its compilation."""
     found = _named(_Bypassed, _BYPASSED[base], _OWN[base])
     if found is not None:
         return found
@@ -111,7 +111,7 @@ def _first_replaced(cls: Any, base: type[nn.Module] | None) -> str | None:
 
 
 def _named(owner: Any, names: tuple[str, ...], own: tuple[Any, ...]) -> str | None:
-    """The first of the owner's attributes that is not its own, in words."""
+    """Return the first of the owner's attributes that was replaced, in words, or None."""
     for name, function in zip(names, own, strict=True):
         found = attrgetter(name)(owner)
         if found is not function:
@@ -121,7 +121,7 @@ def _named(owner: Any, names: tuple[str, ...], own: tuple[Any, ...]) -> str | No
 
 
 def touched(name: str, child: nn.Module) -> str | None:
-    """Which hook a child has, or which of its methods is replaced on the instance."""
+    """Return that a child has a hook, or which of its methods is replaced on the instance; else None."""
     attributes = child.__dict__
     if (
         attributes["_forward_hooks"]
@@ -137,7 +137,7 @@ def touched(name: str, child: nn.Module) -> str | None:
 
 
 def replaced_on_block(attributes: dict[str, Any]) -> str | None:
-    """Which method of a block or a ResNet is replaced on the instance, of its __dict__."""
+    """Return which method of a block or a ResNet is replaced on the instance, or None; attributes: its __dict__."""
     for method in _BLOCK_METHODS:
         if method in attributes:
             return f"{method} is replaced on the instance"
@@ -146,7 +146,7 @@ def replaced_on_block(attributes: dict[str, Any]) -> str | None:
 
 @torch.compiler.assume_constant_result
 def class_attribute(cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
-    """Which of these names, of children, is an attribute of a class: Python finds it before the child."""
+    """Return which of the children's names is also an attribute of a class, or None: Python finds that one first."""
     for owner in cls.__mro__:
         if not owner.__dict__.keys().isdisjoint(names):
             name = next(name for name in names if name in owner.__dict__)

@@ -1,4 +1,4 @@
-"""From a block's parts to the plan of one call: every check of the call, before anything is computed or updated."""
+"""Makes the plan of one call from a block's parts, with every check before anything is computed or updated."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Input(NamedTuple):
-    """What a call has from its input."""
+    """The input of a call and what follows from it."""
 
-    op: str  # the block's class, for errors
+    op: str  # the name of the block's class, for errors
     x: Tensor
     dtype: torch.dtype  # of the convolutions
     autocast: bool
@@ -33,7 +33,7 @@ class Input(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A unit as it runs, its tensors, and where it leads."""
+    """A unit as it runs, its tensors, and the shape and memory format of its output."""
 
     unit: ConvBN
     tensors: Tensors
@@ -42,10 +42,10 @@ class Read(NamedTuple):
 
 
 def read_input(op: str, x: Tensor, backend: str, conv: str, way: Way | None) -> Input:
-    """The input of a call, checked for itself.
+    """Return the input of a call; only x itself is checked here.
 
     Raises:
-        ShapeError, DtypeError: it is no batch of images of a floating-point dtype.
+        ShapeError, DtypeError: x is not a batch of images of a floating-point dtype.
     """
     if x.dim() != 4:
         raise ShapeError(
@@ -61,10 +61,10 @@ def read_input(op: str, x: Tensor, backend: str, conv: str, way: Way | None) -> 
 
 
 def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, Tensors] | str:
-    """The plan of a call and its tensors, or why it must run unfused.
+    """Return the plan of a call and its tensors, or why it must run unfused.
 
     Raises:
-        ShapeError, DtypeError, RuntimeError: what eager raises for, or nobody could compute.
+        ShapeError, DtypeError, RuntimeError: eager raises an error for this call too, or it cannot be computed.
     """
     op, x = given.op, given.x
     start: Shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
@@ -98,7 +98,7 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
 
 
 def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors]:
-    """The plan of a stem's call and its tensors; raises as read_block."""
+    """Return the plan of a stem's call and its tensors; raises as read_block does."""
     x = given.x
     found = read_unit(given, anatomy.units[0], (x.shape[0], x.shape[1], x.shape[2], x.shape[3]), _input_format(given))
     return StemPlan(found.unit, given.dtype, given.backend, found.channels_last), found.tensors
@@ -124,10 +124,10 @@ def _zero_padded(op: str, x: Tensor, shortcut: ZeroPad) -> Shape:
 
 
 def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Read:
-    """A unit that fits an input of this shape and memory format.
+    """Return a unit for an input of this shape and memory format.
 
     Raises:
-        ShapeError, DtypeError, RuntimeError, ValueError: it does not.
+        ShapeError, DtypeError, RuntimeError, ValueError: the unit does not fit this input.
     """
     op, x, weight = given.op, given.x, part.conv_weight
     reached = _convolved_shape(given, part, shape)
@@ -171,7 +171,7 @@ def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:
 
 
 def _check_norm(given: Input, part: Unit, shape: Shape) -> None:
-    """The norm after a convolution whose output has this shape: what torch's batch_norm takes."""
+    """Check that torch's batch_norm accepts the norm of a unit; shape: that of the convolution's output."""
     wanted: torch.dtype | None = None
     device, size = given.x.device, (shape[1],)
     for vector in (part.weight, part.bias, part.running_mean, part.running_var):
@@ -191,7 +191,7 @@ def _check_norm(given: Input, part: Unit, shape: Shape) -> None:
 
 
 def _refuse_vector(given: Input, part: Unit, vector: Tensor | None, channels: int, dtype: torch.dtype) -> NoReturn:
-    """Raises for a vector that is not like the norm's others; None: for the dtype of all."""
+    """Raise the error for a vector that does not match the others of its norm; None: their common dtype is wrong."""
     op, name = given.op, part.norm_name
     if vector is None:
         wanted = f"{given.dtype} or torch.float32" if given.dtype in _HALF else f"{given.dtype}"

@@ -1,9 +1,9 @@
-"""The last call of a block in each mode, so that one like it need not be checked and planned anew in Python.
+"""The last call of a block in each mode: a similar call then needs no new checks and no new plan in Python.
 
-Planning a call takes as long as a tiny convolution. A call that gathers the very objects of the last one, with an input
-of the same shape, takes that one's plan again (its tensors live that long). What may change in an object that stays (a
-parameter's `.data`) is checked by the C++ passes before they compute anything (`serves` in csrc/residual_block); where
-they decline, the call is planned as if nothing were remembered.
+Planning a call takes as long as a tiny convolution. If a call gathers exactly the same objects as the last one, and its
+input has the same shape, it uses the same plan again. The tensors of the plan are kept alive for that. An object can
+stay the same and still change inside (a parameter's `.data`): the C++ passes check this before they compute anything
+(`serves` in csrc/residual_block). If they decline, the call is planned as if nothing were remembered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Layouts = tuple[tuple[torch.Size, tuple[int, ...]], ...]
 
 
 class Remembered(NamedTuple):
-    """A call: what it depended on, and its plan."""
+    """A call: everything it depended on, and its plan."""
 
     gathered: Gathered
     shape: torch.Size
@@ -38,21 +38,21 @@ class Remembered(NamedTuple):
 def remember(
     block: nn.Module, gathered: Gathered, x: Tensor, options: tuple[str, str], plan: BlockPlan, tensors: Tensors
 ) -> None:
-    """Keeps a call that the C++ passes serve."""
+    """Remember a call that the C++ passes serve."""
     if plan.backend != "cpu" or plan.dtype is not x.dtype or measured(x.device) or not gathered.is_fixed():
         return
-    if not all(tensor is None or tensor.is_leaf for tensor in tensors):  # a graph is not to be kept alive
+    if not all(tensor is None or tensor.is_leaf for tensor in tensors):  # do not keep a graph alive
         return
     unchecked = plan._replace(checked=False)
     made = Remembered(gathered, x.shape, x.stride(), x.dtype, options, unchecked, tensors, _layouts(tensors))
     others = block.__dict__.get("fused_calls", {}).items()
-    # A call with tensors that the block no longer has is forgotten, so that their memory is free.
+    # Forget calls with tensors that the block no longer has, so that their memory is freed.
     kept = {mode: call for mode, call in others if all(map(_same_or_unread, call.tensors, tensors))}
     block.__dict__["fused_calls"] = kept | {block.training: made}
 
 
 def recall(block: nn.Module, gathered: Gathered, x: Tensor, options: tuple[str, str]) -> Remembered | None:
-    """The last call in the block's mode, where this one is like it; x is on the CPU and plain."""
+    """Return the last call in the block's mode if this call is like it, else None; x is on the CPU and plain."""
     calls: dict[bool, Remembered] | None = block.__dict__.get("fused_calls")
     last = None if calls is None else calls.get(block.training)
     if (
@@ -73,7 +73,7 @@ def recall(block: nn.Module, gathered: Gathered, x: Tensor, options: tuple[str, 
 
 
 def _same_or_unread(old: Tensor | None, new: Tensor | None) -> bool:
-    """A mode that does not read a tensor (the counter in eval mode) has None for it."""
+    """Whether both are the same tensor, or a mode does not read it and has None (the counter in eval mode)."""
     return old is new or old is None or new is None
 
 

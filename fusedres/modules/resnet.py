@@ -24,24 +24,25 @@ from fusedres.modules.reading import read_stem
 
 
 class FusedStem(nn.Module):
-    """Mixin in front of a model with the children conv1, bn1, relu and maxpool of a ResNet: runs them fused.
+    """Mixin that runs conv1, bn1, relu and maxpool of a ResNet fused; it comes before the model's class in the bases.
 
-    Everything is read from the children once at each call.
+    Everything is read from the children once per call.
     """
 
-    fused_conv: str = "auto"  # as fuse()'s, which makes "fused" "measured": this package's where that was faster
-    fused_memory: str = "auto"  # a stem has one way of it; "min" keeps a table from leaving it unfused
+    # As in fuse(), which turns "fused" into "measured": this package's convolution if it was measured faster.
+    fused_conv: str = "auto"
+    fused_memory: str = "auto"  # changes nothing in a stem, but with "min" a table cannot leave it unfused
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
-    _stock: type[nn.Module] = nn.Module  # the class of the forward that runs unfused
+    _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _parts: Parts = Parts.of(None, (("conv1", "bn1"),), "relu", "maxpool")
 
     def anatomy(self) -> Anatomy | str:
-        """The stem's parts, or why it runs unfused whatever the input."""
+        """Return the stem's parts, or why it runs unfused for every input."""
         gathered = gather(self, type(self), self._parts)
         return gathered if isinstance(gathered, str) else anatomy_of(gathered, self._parts)
 
     def stem_unfused_reason(self) -> str | None:
-        """Why the stem runs unfused on its parameters' device, or None where it is fused."""
+        """Return why the stem runs unfused on its parameters' device, or None if it is fused."""
         anatomy = self.anatomy()
         if isinstance(anatomy, str):
             return anatomy
@@ -50,12 +51,12 @@ class FusedStem(nn.Module):
         return without or reason_of_shapes(type(self).__name__, anatomy)
 
     def fused_stem(self, x: Tensor) -> Tensor | None:
-        """maxpool(relu(bn1(conv1(x)))) where it can run fused, else None."""
+        """Return maxpool(relu(bn1(conv1(x)))) if it can run fused, else None."""
         return run_fused_stem(type(self), self, x)
 
 
 def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
-    """maxpool(relu(bn1(conv1(x)))) of a module of the class cls, a FusedStem, where it can run fused, else None."""
+    """Return maxpool(relu(bn1(conv1(x)))) of model if it can run fused, else None; cls: its class, a FusedStem."""
     options = options_of(model)
     reason = unusual_input(x)
     gathered = reason or gather(model, cls, cls._parts)
@@ -78,19 +79,19 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class FusedResNet(FusedStem, ResNet):
-    """torchvision's ResNet with its stem fused: same constructor, children, state_dict and numbers.
+    """torchvision's ResNet with its stem fused: same constructor, children, state_dict and results.
 
-    BatchNorm, ReLU and the 3x3 max-pool behind the convolution are one pass each way. The convolution is the library's
-    unless this package's was measured faster, or fused_conv is set to "fused": the statistics come with it then, and no
-    gradient of its output is stored unless the images need one. The layers run as they are: fusedres.fuse switches
-    their blocks, or build it from FusedBasicBlock or FusedBottleneck.
+    BatchNorm, ReLU and the 3x3 max-pool after the convolution are one pass in forward and one in backward. The
+    convolution is the library's, unless this package's was measured faster or fused_conv is set to "fused". Ours
+    computes the statistics too, and the gradient of its output is stored only if the images need a gradient. The layers
+    run unchanged: switch their blocks with fusedres.fuse, or build the model from FusedBasicBlock or FusedBottleneck.
 
-    Saved for backward by the stem: its input, the raw convolution output, and one byte an element of the pooled output.
-    Any part that is not plain (`stem_unfused_reason()`: CIFAR's Identity for maxpool, SyncBatchNorm, a hook) makes the
-    whole forward torchvision's.
+    Saved for backward by the stem: its input, the raw convolution output, and one byte per element of the pooled
+    output. If any part is not plain (`stem_unfused_reason()`: CIFAR's Identity for maxpool, SyncBatchNorm, a hook),
+    the whole forward is torchvision's.
 
     Raises:
-        ValueError, TypeError, RuntimeError: wrong channels or shape, dtype, or device; nothing is updated then.
+        ValueError, TypeError, RuntimeError: wrong channels, shape, dtype or device; nothing is updated then.
     """
 
     _stock = ResNet
@@ -98,7 +99,7 @@ class FusedResNet(FusedStem, ResNet):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)
-        fused = issubclass(cls, FusedResNet)  # else unfuse() in another thread came between
+        fused = issubclass(cls, FusedResNet)  # false if another thread called unfuse() just now
         pooled = run_fused_stem(cls, self, x) if fused else None
         if pooled is None:
             count_path("stem_unfused")

@@ -1,4 +1,4 @@
-"""The parameter-free shortcut of He et al. 2015, option A."""
+"""The shortcut without parameters of He et al. 2015, option A."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from torch import Tensor, nn
 
 
 class ZeroPadShortcut(nn.Module):
-    """Identity shortcut where shapes differ: strided subsampling, new channels are zero.
+    """Identity shortcut for different shapes: it subsamples with a stride and fills new channels with zeros.
 
-    y[n, c, p, q] = x[n, c, p·stride, q·stride] for c < in_channels, 0 for the channels appended behind them
-    (He et al. 2015, section 3.3, option A). It has no parameters; inside a fused block it costs no pass of its own.
+    y[n, c, p, q] = x[n, c, p·stride, q·stride] for c < in_channels, and 0 for the channels appended after them
+    (He et al. 2015, section 3.3, option A). It has no parameters. Inside a fused block it needs no pass of its own.
 
     Args:
         in_channels: channels of x.
         out_channels: channels of y, at least in_channels.
-        stride: at least 1.
+        stride: stride in both directions, at least 1.
 
     Shape:
         x (N, in_channels, H, W) → y (N, out_channels, ceil(H / stride), ceil(W / stride)), in x's dtype.
 
     Raises:
-        ValueError: fewer output than input channels, or a stride below 1; in forward, another number of channels.
+        ValueError: there are fewer output than input channels, or the stride is below 1; in forward: x does not have
+            in_channels channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -41,11 +42,11 @@ class ZeroPadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return y; see the class."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"ZeroPadShortcut: x must have shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.out_channels - self.in_channels))
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return what print(model) shows."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"

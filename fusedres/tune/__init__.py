@@ -1,1 +1,1 @@
-"""Measures on this device what is fastest, for "auto" to follow: `python -m fusedres tune`."""
+"""`python -m fusedres tune` measures what is fastest on this device; "auto" then follows the result."""

@@ -1,8 +1,8 @@
-"""Ops with the arguments of their places in a block, and the tile sizes that they choose among.
+"""Calls of ops with the arguments that a block gives them, and the tile sizes that they choose from.
 
-A block runs under a dispatch mode. Where it calls an op for the first time with arguments of these shapes, the call is
-handed out there and then, on these arguments; then the block goes on. So the ops and their arguments are those of the
-package itself, whatever they become.
+A block runs under a dispatch mode. When it first calls an op with arguments of some shapes, this call is measured
+immediately with these arguments; then the block continues. So tune always measures the package's own calls, even after
+the ops or their arguments change.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fusedres.tune.timing import Variant
 
 @dataclass
 class Call:
-    """An op with the arguments of one place in a block."""
+    """An op with its arguments at one place in a block."""
 
     op: Op
     schema: Any
-    args: tuple[Any, ...]  # the backend is the last
+    args: tuple[Any, ...]  # the last one is the backend
 
     @property
     def signature(self) -> str:
-        """Op, shapes and numbers."""
+        """The op's name, and the shapes and numbers among its arguments, as text."""
         words = [self.op.name]
         for argument, value in zip(self.schema.arguments, self.args[:-1], strict=False):
             text = str(tree_map_only(Tensor, lambda t: "x".join(map(str, t.shape)) or "scalar", value))
@@ -41,12 +41,12 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the narrowest floating-point tensor."""
+        """The dtype of the narrowest floating-point tensor."""
         found = [t.dtype for t in tree_leaves(self.args) if isinstance(t, Tensor) and t.is_floating_point()]
         return min(found, key=lambda d: d.itemsize)
 
     def fresh(self) -> tuple[Any, ...]:
-        """The arguments without the backend, what is written in a copy."""
+        """Return the arguments without the backend, with a copy of each that the op writes."""
 
         def own(argument: Any, value: Any) -> Any:
             if argument.alias_info is None or not argument.alias_info.is_write:
@@ -56,7 +56,7 @@ class Call:
         return tuple(own(a, v) for a, v in zip(self.schema.arguments, self.args[:-1], strict=False))
 
     def written(self, args: tuple[Any, ...]) -> list[Tensor]:
-        """Those of the arguments that the op writes."""
+        """Return the arguments that the op writes."""
         changed = [
             value
             for argument, value in zip(self.schema.arguments, args, strict=False)
@@ -65,14 +65,14 @@ class Call:
         return [t for t in tree_leaves(changed) if isinstance(t, Tensor)]
 
     def results(self, backend: str) -> list[Tensor]:
-        """What a backend returns and writes, with partial results brought to one form."""
+        """Return what a backend returns and writes, with partial results merged so that backends can be compared."""
         args = self.fresh()
         result = self.op.kernel(backend)(*self.op.grouped(args))
         found = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         return _merged(self.op.name, self._defined(found)) + self.written(args)
 
     def _defined(self, results: list[Tensor]) -> list[Tensor]:
-        """Without the sums that an op may leave undefined: the last of its results, where it takes with_sums."""
+        """Return the results without sums that the op may leave undefined (the last result of ops with with_sums)."""
         named = dict(zip((argument.name for argument in self.schema.arguments), self.args, strict=True))
         if "with_sums" not in named:
             return results
@@ -82,7 +82,7 @@ class Call:
         return [*others, sums if named.get("shortcut") is not None else sums[:2]]
 
     def variant(self, name: str, backend: str) -> Variant:
-        """Timed on its own copy of what is written, which is set back after each call."""
+        """Return a variant to time, with its own copies of what the op writes; they are restored after each call."""
         args, kernel = self.fresh(), self.op.kernel(backend)
         parameters = self.op.grouped(args)
         pairs = list(zip(self.written(args), self.written(self.args[:-1]), strict=True))
@@ -95,7 +95,7 @@ class Call:
 
 
 def _merged(op: str, tensors: list[Tensor]) -> list[Tensor]:
-    """Partial sums added up, and tiles' means and squares merged: backends cut rows differently."""
+    """Add up partial sums, and merge the means and squares of tiles, as backends split the rows differently."""
     if op == "conv_fprop" and tensors[1].numel():
         y, partials, rows = tensors
         weights, total = rows.view(-1, 1), rows.sum()
@@ -110,7 +110,7 @@ def _merged(op: str, tensors: list[Tensor]) -> list[Tensor]:
 
 
 class Visit(TorchDispatchMode):
-    """Hands every op's call to `measure` the first time its signature comes by."""
+    """Calls `measure` with every op's call when its signature is seen for the first time."""
 
     def __init__(self, seen: set[str], measure: Callable[[Call], None]) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Visit(TorchDispatchMode):
 
 
 class Recorder:
-    """Picks nothing, and keeps which problems were asked for with which candidates."""
+    """A pick that chooses nothing and records the problems and their candidates."""
 
     def __init__(self) -> None:
         self.problems: dict[Problem, Sequence[Config]] = {}
@@ -137,12 +137,12 @@ class Recorder:
 
 
 def forced(problem: Problem, config: Config) -> launching.Pick:
-    """Picks this config for this problem."""
+    """Return a pick that chooses this config for this problem and nothing for others."""
     return lambda asked, candidates: config if asked == problem and config in candidates else None
 
 
 def always(variant: Variant, pick: launching.Pick) -> Variant:
-    """The variant, its configs picked by `pick`."""
+    """Return the variant with its configs chosen by `pick`."""
 
     def run() -> Any:
         with launching.choosing(pick):

@@ -1,4 +1,4 @@
-"""`python -m fusedres tune`: measures block shapes on this device and writes the table that "auto" follows."""
+"""`python -m fusedres tune` measures block shapes on this device and writes the table that "auto" follows."""
 
 from __future__ import annotations
 
@@ -23,39 +23,43 @@ from fusedres.tune.ways import DTYPES, Bench, Case, Found, fastest
 if TYPE_CHECKING:
     from fusedres.tune.configs import Configs
 
-HELP = "measure here what is fastest, for auto to follow"
+HELP = "measure what is fastest on this device, for auto to follow"
 ROUNDS = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command to its parser."""
     parser.description = (
         "Times every distinct block and stem of torchvision's models on this device: eager, and each fused way that "
-        'agrees with it. fuse()\'s "auto" follows the result in processes started afterwards. What is slower than '
-        "eager by over 2% stays unfused. The table lies in $FUSEDRES_CACHE_DIR, else in $XDG_CACHE_HOME/fusedres, else "
-        "in ~/.cache/fusedres, and grows with each run; of runs with several backends the faster one is kept. Let "
-        "nothing else run on the device meanwhile."
+        'agrees with eager. fuse()\'s "auto" follows the result in processes that start afterwards. A shape stays '
+        "unfused if its fastest way is slower than eager by more than 2%. The table is in $FUSEDRES_CACHE_DIR, else in "
+        "$XDG_CACHE_HOME/fusedres, else in ~/.cache/fusedres. Each run adds to it; from runs with several backends the "
+        "faster one is kept. Run nothing else on the device at the same time."
     )
     parser.add_argument(
-        "--model", nargs="+", default=["resnet50", "resnet18"], help="of torchvision (resnet50 resnet18)"
+        "--model", nargs="+", default=["resnet50", "resnet18"], help="torchvision's models (resnet50 resnet18)"
     )
-    parser.add_argument("--batch", nargs="+", type=int, help="images at once (a GPU: 256 64 16, a CPU: 8)")
-    parser.add_argument("--image-size", type=int, default=224, help="height and width (224)")
+    parser.add_argument("--batch", nargs="+", type=int, help="batch sizes (a GPU: 256 64 16, a CPU: 8)")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width of the images (224)")
     parser.add_argument(
         "--dtype",
         nargs="+",
         choices=tuple(DTYPES),
-        help="float32 on a GPU is without TF32, which torch's own default has: tf32 (a GPU: bfloat16, a CPU: float32)",
+        help="float32 runs without TF32 on a GPU; tf32 is torch's default there (a GPU: bfloat16, a CPU: float32)",
     )
-    parser.add_argument("--phase", nargs="+", choices=("train", "infer"), default=["train", "infer"], help="(both)")
-    parser.add_argument("--backend", choices=("triton", "cuda", "cpu"), help="(a GPU: triton, a CPU: cpu)")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU where there is one)")
-    parser.add_argument("--minutes", type=float, help="stop after these; what was measured is written")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead")
+    parser.add_argument(
+        "--phase", nargs="+", choices=("train", "infer"), default=["train", "infer"], help="what to measure (both)"
+    )
+    parser.add_argument(
+        "--backend", choices=("triton", "cuda", "cpu"), help="the kernels to measure (a GPU: triton, a CPU: cpu)"
+    )
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (a GPU if there is one)")
+    parser.add_argument("--minutes", type=float, help="stop after this time; what was measured by then is written")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file instead")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs the command; 1 where a way was wrong or nothing was measured.
+    """Run the command and return its exit code: 1 if a way was wrong or nothing was measured, else 0.
 
     Raises:
         ValueError: an option does not fit the others or this machine.
@@ -74,12 +78,12 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError("tune: --dtype tf32 is for GPUs; measure float32")
     if on_gpu:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # eager at its best
+        torch.backends.cudnn.benchmark = True  # compare with eager's fastest algorithms
     backend = options.backend or ("triton" if on_gpu else "cpu")
     try:
         with use_backend(backend):
             backend_for(device)
-    except RuntimeError as error:  # it does not serve it
+    except RuntimeError as error:  # the backend does not serve this device
         raise ValueError(f"tune: --backend {backend}: {error}") from error
     cases = [
         Case(subject, batch, dtype, phase)
@@ -93,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
     path = options.out or cache_folder() / file_name(name)
     try:
         writable(path)
-    except (OSError, ValueError) as error:  # a ValueError: it has no name
+    except (OSError, ValueError) as error:  # ValueError: the path has no file name
         raise ValueError(f"tune: {path} must be a file that can be written, got {error}; choose --out") from error
     seconds = 60 * options.minutes if options.minutes else None
     print(f"{name}, backend {backend}; writing {path}", flush=True)
@@ -108,7 +112,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _device(name: str | None) -> torch.device:
-    """With its index, as tensors have it."""
+    """Return the device with its index, as tensors have it."""
     try:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except RuntimeError as error:
@@ -131,7 +135,7 @@ class Tuning:
         self.device, self.backend, self.path, self.rounds, self.say = device, backend, path, rounds, say
         self.until = time.monotonic() + seconds if seconds else None
         self.entries: dict[Shape, Entry] = {}
-        self.left_out: list[str] = []  # ways and cases, and why
+        self.left_out: list[str] = []  # the ways and cases that were left out, and why
         name = family(device)
         assert name is not None
         self.name = name
@@ -144,11 +148,11 @@ class Tuning:
         self._sizes = self._tile_sizes() if tile_sizes and backend in ("triton", "cuda") else None
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return float("inf") if self.until is None else self.until - time.monotonic()
 
     def run(self, cases: Sequence[Case]) -> None:
-        """Measures what the file does not have first; what is over the time is left."""
+        """Measure the cases, first those that the file does not have, until the time is over."""
         for case in sorted(cases, key=lambda case: case.shape in self.known):
             if self.left() <= 0:
                 break
@@ -156,10 +160,10 @@ class Tuning:
             found = None
             try:
                 found = self._found(case)
-            except Exception as error:  # out of memory above all: the others may fit
+            except Exception as error:  # mostly out of memory: other cases may fit
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                    torch.cuda.synchronize()  # raises where the GPU is lost
+                    torch.cuda.synchronize()  # raises if the GPU is lost
                 self._leave_out(f"{case}: {type(error).__name__}: {error}".partition("\n")[0])
             finally:
                 dispatch.install(self.device, installed)
@@ -172,7 +176,7 @@ class Tuning:
         return Configs(self.device, self.rounds, self.left, self.configs)
 
     def _found(self, case: Case) -> Found:
-        """Measures a case."""
+        """Measure a case."""
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
         bench = Bench(case, self.device, self.backend)
@@ -188,7 +192,7 @@ class Tuning:
         return found
 
     def _keep(self, case: Case, found: Found) -> None:
-        """Writes what was found, and says it; raises ValueError where it cannot be kept."""
+        """Write and print what was found; raise ValueError if it cannot be written."""
         try:
             update(self.path, self.table({case.shape: found.entry}))
         except OSError as error:
@@ -203,12 +207,12 @@ class Tuning:
         self.say(f"left out: {what}")
 
     def table(self, entries: dict[Shape, Entry]) -> Table:
-        """Of this device, now."""
+        """Return a table of this device with these entries and the current date."""
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return Table(self.name, self.backend, versions(), date, entries, self.configs)
 
     def finish(self, of: int) -> int:
-        """Says what came of it; the command's exit code."""
+        """Print a summary and return the command's exit code."""
         unfused = sum(entry.way.backend is None for entry in self.entries.values())
         self.say(
             f"{len(self.entries)} of {of} measured, {unfused} of them stay unfused, "

@@ -1,17 +1,19 @@
-"""Whether an op's results are right: every element, against the reference composite in wider arithmetic.
+"""Checks an op's results element by element against the reference composite in wider arithmetic.
 
     max |ours − wide| <= 2·max |same − wide| + 4·max |wide(inputs·(1 ± u)) − wide| + 32·u_acc·max |wide|
 
-wide: the reference backend on the same arguments in float32 (float64 for float32 and float64). same: the reference
-backend in the op's own dtype, which rounds where the op does. The third term is what rounding each input once changes,
-u the unit roundoff of what the products take; the last one stands for the order of sums, u_acc that of the accumulator.
-It is the rule of tests/tolerance.py with both spreads measured on the device instead of derived. Maxima are over the
-pixels of a channel of an activation, over a row of a state, else over all elements: a norm would not see one wrong
-element in 10,000.
+wide: the reference backend on the same arguments in float32 (float64 for float32 and float64).
+same: the reference backend in the op's own dtype, which rounds at the same places as the op.
 
-A ReLU's gate that an op recomputes falls to the other side where the pre-activation is within rounding of 0: of these
-ops' gradients one element in a million may be off, and sums over them by two elements. Bits and positions must be those
-of `same`, but for as few.
+On the right, the second term is the effect of rounding each input once; u is the unit roundoff of the operands of the
+products. The third term allows for the order of sums; u_acc is the unit roundoff of the accumulator. This is the rule
+of tests/tolerance.py, but both spreads are measured on the device instead of derived. Maxima are over the pixels of
+each channel of an activation, over each row of a state, and over all elements of anything else. A norm would not show
+one wrong element in 10,000.
+
+An op that recomputes a ReLU's gate may decide differently if the pre-activation is within rounding of 0. Therefore one
+element in a million of these ops' gradients may be off, and sums over a gradient may be off by two elements. Bits and
+positions must equal those of `same`, with the same exception of one in a million.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from torch.utils._pytree import tree_map
 from fusedres.tune.calls import Call
 
 _UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_UNIT_TF32 = 2.0**-10  # products cut operands to ten bits
-_FLIPPED = 1e-6  # share of a gradient's elements
-_ORDER = 32  # unit roundoffs of the accumulator that the order of a long sum may leave
-# Ops that recompute a gate, and from what: multiplied by 1 ± u it would open and close gates.
+_UNIT_TF32 = 2.0**-10  # products truncate operands to ten bits
+_FLIPPED = 1e-6  # share of a gradient's elements that may be off
+_ORDER = 32  # error that the order of a long sum may cause, in unit roundoffs of the accumulator
+# Ops that recompute a gate, and the arguments they use. These are not multiplied by 1 ± u, which would flip gates.
 _REGATED = {
     "conv_dgrad": ("input", "input_state"),
     "one_pass_dgrad": ("z", "z_state"),
@@ -40,7 +42,7 @@ _REGATED = {
 
 
 def off_by(ours: Tensor, reference: Tensor) -> float:
-    """‖ours − reference‖ / ‖reference‖, NaN where either has one; of gradients behind many gates."""
+    """Return ‖ours − reference‖ / ‖reference‖, NaN if either tensor has a NaN; for gradients after many gates."""
     wide = torch.float64 if reference.dtype == torch.float64 else torch.float32
     ours, reference = ours.to(wide), reference.to(wide)
     scale = reference.norm()
@@ -48,10 +50,12 @@ def off_by(ours: Tensor, reference: Tensor) -> float:
 
 
 class ExpectedOutput:
-    """What a whole block or stem must return, whose masks fall to either side in backward alone: `wide` is the stock
-    module's output in wider arithmetic, `eager` the one in the precision that is checked, of unit roundoff `unit`.
+    """The output that a whole block or stem must return. Masks near 0 do not matter here, only in backward.
 
         max |ours − wide| <= 3·max |eager − wide| + 8·unit·max |wide|    over the pixels of each channel
+
+    wide: the stock module's output in wider arithmetic. eager: its output in the precision that is checked, with unit
+    roundoff `unit`.
     """
 
     def __init__(self, eager: Tensor, wide: Tensor, dtype: torch.dtype, tf32: bool) -> None:
@@ -60,12 +64,12 @@ class ExpectedOutput:
         self._result = _Result(wide, bound, 0)
 
     def wrong(self, ours: Tensor) -> str | None:
-        """In words, None where it is right."""
+        """Return what is wrong with an output, in words, or None if it is right."""
         return self._result.wrong(ours)
 
 
 def wide_output(module: nn.Module, x: Tensor) -> Tensor:
-    """The output of a copy of a stock module in float32, in float64 where x is no narrower; no TF32."""
+    """Return the output of a copy of a stock module, in float32 if x is in half precision, else in float64; no TF32."""
     wide = torch.float32 if x.dtype.itemsize == 2 else torch.float64
     with true_float32(), torch.autocast(x.device.type, enabled=False), torch.no_grad():
         found: Tensor = copy.deepcopy(module).to(wide)(x.detach().to(wide))
@@ -76,12 +80,12 @@ def wide_output(module: nn.Module, x: Tensor) -> Tensor:
 class _Result:
     """What one result must be."""
 
-    expected: Tensor  # wide; of an integer type as the op's own dtype has it
-    bound: Tensor  # one a group, as _largest has it
-    flipped: int  # elements that may be off
+    expected: Tensor  # the wide result; for integers the result in the op's own dtype
+    bound: Tensor  # one bound per group of _largest
+    flipped: int  # number of elements that may be off
 
     def wrong(self, ours: Tensor) -> str | None:
-        """In words, None where it is right."""
+        """Return what is wrong with a result, in words, or None if it is right."""
         if ours.shape != self.expected.shape:
             return f"has shape {tuple(ours.shape)}, the reference {tuple(self.expected.shape)}"
         if not ours.is_floating_point():
@@ -102,7 +106,7 @@ class _Result:
 
 
 class Expected:
-    """What an op must return for the arguments of a call."""
+    """The results that an op must return for the arguments of a call."""
 
     def __init__(self, call: Call) -> None:
         narrow = call.dtype
@@ -115,7 +119,7 @@ class Expected:
             moved = _widened(call, narrow, wide, unit).results("reference")
         regated = call.op.name in _REGATED
         self._results: list[_Result] = []
-        slack = 0.0  # of sums over gradients
+        slack = 0.0  # added to the bounds of sums over gradients
         for a, b, c in zip(same, expected, moved, strict=True):
             if not a.is_floating_point():
                 self._results.append(_Result(a, torch.zeros(()), int(_FLIPPED * a.numel())))
@@ -131,7 +135,7 @@ class Expected:
             self._results.append(_Result(b, bound, flipped))
 
     def wrong(self, ours: Sequence[Tensor]) -> str | None:
-        """What is wrong with a backend's results, in words; None where they are right."""
+        """Return what is wrong with a backend's results, in words, or None if they are right."""
         for position, (result, found) in enumerate(zip(self._results, ours, strict=True)):
             reason = result.wrong(found)
             if reason is not None:
@@ -140,7 +144,7 @@ class Expected:
 
 
 def repeats(call: Call, backend: str, times: int) -> str | None:
-    """What differs between calls with the same arguments, bit by bit; None where nothing does."""
+    """Return which bits differ between calls with the same arguments, in words, or None if none differ."""
     first = call.results(backend)
     for _ in range(times - 1):
         found = differing(first, call.results(backend))
@@ -150,7 +154,7 @@ def repeats(call: Call, backend: str, times: int) -> str | None:
 
 
 def differing(first: Sequence[Tensor], second: Sequence[Tensor]) -> str | None:
-    """Which result has other bits, and in how many elements; None where they are the same."""
+    """Return which result differs in its bits, and in how many elements, or None if all are equal."""
     for position, (a, b) in enumerate(zip(first, second, strict=True)):
         if not torch.equal(_bits(a), _bits(b)):
             count = int((_bits(a) != _bits(b)).sum())
@@ -166,14 +170,14 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """|a − b| in b's type; 0 where both are NaN or the same infinity, infinite where only one is."""
+    """Return |a − b| in b's dtype; 0 if both elements are NaN or the same infinity, infinite if only one is."""
     a = a.to(b.dtype)
     distance = (a - b).abs()
     return distance.nan_to_num_(torch.inf).masked_fill_((a == b) | (a.isnan() & b.isnan()), 0)
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The maxima of the groups in which errors are compared."""
+    """Return the maximum of each group in which errors are compared."""
     if not values.numel():
         return values.new_zeros(())
     if values.dim() == 4:
@@ -182,14 +186,14 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _spread(bound: Tensor, values: Tensor) -> Tensor:
-    """A bound of groups beside the elements."""
+    """Return the bounds of the groups, expanded to the shape of values."""
     if values.dim() == 4:
         return bound.view(1, -1, 1, 1).expand_as(values)
     return bound.view(-1, 1).expand_as(values) if bound.dim() == 1 else bound.expand_as(values)
 
 
 def _widened(call: Call, narrow: torch.dtype, wide: torch.dtype, unit: float) -> Call:
-    """The call in wide arithmetic, what is in the narrow type multiplied by 1 ± unit; the same signs at every call."""
+    """Return the call in wide arithmetic, with its narrow tensors multiplied by 1 ± unit; signs are always the same."""
     random: dict[torch.device, torch.Generator] = {}
 
     def convert(value: object, unit: float) -> object:
@@ -213,8 +217,8 @@ def _widened(call: Call, narrow: torch.dtype, wide: torch.dtype, unit: float) ->
     return Call(call.op, call.schema, tuple(args))
 
 
-class true_float32:  # noqa: N801 - named as the function that it is used as
-    """No TF32 inside, in convolutions and in products."""
+class true_float32:  # noqa: N801 - used like a function
+    """A context without TF32 in convolutions and matrix products."""
 
     def __enter__(self) -> None:
         self._before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

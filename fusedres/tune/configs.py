@@ -1,4 +1,4 @@
-"""The fastest tile sizes of each problem that a block's kernels choose for: every candidate is checked, then timed."""
+"""Finds the fastest tile sizes for each problem of a block's kernels: every candidate is checked, then timed."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fusedres.tune.compare import Expected
 from fusedres.tune.timing import Timer, Variant, interleave
 from fusedres.tune.ways import Bench, faster
 
-_LEAD = 300e-6  # seconds that the GPU waits before what is timed, so that launches are in its queue
+_LEAD = 300e-6  # seconds that the GPU waits before the timed work, so that all launches are already in its queue
 
 
 class Configs:
-    """Problem → label of the fastest config, filled by visiting blocks."""
+    """The label of the fastest config for each problem, found by visiting blocks."""
 
     def __init__(self, device: torch.device, rounds: int, left: Callable[[], float], known: dict[str, str]) -> None:
         self.found = dict(known)
         self.wrong: list[str] = []  # candidates that were left out, and why
         self._timer = Timer(device, lead=_LEAD)
         self._rounds, self._left = rounds, left
-        self._measured: set[str] = set()  # problems
-        # by dtype: signatures are of shapes
+        self._measured: set[str] = set()  # keys of problems
+        # One for each dtype, as signatures contain only shapes.
         self._visits: defaultdict[str, Visit] = defaultdict(lambda: Visit(set(), self._of_call))
 
     def visit(self, bench: Bench, ways: Iterable[Way]) -> None:
-        """Measures what a block asks for on these ways."""
+        """Measure the problems of a block's kernels when it runs in these ways."""
         for way in ways:
             dispatch.install(bench.device, bench.table(way, self.found))
             visit = self._visits[bench.case.dtype]
@@ -73,13 +73,13 @@ class Configs:
             return self._said(error)
 
     def _said(self, error: Exception) -> str:
-        """In a line; raises where the GPU is lost."""
+        """Return an error in one line; raise if the GPU is lost."""
         if self._timer.device.type == "cuda":
             torch.cuda.synchronize()
         return f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def _fastest(self, timed: list[Variant], first: Config) -> str:
-        """The first of the candidates stays unless another is faster by more than the noise."""
+        """Return the label of the fastest config; the first candidate, unless another beats it by more than noise."""
         samples = interleave(timed, self._timer, rounds=self._rounds, warmup=1)
         best = min(samples, key=lambda label: median(samples[label]))
         default = samples.get(first.label)

@@ -1,4 +1,4 @@
-"""The distinct blocks and stems of torchvision's residual networks, found by running the networks on meta tensors."""
+"""Finds the distinct blocks and stems of torchvision's residual networks by running the networks on meta tensors."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Stem(nn.Module):
         self.conv1, self.bn1, self.relu, self.maxpool = model.conv1, model.bn1, model.relu, model.maxpool
 
     def forward(self, x: Tensor) -> Tensor:
-        """maxpool(relu(bn1(conv1(x))))."""
+        """Return maxpool(relu(bn1(conv1(x))))."""
         result: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return result
 
 
 class FusedStemAlone(FusedStem, Stem):
-    """The same, fused where the device's table does not say otherwise."""
+    """The same stem, fused unless the device's table says otherwise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See Stem."""
+        """Return the same as Stem."""
         out = self.fused_stem(x)
         return super().forward(x) if out is None else out
 
@@ -47,20 +47,20 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A block or a stem of its shapes, stock, on the meta device."""
+    """A stock block or stem on the meta device."""
 
     name: str
     module: nn.Module
-    size: tuple[int, int, int]  # of an input: channels, height, width
+    size: tuple[int, int, int]  # channels, height and width of an input
 
     @property
     def is_stem(self) -> bool:
-        """Whether its input are images, which need no gradient."""
+        """Whether the inputs are images, which need no gradient."""
         return isinstance(self.module, Stem)
 
     @property
     def shape(self) -> tuple[str | int, ...]:
-        """Its Shape from kind to width."""
+        """The fields of its dispatch.Shape from kind to width."""
         fused: Any = copy.copy(self.module)
         fused.__class__ = FUSED[type(self.module)]
         anatomy = fused.anatomy()
@@ -68,9 +68,9 @@ class Subject:
         return shape_of(anatomy, torch.empty((1, *self.size), device="meta"))
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """A copy on a device, channels_last, with weights and statistics that are not special values.
+        """Return a copy on a device, in channels_last, with random parameters and initial running statistics.
 
-        In half precision its weights are float32, as under autocast.
+        For half precision the weights are float32, as under autocast.
         """
         module = copy.deepcopy(self.module).to_empty(device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -87,10 +87,10 @@ class Subject:
 
 
 def subjects(models: Sequence[str], image_size: int) -> list[Subject]:
-    """The distinct ones of torchvision's models at images of this size, in order.
+    """Return the distinct blocks and stems of torchvision's models for images of this size, in order.
 
     Raises:
-        ValueError: a name is none of torchvision's residual networks.
+        ValueError: a name is not one of torchvision's residual networks.
     """
     found: dict[tuple[str | int, ...], Subject] = {}
     for name in models:

@@ -1,10 +1,10 @@
-"""Timing of variants side by side.
+"""Times variants side by side.
 
-Every comparison is made inside one process, round by round: each round times every variant once, in an order that
-rotates, so that drift of the machine falls on all of them alike. Times of separate runs are never compared.
+Every comparison is made in one process, round by round. Each round times every variant once, in rotating order, so that
+drift of the machine affects all variants equally. Times of separate runs are never compared.
 
-On a GPU a sample is the time between two CUDA events after the L2 cache has been flushed. On a CPU it is wall time,
-page faults of freshly allocated memory included, as a user pays them; its caches are flushed where asked.
+On a GPU a sample is the time between two CUDA events after the L2 cache was flushed. On a CPU it is wall time,
+including page faults of newly allocated memory, as for a user; the CPU's caches are flushed only if requested.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CPU_FLUSH_BYTES = 128 << 20  # more than the last cache of one socket's cores
+_CPU_FLUSH_BYTES = 128 << 20  # more than the last-level cache of one socket
 
 
 @dataclass
 class Variant:
-    """Something to be timed: `run` is timed; `prepare` runs before it, behind a flush of caches, `cleanup` after it."""
+    """Something to time: only `run` is timed; `prepare` runs before it, after the flush of caches, `cleanup` after."""
 
     name: str
     run: Callable[[], Any]
@@ -32,11 +32,13 @@ class Variant:
 
 
 class Timer:
-    """Seconds of one call: CUDA events after an L2 flush on a GPU, wall time on a CPU.
+    """Measures the seconds of one call: by CUDA events after an L2 flush on a GPU, by wall time on a CPU.
 
-    A short call on a CPU is repeated until about `least` seconds are filled; the sample is the mean of the calls. A GPU
-    waits `lead` seconds before the first event, so that what is launched within them costs no time of its own. `cold`:
-    a CPU's caches are flushed before each call, too.
+    Args:
+        device: where the calls run.
+        least: on a CPU, a short call is repeated for about this many seconds; the sample is the mean of the calls.
+        lead: a GPU waits this many seconds before the first event, so that launches in this time do not count.
+        cold: also flush the CPU's caches before each call.
     """
 
     def __init__(self, device: torch.device, least: float = 1e-3, lead: float = 0.0, cold: bool = False) -> None:
@@ -52,7 +54,7 @@ class Timer:
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def once(self, variant: Variant) -> float:
-        """One timed call."""
+        """Time one call and return its seconds."""
         if self.device.type == "cpu":
             if self._flush is not None:
                 self._flush.add_(1)
@@ -81,11 +83,11 @@ class Timer:
         return seconds
 
     def sample(self, variant: Variant, calls: int = 1) -> float:
-        """The mean of `calls` timed calls."""
+        """Return the mean of `calls` timed calls."""
         return sum(self.once(variant) for _ in range(calls)) / calls
 
     def calls(self, variant: Variant, cost: float) -> int:
-        """How many calls of `cost` seconds make one sample."""
+        """Return how many calls of `cost` seconds make one sample."""
         return 1 if self._flush is not None else max(1, min(100, math.ceil(self.least / max(cost, 1e-9))))
 
 
@@ -99,13 +101,14 @@ def interleave(
     warmup: int = 2,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Times every variant once a round, in rotating order; returns the samples by variant, one a round.
+    """Time every variant once per round, in rotating order, and return the samples of each variant, one per round.
 
     Args:
-        rounds: how many rounds.
-        at_least: with a `budget` in seconds, rounds stop once it is spent, but never before this many.
-        warmup: untimed calls of each variant beforehand.
-        on_round: called after each round with the number of rounds done.
+        rounds: the number of rounds.
+        at_least: the smallest number of rounds, if there is a budget.
+        budget: seconds after which no new round starts, once `at_least` rounds are done.
+        warmup: number of calls of each variant before the first round.
+        on_round: called after each round with the number of finished rounds.
     """
     names = [v.name for v in variants]
     if len(set(names)) != len(names):
@@ -127,7 +130,7 @@ def interleave(
 
 
 def rotation(items: Sequence[Variant], turn: int) -> list[Variant]:
-    """`items` rotated by `turn`; every other full cycle runs backwards, so that no item always follows the same one."""
+    """Return `items` rotated by `turn`; every second full cycle is reversed, so that neighbours change."""
     count = len(items)
     turned = [items[(turn + k) % count] for k in range(count)]
     return turned[::-1] if (turn // count) % 2 else turned

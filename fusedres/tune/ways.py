@@ -1,4 +1,4 @@
-"""The fastest way of one block or stem: every way is checked against eager first, then timed beside it."""
+"""Finds the fastest way of one block or stem: every way is first checked against eager, then timed beside it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# ‖fused − eager‖ / ‖eager‖ of gradients: in low precision masks near 0 fall to either side.
+# Bounds of ‖fused − eager‖ / ‖eager‖ for gradients; in low precision, rounding flips masks near 0.
 BOUNDS = {"float32": 1e-2, "tf32": 0.15, "bfloat16": 0.3, "float16": 0.15, "float64": 1e-7}
-SLOWER = 0.98  # eager over the fastest way: below, the shape is left unfused
+SLOWER = 0.98  # a shape stays unfused if eager's time / that of the fastest way is below this
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured at once."""
+    """One measurement: a block or a stem, a batch size, a dtype and a phase."""
 
     subject: Subject
     batch: int
@@ -48,29 +48,29 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        """The key of its entry."""
+        """The key of the case's entry in a table."""
         return Shape._make((*self.subject.shape, dispatch.batch_class(self.batch), self.dtype, self.phase))
 
 
 def ratio(base: Sequence[float], other: Sequence[float]) -> float:
-    """Median over rounds of base / other: above 1 `other` is faster."""
+    """Return the median over rounds of base / other; above 1, `other` is faster."""
     return median(a / b for a, b in zip(base, other, strict=True))
 
 
 def faster(candidate: Sequence[float], than: Sequence[float]) -> bool:
-    """In four of five rounds: by more than the noise."""
+    """Whether candidate is faster by more than the noise: in at least four of five rounds."""
     ratios = sorted(b / a for a, b in zip(candidate, than, strict=True))
     return ratios[len(ratios) // 5] > 1
 
 
 def settle(best: Way, eager: Sequence[float], seconds: Sequence[float]) -> Entry:
-    """The entry of a shape whose fastest way took `seconds`: unfused where eager is faster by more than 2%."""
+    """Return the entry of a shape; best: its fastest way, which took `seconds`; unfused if eager is over 2% faster."""
     found = ratio(eager, seconds)
     return Entry(best if found >= SLOWER else UNFUSED, found)
 
 
 class Bench:
-    """One case on a device: the stock module and the fused one, run by whichever way is installed."""
+    """One case on a device: the stock module, and the fused one, which follows the installed table."""
 
     def __init__(self, case: Case, device: torch.device, backend: str) -> None:
         self.case, self.device, self.backend = case, device, backend
@@ -90,38 +90,38 @@ class Bench:
         self.grad = grad.to(memory_format=torch.channels_last)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision as in training."""
+        """Return a context with mixed precision as in training."""
         dtype = DTYPES[self.case.dtype]
         return torch.autocast(self.device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """What the table says is followed; no gradients in inference."""
+        """Context in which blocks follow the table, without gradients for inference."""
         with use_backend("auto"), torch.inference_mode(not self.train):
             yield
 
     def table(self, way: Way, configs: dict[str, str]) -> Table:
-        """In which this shape has this way."""
+        """Return a table that has this way for the case's shape."""
         device = family(self.device)
         assert device is not None
         return Table(device, self.backend, versions(), "", {self.case.shape: Entry(way, None)}, configs)
 
     def step(self, module: nn.Module) -> None:
-        """Forward, and in training backward; within `around`."""
+        """Run forward, and in training also backward; call it inside `around`."""
         with self._autocast():
             out = module(self.x)
         if self.train:
             out.backward(self.grad)
 
     def cleanup(self) -> None:
-        """Drops the gradients."""
+        """Drop the gradients."""
         self.x.grad = None
         for module in (self.stock, self.fused):
             for parameter in module.parameters():
                 parameter.grad = None
 
     def variant(self, name: str, module: nn.Module, table: Table | None) -> Variant:
-        """A step, with a table installed before."""
+        """Return a variant that installs the table, if any, and runs a step."""
 
         def run() -> None:
             if table is not None:
@@ -131,7 +131,7 @@ class Bench:
         return Variant(name, run, self.cleanup)
 
     def results(self, module: nn.Module) -> dict[str, Tensor]:
-        """Output and gradients."""
+        """Return the output and the gradients."""
         with self.around():
             with self._autocast():
                 out = module(self.x)
@@ -144,7 +144,7 @@ class Bench:
         return found
 
     def disagreement(self, table: Table, eager: dict[str, Tensor]) -> str | None:
-        """What is wrong with the way of a table, None where it agrees with eager."""
+        """Return what is wrong with the way of a table, or None if it agrees with eager."""
         dispatch.install(self.device, table)
         counted = "stem_forward" if self.case.subject.is_stem else "fused_forward"
         before = path_counts[counted]
@@ -170,7 +170,7 @@ class Bench:
     # --- ways ---------------------------------------------------------------------------------------------------------
 
     def starts(self) -> list[Way]:
-        """The library's convolutions, and where there are others all of this package's."""
+        """Return the way with the library's convolutions, and the one with all of this package's if it has any."""
         found = [Way(self.backend)]
         if self._own():
             every = Directions._make(name in self._products() for name in Directions._fields)
@@ -179,12 +179,12 @@ class Bench:
         return found
 
     def visits(self) -> list[Way]:
-        """Ways on which every kernel of this package runs."""
+        """Return ways that together run every kernel of this package."""
         last = self.starts()[-1]
         return [*self.starts(), *([last._replace(one_pass=True)] if self._one_pass() else [])]
 
     def changes(self) -> list[Callable[[Way], Way]]:
-        """One product the other way each, then statistics before the convolution."""
+        """Return the changes to try: switch one product each, and last, compute statistics before the convolution."""
 
         def other(kernels: str, product: str) -> Callable[[Way], Way]:
             def change(way: Way) -> Way:
@@ -200,7 +200,7 @@ class Bench:
         return found
 
     def _own(self) -> list[str]:
-        """Sizes of kernels for which there are own products."""
+        """Return the kernel sizes for which this package has its own products."""
         convolutions = [m for m in self.fused.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
         if self.backend == "cpu":
             return []
@@ -222,27 +222,27 @@ class Bench:
 
 @dataclass
 class Found:
-    """What was found for a case."""
+    """The result for a case."""
 
     entry: Entry
     eager_s: float | None
-    wrong: list[str]  # ways that were left out, and why
+    wrong: list[str]  # the ways that were left out, and why
 
 
 def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int) -> Found:
-    """Starts from the faster of the library's convolutions and all own ones, and keeps each change that is faster."""
+    """Find the fastest way: start from the faster of the library's and our convolutions, keep each faster change."""
     eager = bench.results(bench.stock)
     wrong: list[str] = []
 
     def right(way: Way) -> bool:
         try:
             reason = bench.disagreement(bench.table(way, configs), eager)
-        except torch.OutOfMemoryError:  # says nothing of the way
+        except torch.OutOfMemoryError:  # does not mean that the way is wrong
             bench.cleanup()
             raise
         except Exception as error:
             if bench.device.type == "cuda":
-                torch.cuda.synchronize()  # raises where the GPU is lost
+                torch.cuda.synchronize()  # raises if the GPU is lost
             bench.cleanup()
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if reason:
@@ -250,7 +250,7 @@ def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int) ->
         return reason is None
 
     def timed(*ways: Way) -> list[list[float]]:
-        """Samples of eager and of each way."""
+        """Return the samples of eager and of each way."""
         variants = [bench.variant("eager", bench.stock, None)]
         variants += [bench.variant(str(way), bench.fused, bench.table(way, configs)) for way in ways]
         with bench.around():
