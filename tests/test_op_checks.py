@@ -97,7 +97,7 @@ def test_what_a_norm_does_not_see() -> None:
 def stub(results: Callable[[], Any]) -> Call:
     """Return a call of an op without arguments."""
     argument = SimpleNamespace(name="backend", alias_info=None)
-    op: Any = SimpleNamespace(name="stub", kernel=lambda backend: results)
+    op: Any = SimpleNamespace(name="stub", kernel=lambda backend: results, grouped=list)
     return Call(op, SimpleNamespace(arguments=[argument]), ("cpu",))
 
 

@@ -59,12 +59,9 @@ def _parameter(name: str, hint: Any) -> _Parameter:
     if hint is kind:
         return _Parameter(name, kind, dict(zip(names, hints.values(), strict=True)), None)
     optional = [each | None if each is Tensor else each for each in hints.values()]
-    nothing = {
-        field: None if Tensor in typing.get_args(each) else False for field, each in zip(hints, optional, strict=True)
-    }
-    return _Parameter(
-        name, kind, dict(zip(names, optional, strict=True)), tuple((nothing | kind._field_defaults).values())
-    )
+    absent = [None if Tensor in typing.get_args(each) else False for each in optional]
+    nothing = dict(zip(hints, absent, strict=True)) | kind._field_defaults
+    return _Parameter(name, kind, dict(zip(names, optional, strict=True)), tuple(nothing.values()))
 
 
 def _schema(name: str, arguments: Mapping[str, Any], returned: Any, writes: Sequence[str]) -> str:
@@ -93,12 +90,7 @@ class Op:
     """
 
     def __init__(
-        self,
-        declared: Callable[..., Any],
-        folder: str,
-        rows: Rows,
-        writes: tuple[str, ...],
-        relations: Relations | None,
+        self, declared: Callable[..., Any], folder: str, rows: Rows, writes: Sequence[str], relations: Relations | None
     ) -> None:
         self.name = declared.__name__
         self.folder, self.rows, self._declared, self._relations = folder, rows, declared, relations
@@ -214,7 +206,7 @@ class Op:
 
 
 def op(
-    folder: str, rows: Rows, *, writes: tuple[str, ...] = (), relations: Relations | None = None
+    folder: str, rows: Rows, *, writes: Sequence[str] = (), relations: Relations | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make an Op of a typed function, and a function that calls it; see the head of this file."""
 

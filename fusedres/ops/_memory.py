@@ -5,7 +5,7 @@ A table (_arguments.py) is checked once for each signature of a call; these chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -50,7 +50,7 @@ def signature(value: Any) -> Any:
     return float if isinstance(value, float) else value
 
 
-def check_memory(op: str, tensors: Iterable[tuple[str, Tensor]], written: tuple[str, ...]) -> None:
+def check_memory(op: str, tensors: Iterable[tuple[str, Tensor]], written: Sequence[str]) -> None:
     """Raise if a storage is too small for its tensor, or if a written tensor shares memory or may not be written.
 
     Meta tensors have no memory, so theirs is not checked.
