@@ -26,7 +26,7 @@ from fusedres.values import Gradient, Raw
 def conv_wgrad(
     k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool, gated: bool, gpu: Gpu
 ) -> tuple[Config, ...]:
-    """Candidates, best guess first."""
+    """Return candidates, best guess first."""
     first, second = (c, k) if h_computed else (k, c)
 
     def config(block_first: int, block_second: int, block_m: int, num_warps: int, num_stages: int) -> Config:
@@ -119,7 +119,7 @@ def _split(total: int, tiles: int, side_by_side: int, sums: float) -> tuple[int,
 
 
 def conv_wgrad_finalize(splits: int) -> tuple[Config, ...]:
-    """Candidates, best guess first."""
+    """Return candidates, best guess first."""
     return _finalize(splits > 8)
 
 
