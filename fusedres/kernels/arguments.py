@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedres import values
 
-# As DType (csrc/common/dtype.h) and GateKind (csrc/common/gate.h) number them.
+# The numbers of DType (csrc/common/dtype.h) and GateKind (csrc/common/gate.h).
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _BITS, _OUTPUT = 1, 2

@@ -1,4 +1,4 @@
-"""The one table of which backend's kernel serves an op: fusedres.kernels.<folder>.<backend>.<op>."""
+"""Which backend's kernel serves an op: fusedres.kernels.<folder>.<backend>.<op>."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 
 from fusedres import cuda_support
 
-# Backends that stand in, in this order, where a backend has no kernel of an op or cannot run here. Every other backend
-# has its ops or raises.
+# Backends to use, in this order, if a backend has no kernel for an op or cannot run here. Every other backend has
+# kernels for its ops, or raises.
 STAND_INS: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference")}
 
 
 def find(folder: str, op: str, backend: str) -> Callable[..., Any] | None:
-    """A backend's own kernel of an op, None where it has none."""
+    """Return a backend's own kernel for an op, None if it has none."""
     try:
         return getattr(import_module(f"fusedres.kernels.{folder}.{backend}"), op, None)
-    except ModuleNotFoundError:  # also where Triton is not installed
+    except ModuleNotFoundError:  # also if Triton is not installed
         return None
 
 
 @torch.compiler.assume_constant_result
 def serving(folder: str, op: str, backend: str) -> str:
-    """The backend whose kernel runs where `backend` is selected."""
+    """Return the backend that provides the kernel when `backend` is selected."""
     return explain(folder, op, backend)[0]
 
 
 @cache
 def explain(folder: str, op: str, backend: str) -> tuple[str, str]:
-    """The backend whose kernel runs where `backend` is selected, and why that one."""
+    """Return the backend that provides the kernel when `backend` is selected, and the reason."""
     if backend not in STAND_INS:
         return backend, "it has a kernel of its own"
     reason = cuda_support.unsupported()

@@ -2,9 +2,9 @@
 
     z[m, c] = scale[c]·x[m, c] + shift[c] + S[m, c]      out = relu(z)      mask = NOT (z <= 0)      (He et al. 2015)
 
-S is the shortcut as it is, or with its own scale and shift, or every stride-th of its pixels with zero channels
-appended. A program owns BLOCK_M rows by BLOCK_C channels of the result, and the BLOCK_C / 8 bytes of mask a row. Reads
-x and the pixels of the shortcut that are used, writes out and, where asked for, 1 bit an element, each once.
+S is the shortcut itself, the shortcut with its own scale and shift, or every stride-th of its pixels with zero channels
+appended. A program owns BLOCK_M rows by BLOCK_C channels of the result, and BLOCK_C / 8 bytes of mask per row. It reads
+x and the selected pixels of the shortcut, and writes out and, if asked for, 1 bit per element. Each is touched once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def bn_add_relu_kernel(
     z += branch.to(z.dtype)
     tl.store(out_ptr + offsets, relu(z).to(out_ptr.dtype.element_ty), mask=inside)
     if out_mask_ptr is not None:
-        # z is 0 beyond the channels, so their bits are
+        # beyond the channels z is 0, and so are the bits
         bits = tl.reshape(tl.where(z <= 0, 0, 1), [BLOCK_M, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
         width, bytes_ = (C + 7) // 8, column // 8 + tl.arange(0, BLOCK_C // 8)
         inside = (rows < M)[:, None] & (bytes_ < width)[None, :]

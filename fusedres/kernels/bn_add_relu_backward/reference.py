@@ -10,7 +10,7 @@ from fusedres.values import BnBranch, Gated
 
 
 def _branch(d: Tensor, branch: BnBranch) -> tuple[Tensor, Tensor]:
-    """grad_x and Σd·x̂ of one branch, d in the arithmetic type."""
+    """Return grad_x and Σd·x̂ of one branch; d is in the arithmetic type."""
     x, state, batch_statistics = branch
     mean, invstd, scale, _ = state
     normalised = (x.to(d.dtype) - per_channel(mean)) * per_channel(invstd)
@@ -25,7 +25,7 @@ def _branch(d: Tensor, branch: BnBranch) -> tuple[Tensor, Tensor]:
 def bn_add_relu_backward(
     gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fusedres.ops.bn_add_relu_backward; the sums are always there."""
+    """See fusedres.ops.bn_add_relu_backward; the sums are always computed."""
     d = masked(*gated).to(x.state.dtype)
     grad_x, product = _branch(d, x)
     grad_shortcut, shortcut_product = x.x.new_empty(0), torch.zeros_like(product)

@@ -1,6 +1,6 @@
 """Backward of BatchNorm under a ReLU in Triton: the three launches of kernels/bn_backward, one after another.
 
-The sums are left out where nothing needs them, and x is not read again where its statistics are constant.
+The sums are left out if nothing needs them, and x is not read again if its statistics are constant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The three steps of BatchNorm's backward in plain PyTorch; the partials are one tile."""
+"""The three steps of BatchNorm's backward in plain PyTorch. All rows are one tile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
 
 def _product(d: Tensor, x: Raw) -> Tensor:
-    """Σ d·x̂ per channel."""
+    """Return Σ d·x̂ per channel."""
     assert x.state is not None  # checked by the op
     normalised = (x.y.to(d.dtype) - per_channel(x.state[0])) * per_channel(x.state[1])
     return (d * normalised).sum((0, 2, 3))
@@ -44,7 +44,7 @@ def bn_backward_coefficients(
 
 def _branch(d: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
     a, c1, mean, k = (per_channel(row) for row in coefficients)
-    pull = ((x.to(d.dtype) - mean) * k).masked_fill(k == 0, 0)  # constant statistics: whatever x is
+    pull = ((x.to(d.dtype) - mean) * k).masked_fill(k == 0, 0)  # constant statistics: 0 even if x is NaN
     return (a * (d - c1 - pull)).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -1,6 +1,7 @@
 """Launchers of BatchNorm's backward; the equations and the kernels are in triton_kernels.py.
 
-Functions named …_launch leave open what the ops fix: where results are written, and a gate recomputed from x.
+Functions named …_launch are more general than the ops: the caller chooses where results are written, and the gate may
+be recomputed from x.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
 
 def reduce_launch(gated: Gated, kind: str, x: Raw, shortcut: Raw | None) -> Tensor:
-    """Partials (T, 2 or 3, C) after a gate of this kind."""
+    """Return partials (T, 2 or 3, C) of the gradient after a gate of this kind."""
     (grad, gate), (y, state) = gated, x
     shortcut_x, shortcut_state = (None, None) if shortcut is None else shortcut
     assert state is not None  # checked by the op
@@ -58,7 +59,7 @@ def bn_backward_reduce(gated: Gated, x: Raw, shortcut: Raw | None = None) -> Ten
 def coefficients_launch(
     partials: Tensor, count: int, norm_state: NormState, shortcut_state: NormState | None, sums: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Coefficients of both branches, each (4, C); the merged sums are written to the first rows of `sums`."""
+    """Return the coefficients of both branches, each (4, C); write the merged sums to the first rows of `sums`."""
     tiles, _, channels = partials.shape
     candidates = configs.merge(channels)
     config = choose(candidates)
@@ -93,7 +94,7 @@ def bn_backward_coefficients(
 
 
 class Elementwise(NamedTuple):
-    """A branch in the elementwise pass: its raw output (None if nothing depends on it), and where its gradient goes."""
+    """A branch in the elementwise pass: its raw output (None if not needed), and the tensor for its gradient."""
 
     x: Tensor | None
     coefficients: Tensor

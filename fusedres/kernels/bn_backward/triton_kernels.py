@@ -1,15 +1,17 @@
 """Backward of BatchNorm in three launches: sums over row tiles, their merge into coefficients, elementwise gradients.
 
     d = grad where the gate is open, else 0      x̂ = (x − μ)·r      c1 = Σd / M      k = r·(Σ d·x̂) / M
-    dx = a·(d − c1 − (x − μ)·k)                  (Ioffe and Szegedy 2015); c1 = k = 0 where the statistics are constant
+    dx = a·(d − c1 − (x − μ)·k)                  (Ioffe and Szegedy 2015); c1 = k = 0 if the statistics are constant
 
-the same for the branch of a normalised shortcut, whose gradient at its output is d too. Activations are (M, C) rows.
+The same equations hold for the branch of a normalised shortcut: the gradient at its output is also d. Activations are
+(M, C) rows.
 
-bn_backward_reduce        a program: BLOCK_M·steps rows of BLOCK_C channels, summed elementwise and then over rows.
-                          Reads grad, the gate, x (and the shortcut's x); writes (T, 2 or 3, C).
-bn_backward_coefficients  a program: BLOCK_C channels of all T partials, in fixed order. Reads them; writes (C,) each.
-bn_backward_apply         a program: a tile. Reads grad, the gate and each x again; writes each dx.
-GATE is gate_kind()'s, or "affine": closed where scale·x + shift <= 0, recomputed from x and state.
+bn_backward_reduce        A program owns BLOCK_M·steps rows of BLOCK_C channels; it sums elementwise, then over rows. It
+                          reads grad, the gate, x (and the shortcut's x), and writes (T, 2 or 3, C).
+bn_backward_coefficients  A program owns BLOCK_C channels of all T partials, and adds them in fixed order. It reads the
+                          partials, and writes vectors (C,).
+bn_backward_apply         A program owns a tile. It reads grad, the gate and each x again, and writes each dx.
+GATE is the result of gate_kind(), or "affine": closed where scale·x + shift <= 0, recomputed from x and state.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fusedres.kernels.triton_core.rows import tile
 
 @triton.jit
 def close_affine(d, x, state_ptr, columns, inside, C):
-    """d, 0 where scale·x + shift <= 0; state (4, C)."""
+    """Return d, but 0 where scale·x + shift <= 0; state (4, C)."""
     scale = tl.load(state_ptr + 2 * C + columns, mask=inside, other=0)
     shift = tl.load(state_ptr + 3 * C + columns, mask=inside, other=0)
     return tl.where(scale[None, :] * x + shift[None, :] <= 0, 0.0, d)
@@ -69,7 +71,7 @@ def bn_backward_reduce_kernel(
         if shortcut_x_ptr is not None:
             shortcut_x = tl.load(shortcut_x_ptr + offsets, mask=inside, other=0).to(dtype)
             shortcut_product += d * (shortcut_x - shortcut_mean[None, :])
-    # x̂ is (x − μ)·r, and r is the channel's: once is enough
+    # x̂ = (x − μ)·r, and r is constant per channel: multiply the sum by r once
     invstd = tl.load(state_ptr + C + columns, mask=channel, other=0)
     index = first // (BLOCK_M * steps)
     if shortcut_x_ptr is not None:
@@ -84,7 +86,7 @@ def bn_backward_reduce_kernel(
 
 @triton.jit
 def store_coefficients(out_ptr, state_ptr, sum_d, product, count, columns, inside, C, BATCH_STATISTICS: tl.constexpr):
-    """Rows a, c1, μ, k of (4, C)."""
+    """Store the rows a, c1, μ, k of (4, C)."""
     mean = tl.load(state_ptr + columns, mask=inside, other=0)
     invstd = tl.load(state_ptr + C + columns, mask=inside, other=0)
     scale = tl.load(state_ptr + 2 * C + columns, mask=inside, other=0)
@@ -103,7 +105,7 @@ def bn_backward_coefficients_kernel(
     partials_ptr,  # (T, 2 or 3, C) float32 or float64
     state_ptr,  # (4, C) of partials' dtype
     shortcut_state_ptr,  # like state, or None
-    out_sums_ptr,  # (2 or 3, C), like all that follows of partials' dtype
+    out_sums_ptr,  # (2 or 3, C); all following arguments have partials' dtype
     out_ptr,  # (4, C)
     out_shortcut_ptr,  # (4, C), or None
     T,
@@ -145,7 +147,7 @@ def bn_backward_coefficients_kernel(
 
 @triton.jit
 def branch_grad(d, x, coefficients_ptr, columns, inside, C):
-    """a·(d − c1 − (x − μ)·k), or a·d where k = 0 = c1, whatever x is; x may be None there."""
+    """Return a·(d − c1 − (x − μ)·k). If k = c1 = 0 this is a·d even if x is NaN, and x may be None."""
     a = tl.load(coefficients_ptr + columns, mask=inside, other=0)
     if x is not None:
         c1 = tl.load(coefficients_ptr + C + columns, mask=inside, other=0)
@@ -159,11 +161,11 @@ def branch_grad(d, x, coefficients_ptr, columns, inside, C):
 def bn_backward_apply_kernel(
     grad_ptr,  # (M, C)
     gate_ptr,  # packed bits (M, ceil(C / 8)) uint8, or like grad, or None
-    x_ptr,  # like grad; None where statistics are constant and it is not needed
+    x_ptr,  # like grad; None if constant statistics make it unnecessary
     coefficients_ptr,  # (4, C) float32 or float64: a, c1, μ, k
     state_ptr,  # (4, C) for GATE "affine", or None
-    shortcut_x_ptr,  # as x
-    shortcut_coefficients_ptr,  # as coefficients, or None
+    shortcut_x_ptr,  # like x
+    shortcut_coefficients_ptr,  # like coefficients, or None
     out_ptr,  # like grad
     out_shortcut_ptr,  # like grad, or None
     M,
@@ -178,7 +180,7 @@ def bn_backward_apply_kernel(
     channel = columns < C
     inside = (row + rows < M)[:, None] & channel[None, :]
     offsets = row * C + rows[:, None] * C + columns[None, :]
-    # Every tile is on its way before the per-channel vectors, which wait for each other in shared memory.
+    # Load all tiles first: the per-channel vectors wait for each other in shared memory.
     d = load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE, BLOCK_M, BLOCK_C).to(dtype)
     x = None
     if x_ptr is not None:

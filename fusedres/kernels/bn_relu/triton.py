@@ -2,8 +2,8 @@
 
     out[m, c] = relu(scale[c]·x[m, c] + shift[c]) − pivot[c]      (Ioffe and Szegedy 2015)
 
-m runs over the M = N·P·Q pixels that the stride leaves. A program owns BLOCK_M rows by BLOCK_C channels: their
-coefficients are loaded once. Reads the pixels of x that are used, writes out, each once.
+m runs over the M = N·P·Q pixels that the stride selects. A program owns BLOCK_M rows by BLOCK_C channels and loads
+their coefficients once. It reads each selected pixel of x once, and writes each element of out once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusedres.kernels.triton_core.rows import affine, pixel_offsets, pixels, rel
 @jit_for_any_batch
 def bn_relu_kernel(
     x_ptr,  # (N, P, Q, C), strides (stride_n, stride_h, stride_w, 1)
-    state_ptr,  # (4, C) float32 or float64, or None: neither affine map nor ReLU
+    state_ptr,  # (4, C) float32 or float64, or None: no affine map and no ReLU
     pivot_ptr,  # (C,) like the state, or None
     out_ptr,  # (M, C) like x; x itself in place
     M,

@@ -1,6 +1,6 @@
-"""Tiles of bn_relu_maxpool and its backward: BLOCK_P x BLOCK_Q windows of BLOCK_C channels; and of the weight gradient.
+"""Tiles of bn_relu_maxpool and backward (BLOCK_P x BLOCK_Q windows of BLOCK_C channels), and of its weight gradient.
 
-Nothing here has been measured on a GPU.
+Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from fusedres.kernels.triton_core.splits import rows_split
 
 
 def forward(channels: int) -> Sequence[Config]:
-    """Candidates, best guess first."""
+    """Return candidates, best guess first."""
     return _tiles(channels)
 
 
 @cache
 def reduction(channels: int) -> Sequence[Config]:
-    """Candidates, best guess first: a program sums STEPS tiles."""
+    """Return candidates, best guess first; a program sums STEPS tiles."""
     steps = 2 if INTERPRETED else 8
     return tuple(Config({**tile.blocks, "STEPS": steps}, tile.num_warps) for tile in _tiles(channels))
 
 
 def reduction_partials(x: Tensor) -> int:
-    """Rows of partial sums that a reduction over x (N, C, H, W) writes; sizes are integers, also a fake tensor's."""
+    """Return how many rows of partial sums a reduction over x (N, C, H, W) writes.
+
+    Sizes must be integers, also those of a fake tensor.
+    """
     config = choose(reduction(int(x.shape[1])))
     return ceil_div(window_tiles(x, config), config["STEPS"])
 
 
 def elementwise(channels: int) -> Sequence[Config]:
-    """Candidates, best guess first."""
+    """Return candidates, best guess first."""
     return _tiles(channels)
 
 
 def window_tiles(x: Tensor, config: Config) -> int:
-    """Tiles of windows over x (N, C, H, W), of one block of channels."""
+    """Return the number of tiles of windows over x (N, C, H, W), for one block of channels."""
     n, _, h, w = (int(size) for size in x.shape)
     return n * ceil_div(ceil_div(h, 2), config["BLOCK_P"]) * ceil_div(ceil_div(w, 2), config["BLOCK_Q"])
 
@@ -49,7 +52,7 @@ def window_tiles(x: Tensor, config: Config) -> int:
 def _tiles(channels: int) -> Sequence[Config]:
     if INTERPRETED:
         return (Config({"BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_C": 128}),)
-    # the widest of the blocks that cover the channels with the fewest lanes idle
+    # of the blocks that leave the fewest lanes idle, the widest
     block_c = min((64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
     return tuple(
         Config({"BLOCK_P": p, "BLOCK_Q": q, "BLOCK_C": block_c}, warps)
@@ -57,8 +60,8 @@ def _tiles(channels: int) -> Sequence[Config]:
     )
 
 
-# (BLOCK_P, BLOCK_Q, BLOCK_K, most of BLOCK_N, warps, stages). What a quad reads takes registers: twice as many columns,
-# or quads, spill in half precision.
+# (BLOCK_P, BLOCK_Q, BLOCK_K, maximum of BLOCK_N, warps, stages). The values that a quad reads take registers: twice as
+# many columns, or twice as many quads, spill in half precision.
 _WGRAD: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
     "half": ((2, 8, 64, 64, 8, 2), (2, 8, 64, 64, 8, 3), (2, 8, 64, 32, 8, 2), (1, 16, 64, 64, 8, 2)),
     "tf32": ((2, 8, 64, 64, 8, 2), (2, 8, 64, 32, 8, 2), (2, 8, 32, 32, 4, 2), (2, 8, 64, 64, 8, 1)),
@@ -69,7 +72,7 @@ _WGRAD: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
 
 @cache
 def wgrad(columns: int, dtype: torch.dtype, precision: str) -> Sequence[Config]:
-    """Candidates, best guess first, of a filter of `columns` elements for each output channel."""
+    """Return candidates, best guess first, for a filter of `columns` elements per output channel."""
     kind = "double" if dtype is torch.float64 else "half" if dtype.itemsize == 2 else precision
     tiles = ((4, 8, 64, 256, 4, 1),) if INTERPRETED else _WGRAD[kind]
     found = []
@@ -81,17 +84,20 @@ def wgrad(columns: int, dtype: torch.dtype, precision: str) -> Sequence[Config]:
 
 
 class WgradPlan(NamedTuple):
-    """How one launch cuts its problem."""
+    """How one launch divides its problem."""
 
     candidates: Sequence[Config]
     config: Config
     tiles: int  # of quads
-    steps: int  # tiles of a split
+    steps: int  # tiles per split
     splits: int
 
 
 def wgrad_plan(grad: Tensor, input: Tensor, kernel: Sequence[int]) -> WgradPlan:
-    """The config taken and its splits of the quads; also what tells a fake tensor's shape, so sizes are integers."""
+    """Return the chosen config and how it splits the quads.
+
+    Fake tensors take the shape of the partial sums from this too, so sizes become integers.
+    """
     columns = int(kernel[0] * kernel[1] * input.shape[1])
     candidates = wgrad(columns, grad.dtype, input_precision(grad.dtype))
     n, k, p, q = (int(size) for size in grad.shape)

@@ -15,7 +15,7 @@ from fusedres.kernels.reference_core import affine
 from fusedres.values import BnBranch, BnGradient, Gated, Geometry, Gradient, Pooled, Raw
 
 _CHANNELS_LAST = torch.channels_last
-CLOSED = 9  # the place of a window's maximum where its ReLU is closed
+CLOSED = 9  # a window's argmax if its ReLU is closed
 
 
 def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
 
 
 def bn_relu_maxpool_backward(pooled: Pooled, x: BnBranch, with_sums: bool) -> tuple[Tensor, Tensor]:
-    """See fusedres.ops.bn_relu_maxpool; the sums are always there."""
+    """See fusedres.ops.bn_relu_maxpool; the sums are always computed."""
     d = _unpooled(pooled, x.x, x.state)
     sums = bn_relu_backward_(d, x, False, with_sums)
     return d.to(x.x.dtype), sums[:2]
@@ -46,21 +46,21 @@ def bn_relu_maxpool_backward_(pooled: Pooled, x: BnBranch, with_sums: bool) -> T
 
 
 def bn_relu_maxpool_reduce(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
-    """See fusedres.ops.bn_relu_maxpool; one tile."""
+    """See fusedres.ops.bn_relu_maxpool; all windows are one tile."""
     return bn_backward_reduce(Gated(_unpooled(pooled, x, state), None), Raw(x, state))
 
 
 def bn_relu_maxpool_wgrad(
     pooled: Pooled, y: BnGradient, input: Tensor, kernel: Sequence[int], geometry: Geometry
 ) -> Tensor:
-    """See fusedres.ops.bn_relu_maxpool; one split."""
+    """See fusedres.ops.bn_relu_maxpool; there is one split."""
     d = _unpooled(pooled, *y)
     dy, _ = bn_backward_apply(Gradient(d, None, *y))
     return conv_wgrad(Gradient(dy), Raw(input, None), kernel, geometry)
 
 
 def _unpooled(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
-    """The gradient of scale·x + shift, in the arithmetic type: every window's, at its place."""
+    """Return the gradient of scale·x + shift in the arithmetic type: each window adds its own at its argmax."""
     grad, argmax = pooled
     n, c, rows, columns = grad.shape
     wide = grad.to(state.dtype)

@@ -87,7 +87,7 @@ def _launch(pooled: Pooled, branch: BnBranch, with_sums: bool, grad_x: Tensor) -
     sums = state.new_zeros((2, c)) if n == 0 else state.new_empty((2, c))
     if n == 0:
         return sums
-    coefficients = state[2:]  # without sums and batch statistics only a, the scale, is read
+    coefficients = state[2:]  # without sums and batch statistics, only a (the scale) is read
     if batch_statistics or with_sums:
         partials = bn_relu_maxpool_reduce(pooled, x, state)
         norm_state = NormState(state, batch_statistics)

@@ -1,20 +1,22 @@
 """BatchNorm's affine map, ReLU and 3x3 max-pool with stride 2 and padding 1, forward and backward.
 
     z = relu(scale·x + shift)      out[p, q] = max over the 9 places k of z[2p − 1 + k // 3, 2q − 1 + k % 3]
-    d[h, w] = Σ of grad over the windows that pixel (h, w) won and whose ReLU was open; the others' place is CLOSED
+    d[h, w] = Σ of grad over the windows with an open ReLU and their maximum at pixel (h, w)
     dx = a·(d − c1 − (x − μ)·k),   c1 = Σd / M,  k = r·(Σ d·x̂) / M       (Ioffe and Szegedy 2015)
 
-A program owns BLOCK_P x BLOCK_Q windows of one image by BLOCK_C channels. In backward these are quads: pixels
-(2p, 2q) to (2p + 1, 2q + 1), which the windows (p, q), (p, q + 1), (p + 1, q), (p + 1, q + 1) reach and no other; every
-pixel is in one quad, so each gathers its gradient in one order and nothing is scattered.
+The argmax of a window is the place k of its maximum, or CLOSED if its ReLU is closed.
 
-bn_relu_maxpool_kernel         reads x, writes out and a byte a window. Windows overlap: x comes 2.25 times through L1,
-                               once from memory as long as a row of windows stays in L2.
-bn_relu_maxpool_reduce_kernel  reads grad, argmax and x; writes partial sums (T, 2, C) of Σd and Σ d·x̂.
-bn_relu_maxpool_apply_kernel   reads the same (no x with constant statistics), writes dx.
+A program owns BLOCK_P x BLOCK_Q windows of one image by BLOCK_C channels. In backward it owns quads: quad (p, q)
+is the pixels (2p, 2q) to (2p + 1, 2q + 1). Only the windows (p, q), (p, q + 1), (p + 1, q), (p + 1, q + 1) reach it.
+Every pixel is in exactly one quad and gathers its gradient in a fixed order; nothing is scattered.
 
-With batch statistics backward cannot be one pass: c1 and k, which every pixel of dx needs, are sums over all of them.
-Between the two, bn_backward_coefficients (kernels/bn_backward) merges the partial sums.
+bn_relu_maxpool_kernel         Reads x; writes out and one byte per window. Windows overlap: x passes through L1 2.25
+                               times, but comes from memory once while a row of windows stays in L2.
+bn_relu_maxpool_reduce_kernel  Reads grad, argmax and x; writes partial sums (T, 2, C) of Σd and Σ d·x̂.
+bn_relu_maxpool_apply_kernel   Reads the same (no x with constant statistics); writes dx.
+
+With batch statistics the backward cannot be one pass: every pixel of dx needs c1 and k, which are sums over all pixels.
+Between the two passes, bn_backward_coefficients (kernels/bn_backward) merges the partial sums.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ CLOSED = tl.constexpr(9)  # a place that no pixel of a window has
 
 @triton.jit
 def window_tile(pid, P, Q, C, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image (int64), first window row, first window column and first channel of tile `pid`."""
+    """Return image (int64), first window row, first window column and first channel of tile `pid`."""
     blocks, across = tl.cdiv(C, BLOCK_C), tl.cdiv(Q, BLOCK_Q)
     column, rest = pid % blocks * BLOCK_C, pid // blocks
     q, rest = rest % across * BLOCK_Q, rest // across
@@ -62,7 +64,7 @@ def bn_relu_maxpool_kernel(
     scale = tl.load(state_ptr + 2 * C + columns, mask=channel, other=0)
     shift = tl.load(state_ptr + 3 * C + columns, mask=channel, other=0)
 
-    # From relu's 0 at the first place on, greater values and NaN take over: ReLU costs nothing.
+    # Start from 0 at the window's first place; greater values and NaN replace it. So ReLU costs nothing.
     best = tl.zeros([BLOCK_P * BLOCK_Q, BLOCK_C], dtype)
     place = tl.zeros([BLOCK_P * BLOCK_Q, BLOCK_C], tl.int32)
     place += (tl.where(p == 0, 3, 0) + tl.where(q == 0, 1, 0))[:, None]
@@ -89,19 +91,19 @@ def bn_relu_maxpool_kernel(
 
 @triton.jit
 def load_window(grad_ptr, argmax_ptr, offsets, inside):
-    """The gradient of windows and the place it goes to."""
+    """Load the gradients of windows, and the places that receive them."""
     return tl.load(grad_ptr + offsets, mask=inside, other=0), tl.load(argmax_ptr + offsets, mask=inside, other=CLOSED)
 
 
 @triton.jit
 def sent(window, place: tl.constexpr, dtype: tl.constexpr):
-    """What windows send to the pixel at one of their places."""
+    """Return the gradient that each window gives to the pixel at one of its places."""
     return tl.where(window[1] == place, window[0], 0.0).to(dtype)
 
 
 @triton.jit
 def quad_gradients(grad_ptr, argmax_ptr, offsets, inside, below, right, Q, C, dtype: tl.constexpr):
-    """d of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of quads; offsets and inside are those of their windows (p, q).
+    """Return d of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of quads; offsets and inside are of their windows (p, q).
 
     below, right: whether there are windows (p + 1, q), (p, q + 1).
     """
@@ -148,7 +150,7 @@ def bn_relu_maxpool_reduce_kernel(
         tile = partial * STEPS + step
         image, top, left, _ = window_tile(tile * blocks, P, Q, C, BLOCK_P, BLOCK_Q, BLOCK_C)
         p, q = top + i, left + j
-        p = tl.where(tile < tiles, p, P)  # behind the last tile nothing is inside
+        p = tl.where(tile < tiles, p, P)  # after the last tile nothing is inside
         first = (image * P + top) * Q * C
         offsets = ((i * Q + q) * C)[:, None] + columns[None, :]
         inside = (p < P)[:, None] & (q < Q)[:, None] & channel[None, :]
@@ -172,7 +174,7 @@ def bn_relu_maxpool_reduce_kernel(
 
 @triton.jit
 def apply_pixel(d, x_ptr, out_ptr, offsets, inside, a, c1, mean, k):
-    """dx of one pixel of every quad; x may be None where c1 and k are zero."""
+    """Store dx of one pixel of every quad; x may be None if c1 and k are zero."""
     if x_ptr is not None:
         x = tl.load(x_ptr + offsets, mask=inside, other=0).to(d.dtype)
         d = d - c1[None, :] - (x - mean[None, :]) * k[None, :]
@@ -183,8 +185,8 @@ def apply_pixel(d, x_ptr, out_ptr, offsets, inside, a, c1, mean, k):
 def bn_relu_maxpool_apply_kernel(
     grad_ptr,  # (N, P, Q, C)
     argmax_ptr,  # (N, P, Q, C) uint8
-    x_ptr,  # (N, H, W, C) like grad; None where the statistics are constants
-    coefficients_ptr,  # (4, C) float32 or float64: a, c1, μ, k; a alone is read without x
+    x_ptr,  # (N, H, W, C) like grad; None if the statistics are constant
+    coefficients_ptr,  # (4, C) float32 or float64: a, c1, μ, k; without x only a is read
     out_ptr,  # (N, H, W, C) like grad; may be x
     H,
     W,

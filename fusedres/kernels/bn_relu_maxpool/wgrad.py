@@ -1,16 +1,16 @@
-"""The weight gradient of the convolution before BatchNorm, ReLU and max-pool, its dy formed on load and never stored.
+"""The weight gradient of the convolution before BatchNorm, ReLU and max-pool; dy is formed on load and never stored.
 
     dW[k, r, s, c] = Σ over pixels (n, h, w) of dy[n, h, w, k] · x[n, h·stride + r·dilation − padding, w·… , c]
     dy = a·(d − c1 − (y − μ)·k), d as in triton_kernels.py
 
-A program owns one split of the quads (triton_kernels.py), BLOCK_K output channels and BLOCK_N of the R·S'·C columns; a
-step takes BLOCK_P x BLOCK_Q quads and does one product for each of a quad's four pixels, so each window's gradient and
-place are loaded once for all of the quad. Splits write partial sums, which
-conv_wgrad_finalize adds in their order, so the bits repeat.
+A program owns one split of the quads (triton_kernels.py), BLOCK_K output channels and BLOCK_N of the R·S'·C columns. A
+step takes BLOCK_P x BLOCK_Q quads and does one product for each of the four pixels of a quad. So each window's gradient
+and argmax are loaded once per quad. Splits write partial sums, and conv_wgrad_finalize adds them in order, so results
+repeat bit for bit.
 
-A column is one element of the filter: with few input channels (3 in an image) a tile of channels alone would be mostly
-padding. Elements of x are loaded one by one, R·S'/stride² times each through L1. Reads grad, argmax and y once a tile
-of columns, mostly from L2, where the programs of one split run side by side; writes S·K·R·S'·C sums.
+A column is one element of the filter: with few input channels (3 in an image), a tile of channels alone would be mostly
+padding. Elements of x are loaded one by one, each R·S'/stride² times through L1. grad, argmax and y are read once per
+tile of columns, mostly from L2, because the programs of one split run side by side. S·K·R·S'·C sums are written.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_f
 from fusedres.kernels.triton_core.product import add_product
 from fusedres.values import BnGradient, Geometry, Pooled
 
-FAR = tl.constexpr(1 << 29)  # a row outside of every image
+FAR = tl.constexpr(1 << 29)  # a row outside every image
 
 
 @triton.jit
 def load_coefficients(coefficients_ptr, k, K):
-    """a, c1, μ and k of the channels k."""
+    """Load a, c1, μ and k of the channels k."""
     a = tl.load(coefficients_ptr + k, mask=k < K, other=0)
     c1 = tl.load(coefficients_ptr + K + k, mask=k < K, other=0)
     mean = tl.load(coefficients_ptr + 2 * K + k, mask=k < K, other=0)
@@ -45,10 +45,10 @@ def load_coefficients(coefficients_ptr, k, K):
 def add_pixel(
     acc, d, coefficients, y_ptr, y_offsets, y_inside, x_ptr, x_offsets, h, w, inside, H, W, PRECISION: tl.constexpr
 ):
-    """Adds dyᵀ·x of one pixel of every quad; h, w: rows and columns of x that the filter's elements meet."""
+    """Add dyᵀ·x of one pixel of every quad; h, w: rows and columns of x under the filter's elements."""
     a, c1, mean, slope = coefficients
     y = tl.load(y_ptr + y_offsets, mask=y_inside, other=0).to(d.dtype)
-    pull = tl.where(slope == 0, 0.0, (y - mean) * slope)  # constant statistics: whatever y is
+    pull = tl.where(slope == 0, 0.0, (y - mean) * slope)  # constant statistics: 0 even if y is NaN
     dy = (a * (d - c1 - pull)).to(y_ptr.dtype.element_ty)
     dy = tl.where(y_inside, dy, 0.0)  # in float16 it may be inf, and 0 times that is NaN
     in_image = inside & (h.to(tl.uint32) < H) & (w.to(tl.uint32) < W)
@@ -65,7 +65,7 @@ def bn_relu_maxpool_wgrad_kernel(
     x_ptr,  # (N, H, W, C) like grad
     out_ptr,  # (S, K, R, S', C) like coefficients
     tiles,  # of quads
-    steps,  # tiles of a split
+    steps,  # tiles per split
     P,
     Q,
     Y_H,
@@ -107,7 +107,7 @@ def bn_relu_maxpool_wgrad_kernel(
     for step in range(steps):
         tile = split * steps + step
         image, top, left, _ = window_tile(tile, P, Q, 1, BLOCK_P, BLOCK_Q, 1)
-        p = tl.where(tile < tiles, top + i, P)  # behind the last tile nothing is inside
+        p = tl.where(tile < tiles, top + i, P)  # after the last tile nothing is inside
         q = left + j
         # dy's tiles are K by quads
         offsets = ((i * Q + q) * K)[None, :] + k
@@ -155,7 +155,7 @@ def bn_relu_maxpool_wgrad(
     c, h, w = input.shape[1:]
     k, p, q = grad.shape[1:]
     candidates, config, tiles, steps, splits = configs.wgrad_plan(grad, input, kernel)
-    if grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot behind an 8-bit load
+    if grad.dtype is torch.float64:  # Triton 3.6 has no float64 dot after an 8-bit load
         argmax = argmax.int()
     out = grad.new_empty((splits, k, *kernel, c), dtype=arithmetic_dtype(grad.dtype))
     arguments = {

@@ -13,7 +13,10 @@ from fusedres.kernels.triton_core.rows import row_tiles
 
 @cache
 def bn_partials(channels: int, dtype: torch.dtype) -> Sequence[Config]:
-    """Candidates, best guess first: 16 elements a thread (8 of float64), half or twice; each has two accumulators."""
+    """Return candidates, best guess first: 16 elements per thread (8 of float64), half or twice as many.
+
+    Each element has two accumulators.
+    """
     if INTERPRETED:
         return (Config({"BLOCK_M": 64, "BLOCK_C": 64} if channels >= 64 else {"BLOCK_M": 512, "BLOCK_C": 16}),)
     v = min(4, dtype.itemsize)
@@ -22,13 +25,14 @@ def bn_partials(channels: int, dtype: torch.dtype) -> Sequence[Config]:
 
 @cache
 def bn_finalize(channels: int, dtype: torch.dtype) -> Sequence[Config]:
-    """Candidates, best guess first: few programs, so each is wide, up to 4 vectors of 16 bytes a thread and operand.
+    """Return candidates, best guess first.
 
-    As wide for few tiles, whose number follows the batch.
+    There are few programs, so each takes a large block: up to 4 vectors of 16 bytes per thread and operand. The block
+    does not depend on the number of tiles, because that depends on the batch.
     """
     if INTERPRETED:
         return (Config({"BLOCK_T": 64, "BLOCK_C": 64}),)
-    block_c = max(block for block in (8, 16, 32) if block == 8 or block * 64 <= channels)  # 64 programs where it can
+    block_c = max(block for block in (8, 16, 32) if block == 8 or block * 64 <= channels)  # 64 programs if possible
     block_t = 32_768 // dtype.itemsize // block_c
     warps = min(16, max(4, block_t * block_c * dtype.itemsize // 2048))
     choices = (
@@ -42,12 +46,15 @@ def bn_finalize(channels: int, dtype: torch.dtype) -> Sequence[Config]:
 
 @cache
 def bn_frozen(channels: int) -> Sequence[Config]:
-    """One candidate: a handful of vectors."""
+    """Return one candidate, as there are only a few vectors."""
     return (Config({"BLOCK_C": 64 if INTERPRETED else 128}),)
 
 
 def partial_tiles(rows: int, channels: int, config: Config, multiprocessors: int) -> tuple[int, int]:
-    """Number of row tiles, and rows of each but the last: whole blocks, at least 2, for 20 warps a multiprocessor."""
+    """Return the number of row tiles, and the rows of each but the last.
+
+    A tile is at least 2 whole blocks. The aim is 20 warps per multiprocessor.
+    """
     most = max(1, multiprocessors * 20 // config.num_warps // ceil_div(channels, config["BLOCK_C"]))
     tile_rows = max(2, ceil_div(ceil_div(rows, config["BLOCK_M"]), most)) * config["BLOCK_M"]
     return ceil_div(rows, tile_rows), tile_rows

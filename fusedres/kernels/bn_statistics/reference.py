@@ -36,7 +36,7 @@ def update_running(
     count: int | Tensor,
     norm: Norm,
 ) -> None:
-    """Count the batch, and update the running statistics with its own, the variance unbiased."""
+    """Count the batch, and update the running statistics with the batch's mean and unbiased variance."""
     _, _, running_mean, running_var, num_batches_tracked, momentum, _ = norm
     if num_batches_tracked is not None:
         num_batches_tracked += 1
@@ -53,7 +53,7 @@ def update_running(
 
 
 def normalisation(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(4, C): mean, invstd, scale, shift."""
+    """Return (4, C): mean, invstd, scale, shift."""
     invstd = torch.rsqrt(var + eps)
     scale = invstd if weight is None else weight.to(mean.dtype) * invstd
     shift = -scale * mean if bias is None else bias.to(mean.dtype) - scale * mean

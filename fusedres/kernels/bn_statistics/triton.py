@@ -1,18 +1,19 @@
-"""Batch statistics in Triton: partial statistics of row tiles, and their merge into what BatchNorm derives from them.
+"""Batch statistics in Triton: partial statistics of row tiles, and their merge into BatchNorm's state.
 
     mean = Σx / M      M2 = Σ(x − mean)²      var = M2 / M      invstd = (var + eps)^-½
     scale = weight·invstd      shift = bias − scale·mean                                (Ioffe and Szegedy 2015)
 
-Sets of n_a and n_b rows merge without cancellation (Chan, Golub and LeVeque 1983), δ = mean_b − mean_a:
+Sets of n_a and n_b rows merge without cancellation (Chan, Golub and LeVeque 1983); δ = mean_b − mean_a:
 
     M2 = M2_a + M2_b + δ²·n_a·n_b / (n_a + n_b)
 
-Every lane of a tile (its row modulo the block) merges what it meets, row by row or tile by tile; the lanes merge at the
-end, in a fixed order. Means are of x − pivot, the pivot a value of the channel: float32 then keeps the differences of
+Every lane of a tile (the row modulo the block) merges its values row by row or tile by tile. At the end the lanes merge
+in a fixed order. Means are of x − pivot, and the pivot is a value of the channel. So float32 keeps small differences of
 values far from 0.
 
-bn_partials: a program owns a range of rows by BLOCK_C channels; reads x once. bn_finalize: a program owns BLOCK_C
-channels of every tile; reads the partial statistics once, writes the state and the running statistics.
+bn_partials  A program owns a range of rows by BLOCK_C channels. It reads x once.
+bn_finalize  A program owns BLOCK_C channels of every tile. It reads the partial statistics once, and writes the state
+             and the running statistics.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from fusedres.values import Norm
 
 @triton.jit
 def load_pivot(pivot_ptr, C, columns, dtype: tl.constexpr):
-    """(BLOCK_C,) finite values: a mean of infinities is infinite, their difference is not."""
+    """Load (BLOCK_C,) pivots, 0 if not finite: x − pivot of two infinities would be NaN."""
     pivot = tl.load(pivot_ptr + columns, mask=columns < C, other=0).to(dtype)
     return tl.where(pivot - pivot == 0, pivot, 0.0)
 
 
 @triton.jit
 def merge_lanes(n, total, m2):
-    """Rows, mean and M2 of all lanes, from their rows (lanes,), sums and M2 (lanes, BLOCK_C)."""
+    """Return rows, mean and M2 of all lanes, from their rows (lanes,), sums and M2 (lanes, BLOCK_C)."""
     rows = tl.sum(n, 0)
     mean = tl.sum(total, 0) / rows
     gap = total / tl.maximum(n, 1)[:, None] - mean[None, :]
@@ -47,7 +48,7 @@ def merge_lanes(n, total, m2):
 
 @triton.jit
 def store_state(out_state_ptr, mean, var, weight_ptr, bias_ptr, eps, C, columns, BLOCK_C: tl.constexpr):
-    """mean, invstd, scale and shift of BLOCK_C channels."""
+    """Store mean, invstd, scale and shift of BLOCK_C channels."""
     inside = columns < C
     invstd = tl.rsqrt(var + tl.full((BLOCK_C,), eps, var.dtype))
     scale = invstd
@@ -82,7 +83,7 @@ def bn_partials_kernel(
     offsets = lanes[:, None] * C + columns[None, :]
     pivot = load_pivot(pivot_ptr, C, columns, dtype)
 
-    n = tl.zeros((BLOCK_M,), dtype)  # rows that a lane has met, and 1 / n
+    n = tl.zeros((BLOCK_M,), dtype)  # rows that a lane has merged, and 1 / n
     inverse = tl.zeros((BLOCK_M,), dtype)
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), dtype)
@@ -116,7 +117,7 @@ def bn_finalize_kernel(
     bias_ptr,
     running_mean_ptr,  # (C,) any type, or None
     running_var_ptr,
-    batches_ptr,  # () int64, or None; IS_CUMULATIVE: a copy, as program 0 may count before others read
+    batches_ptr,  # () int64, or None; IS_CUMULATIVE: a copy, because program 0 may count before others read
     out_state_ptr,  # (4, C) like the partials
     out_running_mean_ptr,
     out_running_var_ptr,
@@ -134,7 +135,7 @@ def bn_finalize_kernel(
     lanes, columns = tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     pivot = load_pivot(pivot_ptr, C, columns, dtype)
 
-    n = tl.zeros((BLOCK_T,), dtype)  # rows that a lane has met, and 1 / n
+    n = tl.zeros((BLOCK_T,), dtype)  # rows that a lane has merged, and 1 / n
     inverse = tl.zeros((BLOCK_T,), dtype)
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype)
     m2 = tl.zeros((BLOCK_T, BLOCK_C), dtype)
@@ -171,7 +172,7 @@ def bn_finalize_kernel(
 
 @triton.jit
 def store_average(running_ptr, out_running_ptr, value, factor, C, columns):
-    """(1 − factor)·running + factor·value."""
+    """Store (1 − factor)·running + factor·value."""
     running = tl.load(running_ptr + columns, mask=columns < C).to(value.dtype)
     average = (1 - factor) * running + factor * value
     tl.store(out_running_ptr + columns, average.to(out_running_ptr.dtype.element_ty), mask=columns < C)

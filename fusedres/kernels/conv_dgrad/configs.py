@@ -1,4 +1,4 @@
-"""Tile sizes of conv_dgrad's kernel, the best guess first; none has been timed."""
+"""Tile sizes of conv_dgrad's kernel, best guess first. None was timed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fusedres.kernels.triton_core.launch import (
 
 
 def candidates(grad: Tensor, weight: Tensor, stride: Sequence[int], on_load: bool) -> Sequence[Config]:
-    """For grad (N, K, P, Q) and weight (K, C, R, S); on_load: dy is formed in the kernel."""
+    """Return candidates for grad (N, K, P, Q) and weight (K, C, R, S); on_load: dy is formed in the kernel."""
     if INTERPRETED or grad.is_cpu:
         return _INTERPRETED
-    k, c = (int(size) for size in weight.shape[:2])  # a weight's sizes are no symbols
+    k, c = (int(size) for size in weight.shape[:2])  # a weight's sizes are never symbolic
     return _candidates(grad.dtype, input_precision(grad.dtype), k, c, max(stride) > 1, on_load, gpu(grad.device))
 
 
@@ -34,7 +34,7 @@ def _candidates(
 ) -> Sequence[Config]:
     def shared_bytes(config: Config) -> int:
         m, n, depth = (config[block] for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        bits = m * depth // 8  # of the gate, beside grad and y
+        bits = m * depth // 8  # of the gate, loaded with grad and y
         return config.num_stages * (((2 * m if on_load else m) + n) * depth * dtype.itemsize + bits * on_load)
 
     return fitting(_tiles(dtype, precision, k, c, strided, on_load, gpu), shared_bytes, gpu)
@@ -74,14 +74,14 @@ def chosen(
     stride: Sequence[int],
     on_load: bool,
 ) -> Config:
-    """The one to launch conv_dgrad with."""
+    """Return the config to launch conv_dgrad with."""
     n, c, h, w = input_size
     taps, load = f"{weight.shape[2]}x{weight.shape[3]}", "on-load" if on_load else "stored"
     return choose(configs, "conv_dgrad", grad.dtype, n * h * w, c, weight.shape[0], taps, stride[0], load)
 
 
 def row_tiles(input_size: Sequence[int], stride: Sequence[int], config: Config) -> int:
-    """Row tiles of a result (N, C, H, W): as many for every phase as the largest one, (0, 0), has."""
+    """Return the number of row tiles of a result (N, C, H, W). Every phase has as many as the largest one, (0, 0)."""
     n, _, h, w = input_size
     pixels = n * ceil_div(h, stride[0]) * ceil_div(w, stride[1])
     return stride[0] * stride[1] * ceil_div(pixels, config["BLOCK_M"])
@@ -108,14 +108,14 @@ _STRIDED = (
     _config(128, 64, 64, 2, 4, 3),
     _config(128, 64, 64, 2, 8, 3),
 )
-# Without wgmma 128 columns by 32 and 256 of anything spill.
+# Without wgmma, BLOCK_N=128 with BLOCK_K=32, and any BLOCK_N=256, spill.
 _STORED_AMPERE = (
     _config(128, 128, 64, 4, 8, 3),
     _config(64, 128, 64, 4, 4, 3),
     _config(128, 64, 64, 2, 8, 3),
     _config(64, 64, 64, 2, 4, 3),
 )
-# Nor do the middle two fit the phases of a stride, with Triton 3.6.
+# With a stride, the middle two of _STORED_AMPERE spill too, with Triton 3.6.
 _STRIDED_AMPERE = (
     _config(128, 128, 64, 4, 8, 3),
     _config(128, 64, 32, 2, 8, 3),
@@ -134,7 +134,7 @@ _STORED_64 = (
     _config(128, 64, 64, 2, 8, 3),
     _config(256, 64, 64, 2, 8, 3),
 )
-# On load the arithmetic runs once a column tile, so it is wide where the registers allow.
+# On load, the arithmetic runs once per column tile, so column tiles are as wide as the registers allow.
 _ON_LOAD = (
     _config(64, 256, 64, 4, 4, 2),
     _config(64, 128, 64, 4, 4, 3),
@@ -166,7 +166,7 @@ _TF32 = (
     _config(64, 128, 32, 4, 4, 2),
     _config(64, 64, 32, 2, 4, 3),
 )
-# The phases of a stride spill in four warps by 128 columns, with Triton 3.6.
+# With a stride, four warps with BLOCK_N=128 spill with Triton 3.6.
 _TF32_STRIDED = (
     _config(64, 64, 32, 2, 4, 3),
     _config(128, 128, 32, 4, 8, 3),
@@ -179,14 +179,14 @@ _TF32_64 = (
     _config(64, 64, 32, 2, 4, 2),
     _config(128, 64, 32, 2, 4, 3),
 )
-# Element by element from memory to shared memory, through registers.
+# Each element is loaded alone, and reaches shared memory through registers.
 _UNALIGNED = (
     _config(64, 64, 32, 2, 4, 2),
     _config(64, 32, 32, 1, 4, 2),
     _config(64, 64, 16, 2, 4, 2),
     _config(64, 32, 16, 1, 4, 3),
 )
-# Elsewhere eight warps were seen to compute wrong sums in a flat loop over taps (pytorch#173068).
+# Four warps: another kernel with a flat loop over taps computed wrong sums in eight (pytorch#173068).
 _FLOAT32 = (
     _config(64, 64, 16, 2, 4, 3),
     _config(64, 64, 16, 2, 4, 2),

@@ -19,7 +19,7 @@ def conv_dgrad(
     input: Raw | None = None,
     shortcut: ShortcutGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See fusedres.ops.conv_dgrad; the sums are one tile's."""
+    """See fusedres.ops.conv_dgrad; all rows are one tile."""
     grad, gate, y, coefficients = gradient
     stride, padding, dilation = geometry
     dtype = arithmetic_dtype(grad.dtype)

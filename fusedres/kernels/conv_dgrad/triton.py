@@ -1,19 +1,19 @@
-"""Gradient of a convolution's input in Triton, with the BatchNorm backward before it and what follows it fused.
+"""Gradient of a convolution's input in Triton, fused with the BatchNorm backward before it and the step after it.
 
     dx[n, h, w, c] = Σ over r, s, k of dy[n, p, q, k]·weight[k, r, s, c],  p·stride + r·dilation − padding = h (q, s, w)
 
-An implicit GEMM: rows are the input's pixels, the reduction runs over taps and K in one flat loop. The pixels of one
-phase (h mod stride, w mod stride) are reached by the same taps, at shifts that are the same for all of them: a program
-owns BLOCK_M pixels of one phase and BLOCK_N channels and runs over its phase's taps alone, so no product with an
-inserted zero is ever made (Dumoulin and Visin 2016, section 4, has those zeros). Neighbouring programs share their dy:
-channel tiles run fastest, then phases.
+This is an implicit GEMM: rows are the input's pixels, and the reduction runs over taps and K in one flat loop. The same
+taps, with the same shifts, reach all pixels of one phase (h mod stride, w mod stride). A program owns BLOCK_M pixels of
+one phase and BLOCK_N channels, and runs over the taps of its phase only. So it never multiplies by an inserted zero
+(those zeros: Dumoulin and Visin 2016, section 4). Channel tiles run fastest, then phases, so neighbouring programs
+share their dy.
 
-On load (1x1): dy = a·(d − c1 − (y − mean)·k), BatchNorm's backward (Ioffe and Szegedy 2015), d = grad behind its gate.
-On store: the ReLU of the layer before recomputed from its raw output, with that BatchNorm's two sums, or the shortcut's
-gradient; in SLICES column slices, which bounds the registers.
+On load (1x1): dy = a·(d − c1 − (y − mean)·k), BatchNorm's backward (Ioffe and Szegedy 2015); d = grad after its gate.
+On store: the ReLU of the layer before, recomputed from its raw output, with the two sums of that layer's BatchNorm; or
+the shortcut's gradient is added. The tile is stored in SLICES column slices, which limits the registers.
 
-Read: grad (y and 1 bit with it) and weight, once a channel tile and once a row tile; input or shortcut_grad (and 1
-bit). Written: the result; with input 2 sums a channel and row tile.
+Read: grad (with y and 1 bit per element) once per channel tile, weight once per row tile, and input or shortcut_grad
+(with 1 bit per element). Written: the result, and, with input, 2 sums per channel and row tile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient
 
 @triton.constexpr_function
 def _first_tap(phase, padding, stride, dilation, size):
-    """The smallest tap that reaches the pixels of a phase; size where none does."""
+    """Return the smallest tap that reaches the pixels of a phase, size if none does."""
     for tap in range(size):
         if (phase + padding - tap * dilation) % stride == 0:
             return tap
@@ -43,7 +43,7 @@ def _first_tap(phase, padding, stride, dilation, size):
 
 @triton.constexpr_function
 def _tap_step(stride, dilation):
-    """The distance between two taps that reach the same pixels."""
+    """Return the distance between two taps that reach the same pixels."""
     step = 1
     while step * dilation % stride:
         step += 1
@@ -57,7 +57,7 @@ def _taps(first, size, step):
 
 @triton.jit
 def _open(gate_ptr, rows, first_channel, mask, BYTES: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """The packed bits of 8·BYTES channels of some rows as 0 or 1; first_channel is a multiple of 8."""
+    """Load packed bits of 8·BYTES channels of some rows, as 0 or 1; first_channel is a multiple of 8."""
     columns = first_channel // 8 + tl.arange(0, BYTES)
     packed = tl.load(gate_ptr + rows[:, None] * ROW_BYTES + columns, mask[:, None] & (columns < ROW_BYTES), other=0)
     bits = (packed[:, :, None] >> tl.arange(0, 8)) & 1
@@ -66,7 +66,7 @@ def _open(gate_ptr, rows, first_channel, mask, BYTES: tl.constexpr, ROW_BYTES: t
 
 @triton.jit
 def _normalised_grad(grad, y, gate_ptr, coefficients_ptr, rows, row_ok, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """dy = a·(d − c1 − (y − mean)·k) of one block, in grad's dtype; a is 0 beyond K."""
+    """Return dy = a·(d − c1 − (y − mean)·k) of one block, in grad's dtype; a is 0 beyond K."""
     channels = k + tl.arange(0, BLOCK_K)
     a = tl.load(coefficients_ptr + channels, channels < K, other=0)
     c1 = tl.load(coefficients_ptr + K + channels, channels < K, other=0)
@@ -85,7 +85,10 @@ def _accumulate(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + Σ over one phase's taps and K. base: rows of grad at no shift; a tap reads dy at (i + down, j + right)."""
+    """Return acc + Σ over one phase's taps and K.
+
+    base: rows of grad without a shift. A tap reads dy at (i + down, j + right).
+    """
     FIRST_R: tl.constexpr = _first_tap(PHASE_H, PAD_H, STRIDE_H, DILATION_H, R)
     FIRST_S: tl.constexpr = _first_tap(PHASE_W, PAD_W, STRIDE_W, DILATION_W, S)
     STEP_R: tl.constexpr = _tap_step(STRIDE_H, DILATION_H)
@@ -104,7 +107,7 @@ def _accumulate(
             down = DOWN - tap // TAPS_S * (STEP_R * DILATION_H // STRIDE_H)
             right = RIGHT - tap % TAPS_S * (STEP_S * DILATION_W // STRIDE_W)
             inside = row_ok
-            if R * S > 1:  # a 1x1's taps never leave dy, padded or not
+            if R * S > 1:  # the tap of a 1x1 is always inside dy, even with padding
                 inside = inside & (i + down >= 0) & (i + down < P) & (j + right >= 0) & (j + right < Q)
             mask, weight_mask = inside[:, None], (columns < C)[None, :]
             if K % BLOCK_K != 0:
@@ -123,7 +126,7 @@ def _accumulate(
 
 @triton.jit
 def _halves(x):
-    """The left and the right half of the columns."""
+    """Return the left and the right half of the columns."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
@@ -132,7 +135,7 @@ def _store(
     dx, column, tile, row_ok, rows, shortcut_ok, shortcut_rows, input_ptr, state_ptr, shortcut_ptr, shortcut_gate_ptr,
     out_ptr, out_partials_ptr, shortcut_channels, C: tl.constexpr,
 ):  # fmt: skip
-    """Ends one column slice: the shortcut's gradient, or the ReLU before with its two sums, and the one rounding."""
+    """Finish one column slice: add the shortcut's gradient, or apply the ReLU and store its two sums; round once."""
     columns = column + tl.arange(0, dx.shape[1])
     mask = row_ok[:, None] & (columns < C)[None, :]
     offsets = rows[:, None] * C + columns[None, :]
@@ -150,7 +153,7 @@ def _store(
         invstd = tl.load(state_ptr + C + columns, columns < C, other=0)
         scale = tl.load(state_ptr + 2 * C + columns, columns < C, other=0)
         shift = tl.load(state_ptr + 3 * C + columns, columns < C, other=0)
-        dx = tl.where(scale * x + shift <= 0, 0, dx)  # lets NaN pass, as torch's ReLU does
+        dx = tl.where(scale * x + shift <= 0, 0, dx)  # NaN is open, as in torch
         d = tl.where(mask, dx.to(out_ptr.dtype.element_ty).to(dx.dtype), 0)
         partials = out_partials_ptr + tile * (2 * C) + columns
         tl.store(partials, tl.sum(d, 0), columns < C)
@@ -178,7 +181,7 @@ def conv_dgrad_kernel(
     INDEX: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M pixels of one phase by BLOCK_N channels."""
+    """Compute one tile of BLOCK_M pixels of one phase by BLOCK_N channels."""
     COLUMN_TILES: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     tile, column = tl.program_id(0) // COLUMN_TILES, tl.program_id(0) % COLUMN_TILES * BLOCK_N
     phase = tile % (STRIDE_H * STRIDE_W)

@@ -14,8 +14,8 @@ from fusedres.kernels.triton_core.rows import relu
 def accumulate(
     x_ptr,  # (N, H, W, C), strides below
     weight_ptr,  # (K, R, S, C)
-    state_ptr,  # (4, C), or None: x is taken as it is
-    table_ptr,  # (R·S, P·Q) 0/1 float32, read with TABLE, else padding is found from indices
+    state_ptr,  # (4, C), or None: use x as it is
+    table_ptr,  # (R·S, P·Q) 0/1 float32, read if TABLE; else indices tell what is padding
     m,  # (BLOCK_M,) rows of this tile
     k,  # (BLOCK_K,) columns of this tile
     rows,
@@ -45,10 +45,10 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_K) of the convolution.
+    """Return (BLOCK_M, BLOCK_K) of the convolution.
 
-    One flat loop: a step is one tap and a block of its channels; or, FLAT, a block of the whole (R, S, C) axis, each
-    element with its own tap, which wastes less where C is small.
+    There is one flat loop. A step is one tap and a block of its channels. With FLAT, a step is a block of the whole
+    (R, S, C) axis, and each element has its own tap: this wastes less if C is small.
     """
     n, p, q = output_pixel(m, P, Q)
     h0 = p * stride_h - padding_h

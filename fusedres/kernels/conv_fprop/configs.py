@@ -1,4 +1,4 @@
-"""Tile sizes of the convolution kernels, best guess first: no GPU has measured them."""
+"""Tile sizes of the convolution kernels, best guess first. Nothing here was measured on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusedres.kernels.triton_core.launch import (
 )
 
 # (BLOCK_M, BLOCK_K, BLOCK_C, warps, stages) by kind of arithmetic: narrow for up to 64 columns, wide for more.
-# With BatchNorm on load the tile of x is in registers, and its channels are fewer.
+# With BatchNorm on load, the tile of x is in registers and has fewer channels.
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 _HOPPER: dict[str, _Tiles] = {
     "half wide": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (128, 256, 64, 8, 3)),
@@ -33,7 +33,7 @@ _HOPPER: dict[str, _Tiles] = {
     "tf32 narrow": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 4), (128, 64, 16, 8, 4)),
 }
 _AMPERE: dict[str, _Tiles] = {
-    # 128x128 spills by 64 with Triton 3.6, but by 32 with 3.9 where 64 channels are all; 128x64 with 3.6.
+    # What spills: 128x128x64 with Triton 3.6; 128x128x32 with Triton 3.9 if C is 64; 128x64x32 with Triton 3.6.
     "half wide": ((128, 128, 32, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4)),
     "half wide shallow": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4)),
     "half narrow": ((128, 64, 64, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3)),
@@ -42,15 +42,15 @@ _AMPERE: dict[str, _Tiles] = {
     "tf32 wide": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 128, 16, 4, 3), (128, 128, 16, 8, 3)),
     "tf32 narrow": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 4), (32, 64, 32, 4, 3)),
 }
-# Arithmetic without wgmma anywhere, and the flattened reduction, whose loads are single elements.
+# Arithmetic that never uses wgmma, and the flattened reduction, which loads single elements.
 _ANY: dict[str, _Tiles] = {
     "half flat": ((64, 64, 32, 4, 1), (128, 64, 32, 8, 1), (64, 64, 32, 8, 1), (64, 64, 16, 4, 1)),
     "tf32 flat": ((64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
-    # Elsewhere eight warps were seen to compute wrong sums in a flat loop over taps (pytorch#173068).
+    # Four warps: another kernel with a flat loop over taps computed wrong sums in eight (pytorch#173068).
     "ieee": ((64, 64, 16, 4, 3), (64, 32, 32, 4, 3), (32, 64, 16, 4, 3), (64, 64, 16, 4, 2)),
     "double": ((64, 64, 16, 8, 2), (32, 64, 16, 4, 3), (32, 32, 16, 4, 2), (64, 32, 16, 4, 2)),
 }
-# The kernel by descriptors, on Hopper.
+# The kernel that loads by descriptors, on Hopper.
 _DESCRIPTORS: dict[str, _Tiles] = {
     "half": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)),
     "tf32": ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 32, 4, 3)),
@@ -59,11 +59,11 @@ _DESCRIPTORS: dict[str, _Tiles] = {
 
 @dataclass(frozen=True)
 class DescriptorConfig(Config):
-    """A config of the kernel that loads by tensor descriptors."""
+    """A config for the kernel that loads by tensor descriptors."""
 
 
 class _Problem(NamedTuple):
-    """What the configs of a convolution depend on."""
+    """The properties of a convolution that its configs depend on."""
 
     dtype: torch.dtype
     precision: str
@@ -72,7 +72,7 @@ class _Problem(NamedTuple):
     taps: int
     normalised: bool
     padded: bool
-    shifted: bool  # a tap is a shift of x's rows, as the kernel by descriptors needs it
+    shifted: bool  # every tap is a shift of x's rows, as the kernel with descriptors needs
     gpu: Gpu
 
 
@@ -85,12 +85,12 @@ def candidates(
     normalised: bool,
     aligned: bool = True,
 ) -> Sequence[Config]:
-    """Configs of y = conv(x, weight), whatever the batch: those by pointers first, those by descriptors last.
+    """Return configs for y = conv(x, weight) of any batch size: first those with pointers, then with descriptors.
 
-    FLAT: steps go over all of (R, S, C). TABLE: padding is masked from a table in memory. aligned: x and weight start
-    at multiples of 16 bytes, as descriptors ask for.
+    FLAT: steps go over the whole (R, S, C) axis. TABLE: a table in memory tells what is padding. aligned: x and weight
+    start at multiples of 16 bytes, as descriptors require.
     """
-    k, c, r, s = (int(size) for size in weight.shape)  # a weight's sizes are no symbols
+    k, c, r, s = (int(size) for size in weight.shape)  # a weight's sizes are never symbolic
     shifted = aligned and tuple(stride) == (1, 1) and y.shape[2:] == x.shape[2:]
     precision = input_precision(x.dtype)
     problem = _Problem(x.dtype, precision, k, c, r * s, normalised, any(padding), shifted, gpu(x.device))
@@ -100,21 +100,21 @@ def candidates(
 def chosen(
     configs: Sequence[Config], x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], normalised: bool
 ) -> Config:
-    """The one to launch conv_fprop with."""
+    """Return the config to launch conv_fprop with."""
     rows, taps = y.shape[0] * y.shape[2] * y.shape[3], f"{weight.shape[2]}x{weight.shape[3]}"
     load = "normalised" if normalised else "plain"
     return choose(configs, "conv_fprop", x.dtype, rows, weight.shape[1], weight.shape[0], taps, stride[0], load)
 
 
 def by_pointers(configs: Sequence[Config]) -> Sequence[Config]:
-    """Those of the kernels that load by pointers."""
+    """Return the configs for kernels that load by pointers."""
     return tuple(config for config in configs if not isinstance(config, DescriptorConfig))
 
 
 def row_tiles(
     x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], normalised: bool
 ) -> int:
-    """Into how many tiles the statistics of y are split."""
+    """Return into how many tiles the statistics of y are split."""
     config = chosen(candidates(x, weight, y, stride, padding, normalised), x, weight, y, stride, normalised)
     return ceil_div(y.shape[0] * y.shape[2] * y.shape[3], config["BLOCK_M"])
 
@@ -152,7 +152,7 @@ def _pointers(problem: _Problem) -> list[Config]:
     length = c * taps if flat else c
     found = []
     for block_m, block_k, longest, warps, stages in tiles:
-        # the longest of the blocks that waste the fewest lanes
+        # of the blocks that waste the fewest lanes, the longest
         block_c = min((b for b in (64, 32, 16) if b <= longest), key=lambda b: ceil_div(length, b) * b)
         blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c, "FLAT": flat}
         blocks["TABLE"] = normalised and padded and hopper and not flat

@@ -1,8 +1,8 @@
 """conv_fprop with stride 1 and an output as large as x, loaded by tensor descriptors (TMA on Hopper).
 
-x is a matrix of N·H·W rows of C channels, and a tap is a shift of its rows that is the same for all of them. What a
-shift brings in from the row or image beside is padding: a 0/1 table says where. One instruction loads a tile, and no
-thread computes an address.
+x is a matrix of N·H·W rows of C channels, and a tap shifts all rows by the same distance. Pixels that the shift brings
+in from a neighbouring row or image stand for padding: a 0/1 table tells where. One instruction loads a tile, and no
+thread computes addresses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def conv_fprop_descriptor_kernel(
     table_ptr,  # (R·S, P·Q) float32, or None without padding
     out_ptr,  # (N, P, Q, K)
     out_partials_ptr,  # (tiles, 2, K) float32, or None
-    out_rows_ptr,  # (tiles,) likewise
+    out_rows_ptr,  # (tiles,) float32, or None
     rows,
     W,
     pixels,  # H·W
@@ -58,7 +58,7 @@ def conv_fprop_descriptor_kernel(
             z = relu(affine(x, state_ptr, c, True, C))
         if table_ptr is not None:
             keep = tl.load(table_ptr + tap * pixels + m % pixels, mask=m < rows, other=0.0)[:, None] != 0
-            z = tl.where(keep, z, 0.0)  # not a product: a neighbour's NaN is no padding
+            z = tl.where(keep, z, 0.0)  # not z·0: a NaN from a neighbouring row or image would stay
         computed: tl.constexpr = state_ptr is not None or table_ptr is not None
         acc = add_product(acc, z.to(x.dtype), weight, computed, PRECISION)
     store(acc, out_ptr, out_partials_ptr, out_rows_ptr, tile, first_k, rows, K, BLOCK_M, BLOCK_K)

@@ -1,4 +1,4 @@
-"""Convolutions with BatchNorm around them in plain PyTorch."""
+"""Convolutions with BatchNorm before or after them, in plain PyTorch."""
 
 from __future__ import annotations
 

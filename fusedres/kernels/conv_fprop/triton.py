@@ -1,12 +1,12 @@
 """Convolutions as implicit GEMMs over channels_last memory, with BatchNorm on load and on store.
 
 conv_fprop:        y = conv(h, weight), h = relu(scale·x + shift) or x, and each row tile's mean and squared deviations.
-conv_bn_add_relu:  relu(scale·conv(x, weight) + shift + S).
+conv_bn_add_relu:  relu(scale·conv(x, weight) + shift + S); S is the shortcut.
 
-Rows are the N·P·Q output pixels, columns the K output channels, and the reduction runs over taps and input channels
-(Chetlur et al. 2014, cuDNN). A program owns BLOCK_M rows and BLOCK_K columns and all of the reduction; programs of the
-same rows run side by side, so that x comes from L2 after the first. Reads x and weight (and the shortcut), writes the
-output once.
+Rows are the N·P·Q output pixels, columns are the K output channels, and the reduction runs over taps and input channels
+(Chetlur et al. 2014, cuDNN). A program owns BLOCK_M rows, BLOCK_K columns and their whole reduction. Programs of the
+same rows run side by side, so x comes from L2 after the first of them. The programs read x and weight (and the
+shortcut), and write the output once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def conv_fprop_kernel(
     x_ptr,  # (N, H, W, C), strides below
     weight_ptr,  # (K, R, S, C)
     state_ptr,  # (4, C) float32 or float64, or None
-    table_ptr,  # (R·S, P·Q) float32, or None where no config has TABLE
+    table_ptr,  # (R·S, P·Q) float32, or None if no config has TABLE
     out_ptr,  # (N, P, Q, K)
     out_partials_ptr,  # (tiles, 2, K) float32 or float64, or None
-    out_rows_ptr,  # (tiles,) likewise
+    out_rows_ptr,  # (tiles,) like the partials, or None
     rows,
     H,
     W,
@@ -128,7 +128,7 @@ def conv_bn_add_relu_kernel(
     )  # fmt: skip
     n, p, q = output_pixel(m, P, Q)
     pixel = n * shortcut_stride_n + p.to(tl.int64) * shortcut_stride_p + q.to(tl.int64) * shortcut_stride_q
-    slices = column_slices(acc, 32)  # bounds the registers
+    slices = column_slices(acc, 32)  # limits the registers
     for s in tl.static_range(len(slices)):
         k = first_k + s * 32 + tl.arange(0, 32)
         column_inside = below(k, K, BLOCK_K)[None, :]
@@ -202,18 +202,18 @@ def _grid(rows: int, columns: int, config: Config) -> tuple[int]:
 
 
 def empty_output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Room for a convolution's output, channels_last."""
+    """Return memory for a convolution's output, channels_last."""
     shape = geometry.output_shape(x.shape, weight.shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _convolution(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> dict[str, Any]:
-    """The arguments of the reduction."""
+    """Return the arguments of the reduction."""
     stride, padding, dilation = geometry
     k, c, r, s = weight.shape
     _, _, h, w = x.shape
-    x_strides = (h * w * c, w * c, c)  # torch's may differ where a size is 1
-    if r == s == 1 and not any(padding):  # a view of the pixels that are touched
+    x_strides = (h * w * c, w * c, c)  # torch's may differ if a size is 1
+    if r == s == 1 and not any(padding):  # a view of the pixels that are read
         x, x_strides = x[:, :, :: stride[0], :: stride[1]], (h * w * c, stride[0] * w * c, stride[1] * c)
         stride = (1, 1)
     return {
@@ -244,7 +244,7 @@ def _convolution(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> di
 
 
 def _by_descriptors(arguments: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The same convolution's arguments for conv_fprop_descriptor_kernel."""
+    """Return the same convolution's arguments for conv_fprop_descriptor_kernel."""
     x, weight, c = arguments["x_ptr"], arguments["weight_ptr"], arguments["C"]
     block_m, block_k, block_c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
     kept = (

@@ -1,4 +1,4 @@
-"""Tiles of conv_weights: (k, r, s) by channels; nothing here has been measured on a GPU."""
+"""Tiles of conv_weights: (k, r, s) by channels. Nothing here was measured on a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fusedres.kernels.triton_core.launch import INTERPRETED, Config
 
 @cache
 def conv_weights(channels: int) -> Sequence[Config]:
-    """Candidates for weights of at most this many input channels."""
+    """Return candidates for weights of at most this many input channels."""
     if INTERPRETED:
         return (Config({"BLOCK_M": 64, "BLOCK_C": 64}),)
-    # 16 rows hold the 9 taps of a 3x3 filter, which lie side by side in a weight that is not channels_last
+    # 16 rows hold the 9 taps of a 3x3 filter; in a weight that is not channels_last they are contiguous
     return tuple(
         Config({"BLOCK_M": elements // block, "BLOCK_C": block}, warps)
         for elements, block, warps in (

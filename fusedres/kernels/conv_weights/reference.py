@@ -1,4 +1,4 @@
-"""Convolution weights as the kernels read them, in plain PyTorch."""
+"""Convolution weights in the layout and dtype that the kernels read, in plain PyTorch."""
 
 from __future__ import annotations
 

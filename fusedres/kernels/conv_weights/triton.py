@@ -1,9 +1,9 @@
-"""Convolution weights as the kernels read them, in Triton.
+"""Convolution weights in the layout and dtype that the kernels read, in Triton.
 
     out[k, r, s, c] = weight[k, c, r, s] in out's dtype, for up to four weights in one launch
 
-A program owns BLOCK_M rows (k, r, s) of BLOCK_C channels of one weight: axis 1 of the grid is the weight, axis 0 its
-tiles; programs past a small weight's end do nothing. Reads each weight, writes each result.
+A program owns BLOCK_M rows (k, r, s) of BLOCK_C channels of one weight. Axis 1 of the grid is the weight, axis 0 its
+tiles; programs past the end of a small weight do nothing. The launch reads each weight and writes each result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def convert_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of one weight, by the program's position on axis 0; all arguments but the blocks may be None."""
+    """Convert one tile of one weight, given by the program id of axis 0; all arguments but the blocks may be None."""
     if weight_ptr is not None:
         column_tiles = tl.cdiv(C, BLOCK_C)
         tile = tl.program_id(0)
@@ -123,7 +123,7 @@ def conv_weights(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     arguments: dict[str, Any] = dict.fromkeys(conv_weights_kernel.arg_names[: 4 * (2 + len(_SIZES))])
     tiles = 0
     for i, weight in enumerate(weights):
-        # the stride of an axis with one value is arbitrary; 0 keeps the alignment of the others
+        # the stride of an axis of size 1 is arbitrary; 0 keeps the alignment of the other strides
         strides = (stride if size > 1 else 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
         values = (*weight.shape, *strides)
         arguments |= {f"weight{i}_ptr": weight, f"out{i}_ptr": converted[i]}

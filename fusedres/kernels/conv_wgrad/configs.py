@@ -26,7 +26,7 @@ from fusedres.values import Gradient, Raw
 def conv_wgrad(
     k: int, c: int, dtype: torch.dtype, h_computed: bool, dy_computed: bool, gated: bool, gpu: Gpu
 ) -> tuple[Config, ...]:
-    """Candidates, best guess first."""
+    """Return candidates, best guess first."""
     first, second = (c, k) if h_computed else (k, c)
 
     def config(block_first: int, block_second: int, block_m: int, num_warps: int, num_stages: int) -> Config:
@@ -40,7 +40,7 @@ def conv_wgrad(
         tiles = [(64, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)]
     elif dtype is torch.float32:
         tiles = [(64, 64, 32, 4, 3), (64, 64, 16, 4, 3), (64, 32, 32, 4, 3), (32, 64, 32, 4, 3)]
-    elif dy_computed and (h_computed or gated):  # neither is pipelined, and both take registers
+    elif dy_computed and (h_computed or gated):  # the loads of both are not pipelined and take registers
         if first <= 64:
             tiles = [(64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3)]
         else:
@@ -54,41 +54,44 @@ def conv_wgrad(
         if second >= 256:
             tiles.insert(0, (64, 256, 64, 4, 3))
     elif second <= 64:
-        warps = 8 if h_computed or dy_computed or not gpu.has_wgmma else 4  # what is computed wants registers
+        warps = 8 if h_computed or dy_computed or not gpu.has_wgmma else 4  # computed operands need registers
         tiles = [(128, 64, 64, warps, 3), (128, 64, 64, warps, 4), (64, 64, 64, 4, 4)]
-        # Of 128 rows by 32 Triton 3.6 spills without wgmma.
+        # Without wgmma, the 128x64 tile with BLOCK_M=32 spills with Triton 3.6.
         tiles.append((128, 64, 32, warps, 4) if gpu.has_wgmma else (64, 64, 32, 4, 4))
     elif gpu.has_wgmma and not (h_computed or dy_computed):
-        # Of other tiles Triton 3.6's ptxas makes each wgmma wait for the one before: of 128x128 in eight warps
-        # everywhere, of others in a strided 1x1 of 512 channels and more.
+        # For other tiles, Triton 3.6's ptxas makes each wgmma wait for the one before: for 128x128 in eight warps
+        # always, for the rest in a strided 1x1 with 512 channels or more.
         tiles = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 2), (64, 128, 128, 4, 2)]
-        # Of 64 rows Triton 3.9 spills by 256 columns.
+        # The 64x256 tile with BLOCK_M=64 spills with Triton 3.9.
         tiles.append((64, 256, 32, 4, 4) if second >= 256 else (64, 128, 64, 4, 3))
         if 256 <= second <= 512:
             tiles.insert(0, (128, 256, 64, 8, 3))
     else:
         tiles = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3)]
-        if second >= 256 and not dy_computed:  # whose coefficients would spill beside 128 sums a thread
+        if second >= 256 and not dy_computed:  # with 128 sums per thread, dy's coefficients would spill
             tiles.insert(0, (128, 256, 64, 8, 3))
 
     def shared_bytes(config: Config) -> int:
-        columns = config["BLOCK_C"] + config["BLOCK_K"] * (2 if dy_computed else 1)  # y beside grad
+        columns = config["BLOCK_C"] + config["BLOCK_K"] * (2 if dy_computed else 1)  # grad and y
         return config.num_stages * columns * config["BLOCK_M"] * dtype.itemsize
 
     return fitting((config(*tile) for tile in tiles), shared_bytes, gpu)
 
 
 class Plan(NamedTuple):
-    """How one launch cuts its problem."""
+    """How one launch divides its problem."""
 
     candidates: Sequence[Config]
     config: Config
-    steps: int  # of BLOCK_M rows in a split
+    steps: int  # of BLOCK_M rows, per split
     splits: int
 
 
 def plan(gradient: Gradient, input: Raw, kernel: Sequence[int]) -> Plan:
-    """The config taken and its splits of the rows; also what tells a fake tensor's shape, so sizes become integers."""
+    """Return the chosen config and how it splits the rows.
+
+    Fake tensors take the shape of the partial sums from this too, so sizes become integers.
+    """
     grad, normalised, on_load = gradient.grad, input.state is not None, gradient.y is not None
     k, c, taps = int(grad.shape[1]), int(input.y.shape[1]), int(kernel[0] * kernel[1])
     candidates = conv_wgrad(k, c, grad.dtype, normalised, on_load, gradient.gate is not None, gpu(grad.device))
@@ -101,14 +104,14 @@ def plan(gradient: Gradient, input: Raw, kernel: Sequence[int]) -> Plan:
     by_registers = 65_536 // (threads * (block_k * block_c // threads + 64))
     by_shared_memory = shared_memory(grad.device) // (config.num_stages * (block_k + block_c) * block_m * grad.itemsize)
     side_by_side = multiprocessors(grad.device) * max(1, min(by_registers, by_shared_memory))
-    # A tile of sums is written and read, 8 bytes each, from memory taken as half as fast as the L2 that rows come from.
+    # A tile of sums is written and read: 8 bytes per sum, from memory at half the assumed speed of L2 (for the rows).
     sums = 16 * block_k * block_c / ((block_k + block_c) * block_m * grad.itemsize)
     return Plan(candidates, config, *_split(ceil_div(rows, block_m), tiles, side_by_side, sums))
 
 
 @cache
 def _split(total: int, tiles: int, side_by_side: int, sums: float) -> tuple[int, int]:
-    """(steps, splits): the least waves · (steps of a split + steps that its sums cost)."""
+    """Return (steps, splits) with the least waves · (steps of a split + cost of its sums in steps)."""
 
     def cost(splits: int) -> float:
         return ceil_div(tiles * splits, side_by_side) * (ceil_div(total, splits) + sums)
@@ -119,7 +122,7 @@ def _split(total: int, tiles: int, side_by_side: int, sums: float) -> tuple[int,
 
 
 def conv_wgrad_finalize(splits: int) -> tuple[Config, ...]:
-    """Candidates, best guess first."""
+    """Return candidates, best guess first."""
     return _finalize(splits > 8)
 
 

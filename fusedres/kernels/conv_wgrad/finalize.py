@@ -1,9 +1,9 @@
-"""The last step of the weight gradients in Triton: partial sums added, and stored as the weights lie.
+"""The last step of the weight gradients in Triton: add partial sums, and store them in the layout of the weights.
 
     dW[k, c, r, s] = Σ_split partials[split, k, r, s, c]
 
-A program owns BLOCK sums of one of up to four weights; it adds SPLITS of their splits at a time, always in the same
-order. Reads every partial sum once, along C, and writes every gradient once, in the weight's strides and dtype.
+A program owns BLOCK sums of one of up to four weights. It adds SPLITS splits at a time, always in the same order. It
+reads every partial sum once, along C, and writes every gradient once, with the weight's strides and dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_ba
 
 __all__ = ["conv_wgrad_finalize", "loop_bound"]
 
-# The arguments of each of conv_wgrad_finalize_kernel's weights.
+# The arguments of conv_wgrad_finalize_kernel for one weight.
 _OF_A_WEIGHT = (
     "partial_{}_ptr", "out_{}_ptr", "splits_{}", "size_{}", "C_{}", "taps_{}", "taps_w_{}",
     "k_{}", "c_{}", "h_{}", "w_{}",
@@ -32,7 +32,7 @@ def sum_splits(
     partial_ptr, out_ptr, splits, size, C, taps, taps_w, stride_k, stride_c, stride_h, stride_w, block,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds BLOCK elements of (S, K, R, S', C) over S and stores them by the strides of (K, C, R, S')."""
+    """Add BLOCK elements of (S, K, R, S', C) over S, and store them with the strides of (K, C, R, S')."""
     split = tl.arange(0, SPLITS)[:, None]
     element = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
@@ -48,7 +48,7 @@ def sum_splits(
 
 @jit_for_any_batch
 def conv_wgrad_finalize_kernel(
-    # of each weight: (S, K, R, S', C) sums and (K, C, R, S') of any dtype and strides; None for weights that lack
+    # for each weight: (S, K, R, S', C) sums, and (K, C, R, S') of any dtype and strides; None for missing weights
     partial_0_ptr, out_0_ptr, splits_0, size_0, C_0, taps_0, taps_w_0, k_0, c_0, h_0, w_0,
     partial_1_ptr, out_1_ptr, splits_1, size_1, C_1, taps_1, taps_w_1, k_1, c_1, h_1, w_1,
     partial_2_ptr, out_2_ptr, splits_2, size_2, C_2, taps_2, taps_w_2, k_2, c_2, h_2, w_2,

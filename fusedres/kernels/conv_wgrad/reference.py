@@ -13,7 +13,7 @@ from fusedres.values import Geometry, Gradient, Raw
 
 
 def conv_wgrad(gradient: Gradient, input: Raw, kernel: Sequence[int], geometry: Geometry) -> Tensor:
-    """See fusedres.ops.conv_wgrad; one split."""
+    """See fusedres.ops.conv_wgrad; there is one split."""
     grad, gate, y, coefficients = gradient
     stride, padding, dilation = geometry
     wide = arithmetic_dtype(grad.dtype)

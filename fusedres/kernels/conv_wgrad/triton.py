@@ -2,19 +2,19 @@
 
     dW[k, r, s, c] = Σ_m dy[m, k] · h[tap(m, r, s), c]        m = (n, p, q)
     dy = a·(d − c1 − (y − mean)·k), d = grad where the gate is open, else 0; or grad itself
-    h = relu(scale·x + shift), 0 outside of the image; or x itself
+    h = relu(scale·x + shift), 0 outside the image; or x itself
 
-A program owns one split of the rows m, one tap and a tile of K by C; splits write partial sums, which
-conv_wgrad_finalize adds in their order, so the bits repeat. What is computed on load comes first in the dot: wgmma
-takes that operand from registers, while a second one that is computed would be staged through shared memory without a
-pipeline. So the tile is C by K where h is computed, and K by C where only dy is; both computed works too.
+A program owns one split of the rows m, one tap and a tile of K by C. Splits write partial sums, and conv_wgrad_finalize
+adds them in order, so results repeat bit for bit. The operand computed on load comes first in the dot: wgmma can take
+the first operand from registers. A computed second operand would pass through shared memory without a pipeline. So the
+tile is C by K if h is computed, and K by C if only dy is. Both may be computed.
 
-Padding: where a tap falls outside of the image the second operand is loaded as 0 by its mask, whatever it is, and the
-first is any finite number there (relu(shift), say; in float16 it is kept from becoming inf). This is the zero AFTER
-affine and ReLU, at no cost in the loop.
+Padding: where a tap falls outside the image, the mask loads the second operand (x or dy) as 0. The first operand is any
+finite number there, for example relu(shift); in float16 it is limited so that it cannot become inf. This puts the zero
+AFTER affine map and ReLU, at no cost in the loop.
 
-Reads grad, y and the gate once a tap and tile of C, x once a tap and tile of K, mostly from L2, where the programs of
-one split run side by side; writes S·K·R·S'·C sums.
+grad, y and the gate are read once per tap and tile of C, and x once per tap and tile of K. They come mostly from L2,
+because the programs of one split run side by side. S·K·R·S'·C sums are written.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ __all__ = ["conv_wgrad", "conv_wgrad_finalize"]
 
 @triton.jit
 def divide(m, magic, shift):
-    """m // d for 0 <= m < 2³¹, with magic and shift of _magic(d): three instructions instead of twenty."""
+    """Return m // d for 0 <= m < 2³¹, with magic and shift of _magic(d): three instructions instead of twenty."""
     return (tl.umulhi((2 * m).to(tl.uint32), magic.to(tl.uint32)) >> shift).to(tl.int32)
 
 
 @triton.jit
 def input_pixel(m, P, P_magic, P_shift, Q, Q_magic, Q_shift, top, left, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
-    """Image, and row and column of the input under a tap, of output row m; those may be outside of the image."""
+    """Return image, row and column of the input pixel under a tap, for output row m; it may be outside the image."""
     line = divide(m, Q_magic, Q_shift)
     n = divide(line, P_magic, P_shift)
     return n, (line - n * P) * STRIDE_H + top, (m - line * Q) * STRIDE_W + left
@@ -52,13 +52,13 @@ def input_pixel(m, P, P_magic, P_shift, Q, Q_magic, Q_shift, top, left, STRIDE_H
 
 @triton.jit
 def in_image(h, w, H, W):
-    """0 <= h < H and 0 <= w < W."""
+    """Return whether 0 <= h < H and 0 <= w < W."""
     return (h.to(tl.uint32) < H) & (w.to(tl.uint32) < W)
 
 
 @triton.jit
 def bn_backward(d, y, k, coefficients_ptr, K):
-    """a·(d − c1 − (y − mean)·k) in the coefficients' type, of the channels k."""
+    """Return a·(d − c1 − (y − mean)·k) of the channels k, in the coefficients' type."""
     a = tl.load(coefficients_ptr + k, mask=k < K, other=0.0)
     c1 = tl.load(coefficients_ptr + K + k, mask=k < K, other=0.0)
     mean = tl.load(coefficients_ptr + 2 * K + k, mask=k < K, other=0.0)
@@ -68,7 +68,7 @@ def bn_backward(d, y, k, coefficients_ptr, K):
 
 @triton.jit
 def normalised(x, c, state_ptr, C):
-    """relu(scale·x + shift) in the state's type, of the channels c."""
+    """Return relu(scale·x + shift) of the channels c, in the state's type."""
     scale = tl.load(state_ptr + 2 * C + c, mask=c < C, other=0.0)
     shift = tl.load(state_ptr + 3 * C + c, mask=c < C, other=0.0)
     return relu(x.to(scale.dtype) * scale + shift)
@@ -92,7 +92,7 @@ def conv_wgrad_kernel(
     Q,
     Q_magic,
     Q_shift,
-    steps,  # of a split
+    steps,  # per split
     K: tl.constexpr,
     C: tl.constexpr,
     TAPS: tl.constexpr,
@@ -108,9 +108,9 @@ def conv_wgrad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    LINEAR: tl.constexpr = TAPS * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # row m of dy is x's
+    LINEAR: tl.constexpr = TAPS * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # row m of dy is row m of x
     PADDED: tl.constexpr = PADDING_H + PADDING_W > 0
-    X_FIRST: tl.constexpr = state_ptr is not None  # dot(hᵀ, dy) and not dot(dyᵀ, h)
+    X_FIRST: tl.constexpr = state_ptr is not None  # dot(hᵀ, dy), else dot(dyᵀ, h)
     wide: tl.constexpr = out_ptr.dtype.element_ty
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
@@ -123,10 +123,10 @@ def conv_wgrad_kernel(
     start = split * steps * BLOCK_M
     rows = tl.minimum(M - start, steps * BLOCK_M)
     image = start // (P * Q)
-    first = start - image * (P * Q)  # of the split's rows in its first image
+    first = start - image * (P * Q)  # the split's first row, within its first image
     start, image = start.to(tl.int64), image.to(tl.int64)
 
-    # x's tile has its rows m along axis M_AXIS, dy's along the other one
+    # rows m are along axis M_AXIS in x's tile, and along the other axis in dy's tile
     M_AXIS: tl.constexpr = 1 if X_FIRST else 0
     x_lane = tl.expand_dims(tl.arange(0, BLOCK_M), 1 - M_AXIS)
     dy_lane = tl.expand_dims(tl.arange(0, BLOCK_M), M_AXIS)
@@ -151,7 +151,7 @@ def conv_wgrad_kernel(
         x = tl.load(x_ptr + (x_row.to(tl.int64) * C + c), mask=x_inside, other=0.0)
         if X_FIRST:
             x = normalised(x, c, state_ptr, C)
-            if dtype == tl.float16:  # relu(shift) would be inf, and inf·0 is NaN; a mask would drain the pipeline
+            if dtype == tl.float16:  # relu(shift) may be inf, and inf·0 is NaN; a mask would stall the pipeline
                 x = tl.where(x > 65504.0, 65504.0, x)
             x = x.to(dtype)
 
@@ -187,7 +187,7 @@ def conv_wgrad_kernel(
 
 
 def _magic(divisor: int) -> tuple[int, int]:
-    """(magic, shift) with m // divisor == m · magic >> (31 + shift) for 0 <= m < 2³¹ (Granlund, Montgomery 1994)."""
+    """Return (magic, shift): m // divisor == m · magic >> (31 + shift) for 0 <= m < 2³¹ (Granlund, Montgomery 1994)."""
     shift = (divisor - 1).bit_length()
     return (1 << (31 + shift)) // divisor + 1, shift
 

@@ -1,4 +1,4 @@
-"""Room for a batch, from torch's allocator."""
+"""Memory for a batch, from torch's allocator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room for a batch, from torch's allocator: on a GPU it is what is wanted."""
+"""Memory for a batch, from torch's allocator as in the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles of the Gram matrix; nothing here has been measured on a GPU."""
+"""Tiles of the Gram matrix. Nothing here was measured on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOAT64: tuple[_Shape, ...] = ((16, 32, 32, 4, 2), (16, 64, 64, 4, 2), (16, 64,
 
 @cache
 def tiles(channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
-    """Candidates of gram_tiles."""
+    """Return candidates for gram_tiles."""
     if INTERPRETED:
         shapes: tuple[_Shape, ...] = ((64, 64, 64, 4, 1),)
     elif dtype is torch.float64:
@@ -42,7 +42,7 @@ def tiles(channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
         for m, a, b, warps, stages in shapes
     )
 
-    def shared_bytes(config: Config) -> int:  # sums change their layout behind the loop
+    def shared_bytes(config: Config) -> int:  # after the loop, the sums change their layout
         m, a, b = config["BLOCK_M"], config["BLOCK_A"], config["BLOCK_B"]
         return max(config.num_stages * (a + b) * m * dtype.itemsize, a * b * max(4, dtype.itemsize))
 
@@ -50,7 +50,7 @@ def tiles(channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
 
 
 def steps(rows: int, channels: int, config: Config, dtype: torch.dtype, device: torch.device) -> int:
-    """Tiles of BLOCK_M rows in a split; dtype is that of the sums."""
+    """Return the number of tiles of BLOCK_M rows in a split; dtype is that of the sums."""
     a, b = config["BLOCK_A"], config["BLOCK_B"]
     at_once = resident(a * b, dtype.itemsize, config.num_warps)
     return rows_split(ceil_div(rows, config["BLOCK_M"]), _upper_tiles(channels, a, b), at_once, device)
@@ -58,13 +58,13 @@ def steps(rows: int, channels: int, config: Config, dtype: torch.dtype, device: 
 
 @cache
 def _upper_tiles(channels: int, a: int, b: int) -> int:
-    """Tiles that are not whole below the diagonal."""
+    """Return the number of tiles that are not completely below the diagonal."""
     ends = range(b, channels + b, b)
     return sum(first < end for first in range(0, channels, a) for end in ends)
 
 
 @cache
 def pivot(channels: int) -> Sequence[Config]:
-    """Candidates of gram_pivot."""
+    """Return candidates for gram_pivot."""
     most = max(16, int(triton.next_power_of_2(channels)))
     return tuple(Config({"BLOCK_C": min(most, block)}, warps) for block, warps in ((64, 1), (128, 4)))

@@ -2,15 +2,15 @@
 
     t = the average of the first rows of z        s = Σ z'        G = z'ᵀz'
 
-gram_pivot     a program: BLOCK_C channels of the first rows. Writes t (C,).
-gram_tiles     a program: a BLOCK_A×BLOCK_B tile of G over BLOCK_M·steps rows; a tile whole below the diagonal is left
-               out. Reads the columns of both sides of its tile; writes one split of G (C, C), of s (C,) by the tiles of
-               the first row, which also write z' where it is asked for.
-gram_finalize  a program: BLOCK elements of s, and of G on and above its diagonal, over all splits in fixed order, in
-               float64. Reads the splits; writes s and both halves of G.
+gram_pivot     A program owns BLOCK_C channels of the first rows. It writes t (C,).
+gram_tiles     A program owns a BLOCK_A×BLOCK_B tile of G over BLOCK_M·steps rows. Tiles completely below the diagonal
+               are left out. It reads the columns of both sides of its tile, and writes one split of G (C, C). The tiles
+               of the first row also write one split of s (C,), and z' if asked for.
+gram_finalize  A program owns BLOCK elements of s, and of G on and above its diagonal. It adds all splits in fixed order
+               in float64, and writes s and both halves of G.
 
-x is read once where one tile covers C; else what a tile reads again comes from the L2 cache, as all tiles of the same
-rows run side by side.
+If one tile covers C, x is read once. Otherwise repeated reads of x come from the L2 cache, because all tiles of the
+same rows run side by side.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def gram_tiles_kernel(
     x_ptr,  # (N, H, W, C)
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
     pivot_ptr,  # (C,) float32 or float64
-    out_ptr,  # (S, C + 1, C) of pivot's dtype: splits of G, and of s behind it
+    out_ptr,  # (S, C + 1, C) of pivot's dtype: splits of G, each followed by its split of s
     out_z_ptr,  # (M, C) like x, or None
     M,
     P,
     Q,
     H,
     W,
-    steps,  # of a split
+    steps,  # per split
     STRIDE: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,7 +93,7 @@ def gram_tiles_kernel(
     columns_a, columns_b = column_a + tl.arange(0, BLOCK_A), column_b + tl.arange(0, BLOCK_B)
     once = tl.where(column_a == 0, C, 0)  # channels whose z' and sum this program writes
     matrix = tl.zeros([BLOCK_A, BLOCK_B], dtype)
-    total = tl.zeros([16, BLOCK_B], dtype)  # threads own rows 16 apart: no exchange inside the loop
+    total = tl.zeros([16, BLOCK_B], dtype)  # threads own rows 16 apart, so they exchange nothing inside the loop
     for step in range(steps):
         rows = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         offsets = pixel_offsets(rows, M, P, Q, H, W, C, STRIDE)
@@ -140,7 +140,7 @@ def gram_finalize_kernel(
 
 
 def _first(x: Tensor, rows: int) -> Tensor:
-    """The pixels, lines or images that hold the first rows of x."""
+    """Return the pixels, lines or images that hold the first rows of x."""
     p, q = x.shape[2:]
     if q >= rows:
         return x[:1, :, :1, :rows]

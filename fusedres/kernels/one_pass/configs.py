@@ -1,4 +1,4 @@
-"""Tiles of the one-pass units' small products; nothing here has been measured on a GPU."""
+"""Tiles of the one-pass units' small products. Nothing here was measured on a GPU."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _FLOAT32: tuple[_Shape, ...] = ((64, 64, 16, 4, 3), (64, 64, 32, 8, 2), (64, 128
 _FLOAT64: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 16, 4, 3), (16, 32, 32, 2, 2), (32, 64, 16, 4, 2))
 _FLOAT32_NARROW: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 64, 4, 2), (16, 32, 32, 2, 2), (32, 64, 32, 4, 2))
 
-# Splits of quadratic's sum over K: all are merged in one unrolled loop.
+# Most splits of quadratic's sum over K: one unrolled loop merges them all.
 _MOST_SPLITS = 16
 
 
 def _most(size: int) -> int:
-    """No block is larger than this needs."""
+    """Return the largest block that this size needs."""
     return max(16, int(triton.next_power_of_2(size)))
 
 
 @cache
 def project(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]:
-    """Candidates of one_pass_project, for K and C, by the type it multiplies in."""
+    """Return candidates for one_pass_project with K and C; dtype is the type it multiplies in."""
     shapes = _INTERPRETED if INTERPRETED else _FLOAT64 if dtype is torch.float64 else _FLOAT32
     most_k, most_c = _most(channels), _most(in_channels)
     found = (
@@ -40,14 +40,14 @@ def project(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]
 
 @cache
 def vectors(channels: int) -> list[Config]:
-    """Candidates of one_pass_state: a handful of vectors."""
+    """Return candidates for one_pass_state, which handles only a few vectors."""
     sizes = ((64, 1),) if INTERPRETED else ((32, 1), (64, 2), (128, 4), (256, 4))
     return [Config({"BLOCK_K": min(block, _most(channels))}, warps) for block, warps in sizes]
 
 
 @cache
 def rows(in_channels: int) -> list[Config]:
-    """Candidates of what goes along rows of (K, C): 8 to 32 elements a thread."""
+    """Return candidates for kernels that go along rows of (K, C), with 8 to 32 elements per thread."""
     sizes = ((64, 64, 4),) if INTERPRETED else ((2048, 512, 4), (1024, 512, 4), (4096, 512, 4), (4096, 512, 8))
     found = []
     for elements, columns, warps in sizes:
@@ -59,7 +59,7 @@ def rows(in_channels: int) -> list[Config]:
 
 @cache
 def quadratic(channels: int, in_channels: int, dtype: torch.dtype, device: torch.device) -> list[Config]:
-    """Candidates of one_pass_quadratic, for K and C."""
+    """Return candidates for one_pass_quadratic with K and C."""
     shapes = _INTERPRETED if INTERPRETED else _FLOAT64 if dtype is torch.float64 else _FLOAT32
     if not INTERPRETED and dtype is not torch.float64 and in_channels <= 128:
         shapes = _FLOAT32_NARROW
@@ -76,6 +76,6 @@ def quadratic(channels: int, in_channels: int, dtype: torch.dtype, device: torch
 
 @cache
 def constant(in_channels: int) -> list[Config]:
-    """Candidates of one_pass_constant: rows and columns of Q, few programs, so each is wide."""
+    """Return candidates for one_pass_constant: rows and columns of Q. There are few programs, so blocks are large."""
     sizes = ((64, 64, 4),) if INTERPRETED else ((8, 256, 8), (4, 256, 4), (16, 128, 8), (8, 128, 4))
     return [Config({"BLOCK_A": a, "BLOCK_B": min(b, _most(in_channels))}, warps) for a, b, warps in sizes]

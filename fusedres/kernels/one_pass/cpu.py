@@ -1,6 +1,6 @@
 """One-pass statistics and gradients on the CPU: small products in C++ (csrc/one_pass), large ones in oneDNN.
 
-In float32 oneDNN's convolutions took half the time of torch.mm for each of the large products at every ResNet-50 stage
+In float32, oneDNN's convolutions took half the time of torch.mm for each large product at every ResNet-50 stage
 (two cores, batch 8).
 """
 

@@ -1,14 +1,15 @@
-"""What the one-pass tail's backward makes of its reductions, in three launches; equations in fusedres.ops.one_pass.
+"""The small products of the one-pass tail's backward, in three launches; equations in fusedres.ops.one_pass.
 
     dγ = r⊙(rowsum(W⊙G) − mean⊙Σd)     c2 = scale⊙r⊙dγ/M     dW = scale⊙G − (scale⊙Σd/M)·sᵀ − M·c2⊙projected
     Q̃ = round(Wᵀ·diag(c2)·W)           constant = (s/M)ᵀ·Q̃ − (Σd/M)ᵀ·W̃
 
-one_pass_parameters  a program: BLOCK_K rows of W. Reads W, G and projected; writes dW, dγ, c2.
-one_pass_quadratic   a program: a BLOCK_A×BLOCK_B tile of Q over BLOCK_D·STEPS of the K channels, in true float32 or
-                     float64; a tile whole below the diagonal is left out. Reads the columns of W of both sides; writes
-                     its split of Q, and in the first row of tiles, which reads W̃ too, of (Σd/M)ᵀ·W̃ behind it.
-one_pass_constant    a program: BLOCK_A rows of Q over all splits in fixed order. Reads the splits, below the diagonal
-                     their mirror image; writes Q̃ and the constant's values.
+one_pass_parameters  A program owns BLOCK_K rows of W. It reads W, G and projected, and writes dW, dγ, c2.
+one_pass_quadratic   A program owns a BLOCK_A×BLOCK_B tile of Q over BLOCK_D·STEPS of the K channels, in true float32
+                     or float64. Tiles completely below the diagonal are left out. It reads the columns of W of both
+                     sides of its tile, and writes its split of Q. The first row of tiles also reads W̃, and writes a
+                     split of (Σd/M)ᵀ·W̃.
+one_pass_constant    A program owns BLOCK_A rows of Q and adds all splits in fixed order. Below the diagonal it reads
+                     the mirror image. It writes Q̃ and the constant.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fusedres.values import GramState
 @triton.jit
 def one_pass_parameters_kernel(
     weight_ptr,  # (K, C) any type and strides
-    cross_ptr,  # (K, C) float32 or float64, like all that follows unless said otherwise
+    cross_ptr,  # (K, C) float32 or float64, like all following ones unless noted
     sum_d_ptr,  # (K,)
     state_ptr,  # (4, K): mean, invstd, scale, shift
     projected_ptr,  # (K, C)
@@ -83,7 +84,7 @@ def one_pass_quadratic_kernel(
     c2_ptr,  # (K,) float32 or float64
     folded_ptr,  # (K, C) of the activations' dtype
     sum_d_ptr,  # (K,) of c2's dtype
-    out_ptr,  # (S, C + 1, C) of c2's dtype: splits of Q, and of (Σd/M)ᵀ·W̃ behind it
+    out_ptr,  # (S, C + 1, C) of c2's dtype: splits of Q, each followed by its split of (Σd/M)ᵀ·W̃
     count: tl.float64,
     stride_k,
     stride_c,

@@ -1,4 +1,4 @@
-"""One-pass statistics and gradients (ops.one_pass) as matrix products of torch's own library."""
+"""One-pass statistics and gradients (ops.one_pass) as torch's own matrix products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def one_pass_statistics(conv_weight: Tensor, gram: Gram, count: int, norm: Norm)
     centre = total / count
     projected = matrix @ torch.addr(
         squares / count, centre, centre, alpha=-1
-    )  # in float64: what cancels, cancels squared
+    )  # in float64, because cancellation is worse in squares
     mean = matrix @ centre
     var = (projected * matrix).sum(1).clamp_(min=0)
     moved = mean + matrix @ pivot.double()
@@ -49,7 +49,7 @@ def one_pass_backward(
 def small_products(
     cross: Tensor, sum_d: Tensor, matrix: Tensor, gram_state: GramState, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dW, dγ, Q and dz's constant row from G = dᵀz', none larger than the weight."""
+    """Return dW, dγ, Q and dz's constant row, computed from G = dᵀz'; none is larger than the weight."""
     state, _, total = gram_state
     grad_conv, grad_weight = parameter_grads(cross, sum_d, matrix, gram_state, count)
     quadratic = quadratic_form(matrix, grad_weight, state, count)
@@ -60,7 +60,7 @@ def small_products(
 def parameter_grads(
     cross: Tensor, sum_d: Tensor, matrix: Tensor, gram_state: GramState, count: int
 ) -> tuple[Tensor, Tensor]:
-    """dW and dγ."""
+    """Return dW and dγ."""
     state, projected, total = gram_state
     mean, invstd, scale, _ = state
     grad_weight = invstd * torch.addcmul((matrix * cross).sum(1), mean, sum_d, value=-1)
@@ -70,6 +70,6 @@ def parameter_grads(
 
 
 def quadratic_form(matrix: Tensor, grad_weight: Tensor, state: Tensor, count: int) -> Tensor:
-    """Q = Wᵀ·diag(c2)·W."""
+    """Return Q = Wᵀ·diag(c2)·W."""
     c2 = state[2] * state[1] * grad_weight / count
     return (matrix * c2.unsqueeze(1)).T @ matrix

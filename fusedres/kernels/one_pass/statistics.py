@@ -3,12 +3,12 @@
     μ = s/M     Cov = (G_z − s·μᵀ)/M     projected = W·Cov     mean = W·μ     var = rowsum(projected⊙W), at least 0
     W̃ = round(scale⊙W)     b = shift + scale⊙mean − W̃·μ
 
-one_pass_project  a program: BLOCK_K×BLOCK_C of projected, with Cov formed in float64 where G_z is loaded, multiplied in
-                  float64 or in true float32. Reads rows of W and columns of G_z; writes projected, and of its columns
-                  the shares of mean, W·t and var, in float64. Program 0 counts the batch, for the next launch to read.
-one_pass_state    a program: BLOCK_K channels. Adds up the shares in fixed order, in float64; writes the state and the
-                  running statistics.
-one_pass_fold     a program: BLOCK_K rows of W. Writes W̃ and b.
+one_pass_project  A program owns BLOCK_K×BLOCK_C of projected. It reads rows of W and columns of G_z, forms Cov in
+                  float64 on load, and multiplies in float64 or in true float32. It writes projected, and its columns'
+                  shares of mean, W·t and var in float64. Program 0 counts the batch; the next launch reads the count.
+one_pass_state    A program owns BLOCK_K channels. It adds the shares in fixed order in float64, and writes the state
+                  and the running statistics.
+one_pass_fold     A program owns BLOCK_K rows of W. It writes W̃ and b.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fusedres.kernels.one_pass import configs
 from fusedres.kernels.triton_core.launch import ceil_div, choose, launch
 from fusedres.values import Gram, Norm
 
-# Up to this many multiplications W·Cov is taken in float64: it costs little there and var then cannot cancel.
+# Up to this many multiplications, W·Cov is computed in float64: it costs little, and var loses nothing to cancellation.
 FLOAT64_PRODUCTS = 1 << 24
 
 
 @triton.jit
 def load_weight(weight_ptr, k, c, stride_k, stride_c, K: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):
-    """W (K, C) of any strides and type at channels k, inputs c (each a column or a row), in dtype; 0 beyond."""
+    """Load W (K, C), of any strides and type, at channels k and inputs c (a column and a row), in dtype; 0 outside."""
     pointers = weight_ptr + k.to(tl.int64) * stride_k + c * stride_c
     return tl.load(pointers, mask=(k < K) & (c < C), other=0).to(dtype)
 
@@ -42,7 +42,7 @@ def one_pass_project_kernel(
     gram_ptr,  # (C, C) float64
     batches_ptr,  # () int64, or None
     out_ptr,  # (K, C) of pivot's dtype
-    out_shares_ptr,  # (ceil(C / BLOCK_C), 3, K) float64: of mean, W·t and var
+    out_shares_ptr,  # (ceil(C / BLOCK_C), 3, K) float64: shares of mean, W·t and var
     out_batches_ptr,
     count: tl.float64,
     stride_k,
@@ -86,12 +86,12 @@ def one_pass_project_kernel(
 
 @triton.jit
 def one_pass_state_kernel(
-    shares_ptr,  # (T, 3, K) float64: of mean, W·t and var
+    shares_ptr,  # (T, 3, K) float64: shares of mean, W·t and var
     weight_ptr,  # (K,) any type, or None: BatchNorm's
     bias_ptr,
     running_mean_ptr,  # (K,) any type, or None
     running_var_ptr,
-    batches_ptr,  # () int64, this batch counted; or None
+    batches_ptr,  # () int64, including this batch; or None
     out_state_ptr,  # (4, K) float32 or float64
     out_running_mean_ptr,
     out_running_var_ptr,
@@ -112,7 +112,7 @@ def one_pass_state_kernel(
         mean += tl.load(share_ptr, mask=rows < K, other=0)
         shift += tl.load(share_ptr + K, mask=rows < K, other=0)
         var += tl.load(share_ptr + 2 * K, mask=rows < K, other=0)
-    var = tl.where(var < 0, 0.0, var)  # NaN stays
+    var = tl.where(var < 0, 0.0, var)  # NaN stays NaN
     store_state(out_state_ptr, mean, var, weight_ptr, bias_ptr, eps, K, rows, BLOCK_K)
     if out_running_mean_ptr is not None:
         factor = tl.full([BLOCK_K], momentum, tl.float64)
@@ -162,7 +162,7 @@ def one_pass_statistics(conv_weight: Tensor, gram: Gram, count: int, norm: Norm)
     wide = channels * in_channels * in_channels <= FLOAT64_PRODUCTS
     dtype = torch.float64 if wide else pivot.dtype
     if wide and conv_weight.itemsize == 2:
-        conv_weight = conv_weight.float()  # Triton 3.6 does not compile a product in float64 of 16-bit loads
+        conv_weight = conv_weight.float()  # Triton 3.6 cannot compile a float64 product of 16-bit loads
     candidates = configs.project(channels, in_channels, dtype)
     config = choose(candidates, "one_pass_project", dtype, channels, in_channels)
     tiles = ceil_div(in_channels, config["BLOCK_C"])

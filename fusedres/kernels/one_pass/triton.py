@@ -16,7 +16,7 @@ __all__ = ["one_pass_backward", "one_pass_statistics"]
 def one_pass_backward(
     d: Tensor, sum_d: Tensor, z: Tensor, conv_weight: Tensor, gram_state: GramState, with_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fusedres.ops.one_pass: the kernels of the tail's backward, which read d and z as they are."""
+    """See fusedres.ops.one_pass; use the kernels of the tail's backward, without a gate and a state for z."""
     state, _, total = gram_state
     count = pixel_rows(z)
     gated, centred = Gated(d, None), Centred(z, state.new_zeros(z.shape[1]))

@@ -1,4 +1,4 @@
-"""Tiles of the one-pass tail's kernels; nothing here has been measured on a GPU."""
+"""Tiles of the one-pass tail's kernels. Nothing here was measured on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
 from fusedres.kernels.triton_core.splits import resident, rows_split
 
-# Rows, columns and depth of a tile, warps, stages; best guess first. For reduce the rows are K, the depth is M.
+# Rows, columns and depth of a tile, warps, stages; best guess first. For reduce, the rows are K and the depth is M.
 _Shape = tuple[int, int, int, int, int]
 _INTERPRETED: tuple[_Shape, ...] = ((64, 64, 64, 4, 1),)
 _FLOAT32: tuple[_Shape, ...] = ((64, 64, 32, 4, 2), (64, 128, 16, 8, 2), (128, 64, 32, 8, 2), (64, 64, 32, 4, 3))
@@ -27,10 +27,10 @@ _TAIL = {
     ),
     "wide": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 256, 32, 4, 3)),
 }
-# With a product for the projection behind it: Triton 3.6's ptxas makes each wgmma wait for the one before in steps of
-# more than two.
+# Followed by the projection's product. In steps of more than two wgmmas, Triton 3.6's ptxas makes each wgmma wait for
+# the one before.
 _TAIL_JOINED = _TAIL | {"wide": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 128, 32, 4, 4), (64, 256, 32, 4, 3))}
-# Without wgmma 128 columns and more spill in four warps.
+# Without wgmma, 128 columns or more spill in four warps.
 _TAIL_AMPERE = _TAIL | {"narrow": ((64, 64, 64, 4, 1), (64, 128, 64, 8, 1), (128, 128, 64, 8, 1), (128, 64, 64, 8, 1))}
 _REDUCE = {
     "narrow": ((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 4, 3), (128, 64, 64, 8, 3)),
@@ -44,7 +44,7 @@ _REDUCE = {
 }
 _DGRAD = {
     "narrow": ((64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 32, 4, 3)),
-    "wide": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4), (64, 64, 32, 4, 4)),  # as joined
+    "wide": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4), (64, 64, 32, 4, 4)),  # like _TAIL_JOINED
 }
 _DGRAD_AMPERE = _DGRAD | {"wide": ((128, 128, 64, 8, 2), (128, 128, 32, 8, 3), (64, 128, 64, 4, 2), (64, 64, 64, 4, 3))}
 
@@ -60,13 +60,13 @@ def _shapes(table: Mapping[str, tuple[_Shape, ...]], channels: int, dtype: torch
 
 
 def _most(channels: int) -> int:
-    """No block is larger than the channels need."""
+    """Return the largest block that the channels need."""
     return max(16, int(triton.next_power_of_2(channels)))
 
 
 @cache
 def tail(channels: int, in_channels: int, joined: bool, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
-    """Candidates of one_pass_tail, for K and C; joined: with the projection's product."""
+    """Return candidates for one_pass_tail with K and C; joined: with the projection's product."""
     table = (_TAIL_JOINED if joined else _TAIL) if gpu.has_wgmma else _TAIL_AMPERE
     found = (
         Config({"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(in_channels))}, warps, stages)
@@ -77,16 +77,16 @@ def tail(channels: int, in_channels: int, joined: bool, dtype: torch.dtype, gpu:
 
 @cache
 def reduce(channels: int, columns: tuple[int, int], dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
-    """Candidates of one_pass_reduce, for K and the columns of z and x."""
+    """Return candidates for one_pass_reduce with K and the columns of z and x."""
     found = (
         Config(
             {"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(max(columns)))}, warps, stages
         )
         for k, c, m, warps, stages in _shapes(_REDUCE, columns[0], dtype)
-        if c <= 128 or (gpu.has_wgmma and not columns[1])  # 256 columns spill without, and beside the projection's
+        if c <= 128 or (gpu.has_wgmma and not columns[1])  # 256 columns spill without wgmma, or with a projection
     )
 
-    def shared_bytes(config: Config) -> int:  # sums change their layout behind the loop
+    def shared_bytes(config: Config) -> int:  # after the loop, the sums change their layout
         sums = config["BLOCK_K"] * config["BLOCK_C"] * max(4, dtype.itemsize)
         return max(_operands(config, dtype, "BLOCK_K", "BLOCK_C", "BLOCK_M"), sums)
 
@@ -96,7 +96,7 @@ def reduce(channels: int, columns: tuple[int, int], dtype: torch.dtype, gpu: Gpu
 def steps(
     rows: int, channels: int, columns: tuple[int, int], config: Config, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Tiles of BLOCK_M rows in a split of one_pass_reduce; dtype is that of the sums."""
+    """Return the number of tiles of BLOCK_M rows in a split of one_pass_reduce; dtype is that of the sums."""
     k, c = config["BLOCK_K"], config["BLOCK_C"]
     tiles = ceil_div(channels, k) * sum(ceil_div(count, c) for count in columns)
     at_once = resident(k * c, dtype.itemsize, config.num_warps)
@@ -105,7 +105,7 @@ def steps(
 
 @cache
 def dgrad(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
-    """Candidates of one_pass_dgrad, for K and C."""
+    """Return candidates for one_pass_dgrad with K and C."""
     deepest = _most(max(channels, in_channels))
     found = (
         Config({"BLOCK_M": m, "BLOCK_C": min(c, _most(in_channels)), "BLOCK_K": min(k, deepest)}, warps, stages)
@@ -115,5 +115,5 @@ def dgrad(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequ
 
 
 def _operands(config: Config, dtype: torch.dtype, rows: str, columns: str, depth: str) -> int:
-    """Bytes of both operands of a product in all stages."""
+    """Return the bytes of both operands of a product in all stages."""
     return config.num_stages * (config[rows] + config[columns]) * config[depth] * dtype.itemsize

@@ -2,8 +2,8 @@
 
     dz = d·W̃ − z'·Q̃ + constant,  d = grad where the bits of gate are open, else 0; z' as in triton.py
 
-A program owns BLOCK_M rows of BLOCK_C channels. Reads grad, gate and W̃, then z and Q̃ in a second loop with the same
-accumulator; writes dz, and behind a ReLU its partial sums, for which it reads its own tile of z again.
+A program owns BLOCK_M rows of BLOCK_C channels. It reads grad, gate and W̃, then z and Q̃ in a second loop with the same
+accumulator, and writes dz. After a ReLU it also writes partial sums, and reads its own tile of z again for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusedres.values import Centred, Gated
 
 @triton.jit
 def store_partials(out_ptr, d, normalised, tile, columns, M, C: tl.constexpr, PARTIAL: tl.constexpr):
-    """Σd and Σd·x̂ of every PARTIAL rows of a row tile, into (ceil(M / PARTIAL), 2, C)."""
+    """Store Σd and Σd·x̂ of every PARTIAL rows of a row tile into (ceil(M / PARTIAL), 2, C)."""
     parts: tl.constexpr = d.shape[0] // PARTIAL
     sums = tl.sum(tl.reshape(d, [parts, PARTIAL, d.shape[1]]), 1)
     products = tl.sum(tl.reshape(d * normalised, [parts, PARTIAL, d.shape[1]]), 1)
@@ -43,7 +43,7 @@ def one_pass_dgrad_kernel(
     gate_ptr,  # (M, ceil(K / 8)) uint8, or None
     z_ptr,  # (N, H, W, C) of grad's dtype
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
-    pivot_ptr,  # (C,), like constant and the partials of state's dtype
+    pivot_ptr,  # (C,) of state's dtype, like constant and the partials
     folded_ptr,  # (K, C) of grad's dtype
     quadratic_ptr,  # (C, C) of grad's dtype
     constant_ptr,  # (C,)
@@ -92,7 +92,7 @@ def one_pass_dgrad_kernel(
             quadratic = tl.load(pointers, mask=(c < C)[:, None] & (columns < C)[None, :], other=0)
         acc = add_product(acc, z, quadratic, True, PRECISION)
     width: tl.constexpr = min(BLOCK_C, 32)
-    slices = column_slices(acc, width)  # bounds the registers
+    slices = column_slices(acc, width)  # limits the registers
     for i in tl.static_range(len(slices)):
         columns = first_c + i * width + tl.arange(0, width)
         dz = load_channels(constant_ptr, columns, C, even, 1) - slices[i]

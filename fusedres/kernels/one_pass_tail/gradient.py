@@ -1,4 +1,4 @@
-"""The gradient behind the one-pass tail's ReLU, as its backward kernels load it."""
+"""The gradient after the one-pass tail's ReLU, as its backward kernels load it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def load_d(grad_ptr, gate_ptr, rows, first, M, K: tl.constexpr, BLOCK_K: tl.constexpr, CHANNEL_AXIS: tl.constexpr):
-    """grad (M, K) from channel `first` on where the packed bits (M, ceil(K / 8)) are open, else 0; 0 beyond M and K.
+    """Load grad (M, K) from channel `first` on where the packed bits (M, ceil(K / 8)) are open; else, and outside, 0.
 
-    Without gate_ptr all are open. A byte is loaded once for its 8 channels, which lie along CHANNEL_AXIS of the tile.
+    Without gate_ptr all are open. A byte is loaded once for 8 channels. Channels lie along CHANNEL_AXIS of the tile.
     """
     width: tl.constexpr = (K + 7) // 8
     k = tl.expand_dims(first + tl.arange(0, BLOCK_K), 1 - CHANNEL_AXIS)

@@ -2,10 +2,10 @@
 
     d = grad where the bits of gate are open, else 0      G = dᵀz'      Gₓ = dᵀx'      Σd,  z' as in triton.py
 
-one_pass_reduce    a program: a BLOCK_K×BLOCK_C tile of G or Gₓ over BLOCK_M·steps rows, and Σd in the tiles of the
-                   first columns. Reads grad, gate and z or x; writes its split. All tiles of the same rows run side by
-                   side.
-one_pass_finalize  a program: BLOCK elements of the results over all splits, in fixed order.
+one_pass_reduce    A program owns a BLOCK_K×BLOCK_C tile of G or Gₓ over BLOCK_M·steps rows; the tiles of the first
+                   columns also sum d. It reads grad, gate, and z or x, and writes its split. All tiles of the same
+                   rows run side by side.
+one_pass_finalize  A program owns BLOCK elements of the results. It adds all splits in fixed order.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def reduce_rows(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dᵀz' of BLOCK_K channels from `first` on and of columns, and Σd, over `steps` blocks of rows from `step` on."""
+    """Return dᵀz' (BLOCK_K channels from `first` on, by columns) and Σd, over `steps` row blocks from `step` on."""
     dtype = pivot_ptr.dtype.element_ty
     cross = tl.zeros([BLOCK_K, BLOCK_C], dtype)
-    sum_d = tl.zeros([BLOCK_K, 16], dtype)  # threads own rows 16 apart: no exchange inside the loop
+    sum_d = tl.zeros([BLOCK_K, 16], dtype)  # threads own rows 16 apart, so they exchange nothing inside the loop
     for i in range(steps):
         rows = (step + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         d = load_d(grad_ptr, gate_ptr, rows, first, M, K, BLOCK_K, 0)
@@ -89,7 +89,7 @@ def one_pass_reduce_kernel(
     W,
     X_H,
     X_W,
-    steps,  # of a split
+    steps,  # per split
     STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     C: tl.constexpr,
@@ -136,7 +136,7 @@ def one_pass_reduce_kernel(
 @jit_for_any_batch
 def one_pass_finalize_kernel(
     splits_ptr,  # (S, K·C + K·X_C + K) float32 or float64
-    out_cross_ptr,  # (K, C), like all that follows of splits' dtype
+    out_cross_ptr,  # (K, C); all following ones have splits' dtype
     out_x_cross_ptr,  # (K, X_C), or None
     out_sum_ptr,  # (K,)
     S,

@@ -10,7 +10,7 @@ from fusedres.kernels.reference_core import affine, arithmetic_dtype, pack_bits,
 from fusedres.kernels.reference_core import masked as masked_gradient
 from fusedres.values import Centred, Folded, Gated, GramState, ShortcutInput
 
-# Rows of dz behind one pair of partial sums (one_pass_dgrad).
+# Rows of dz per pair of partial sums (one_pass_dgrad).
 ROWS_A_PARTIAL = 64
 
 
@@ -103,18 +103,18 @@ def one_pass_dgrad(
 
 
 def centred(z: Centred, state: Tensor | None) -> Tensor:
-    """relu(scale·z + shift) − pivot, or z − pivot, of every stride-th pixel, rounded to z's dtype."""
+    """Return relu(scale·z + shift) − pivot, or z − pivot, of every stride-th pixel, rounded to z's dtype."""
     taken = z.z[:, :, :: z.stride, :: z.stride]
     wide = taken.to(z.pivot.dtype) if state is None else affine(taken, state).relu_()
     return (wide - per_channel(z.pivot)).to(taken.dtype)
 
 
 def rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N·H·W, C)."""
+    """Return (N, C, H, W) as (N·H·W, C)."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def activation(matrix: Tensor, z: Centred) -> Tensor:
-    """(N·P·Q, C) as (N, C, P, Q), channels_last, on the grid of z's strided pixels."""
+    """Return (N·P·Q, C) as (N, C, P, Q), channels_last, on the grid of z's strided pixels."""
     n, _, h, w = z.z[:, :, :: z.stride, :: z.stride].shape
     return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)

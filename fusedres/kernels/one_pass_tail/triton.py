@@ -1,10 +1,10 @@
-"""The one-pass tail's forward in one GEMM; backward is in reduce.py and dgrad.py, the small products in one_pass.
+"""The one-pass tail's forward in one GEMM. Its backward is in reduce.py and dgrad.py, the small products in one_pass.
 
     out = relu(z'·W̃ᵀ + b + S),  z' = relu(scale·z + shift) − t, rounded to z's dtype
 
-A program owns BLOCK_M rows of BLOCK_K output channels; the programs of the same rows run side by side. S is the
-shortcut as in bn_add_relu, or the projection x'·W̃ₓᵀ + bₓ, added along the reduction axis. Reads z, W̃ and the shortcut,
-or x and W̃ₓ; writes out and its packed bits. Neither the convolution's own output nor the projection's is ever stored.
+A program owns BLOCK_M rows of BLOCK_K output channels. Programs of the same rows run side by side. S is the shortcut
+as in bn_add_relu, or the projection x'·W̃ₓᵀ + bₓ, which extends the reduction axis. The programs read z, W̃, and the
+shortcut or x and W̃ₓ, and write out and its packed bits. The outputs of convolution and projection are never stored.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_centred_product(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """acc + z'·W̃ᵀ; folded (K, C)."""
+    """Return acc + z'·W̃ᵀ; folded is W̃ (K, C)."""
     weight_offsets = k * C
     for start in range(0, C, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
@@ -61,7 +61,7 @@ def add_centred_product(
 def load_shortcut(
     shortcut_ptr, state_ptr, offsets, k, dtype, K: tl.constexpr, SHORTCUT_C: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """Channels k of a shortcut of SHORTCUT_C channels, 0 behind them, or normalised with a state (4, K)."""
+    """Load channels k of a shortcut: 0 beyond its SHORTCUT_C channels; normalised if there is a state (4, K)."""
     shortcut = load_tile(shortcut_ptr, offsets, k, SHORTCUT_C, EVEN_K and SHORTCUT_C == K, 1).to(dtype)
     if state_ptr is not None:
         scale = load_channels(state_ptr + 2 * K, k, K, EVEN_K, 1)
@@ -71,8 +71,8 @@ def load_shortcut(
 
 @triton.jit
 def store_relu(z, out_ptr, out_mask_ptr, rows, first, k, M, K: tl.constexpr):
-    """relu(z) into out (M, K) at these rows and channels k, from `first` on, and its packed bits."""
-    closed = z <= 0  # NaN is open, as torch has it
+    """Store relu(z) into out (M, K) at these rows and channels k, from `first` on, and its packed bits."""
+    closed = z <= 0  # NaN is open, as in torch
     out = tl.where(closed, 0.0, z).to(out_ptr.dtype.element_ty)
     wide = rows.to(tl.int64)[:, None]
     tl.store(out_ptr + wide * K + k[None, :], out, mask=(rows < M)[:, None] & (k < K)[None, :])
@@ -90,7 +90,7 @@ def store_relu(z, out_ptr, out_mask_ptr, rows, first, k, M, K: tl.constexpr):
 def one_pass_tail_kernel(
     z_ptr,  # (N, H, W, C)
     state_ptr,  # (4, C) float32 or float64: mean, invstd, scale, shift; or None
-    pivot_ptr,  # (C,), like all that follows of state's dtype unless said otherwise
+    pivot_ptr,  # (C,); this and all following ones have state's dtype unless noted
     folded_ptr,  # (K, C) of z's dtype
     offset_ptr,  # (K,)
     shortcut_ptr,  # (N, SHORTCUT_H, SHORTCUT_W, SHORTCUT_C) of z's dtype, or None
@@ -142,7 +142,7 @@ def one_pass_tail_kernel(
     if shortcut_ptr is not None:
         offsets = pixel_offsets(rows, M, P, Q, SHORTCUT_H, SHORTCUT_W, SHORTCUT_C, SHORTCUT_STRIDE)
     width: tl.constexpr = min(BLOCK_K, 64)
-    slices = column_slices(acc, width)  # bounds the registers
+    slices = column_slices(acc, width)  # limits the registers
     for i in tl.static_range(len(slices)):
         first = first_k + i * width
         k = first + tl.arange(0, width)

@@ -2,9 +2,10 @@
 
     d = grad where the gate is open, else 0      Σd per channel
 
-relu_backward_kernel  a program: BLOCK_M·steps rows of BLOCK_C channels. Reads grad and the gate; writes d and a
-                      partial sum a channel.
-merge_sums_kernel     a program: BLOCK_C channels of all T partials, in fixed order. Reads (T, C); writes (C,).
+relu_backward_kernel  A program owns BLOCK_M·steps rows of BLOCK_C channels. It reads grad and the gate, and writes d
+                      and one partial sum per channel.
+merge_sums_kernel     A program owns BLOCK_C channels of all T partials, and adds them in fixed order. It reads (T, C)
+                      and writes (C,).
 """
 
 from __future__ import annotations

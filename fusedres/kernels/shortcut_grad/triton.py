@@ -2,8 +2,8 @@
 
     grad_x[n, p·stride, q·stride, c] += d[m, c]      d = grad where the gate is open, else 0; m = (n, p, q)
 
-A program owns BLOCK_M rows of grad by BLOCK_C channels of grad_x. Reads those channels of grad and gate once, reads and
-writes the pixels of grad_x that the stride reaches once.
+A program owns BLOCK_M rows of grad by BLOCK_C channels of grad_x. It reads those channels of grad and gate once, and
+reads and writes the pixels of grad_x that the stride selects once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def shortcut_grad_(grad_x: Tensor, shortcut: ShortcutGradient) -> None:
     n, grad_c, p, q = grad.shape
     c = grad_x.shape[1]
     view, (stride_n, stride_h, stride_w) = pixels(grad_x, stride)
-    if c < grad_c:  # the appended channels stay unread
+    if c < grad_c:  # the appended channels are not read
         grad = grad[:, :c]
         if gate is not None:
             gate = gate[:, :c] if gate_kind(gate) == "output" else gate[..., : ceil_div(c, 8)]

@@ -1,1 +1,1 @@
-"""What the Triton kernels of several ops share."""
+"""Code that the Triton kernels of several ops share."""

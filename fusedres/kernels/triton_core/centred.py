@@ -1,4 +1,4 @@
-"""z' = relu(scale·z + shift) − t, rounded to z's dtype: the one-pass tail's input as its Triton kernels load it."""
+"""z' = relu(scale·z + shift) − t, rounded to z's dtype: the one-pass tail's input, as its Triton kernels load it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @triton.jit
 def pixel_offsets(row, M, P, Q, H, W, C: tl.constexpr, STRIDE: tl.constexpr):
-    """Where in (N, H, W, C) the pixels `row` of the (N, P, Q) grid of every STRIDE-th pixel start, int64.
+    """Return the offsets (int64) in (N, H, W, C) of pixels `row` of the (N, P, Q) grid of every STRIDE-th pixel.
 
-    Rows beyond M are the last one: what is loaded there is never stored, and no load needs a mask for them.
+    Rows beyond M read the last row, so no load needs a mask for them. What they load is never stored.
     """
     row = tl.minimum(row, M - 1)
     if STRIDE == 1:
@@ -25,7 +25,10 @@ def pixel_offsets(row, M, P, Q, H, W, C: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def load_tile(x_ptr, offsets, columns, C: tl.constexpr, EVEN: tl.constexpr, CHANNEL_AXIS: tl.constexpr):
-    """Rows that start at offsets, channels `columns` along CHANNEL_AXIS of the tile, 0 beyond C; EVEN: none is."""
+    """Load rows that start at offsets, with channels `columns` along CHANNEL_AXIS of the tile.
+
+    Channels beyond C are 0. EVEN: no channel is beyond C.
+    """
     pointers = x_ptr + tl.expand_dims(offsets, CHANNEL_AXIS) + tl.expand_dims(columns, 1 - CHANNEL_AXIS)
     if EVEN:
         tile = tl.load(pointers)
@@ -36,7 +39,7 @@ def load_tile(x_ptr, offsets, columns, C: tl.constexpr, EVEN: tl.constexpr, CHAN
 
 @triton.jit
 def load_channels(vector_ptr, columns, C: tl.constexpr, EVEN: tl.constexpr, CHANNEL_AXIS: tl.constexpr):
-    """A vector (C,) beside a tile of load_tile."""
+    """Load a vector (C,) in a shape that broadcasts with a tile of load_tile."""
     if EVEN:
         vector = tl.load(vector_ptr + columns)
     else:
@@ -48,7 +51,7 @@ def load_channels(vector_ptr, columns, C: tl.constexpr, EVEN: tl.constexpr, CHAN
 def load_activated(
     z_ptr, state_ptr, dtype, offsets, columns, C: tl.constexpr, EVEN: tl.constexpr, CHANNEL_AXIS: tl.constexpr
 ):
-    """relu(scale·z + shift), or z where state is None, in dtype; NaN passes, as in torch."""
+    """Return relu(scale·z + shift), or z if state is None, in dtype; NaN stays NaN, as in torch."""
     z = load_tile(z_ptr, offsets, columns, C, EVEN, CHANNEL_AXIS).to(dtype)
     if state_ptr is not None:
         scale = load_channels(state_ptr + 2 * C, columns, C, EVEN, CHANNEL_AXIS)
@@ -62,13 +65,13 @@ def load_activated(
 def load_centred(
     z_ptr, state_ptr, pivot_ptr, offsets, columns, C: tl.constexpr, EVEN: tl.constexpr, CHANNEL_AXIS: tl.constexpr
 ):
-    """z' in z's dtype; 0 in channels beyond C."""
+    """Return z' in z's dtype; 0 in channels beyond C."""
     dtype = pivot_ptr.dtype.element_ty
     z = load_activated(z_ptr, state_ptr, dtype, offsets, columns, C, EVEN, CHANNEL_AXIS)
     return (z - load_channels(pivot_ptr, columns, C, EVEN, CHANNEL_AXIS)).to(z_ptr.dtype.element_ty)
 
 
 def grid_arguments(x: Tensor | None, stride: int, prefix: str = "") -> dict[str, int]:
-    """pixel_offsets' sizes of an activation and a stride, by their names behind a prefix."""
+    """Return the sizes of an activation and its stride as arguments of pixel_offsets; each name starts with prefix."""
     h, w = (0, 0) if x is None else x.shape[2:]
     return {f"{prefix}H": h, f"{prefix}W": w, f"{prefix}STRIDE": stride}

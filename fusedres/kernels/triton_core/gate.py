@@ -1,4 +1,4 @@
-"""What passes a ReLU's backward, in Triton kernels: a tile of a gradient, masked where its gate is closed."""
+"""ReLU's backward in Triton kernels: load a tile of a gradient, 0 where its gate is closed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from fusedres.kernels.reference_core import masked
 
 
 def gate_kind(gate: Tensor | None) -> str:
-    """The GATE of a kernel: "none", "bits" (packed, uint8) or "output" (the ReLU's output, like the gradient)."""
+    """Return a kernel's GATE: "none", "bits" (packed, uint8) or "output" (the ReLU's output, like the gradient)."""
     if gate is None:
         return "none"
     return "output" if gate.dtype.is_floating_point else "bits"
 
 
 def before_product(grad: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """grad and its gate as a kernel with a product takes them.
+    """Return grad and its gate in the form that a kernel with a matrix product takes.
 
-    Triton 3.6 does not compile a product in float64 of what depends on 8-bit loads: there grad is gated before.
+    Triton 3.6 cannot compile a float64 product of values that depend on 8-bit loads. In float64 the gate is therefore
+    applied here, and the kernel gets no gate.
     """
     if gate is None or grad.dtype is not torch.float64:
         return grad, gate
@@ -29,7 +30,7 @@ def before_product(grad: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | 
 
 @triton.jit
 def load_bits(bits_ptr, row, column, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(BLOCK_M, BLOCK_C) of packed bits (M, ceil(C / 8)) as 0 or 1; a byte is loaded once for its 8 channels."""
+    """Load (BLOCK_M, BLOCK_C) of packed bits (M, ceil(C / 8)) as 0 or 1; a byte is loaded once for 8 channels."""
     width = (C + 7) // 8
     rows = tl.arange(0, BLOCK_M)
     bytes_ = column // 8 + tl.arange(0, BLOCK_C // 8)
@@ -41,7 +42,7 @@ def load_bits(bits_ptr, row, column, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(BLOCK_M, BLOCK_C) of grad (M, C) from (row, column) on, 0 where the gate is closed or outside; row is int64."""
+    """Load (BLOCK_M, BLOCK_C) of grad (M, C) from (row, column) on; 0 if closed or outside; row is int64."""
     rows, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
     inside = (row + rows < M)[:, None] & (columns < C)[None, :]
     offsets = row * C + rows[:, None] * C + columns[None, :]
@@ -49,5 +50,5 @@ def load_gated(grad_ptr, gate_ptr, row, column, M, C, GATE: tl.constexpr, BLOCK_
     if GATE == "bits":
         d = tl.where(load_bits(gate_ptr, row, column, M, C, BLOCK_M, BLOCK_C) == 0, 0.0, d)
     if GATE == "output":
-        d = tl.where(tl.load(gate_ptr + offsets, mask=inside, other=0) <= 0, 0.0, d)  # NaN is open, as torch has it
+        d = tl.where(tl.load(gate_ptr + offsets, mask=inside, other=0) <= 0, 0.0, d)  # NaN is open, as in torch
     return d

@@ -1,4 +1,4 @@
-"""What the convolution kernels do with a tile beside its reduction: locate it, apply BatchNorm, store it."""
+"""What the convolution kernels do with a tile, other than the reduction: locate it, apply BatchNorm, store it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def output_pixel(m, P, Q):
-    """(n, p, q) of output rows, n in 64 bits."""
+    """Return (n, p, q) of output rows, n in 64 bits."""
     pixel = m % (P * Q)
     return (m // (P * Q)).to(tl.int64), pixel // Q, pixel % Q
 
 
 @triton.jit
 def below(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """index < SIZE for a block of an axis; a constant where the block divides the axis."""
+    """Return index < SIZE for a block of an axis; a constant if the block divides the axis."""
     if SIZE % BLOCK == 0:
         return tl.full(index.shape, True, tl.int1)
     else:
@@ -24,7 +24,7 @@ def below(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def affine(y, state_ptr, k, inside, K: tl.constexpr):
-    """scale·y + shift of a tile in the arithmetic type; 0 beyond the channels inside."""
+    """Return scale·y + shift of a tile in the arithmetic type; 0 in channels that are not inside."""
     scale = tl.load(state_ptr + 2 * K + k, mask=inside, other=0.0)
     shift = tl.load(state_ptr + 3 * K + k, mask=inside, other=0.0)
     return y.to(scale.dtype) * scale + shift
@@ -32,7 +32,7 @@ def affine(y, state_ptr, k, inside, K: tl.constexpr):
 
 @triton.jit
 def column_slices(tile, WIDTH: tl.constexpr):
-    """The tile's columns, WIDTH at a time, as a tuple."""
+    """Return the tile as a tuple of slices of WIDTH columns."""
     if tile.shape[1] <= WIDTH:
         slices = (tile,)
     else:
@@ -47,7 +47,7 @@ def store(
     acc,
     out_ptr,  # (N, P, Q, K)
     out_partials_ptr,  # (tiles, 2, K) in acc's type, or None
-    out_rows_ptr,  # (tiles,) likewise
+    out_rows_ptr,  # (tiles,) in acc's type, or None
     tile,
     first_k,
     rows,
@@ -55,7 +55,7 @@ def store(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Stores the tile; with partials also mean and squared deviations of its columns as they were stored."""
+    """Store the tile; with partials also the mean and squared deviations of its columns, of the rounded values."""
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (m < rows)[:, None]
     count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(acc.dtype)
@@ -69,9 +69,9 @@ def store(
             stored = y.to(acc.dtype)
             near = tl.sum(tl.where(row_inside, stored, 0.0), 0) / count
             deviation = tl.where(row_inside, stored - near[None, :], 0.0)
-            off = tl.sum(deviation, 0) / count  # what rounding left in the mean
+            off = tl.sum(deviation, 0) / count  # rounding error of the mean
             partials = out_partials_ptr + tile.to(tl.int64) * (2 * K) + k
             tl.store(partials, near + off, mask=column_inside)
             tl.store(partials + K, tl.sum(deviation * deviation, 0) - count * off * off, mask=column_inside)
     if out_partials_ptr is not None:
-        tl.store(out_rows_ptr + tile, count)  # the same from every column tile
+        tl.store(out_rows_ptr + tile, count)  # every column tile writes the same value

@@ -1,11 +1,11 @@
 """The one place where Triton kernels start: device guard, compile options, and a record of what was launched.
 
-A kernel folder's triton.py holds the kernels and their launchers; its configs.py maps a problem to the candidates of
-its tile sizes. Launchers take `choose(candidates, kernel, what its speed depends on)`, allocate, and call `launch`.
+A kernel folder's triton.py holds the kernels and their launchers; its configs.py maps a problem to candidate tile
+sizes. A launcher calls `choose(candidates, kernel, what its speed depends on)`, allocates, and calls `launch`.
 
-Roles by name: a kernel's pointer argument that it writes is called out or out_…, every other one is only read. Tensors
-are passed as views of what is touched (x[:, :, ::2, ::2] where a stride leaves pixels out), strides as numbers beside
-them, so the bytes that a launch moves can be summed from its arguments.
+Names tell roles: a pointer argument that the kernel writes is called out or out_…; every other one is only read.
+Tensors are passed as views of what the kernel touches (x[:, :, ::2, ::2] if a stride leaves pixels out), with the
+strides as separate numbers. So the bytes that a launch moves can be summed from its arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 class Gpu(NamedTuple):
-    """What candidates depend on of a device."""
+    """The properties of a device that candidates depend on."""
 
     capability: int  # 80, 90, ...
     multiprocessors: int
@@ -39,20 +39,20 @@ class Gpu(NamedTuple):
 
     @property
     def has_wgmma(self) -> bool:
-        """Whether products take whole operands from shared memory, which leaves registers for larger tiles."""
+        """Whether products read whole operands from shared memory, which leaves more registers for larger tiles."""
         return self.capability // 10 == 9
 
 
 H100 = Gpu(90, 132, 232_448)
-assumed = H100  # where there is no GPU to ask
+assumed = H100  # if there is no GPU to ask
 
 
-# Sizes and counts that follow the batch, as kernels name them.
+# Kernels' names of sizes and counts that depend on the batch.
 _OF_THE_BATCH = {"M", "N", "rows", "tile_rows", "tiles", "steps", "T", "S", "count", *(f"splits_{i}" for i in range(4))}
 
 
 def jit_for_any_batch(kernel: Callable[..., None]) -> Any:
-    """triton.jit of a kernel that is compiled once for every batch: a smaller last one finds it compiled."""
+    """Apply triton.jit so that one compilation serves every batch size, also a smaller last batch."""
     names = [
         name
         for name, parameter in inspect.signature(kernel).parameters.items()
@@ -63,7 +63,7 @@ def jit_for_any_batch(kernel: Callable[..., None]) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of one launch by the kernel's constexpr names, and what the compiler needs beside them."""
+    """Tile sizes of one launch by the kernel's constexpr names, and the compiler's options."""
 
     blocks: Mapping[str, int]
     num_warps: int = 4
@@ -74,14 +74,14 @@ class Config:
 
     @cached_property
     def label(self) -> str:
-        """BLOCK_M=128 BLOCK_N=64 w8 s3: tells the candidates of one problem apart; STEPS follow from the others."""
+        """The name among the candidates of a problem: "BLOCK_M=128 BLOCK_N=64 w8 s3". The others determine STEPS."""
         blocks = (f"{name}={value}" for name, value in self.blocks.items() if name != "STEPS")
         return " ".join([*blocks, f"w{self.num_warps}", f"s{self.num_stages}"])
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it was made: the kernel, its arguments by name, the config taken and those it could have taken."""
+    """A recorded launch: the kernel, its arguments by name, the chosen config and all candidates."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -95,7 +95,7 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
     def bytes(self) -> int:
-        """Memory moved: every distinct tensor read once and every distinct tensor written once."""
+        """Return the bytes moved if every distinct tensor is read once, and every distinct output written once."""
         seen: dict[tuple[Any, ...], int] = {}
         for name, argument in self.arguments.items():
             value = argument.base if isinstance(argument, TensorDescriptor) else argument
@@ -112,7 +112,7 @@ _record: ContextVar[list[Launch] | None] = ContextVar("fusedres_record", default
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Collects every launch made inside; on meta tensors nothing but the record is made."""
+    """Collect every launch made inside; on meta tensors launches are only recorded."""
     launches: list[Launch] = []
     token = _record.set(launches)
     try:
@@ -121,15 +121,15 @@ def record_launches() -> Iterator[list[Launch]]:
         _record.reset(token)
 
 
-# A kernel's name, then what its speed depends on; whoever picks among its candidates: None leaves it to their order.
+# A problem: a kernel's name, then what its speed depends on. A pick chooses one of the candidates; None: the first.
 Problem = tuple[Any, ...]
 Pick = Callable[[Problem, Sequence[Config]], Config | None]
 _pick: Pick | None = None
 
 
 def choose(candidates: Sequence[Config], *problem: Any) -> Config:
-    """The config to launch with: what `choosing` picks, outside of it what the device's table of measured choices
-    says, else the first, by which configs.py orders.
+    """Return the config to launch with: the pick of `choosing`, or, outside of it, the device's table of measured
+    choices. If neither gives one, return the first candidate, the best guess.
     """
     if problem:
         found = _pick(_exact(problem), candidates) if _pick is not None else _of_table(problem, candidates)
@@ -139,7 +139,7 @@ def choose(candidates: Sequence[Config], *problem: Any) -> Config:
 
 
 def _of_table(problem: Problem, candidates: Sequence[Config]) -> Config | None:
-    """By the table of the current device."""
+    """Return the choice in the current device's table, None if it has none."""
     if not (INTERPRETED or torch.cuda.is_initialized()):
         return None
     table = dispatch.table(_device(-1 if INTERPRETED else torch.cuda.current_device()))
@@ -149,7 +149,7 @@ def _of_table(problem: Problem, candidates: Sequence[Config]) -> Config | None:
 
 
 def _exact(problem: Problem) -> Problem:
-    """With float32 as "tf32" where products take it so, and sizes as numbers: a choice by them fixes open ones."""
+    """Replace float32 by "tf32" if products use it, and symbolic sizes by numbers, which specialises compiled code."""
     return tuple(
         int(value) if isinstance(value, torch.SymInt)
         else "tf32" if value is torch.float32 and input_precision(value) == "tf32"
@@ -174,7 +174,10 @@ def _labelled(label: str | None, candidates: Sequence[Config]) -> Config | None:
 
 @contextmanager
 def choosing(pick: Pick | None) -> Iterator[None]:
-    """Configs are picked by `pick` inside, in all threads: a backward pass on a GPU has its own. None: as outside."""
+    """Let `pick` choose configs inside; None: choose as outside.
+
+    This holds for all threads, because a backward pass on a GPU runs in its own thread.
+    """
     global _pick
     before, _pick = _pick, pick
     try:
@@ -184,12 +187,12 @@ def choosing(pick: Pick | None) -> Iterator[None]:
 
 
 def problem_key(problem: Problem) -> str:
-    """A problem as text, the key of a table of choices."""
+    """Return a problem as text, the key in a table of choices."""
     return " ".join(str(value).removeprefix("torch.") for value in problem)
 
 
 def measured(table: Mapping[str, str]) -> Pick:
-    """Picks by a table of measured choices: problem_key → label of the config."""
+    """Return a pick that follows a table of measured choices: problem_key → label of the config."""
 
     def pick(problem: Problem, candidates: Sequence[Config]) -> Config | None:
         return _labelled(table.get(problem_key(problem)), candidates)
@@ -200,7 +203,7 @@ def measured(table: Mapping[str, str]) -> Pick:
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config, candidates: Sequence[Config] = ()
 ) -> None:
-    """Runs kernel[grid](**arguments) with the config's blocks on the tensors' device and its current stream."""
+    """Run kernel[grid](**arguments) with the config's blocks on the tensors' device and its current stream."""
     record = _record.get()
     if record is not None:
         record.append(Launch(kernel, arguments, config, candidates or (config,), grid))
@@ -225,13 +228,13 @@ def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: 
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """tl.dot's precision for float32 operands, as torch's own convolutions take it; other dtypes ignore it."""
+    """Return tl.dot's precision for float32 operands, by torch's setting for convolutions; other dtypes ignore it."""
     tf32 = dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
 
 
 def gpu(device: torch.device) -> Gpu:
-    """What the device is; what is assumed where there is no GPU."""
+    """Return the device's properties; the assumed ones if there is no GPU."""
     return _gpu(device) if device.type == "cuda" else assumed
 
 
@@ -239,22 +242,22 @@ def gpu(device: torch.device) -> Gpu:
 def _gpu(device: torch.device) -> Gpu:
     if not torch.cuda.is_available():  # a fake tensor's device
         return assumed
-    found: Any = torch.cuda.get_device_properties(device)  # not every torch declares all of its attributes
+    found: Any = torch.cuda.get_device_properties(device)  # some torch versions do not declare all attributes
     return Gpu(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at one a multiprocessor."""
+    """Return the number of multiprocessors."""
     return gpu(device).multiprocessors
 
 
 def shared_memory(device: torch.device) -> int:
-    """How much of it one program may use, in bytes."""
+    """Return how many bytes of shared memory one program may use."""
     return gpu(device).shared_memory
 
 
 def fitting(configs: Iterable[Config], shared_bytes: Callable[[Config], int], gpu: Gpu) -> tuple[Config, ...]:
-    """The distinct configs whose tiles fit the shared memory of one program, in which they take shared_bytes."""
+    """Return the distinct configs for which shared_bytes fit in the shared memory of one program."""
     found: list[Config] = []
     for config in configs:
         if shared_bytes(config) <= gpu.shared_memory and config not in found:
@@ -263,10 +266,10 @@ def fitting(configs: Iterable[Config], shared_bytes: Callable[[Config], int], gp
 
 
 def loop_bound(count: int) -> Any:
-    """A loop's bound as an argument: the interpreter of Triton 3.6 loops over constants only."""
+    """Return a loop's bound as an argument; Triton 3.6's interpreter can only loop to a constant."""
     return tl.constexpr(count) if INTERPRETED else count
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)

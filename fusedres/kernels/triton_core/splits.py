@@ -1,4 +1,4 @@
-"""How a reduction over rows is split among programs, and how its splits are merged; nothing here has been measured."""
+"""How a reduction over rows is split among programs, and how the splits are merged. Nothing here was measured."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div, m
 
 
 def rows_split(steps: int, tiles: int, resident: int, device: torch.device) -> int:
-    """Steps of a split: the fewest that keep the programs to those a device holds, `resident` a multiprocessor."""
+    """Return the steps of a split: the fewest for which all programs fit on the device at once.
+
+    A multiprocessor holds `resident` programs.
+    """
     if INTERPRETED:
         return ceil_div(steps, 2)
     return ceil_div(steps, max(1, resident * multiprocessors(device) // tiles))
 
 
 def resident(elements: int, itemsize: int, num_warps: int) -> int:
-    """Programs that a multiprocessor is meant to hold, by the registers that the elements of a tile of sums take."""
+    """Return how many programs a multiprocessor should hold, given the registers that a tile of sums takes."""
     registers = elements * itemsize // (4 * 32 * num_warps)
     return max(1, (16 if registers <= 32 else 8) // num_warps)
 
 
 def merge(splits: int) -> Sequence[Config]:
-    """Candidates of a kernel that sums splits (S, elements) over S in fixed order."""
+    """Return candidates for a kernel that sums splits (S, elements) over S in fixed order."""
     return _merge(splits > 16)
 
 
