@@ -102,7 +102,7 @@ def specialise(launch: Launch, config: Config, arch: int) -> Specialised:
     if launching.INTERPRETED:
         raise RuntimeError("inspect_kernels: TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     capture = _Capture()
-    launching._run(capture, launch.grid, launch.arguments, config)
+    launching.run_kernel(capture, launch.grid, launch.arguments, config)
     kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -74,4 +74,4 @@ def launch_pack(out: Path, todo: Sequence[Made]) -> Counter[str]:
 
 def _launch(todo: Iterable[Launch]) -> None:
     for made in todo:
-        launching._run(made.kernel, made.grid, made.arguments, made.config)
+        launching.run_kernel(made.kernel, made.grid, made.arguments, made.config)

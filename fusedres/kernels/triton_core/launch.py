@@ -212,12 +212,13 @@ def launch(
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(kernel, grid, arguments, config)
+            run_kernel(kernel, grid, arguments, config)
     else:
-        _run(kernel, grid, arguments, config)
+        run_kernel(kernel, grid, arguments, config)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config) -> None:
+def run_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config) -> None:
+    """Run kernel[grid](**arguments) on the current device, without recording the launch."""
     kernel[grid](
         **arguments,
         **config.blocks,
