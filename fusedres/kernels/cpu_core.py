@@ -1,4 +1,4 @@
-"""Fresh buffers of the cpu kernels, in huge pages where the buffer is large."""
+"""New buffers for the cpu kernels, in huge pages if the buffer is large."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ _STORED = (
     _config(64, 256, 64, 4, 4, 3),
     _config(128, 64, 64, 2, 4, 3),
 )
-# The phases of a stride take more registers: two programs of eight warps do not fit on a multiprocessor.
+# With a stride, the phases take more registers: two programs of eight warps do not fit on a multiprocessor.
 _STRIDED = (
     _config(64, 128, 64, 4, 4, 3),
     _config(128, 128, 64, 4, 8, 3),

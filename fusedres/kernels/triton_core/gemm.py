@@ -1,4 +1,4 @@
-"""What the convolution kernels do with a tile, other than the reduction: locate it, apply BatchNorm, store it."""
+"""Tile functions of the convolution kernels, besides the reduction: locate a tile, apply BatchNorm, store it."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ class Config:
 
     @cached_property
     def label(self) -> str:
-        """The name among the candidates of a problem: "BLOCK_M=128 BLOCK_N=64 w8 s3". The others determine STEPS."""
+        """A name like "BLOCK_M=128 BLOCK_N=64 w8 s3", unique among a problem's candidates. STEPS is left out, because
+        the others determine it.
+        """
         blocks = (f"{name}={value}" for name, value in self.blocks.items() if name != "STEPS")
         return " ".join([*blocks, f"w{self.num_warps}", f"s{self.num_stages}"])
 

@@ -1,4 +1,4 @@
-"""A step of a matrix product whose first operand is computed in registers."""
+"""A step of a matrix product; its first operand may be computed in registers."""
 
 from __future__ import annotations
 
