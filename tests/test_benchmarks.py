@@ -190,9 +190,12 @@ def test_bench_ops_counts_arithmetic(tmp_path, capsys):
 def test_bench_ops_refuses_a_wrong_op(monkeypatch, capsys):
     import bench_ops
 
-    right = bench_ops.bn_relu
-    wrong = lambda x, state, backend: right(x, state, backend) * (1.0 if backend == "reference" else 1.001)  # noqa: E731
-    monkeypatch.setattr(bench_ops, "bn_relu", wrong)
+    right = bench_ops.ops.bn_relu
+
+    def wrong(x, state, *, backend):
+        return right(x, state, backend=backend) * (1.0 if backend == "reference" else 1.001)
+
+    monkeypatch.setattr(bench_ops.ops, "bn_relu", wrong)
     small = [
         "--device",
         "cpu",

@@ -110,7 +110,8 @@ def force_split(monkeypatch):
     def force(steps: int) -> None:
         config = Config({"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_C": 16}, 4, 2)
 
-        def plan(grad, *_):
+        def plan(gradient, *_):
+            grad = gradient.grad
             total = -(-(grad.numel() // grad.shape[1]) // 16)
             return configs.Plan((config,), config, steps, -(-total // steps))
 
