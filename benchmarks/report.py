@@ -77,8 +77,8 @@ def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tupl
     return wanted
 
 
-def section(results: Path, kinds: Iterable[str] = TABLES, folder: str = "../benchmarks/results") -> str:
-    """Return the plots and tables of these kinds; `folder` is the path of the plots from the document."""
+def section(results: Path, kinds: Iterable[str] = TABLES, folder: str | None = "../benchmarks/results") -> str:
+    """Return the plots and tables of these kinds; folder: path of the plots from the document, None: only tables."""
     files = load(results)
     found = measured(files)
     drawn = wanted_plots(found)
@@ -86,15 +86,15 @@ def section(results: Path, kinds: Iterable[str] = TABLES, folder: str = "../benc
     for kind in kinds:
         parts += [
             f"![{CAPTIONS[kind]}, {rows[0]['device']}]({folder}/{name})"
-            for name, (of, rows) in drawn.items() if of == kind
+            for name, (of, rows) in drawn.items() if of == kind and folder is not None
         ]  # fmt: skip
         parts += [_folded(TABLES[kind](rows)) for groups in found[kind].values() for rows in groups]
     return "\n\n".join(filter(None, parts))
 
 
 def summary(results: Path) -> str:
-    """Return what the README shows of the numbers: whole models."""
-    return section(results, ("models",), "benchmarks/results")
+    """Return the README's numbers: whole models, in a table, as their plot is on its first screen."""
+    return section(results, ("models",), None)
 
 
 def _folded(table: str, longest: int = 20) -> str:
