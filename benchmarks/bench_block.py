@@ -5,8 +5,9 @@
     python benchmarks/bench_block.py --blocks 'resnet50.layer[12].1' --phase train --compile --plot blocks.png
 
 The columns are: milliseconds of eager in NCHW, of eager in channels_last, of the convolutions of the block alone (the
-bound for any fusion around them), and of the fused block; eager / fused, both channels_last, with the 95% interval; the
-percentage of (eager - convolutions) that fusion removes; megabytes saved for backward; megabytes moved, as counted.
+time that remains if all else were free), and of the fused block; eager / fused, both channels_last, with the 95%
+interval; the percentage of (eager - convolutions) that fusion removes; megabytes saved for backward; megabytes moved,
+as counted.
 """
 
 from __future__ import annotations
@@ -105,19 +106,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="half precision: autocast (GPU bfloat16, CPU float32)")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (GPU 64, CPU 8; --full: 8 and 16)")
-    parser.add_argument("--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, tiny")
-    parser.add_argument("--phase", choices=("both", *closed_form.PHASES), default="both", help="(both)")
-    parser.add_argument("--memory", default="auto", help="fuse()'s memory: auto or min (auto)")
-    parser.add_argument("--conv", default="auto", help="fuse()'s conv (auto)")
-    parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--pairs", type=int, help="rounds; each times every variant once (as many as the budget allows, at most 40)"
+        "--dtype", choices=DTYPES, help="half precision runs under autocast (default: GPU bfloat16, CPU float32)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: GPU 64, CPU 8; --full: 8 and 16)")
+    parser.add_argument("--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, tiny")
+    parser.add_argument(
+        "--phase", choices=("both", *closed_form.PHASES), default="both", help="what to measure (default: both)"
+    )
+    parser.add_argument("--memory", default="auto", help="fuse()'s memory: auto or min (default: auto)")
+    parser.add_argument("--conv", default="auto", help="fuse()'s conv (default: auto)")
+    parser.add_argument("--backend", help="backend of the fused ops (default: FUSEDRES_BACKEND, else auto)")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        help="rounds; each times every variant once (default: as many as the budget allows, at most 40)",
     )
     parser.add_argument(
-        "--budget", type=float, default=95, help="seconds for the whole run, unless --pairs is given (95)"
+        "--budget", type=float, default=95, help="seconds for the whole run, unless --pairs is given (default: 95)"
     )
     parser.add_argument("--full", action="store_true", help="every stage shape, at least 30 pairs, no budget")
     parser.add_argument("--freeze", action="store_true", help="inference with weights folded once (fusedres.freeze)")

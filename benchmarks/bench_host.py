@@ -39,10 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
-    parser.add_argument("--blocks", nargs="+", default=["tiny.b*"], help="names or patterns (tiny.b*)")
-    parser.add_argument("--rounds", type=int, default=1000, help="calls of each variant (1000)")
-    parser.add_argument("--backend", help="backend of the fused ops (FUSEDRES_BACKEND, else auto)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
+    parser.add_argument("--blocks", nargs="+", default=["tiny.b*"], help="names or patterns (default: tiny.b*)")
+    parser.add_argument("--rounds", type=int, default=1000, help="calls of each variant (default: 1000)")
+    parser.add_argument("--backend", help="backend of the fused ops (default: FUSEDRES_BACKEND, else auto)")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.rounds < 1:

@@ -45,16 +45,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     names = ("resnet18", "resnet34", "resnet50")
     parser.add_argument("--models", nargs="+", choices=names, default=["resnet18", "resnet50"])
-    parser.add_argument("--phase", choices=("both", "train", "infer"), default="both", help="(both)")
-    parser.add_argument("--batch", type=int, help="images per step (GPU 64, CPU 8)")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images (224)")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=tuple(PRECISIONS), help="half precision: autocast (GPU bfloat16, CPU float32)"
+        "--phase", choices=("both", "train", "infer"), default="both", help="what to measure (default: both)"
     )
-    parser.add_argument("--rounds", type=int, default=12, help="rounds; each times every variant once (12)")
+    parser.add_argument("--batch", type=int, help="images per step (default: GPU 64, CPU 8)")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: 224)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--budget", type=float, default=150, help="seconds of timing, after which three rounds are enough (150)"
+        "--dtype",
+        choices=tuple(PRECISIONS),
+        help="half precision runs under autocast (default: GPU bfloat16, CPU float32)",
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="rounds; each times every variant once (default: 12)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=150,
+        help="seconds of timing, after which three rounds are enough (default: 150)",
     )
     parser.add_argument("--keep-pages", action="store_true", help="CPU: freed memory stays mapped (glibc)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
@@ -103,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
                 work = Work(model, phase, options.batch, PRECISIONS[options.dtype], options.size)
                 progress.step(f"{model} {phase}", 0)
                 budget = options.budget / len(options.models) / len(phases)
-                measure(settings, f"{model} {phase} batch {options.batch}", work, names, options.rounds, budget)
+                different = [name for name in names if phase == "train" or not name.endswith(" min")]
+                measure(settings, f"{model} {phase} batch {options.batch}", work, different, options.rounds, budget)
                 progress.step(f"{model} {phase}")
         found = settings.journal.rows()
     progress.close()

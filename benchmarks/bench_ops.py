@@ -154,14 +154,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--device", help="cuda, cpu (a GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(GPU bfloat16, CPU float32)")
-    parser.add_argument("--batch", type=int, help="(GPU 64, CPU 8)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="heights and widths (56 28 14 7)")
-    parser.add_argument("--channels", type=int, nargs="+", help="(those of ResNet-18 and ResNet-50 at each size)")
-    parser.add_argument("--ops", nargs="+", help="names of ops (all)")
-    parser.add_argument("--backend", default="auto", help="(auto)")
-    parser.add_argument("--pairs", type=int, default=30, help="rounds; each times op and copy once (30)")
+    parser.add_argument("--device", help="cuda, cpu (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of activations (default: GPU bfloat16, CPU float32)")
+    parser.add_argument("--batch", type=int, help="images (default: GPU 64, CPU 8)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=list(SIZES), help="heights and widths (default: 56 28 14 7)"
+    )
+    parser.add_argument(
+        "--channels", type=int, nargs="+", help="channels (default: those of ResNet-18 and ResNet-50 at each size)"
+    )
+    parser.add_argument("--ops", nargs="+", help="names of ops (default: all)")
+    parser.add_argument("--backend", default="auto", help="backend of the ops (default: auto)")
+    parser.add_argument("--pairs", type=int, default=30, help="rounds; each times op and copy once (default: 30)")
     parser.add_argument("--fresh-pages", action="store_true", help="CPU: do not keep freed memory mapped")
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)

@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pack")
     parser.add_argument("--rehearse", action="store_true", help="launch all kernels of the pack on a stubbed driver")
     parser.add_argument(
-        "--call", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="calls of gpu_suite.py (both)"
+        "--call", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="calls of gpu_suite.py (default: both)"
     )
-    parser.add_argument("--blocks", default="all", help="a name or pattern of common/blocks.py, or stem (all)")
+    parser.add_argument("--blocks", default="all", help="a name or pattern of common/blocks.py, or stem (default: all)")
     parser.add_argument("--no-wheel", action="store_true", help="kernels only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)

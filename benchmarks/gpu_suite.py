@@ -281,7 +281,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the schedule; with --pack, launch it on a stubbed driver"
     )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (cuda)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default: cuda)")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, only to see that everything runs")
     parser.add_argument("--worker", choices=tuple(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -305,13 +305,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile every candidate of every Triton kernel; needs no GPU.")
     parser.add_argument("--arch", type=int, choices=tuple(GPUS), default=90)
     parser.add_argument(
-        "--kernel", nargs="*", default=("",), help="only kernels with one of these texts in their names (all)"
+        "--kernel", nargs="*", default=("",), help="only kernels with one of these texts in their names (default: all)"
     )
     parser.add_argument(
-        "--blocks", default="all", help="blocks that run: a name or pattern of common/blocks.py, or stem (all)"
+        "--blocks", default="all", help="blocks that run: a name or pattern of common/blocks.py, or stem (default: all)"
     )
-    parser.add_argument("--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (all)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="tf32 and fp32 are float32 (bf16)")
+    parser.add_argument(
+        "--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (default: all)"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bf16", help="tf32 and fp32 are float32 (default: bf16)"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--limit", type=int, help="only the first candidates of each launch")
     parser.add_argument(

@@ -55,11 +55,16 @@ def measured(files: dict[str, list[Row]]) -> dict[str, dict[str, list[list[Row]]
     for rows in files.values():
         by_kind: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in rows:
-            if kind := kind_of(row):
+            if (kind := kind_of(row)) and not _repeats(row):
                 by_kind[kind, row["device"]].append(row)
         for (kind, device), of_file in by_kind.items():
             found[kind].setdefault(device, []).append(of_file)
     return found
+
+
+def _repeats(row: Row) -> bool:
+    """Whether a row measures the computation of another one again: memory="min" changes only training."""
+    return row.get("memory") == "min" and row["phase"] == "infer"
 
 
 def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tuple[str, list[Row]]]:

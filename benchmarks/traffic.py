@@ -28,14 +28,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Bytes per image that a training step must move, for each way of running it."
     )
-    parser.add_argument("--image", type=int, default=224, help="height and width of the images (224)")
-    parser.add_argument("--itemsize", type=int, default=2, help="bytes per element (2: bf16 or fp16)")
+    parser.add_argument("--image", type=int, default=224, help="height and width of the images (default: 224)")
+    parser.add_argument("--itemsize", type=int, default=2, help="bytes per element (default: 2, for bf16 or fp16)")
     parser.add_argument(
         "--block", help="list the kernels of one block: layer1.0 is of ResNet-50, 18:layer2.0 of ResNet-18"
     )
     parser.add_argument("--launched", nargs="*", metavar="WAY", help="count the launches of the triton backend "
         "instead, on meta tensors (default: all ways of launched.py)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=256, help="images per step for --launched (256)")
+    parser.add_argument("--batch", type=int, default=256, help="images per step for --launched (default: 256)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     options = parser.parse_args(argv)
     if options.launched is not None:

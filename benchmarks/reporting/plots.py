@@ -120,9 +120,7 @@ def speedup(rows: list[Row], path: Path) -> None:
     for k, (batch, dtype) in enumerate(series):
         label = f"batch {batch}" + (f", {dtype}" if several else "")
         axes[0][0].plot([], [], MARKERS[k % len(MARKERS)], color=COLOURS[k % len(COLOURS)], label=label)
-    axes[0][0].plot(
-        [], [], "|", color="#666666", markersize=9, label="convolutions alone: what fusion around them allows"
-    )
+    axes[0][0].plot([], [], "|", color="#666666", markersize=9, label="convolutions alone")
     dtypes = ", ".join(sorted({dtype for _, dtype in series}))
     figure.suptitle(f"Speed-up by block: {_about(rows)}, {dtypes}", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -180,21 +178,21 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-# What the picture of models shows, as far as it was measured: variant → label and colour.
+# What the picture of models shows, as far as it was measured: variant → label, colour of the bar and of its text.
 SHOWN = {
-    "eager": ("eager PyTorch", "#999999"),
-    "compile": ("torch.compile", "#56B4E9"),
-    "library": ("fused", "#D55E00"),
-    "library min": ('fused, memory="min"', "#0072B2"),
-    "fused": ('fused, conv="fused"', "#009E73"),
-    "fused min": ('fused, conv="fused", memory="min"', "#CC79A7"),
+    "eager": ("eager PyTorch, channels_last", "#bbbbbb", "black"),
+    "compile": ("torch.compile", "#56B4E9", "black"),
+    "library": ("fused", "#C04F00", "white"),
+    "library min": ('fused, memory="min"', "#0072B2", "white"),
+    "fused": ('fused, conv="fused"', "#00795A", "white"),
+    "fused min": ('fused, conv="fused", memory="min"', "#CC79A7", "black"),
 }
 
 
 def models(rows: list[Row], path: Path) -> None:
-    """Plot speed and memory of whole models as bars: images per second, and bytes of a training step.
+    """Plot speed and memory of whole models, relative to eager, as bars.
 
-    The bytes are the peak if it is known, else what is saved for backward.
+    The memory is the peak of a training step if it is known, else what is saved for backward.
     """
     pyplot = _pyplot()
     key = "peak_bytes" if any(row["peak_bytes"] for row in rows) else "saved_bytes"
@@ -210,12 +208,17 @@ def models(rows: list[Row], path: Path) -> None:
     bars = [sum(len(found) + 1 for found in shown.values()) for shown in (cases, training)]
     height = 1.6 + 0.27 * max(bars)
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, height))
-    _bars(speed, cases, lambda row, _: row["ratio"]["median"], lambda row: f"{_number(row['images_per_s'])} images/s")
-    _bars(memory, training, lambda row, eager: row[key] / eager[key], lambda row: f"{_number(row[key] / 1e6)} MB")
-    speed.set_title("Speed: longer is better", fontsize=11)
-    what = "Peak memory" if key == "peak_bytes" else "Memory kept for backward"
-    memory.set_title(f"{what}: shorter is better", fontsize=11)
-    figure.suptitle(f"Whole models: {_about(rows)}", fontsize=11)
+    several = len({case[2:] for case in cases}) > 1
+    _bars(speed, cases, several, lambda row, _: row["ratio"], lambda row: f"{_number(row['images_per_s'])} images/s")
+    _bars(
+        memory, training, several, lambda row, eager: {"median": row[key] / eager[key]},
+        lambda row: f"{_number(row[key] / 1e6)} MB",
+    )  # fmt: skip
+    speed.set_title("Speed relative to eager, 95 % interval\n(longer is better)", fontsize=11)
+    what = "Peak memory of training" if key == "peak_bytes" else "Memory kept for backward"
+    memory.set_title(f"{what}, relative to eager\n(shorter is better)", fontsize=11)
+    about = "" if several else f", batch {rows[0]['shape'][0]}, {_dtype(rows[0])}"
+    figure.suptitle(f"Whole models: {_about(rows)}{about}", fontsize=11)
     drawn = dict.fromkeys(variant for found in cases.values() for variant in found)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=SHOWN[variant][1]) for variant in SHOWN if variant in drawn]
     labels = [SHOWN[variant][0] for variant in SHOWN if variant in drawn]
@@ -227,19 +230,27 @@ def models(rows: list[Row], path: Path) -> None:
 def _bars(
     axis: Any,
     cases: dict[tuple, dict[str, Row]],
-    ratio_of: Callable[[Row, Row], float],
+    several: bool,
+    ratio_of: Callable[[Row, Row], dict[str, float]],
     text: Callable[[Row], str],
 ) -> None:
-    """Draw a group of bars for each case; a bar's length is the ratio of its row to that of eager."""
+    """Draw a group of bars for each case; a bar's length is the ratio of its row to that of eager.
+
+    The bar of eager has the absolute number. Several: the label of a case has its batch and dtype.
+    """
     position, ticks = 0, []
     for (name, phase, batch, dtype), found in cases.items():
-        what = "training" if phase == "train" else "inference"
-        ticks.append((position + (len(found) - 1) / 2, f"{name}, {what}\nbatch {batch}, {dtype}"))
+        what = f"{name}\n{'training' if phase == 'train' else 'inference'}"
+        ticks.append((position + (len(found) - 1) / 2, f"{what}, batch {batch}, {dtype}" if several else what))
         for variant in filter(found.__contains__, SHOWN):
             ratio = ratio_of(found[variant], found["eager"])
-            axis.barh(position, ratio, 0.9, color=SHOWN[variant][1])
-            share = "" if variant == "eager" else f"{ratio:.2f} × eager, "
-            axis.text(0.02, position, share + text(found[variant]), va="center", fontsize=9.5, color="white")
+            _, colour, ink = SHOWN[variant]
+            axis.barh(position, ratio["median"], 0.9, color=colour)
+            label = text(found[variant]) if variant == "eager" else f"{ratio['median']:.2f} × eager"
+            axis.text(0.02, position, label, va="center", fontsize=9.5, color=ink)
+            if variant != "eager" and "low" in ratio:
+                spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
+                axis.errorbar(ratio["median"], position, xerr=spread, color="black", lw=1.2, capsize=2)
             position += 1
         position += 1
     axis.axvline(1, color="black", lw=1)

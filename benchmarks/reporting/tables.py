@@ -1,4 +1,4 @@
-"""The tables of the README, as Markdown, from rows."""
+"""The tables of README.md and docs/numbers.md, as Markdown, from rows."""
 
 from __future__ import annotations
 

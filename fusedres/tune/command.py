@@ -37,23 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "faster one is kept. Run nothing else on the device at the same time."
     )
     parser.add_argument(
-        "--model", nargs="+", default=["resnet50", "resnet18"], help="torchvision's models (resnet50 resnet18)"
+        "--model", nargs="+", default=["resnet50", "resnet18"], help="torchvision's models (default: resnet50 resnet18)"
     )
-    parser.add_argument("--batch", nargs="+", type=int, help="batch sizes (a GPU: 256 64 16, a CPU: 8)")
-    parser.add_argument("--image-size", type=int, default=224, help="height and width of the images (224)")
+    parser.add_argument("--batch", nargs="+", type=int, help="batch sizes (default: GPU 256 64 16, CPU 8)")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width of the images (default: 224)")
     parser.add_argument(
         "--dtype",
         nargs="+",
         choices=tuple(DTYPES),
-        help="float32 runs without TF32 on a GPU; tf32 is torch's default there (a GPU: bfloat16, a CPU: float32)",
+        help="on a GPU float32 is without TF32, and tf32 is torch's default (default: GPU bfloat16, CPU float32)",
     )
     parser.add_argument(
-        "--phase", nargs="+", choices=("train", "infer"), default=["train", "infer"], help="what to measure (both)"
+        "--phase",
+        nargs="+",
+        choices=("train", "infer"),
+        default=["train", "infer"],
+        help="what to measure (default: both)",
     )
     parser.add_argument(
-        "--backend", choices=("triton", "cuda", "cpu"), help="the kernels to measure (a GPU: triton, a CPU: cpu)"
+        "--backend",
+        choices=("triton", "cuda", "cpu"),
+        help="the kernels to measure (default: GPU triton, CPU cpu)",
     )
-    parser.add_argument("--device", help="cuda, cuda:1 or cpu (a GPU if there is one)")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: a GPU if there is one)")
     parser.add_argument("--minutes", type=float, help="stop after this time; what was measured by then is written")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file instead")
 
