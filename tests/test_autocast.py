@@ -115,6 +115,16 @@ def test_backward_outside_of_autocast_is_backward_inside() -> None:
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), case
 
 
+@pytest.mark.parametrize(("backend", "conv"), [("cpu", "library"), ("reference", "library"), ("reference", "fused")])
+@pytest.mark.parametrize("case", [case for case in CORE if case.shortcut == "projection"], ids=label)
+def test_the_gradients_of_a_projection_block_are_added_in_half(case: Case, backend: str, conv: str) -> None:
+    """In x's dtype, both terms and their sum would be held twice as wide."""
+    block, x, grad = stock_case(case, memory_format=torch.channels_last)
+    with fusedres.use_backend(backend):
+        got = run(fused_twin(block, conv=conv), x, grad, autocast=torch.bfloat16)["grad_x"]
+    assert got.dtype == torch.float32 and torch.equal(got, got.bfloat16().float())
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=label)
 def test_a_training_loop_under_autocast_with_a_gradient_scaler(dtype: torch.dtype) -> None:
     """Loss scaling and unscaling find finite gradients, and the loss falls as much as eager's."""

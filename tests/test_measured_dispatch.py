@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +20,14 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
-from fusedres import backends, dispatch
+from fusedres import backends, dispatch, ops
 from fusedres.autograd import UNIT_TENSORS
 from fusedres.dispatch import LIBRARY, UNFUSED, Directions, Shape, Way, store
 from fusedres.dispatch.table import batch_class
 from fusedres.modules import choice, fused_block
 from fusedres.modules.fused_block import plan_of
+from fusedres.ops.launch import launches
+from fusedres.values import Geometry, Gradient, Raw
 
 OWN = Directions(True, True, True)
 FPROP = Directions(True, False, False)
@@ -52,9 +53,9 @@ class Products:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
         self.ran: Counter[tuple[str, str]] = Counter()
-        launches = fusedres.autograd.conv_forward.launches(backend)
-        for name, at in (("fprop", 1), ("dgrad", 4), ("wgrad", 6)):  # position of the weight or its height and width
-            monkeypatch.setattr(launches, f"conv_{name}", self._counting(name, getattr(launches, f"conv_{name}"), at))
+        found = launches(backend)
+        for name, at in (("fprop", 1), ("dgrad", 1), ("wgrad", 2)):  # position of the weight or its height and width
+            monkeypatch.setattr(found, f"conv_{name}", self._counting(name, getattr(found, f"conv_{name}"), at))
 
     def _counting(self, name: str, kernel: Callable[..., Any], at: int) -> Callable[..., Any]:
         def counting(*args: Any) -> Any:
@@ -329,15 +330,12 @@ def test_fakes_follow_the_chosen_tiles(which: int) -> None:
     x = torch.empty(64, 128, 28, 28, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     weight = torch.empty(128, 128, 3, 3, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     state = torch.empty(4, 128, device="meta")
-    geometry = ((1, 1), (1, 1), (1, 1))
-    fprop = (x, weight, None, *geometry, True)
-    dgrad = (x, None, None, None, weight, x.shape, *geometry, x, state, None, None, 1)
+    geometry = Geometry((1, 1), (1, 1), (1, 1))
+    fprop = (Raw(x, None), weight, geometry, True)
+    dgrad = (Gradient(x), weight, list(x.shape), geometry, Raw(x, state))
     with launch.choosing(lambda problem, candidates: candidates[which]):
-        for fakes, kernel, arguments in (
-            (sys.modules["fusedres.ops.conv_fprop"]._fake_conv_fprop, conv_fprop, fprop),
-            (sys.modules["fusedres.ops.conv_dgrad"]._fake, conv_dgrad, dgrad),
-        ):
-            fake = fakes(*arguments, "triton")
+        for op, kernel, arguments in ((ops.conv_fprop, conv_fprop, fprop), (ops.conv_dgrad, conv_dgrad, dgrad)):
+            fake = op(*arguments, backend="triton")
             assert [t.shape for t in fake] == [t.shape for t in kernel(*arguments)]
 
 

@@ -269,27 +269,31 @@ class Backward:
         return self._after_norm(index - 1, d, partials)
 
     def _first(self, gradient: Gradient, shortcut: ShortcutGradient | None) -> Tensor | None:
-        """Both products of the first convolution, and the shortcut's gradient."""
+        """The gradient of x: that of the first convolution plus the shortcut's.
+
+        Under autocast x may be wider than the plan's dtype. The terms of an identity are then added in x's dtype, as in
+        eager. A projection's gradient has been rounded already: autograd casts the sum, after the terms are freed.
+        """
         unit, h = self.plan.units[0], self._input(0)
         if not self.needs[0]:
             self._convolution(0, gradient, h)
             return None
         assert shortcut is not None
+        in_x_dtype = self.x_dtype is not self.plan.dtype and self.plan.projection is None
         grad: Tensor | None
         if unit.own.dgrad:
             self._convolution(0, gradient, h)
-            in_product = shortcut if self.x_dtype is self.plan.dtype else None
-            grad = self.launch.conv_dgrad(gradient, self._weight(0), list(h.y.shape), unit.geometry, None, in_product)[
-                0
-            ]
+            size, in_product = list(h.y.shape), None if in_x_dtype else shortcut
+            grad, _ = self.launch.conv_dgrad(gradient, self._weight(0), size, unit.geometry, None, in_product)
             if in_product is not None:
                 return grad
         else:
             grad = self._convolution(0, gradient, h, with_input=True)
         assert grad is not None
-        grad = in_dtype(grad, self.x_dtype)  # under autocast x may be wider: both terms are added in its dtype
-        share = in_dtype(shortcut.grad, self.x_dtype)
-        self.launch.shortcut_grad_(grad, ShortcutGradient(share, shortcut.gate, shortcut.stride))
+        if in_x_dtype:
+            grad = in_dtype(grad, self.x_dtype)
+            shortcut = shortcut._replace(grad=in_dtype(shortcut.grad, self.x_dtype))
+        self.launch.shortcut_grad_(grad, shortcut)
         return grad
 
     def _convolution(self, index: int, gradient: Gradient, h: Raw, with_input: bool = False) -> Tensor | None:

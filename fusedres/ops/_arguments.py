@@ -313,13 +313,12 @@ def shortcut_input(channels: str, **options: Any) -> Rows:
 def norm(channels: str, *, running: bool = False) -> dict[str, Argument]:
     """The rows of a Norm with this many channels; running: its running statistics may not be None."""
     vector = dense(channels, "floating")
-    return {
-        "weight": vector,
-        "bias": vector,
-        "running_mean": dense(channels, "floating", required=running),
-        "running_var": dense(channels, "floating", given_with="running_mean"),
-        "num_batches_tracked": dense("", torch.int64),
-    }
+    affine, count = {"weight": vector, "bias": vector}, {"num_batches_tracked": dense("", torch.int64)}
+    if running:  # they say how many channels there are
+        needed = dense(channels, "floating", required=True)
+        return {"running_mean": needed, "running_var": needed} | affine | count
+    variance = dense(channels, "floating", given_with="running_mean")
+    return affine | {"running_mean": vector, "running_var": variance} | count
 
 
 def convolution(image: str, kernel: str) -> Rows:

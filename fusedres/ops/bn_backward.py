@@ -95,7 +95,7 @@ def bn_backward_coefficients(
         "gate": gate("N C H W"),
         "y": activation("N C H W", required=True),
         "shortcut": activation("N C H W"),
-        "coefficients": wide("4 C", given_with="y"),
+        "coefficients": wide("4 C", required=True),
         "shortcut_coefficients": wide("4 C", given_with="shortcut"),
     },
 )
