@@ -282,7 +282,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
 Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
                             int64_t images_at_a_time) {
   for (const ConvBn& unit : block.units) {
-    require(!unit.batch_statistics, "residual_block_infer", "all statistics must be constants");
+    require(!unit.batch_statistics, "residual_block_infer", "batch statistics are not supported");
   }
   std::vector<Tensor> states;
   for (size_t index = 0; index < block.units.size(); ++index) {
