@@ -157,7 +157,7 @@ def test_fold(backend, dtype, weight_dtype, size, strides):
     weight, of = _weight(k, c, weight_dtype, strides), state(k, _wide(dtype))
     total = _random(c, seed=3) * count
     on = [t.to(where) for t in (weight, of, total)]
-    folded, offset = (t.cpu() for t in ops.one_pass_fold(*on, count, dtype, backend))
+    folded, offset = (t.cpu() for t in ops.one_pass_fold(*on, count, dtype, backend=backend))
     assert folded.is_contiguous() and folded.dtype == dtype and offset.dtype == of.dtype
     assert torch.equal(folded, (of[2][:, None] * weight.flatten(1).to(of.dtype)).to(dtype))
     beta, centre = (of[3].double() + of[2].double() * of[0].double()), total / count

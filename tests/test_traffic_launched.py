@@ -171,7 +171,7 @@ def test_a_launch_counts_what_it_reads_and_writes(launched):
     state = torch.empty(4, 64, device="meta")
     for stride, pixels in ((1, 36), (2, 9)):
         with fusedres.use_backend("triton"), launched.CountLaunched() as count:
-            bn_relu(x, state, "triton", None, stride)
+            bn_relu(x, state, None, stride, backend="triton")
         assert count.total == 0 and not count.missing  # no other operator runs
         assert [launch.bytes() for launch in count.kernels] == [2 * 8 * 64 * pixels * 2 + 4 * 64 * 4]
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common.blocks import make_block
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres.kernels.triton_core.launch import Launch, record_launches
-from fusedres.modules import fused_block, reading, resnet
+from fusedres.modules import calls, reading
 from fusedres.ops._library import OPS
 from memory_traffic.closed_form import MODES, bytes_moved
 from memory_traffic.counting import CountBytes
@@ -114,14 +115,8 @@ def mixed_precision(dtype: torch.dtype) -> Iterator[None]:
     def read(*args: Any) -> Any:
         return reading.read_input(*args)._replace(dtype=dtype, autocast=True)
 
-    readers = (fused_block, resnet)
-    for module in readers:
-        module.read_input = read
-    try:
+    with mock.patch.object(calls, "read_input", read):
         yield
-    finally:
-        for module in readers:
-            module.read_input = reading.read_input
 
 
 def train_step(what: Block | Stem, way: str, batch: int, dtype: torch.dtype) -> dict[str, CountLaunched]:
