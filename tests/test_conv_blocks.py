@@ -21,7 +21,7 @@ from tolerance import check
 
 import fusedres
 from fusedres import backends
-from fusedres.autograd import Directions
+from fusedres.dispatch import Directions
 from fusedres.modules import choice
 from fusedres.modules.fused_block import plan_of
 

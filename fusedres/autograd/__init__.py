@@ -2,31 +2,25 @@
 
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.inference import Frozen, run_frozen
-from fusedres.autograd.layout import in_format, suggests_channels_last
-from fusedres.autograd.memory import to_channels_last
+from fusedres.autograd.layout import suggests_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import run_stem
-from fusedres.dispatch import LIBRARY, Directions
 
 __all__ = [
-    "LIBRARY",
     "PLAIN",
     "UNIT_TENSORS",
     "BlockPlan",
     "ConvBN",
-    "Directions",
     "Frozen",
     "StemPlan",
     "UncheckedError",
     "are_plain",
     "count_path",
-    "in_format",
     "path_counts",
     "run_block",
     "run_frozen",
     "run_stem",
     "suggests_channels_last",
-    "to_channels_last",
     "wants_gradients",
 ]

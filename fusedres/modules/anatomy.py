@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.utils import _pair
 
-from fusedres.autograd import LIBRARY, PLAIN, ConvBN
+from fusedres.autograd import PLAIN, ConvBN
+from fusedres.dispatch import LIBRARY
 from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
 from fusedres.modules.shortcut import ZeroPadShortcut
 

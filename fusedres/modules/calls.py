@@ -50,7 +50,20 @@ def input_of_call(op: str, x: Tensor, anatomy: Anatomy, backend: str | None, opt
     return chosen if isinstance(chosen, str) else read_input(op, x, chosen[0], options.conv, chosen[1])
 
 
-def reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
+def reason_of_parts(op: str, anatomy: Anatomy | str, options: Options) -> str | None:
+    """Return why a block or stem runs unfused on its parameters' device, or None if it is fused.
+
+    Args:
+        op: the name of the module's class, for errors.
+        anatomy: its parts, or why they are unusual.
+    """
+    if isinstance(anatomy, str):
+        return anatomy
+    without = without_kernels(anatomy.units[0].conv_weight, options.conv, options.memory)
+    return without or _reason_of_shapes(op, anatomy)
+
+
+def _reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
     """Return why a batch of ordinary images does not run fused (for example, parts that do not fit), or None."""
     first = anatomy.units[0]
     size = (2, first.conv_weight.shape[1] * first.settings.groups, _ORDINARY, _ORDINARY)

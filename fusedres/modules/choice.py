@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from fusedres import dispatch
-from fusedres.autograd import LIBRARY, UNIT_TENSORS, ConvBN, Directions
+from fusedres.autograd import UNIT_TENSORS, ConvBN
 from fusedres.backends import automatic, backend_for
-from fusedres.dispatch import Way, measured
+from fusedres.dispatch import LIBRARY, Directions, Way, measured
 from fusedres.modules.anatomy import Anatomy
 
 # The products of the Gram matrix with the weight do not shrink with the batch. With fewer rows per input channel than
@@ -26,9 +26,7 @@ _MIN_ROWS_A_CHANNEL = 16
 _WHOLE_BYTES = 16 << 20
 _PART_BYTES = 8 << 20
 
-
 _OWN = Directions(True, True, True)
-
 
 FASTER_UNFUSED = "measured faster unfused"
 

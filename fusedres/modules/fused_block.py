@@ -24,9 +24,8 @@ from fusedres.modules.calls import (
     input_of_call,
     keep_reason,
     options_of,
-    reason_of_shapes,
+    reason_of_parts,
     unusual_input,
-    without_kernels,
 )
 from fusedres.modules.choice import serving_backend
 from fusedres.modules.reading import Tensors, read_block, read_input
@@ -57,12 +56,7 @@ class FusedBlock(nn.Module):
 
     def unfused_reason(self) -> str | None:
         """Return why the stock forward runs on the parameters' device, or None if the block is fused."""
-        anatomy = self.anatomy()
-        if isinstance(anatomy, str):
-            return anatomy
-        options = options_of(self)
-        without = without_kernels(anatomy.units[0].conv_weight, options.conv, options.memory)
-        return without or reason_of_shapes(type(self).__name__, anatomy)
+        return reason_of_parts(type(self).__name__, self.anatomy(), options_of(self))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(F(x) + S(x)); see the class."""

@@ -15,9 +15,8 @@ from fusedres.modules.calls import (
     input_of_call,
     keep_reason,
     options_of,
-    reason_of_shapes,
+    reason_of_parts,
     unusual_input,
-    without_kernels,
 )
 from fusedres.modules.choice import serving_backend
 from fusedres.modules.reading import read_stem
@@ -43,12 +42,7 @@ class FusedStem(nn.Module):
 
     def stem_unfused_reason(self) -> str | None:
         """Return why the stem runs unfused on its parameters' device, or None if it is fused."""
-        anatomy = self.anatomy()
-        if isinstance(anatomy, str):
-            return anatomy
-        options = options_of(self)
-        without = without_kernels(anatomy.units[0].conv_weight, options.conv, options.memory)
-        return without or reason_of_shapes(type(self).__name__, anatomy)
+        return reason_of_parts(type(self).__name__, self.anatomy(), options_of(self))
 
     def fused_stem(self, x: Tensor) -> Tensor | None:
         """Return maxpool(relu(bn1(conv1(x)))) if it can run fused, else None."""
