@@ -1,4 +1,4 @@
-"""Autograd of the fused blocks: which ops run in which order, and what is saved."""
+"""Forward and backward of the fused blocks: the order of their ops, and what is saved between the two."""
 
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.inference import Frozen, run_frozen

@@ -1,13 +1,14 @@
-"""The backward passes of a residual block, whoever runs its convolutions.
+"""The backward passes of a residual block, for own and for the library's convolutions.
 
 With d = dL/dout where NOT (out <= 0), else 0: dL/dx = S'(x)ᵀd + F'(x)ᵀd. The shortcut's term is added to the branch's
 own gradient last, straight from grad_out and the mask: by the first convolution's dgrad where that is this package's
 own, else in place.
 
 The gradient dy of a convolution's output is formed where this package's own products load it, or written once
-(`stored`): for the library, and for a 3x3 convolution, whose two products would otherwise form it nine times for each
-element. An own dgrad masks its result with the previous layer's ReLU, recomputed from that layer's raw output, and
-takes the two sums of that layer's BatchNorm where it stores the result. After the library's, one more pass does both.
+(`stored`). It is written for the library, and for a 3x3 convolution: its two products would otherwise form it nine
+times for each element. An own dgrad masks its result with the previous layer's ReLU, recomputed from that layer's raw
+output, and takes the two sums of that layer's BatchNorm where it stores the result. After a dgrad of the library's, one
+more pass does both.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from fusedres.values import (
 
 
 def stored(gradient: Gradient, launch: Launches) -> Gradient:
-    """The gradient with dy written out."""
+    """Return the gradient with dy written out."""
     return gradient if gradient.y is None else Gradient(launch.bn_backward_apply(gradient)[0])
 
 
 class Backward:
     """One backward of a block: the gradients of x and of conv weight, BN weight, BN bias of every unit.
 
-    Index 0 of `needs` and of the result is x, then UNIT_PARAMS for each unit; what is not needed stays None. Donated:
-    the raw outputs of the last unit and of the projection may be overwritten with their gradients.
+    Index 0 of `needs` and of the result is x, then UNIT_PARAMS for each unit; what is not needed stays None. If
+    `donated`, the raw outputs of the last unit and of the projection may be overwritten with their gradients.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Backward:
         self._partials: dict[int, Tensor] = {}  # of weight gradients, by unit
 
     def run(self) -> list[Tensor | None]:
-        """The gradients, in the order of `needs`."""
+        """Return the gradients, in the order of `needs`."""
         gradient, of_projection = self._tail()
         shortcut = self._shortcut(of_projection)
         del of_projection
@@ -83,18 +84,18 @@ class Backward:
         return self.grads
 
     def _needs_first(self, units: int) -> bool:
-        """Whether the gradient of x, or of a parameter of the branch's first `units` units, is asked for."""
+        """Return whether the gradient of x, or of a parameter of the branch's first units, is needed."""
         return any(self.needs[: 1 + UNIT_PARAMS * units])
 
     def _needs_sums(self, index: int) -> bool:
         return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
 
     def _input(self, index: int) -> Raw:
-        """What a unit of the branch reads."""
+        """Return what a unit of the branch reads."""
         return Raw(self.entry, None) if index == 0 else Raw(self.saved.ys[index - 1], self.saved.states[index - 1])
 
     def _bn_branch(self, index: int) -> BnBranch:
-        """The raw output of an ordinary unit, as its BatchNorm reads it."""
+        """Return the raw output of an ordinary unit, as its BatchNorm reads it."""
         last, saved = len(self.plan.units) - 1, self.saved
         if index < last:
             y, state = saved.ys[index], saved.states[index]
@@ -112,7 +113,7 @@ class Backward:
         return weight
 
     def _set_norm_grads(self, index: int, sum_d: Tensor, sum_product: Tensor, copy: bool = False) -> None:
-        """Put both gradients in their place; copy: sum_d goes to another unit too, and no gradients share memory."""
+        """Put both gradients in their place; copy: sum_d, as it is another unit's gradient too."""
         slot = UNIT_PARAMS * index
         for offset, value in ((2, sum_product), (3, sum_d)):
             parameter = self.params[slot + offset - 1]
@@ -124,10 +125,11 @@ class Backward:
     # --- the tail ----------------------------------------------------------------------------------------------------
 
     def _tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
-        """Gradients before the last ReLU: of the last unit (of the one before if that is one-pass), of the projection.
+        """Return the gradients before the last ReLU: of the branch, and of the projection.
 
-        The projection's is that of its convolution's output; or that of x at the pixels that it reads, if it is
-        one-pass. A one-pass unit's is None if nothing that is asked for depends on it.
+        Of the branch it is the gradient of the last unit's convolution, or of the unit's before if the last is
+        one-pass. Of the projection it is that of its convolution's output, or of x at the pixels that it reads if it is
+        one-pass. A one-pass unit's is None if nothing that is needed depends on it.
         """
         if not any(self.plan.one_pass):
             return self._ordinary_tail()
@@ -151,7 +153,7 @@ class Backward:
         return Gradient(dy), Gradient(dy_projection)
 
     def _stored_tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
-        """With one-pass units whose convolutions are the library's."""
+        """Do the same with one-pass units that the library convolves."""
         plan, last = self.plan, len(self.plan.units) - 1
         d, sum_d = self.launch.relu_backward(self.gated)
         gradient: Gradient | None = None
@@ -169,7 +171,7 @@ class Backward:
         return gradient, of_projection
 
     def _stored_one_pass(self, index: int, d: Tensor, sum_d: Tensor) -> Tensor | None:
-        """The gradient of a one-pass unit's input, after its ReLU, if something that is asked for depends on it."""
+        """Return the gradient of a one-pass unit's input, after its ReLU, if something that is needed depends on it."""
         slot, of_branch = 1 + UNIT_PARAMS * index, index < len(self.plan.units)
         needs_input = self._needs_first(index if of_branch else 0)
         if not (needs_input or self.needs[slot] or self._needs_sums(index)):
@@ -187,7 +189,7 @@ class Backward:
         return grad_h
 
     def _product_tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
-        """With one-pass units whose tail was one product."""
+        """Do the same with one-pass units, if the tail was one product."""
         plan, saved, last = self.plan, self.saved, len(self.plan.units) - 1
         x = None
         if plan.one_pass[1]:
@@ -211,7 +213,7 @@ class Backward:
     def _product(
         self, index: int, z: Centred, z_state: Tensor | None, sums: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
-        """The gradient of a one-pass unit's input, before its ReLU, and its sums; None if it is not asked for."""
+        """Return the gradient of a one-pass unit's input, before its ReLU, and its sums; None if it is not needed."""
         slot, of_branch = 1 + UNIT_PARAMS * index, index < len(self.plan.units)
         weight, branch = self.params[slot - 1], self.saved.last if of_branch else self.saved.projection
         assert weight is not None and branch is not None
@@ -228,7 +230,7 @@ class Backward:
     # --- BatchNorm and ReLU ------------------------------------------------------------------------------------------
 
     def _on_load(self, index: int) -> Gradient:
-        """The gradient of an ordinary last convolution, or projection, beside a one-pass unit."""
+        """Return the gradient of an ordinary last convolution, or projection, beside a one-pass unit."""
         branch = self._bn_branch(index)
         partials = self.launch.bn_backward_reduce(self.gated, Raw(branch.x, branch.state))
         return Gradient(*self.gated, branch.x, self._coefficients(index, branch, partials))
@@ -242,15 +244,15 @@ class Backward:
         return result
 
     def _after_norm(self, index: int, d: Tensor, partials: Tensor) -> Gradient:
-        """From the gradient of BatchNorm's output and its sums to the gradient of an inner convolution's output."""
+        """Turn the gradient of an inner BatchNorm's output, and its sums, into that of the convolution's output."""
         branch, unit = self._bn_branch(index), self.plan.units[index]
         gradient = Gradient(d, None, branch.x, self._coefficients(index, branch, partials))
-        # Both products form dy on load for a 1x1 convolution whose input is there as it is.
+        # A 1x1 convolution that reads the block's input has two products that can form dy on load.
         on_load = index == 0 and unit.pixelwise and unit.own.dgrad and unit.own.wgrad
         return gradient if on_load else stored(gradient, self.launch)
 
     def _through_norm(self, index: int, grad: Tensor, relu: bool = True) -> Gradient:
-        """From the gradient after BatchNorm and ReLU to that of the convolution's output, in place."""
+        """Turn the gradient after BatchNorm and ReLU into that of the convolution's output, in place."""
         sums = self.launch.bn_relu_backward_(grad, self._bn_branch(index), relu, self._needs_sums(index))
         self._set_norm_grads(index, sums[0], sums[1])
         return Gradient(grad)
@@ -258,7 +260,7 @@ class Backward:
     # --- convolutions ------------------------------------------------------------------------------------------------
 
     def _through(self, index: int, gradient: Gradient) -> Gradient:
-        """Both products of an inner convolution, and the ReLU and BatchNorm before it."""
+        """Run both products of an inner convolution, and the ReLU and BatchNorm before it."""
         unit, h = self.plan.units[index], self._input(index)
         if not unit.own.dgrad:
             grad_h = self._convolution(index, gradient, h, with_input=True)
@@ -269,7 +271,7 @@ class Backward:
         return self._after_norm(index - 1, d, partials)
 
     def _first(self, gradient: Gradient, shortcut: ShortcutGradient | None) -> Tensor | None:
-        """The gradient of x: that of the first convolution plus the shortcut's.
+        """Return the gradient of x: that of the first convolution plus the shortcut's.
 
         Under autocast x may be wider than the plan's dtype. The terms of an identity are then added in x's dtype, as in
         eager. A projection's gradient has been rounded already: autograd casts the sum, after the terms are freed.
@@ -322,7 +324,7 @@ class Backward:
         return grad_h
 
     def _shortcut(self, of_projection: Gradient | Tensor | None) -> ShortcutGradient | None:
-        """What the shortcut sends to x; a projection's weight gradient goes to its place."""
+        """Return what the shortcut adds to the gradient of x; put a projection's weight gradient in its place."""
         unit = self.plan.projection
         if unit is None:
             return ShortcutGradient(*self.gated, self.plan.pad_stride)

@@ -1,8 +1,8 @@
 """The passes of forward.py, inference.py and backward.py in C++ (csrc/residual_block), for plain calls on the CPU.
 
-There is no Python between them, and torch's convolutions are called through torch's C interface, which is looked up at
-run time in the torch that is imported. Each function returns None, before anything was computed, where the C++ core
-does not serve the call: the passes in Python then run.
+No Python runs between the passes, and torch's convolutions are called through torch's C interface, which is looked up
+at run time in the imported torch. If the C++ core does not serve a call, the function returns None before anything is
+computed, and the passes in Python run instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fusedres.ops.launch import direct
 
 @cache
 def _connected() -> bool:
-    """Hand torch's functions to the core; False where this torch lacks one.
+    """Hand torch's functions to the core; return False if this torch lacks one.
 
-    The core reads a plan's named tuples by position: their fields are given to be checked.
+    The core reads the named tuples of a plan by position, and checks the names of their fields here.
     """
     try:
         library = ctypes.CDLL(torch._C.__file__)
@@ -42,7 +42,7 @@ def _serves(x: Tensor, plan: BlockPlan) -> bool:
 
 
 def forward(x: Tensor, plan: BlockPlan, tensors: Tensors) -> list[Tensor] | None:
-    """The result of Forward.run, then what it saves (Saved.flat)."""
+    """Return the result of Forward.run, then what it saves (Saved.flat)."""
     if not _serves(x, plan):
         return None
     found: list[Tensor] | None = _C.residual_block_forward(x, plan, tensors, torch.get_num_threads())
@@ -50,7 +50,7 @@ def forward(x: Tensor, plan: BlockPlan, tensors: Tensors) -> list[Tensor] | None
 
 
 def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor | None:
-    """As inference.infer."""
+    """Return the result of inference.infer."""
     if not _serves(x, plan):
         return None
     found: Tensor | None = _C.residual_block_infer(x, plan, tensors, torch.get_num_threads())
@@ -60,7 +60,7 @@ def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor | None:
 def backward(
     grad_out: Tensor, plan: BlockPlan, saved: tuple[Tensor | None, ...], needs: list[bool], donated: bool
 ) -> list[Tensor | None] | None:
-    """As Backward.run, from x, the parameters and Saved.flat."""
+    """Return the result of Backward.run; saved: x, the parameters and Saved.flat."""
     x = saved[0]
     assert x is not None
     if not _serves(x, plan):

@@ -1,4 +1,4 @@
-"""Gradients that can be differentiated again: blocks and stems recomputed by torch's own differentiable operators."""
+"""Gradients that can be differentiated again: torch's own differentiable operators compute the block or stem again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedres.autograd.plan import BlockPlan, ConvBN, Saved, StemPlan, Tensors
 def differentiable_block(
     grad_out: Tensor, x: Tensor, plan: BlockPlan, params: Tensors, saved: Saved, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of x and of every unit's parameters; what is not needed stays None."""
+    """Return the gradients of x and of every unit's parameters; what is not needed stays None."""
     states = [*saved.states, saved.last.state]
     if saved.projection is not None:
         states.append(saved.projection.state)
@@ -28,7 +28,7 @@ def differentiable_block(
 def differentiable_stem(
     grad_out: Tensor, x: Tensor, plan: StemPlan, params: Tensors, state: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of x and of the unit's parameters; what is not needed stays None."""
+    """Return the gradients of x and of the unit's parameters; what is not needed stays None."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         out = _stem(x, plan.unit, params, None if plan.unit.batch_statistics else state, plan.dtype)
@@ -46,7 +46,7 @@ def _gradients(
 def _conv_bn(
     h: Tensor, unit: ConvBN, params: tuple[Tensor | None, ...], state: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """BatchNorm(conv(h)) of conv weight, BN weight, BN bias; state is that of constant statistics, else None."""
+    """Return BatchNorm(conv(h)) with conv weight, BN weight, BN bias; state: of constant statistics (None: batch's)."""
     conv_weight, weight, bias = params
     assert conv_weight is not None
     y = torch.convolution(
@@ -73,15 +73,15 @@ def _conv_bn(
 def _stem(
     x: Tensor, unit: ConvBN, params: tuple[Tensor | None, ...], state: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The stem's output as _conv_bn's arguments give it; running statistics are neither read nor updated."""
+    """Return the stem's output for the arguments of _conv_bn; running statistics are neither read nor updated."""
     return F.max_pool2d(_conv_bn(x, unit, params, state, dtype).relu(), 3, 2, 1)
 
 
 def _block(x: Tensor, plan: BlockPlan, params: tuple[Tensor | None, ...], constants: list[Tensor | None]) -> Tensor:
-    """The block's output from its input and parameters; running statistics are neither read nor updated.
+    """Return the block's output from its input and parameters; running statistics are neither read nor updated.
 
-    params holds conv weight, BN weight, BN bias of every unit; constants the saved (4, C) state of every unit whose
-    statistics are constants, None for the others.
+    params holds conv weight, BN weight and BN bias of every unit. constants holds the saved (4, C) state of every unit
+    with constant statistics, and None for the others.
     """
 
     def normalised(h: Tensor, unit: ConvBN, index: int) -> Tensor:

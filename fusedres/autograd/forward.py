@@ -1,8 +1,8 @@
-"""The forward passes of a residual block on a channels_last input, whoever runs its convolutions.
+"""The forward passes of a residual block on a channels_last input, for own and for the library's convolutions.
 
-A convolution of this package's own takes BatchNorm's statistics where it stores its output, and applies the affine map
-and ReLU of the BatchNorm before it where it loads its input: between two such convolutions only the raw output exists.
-The library's convolutions read and write whole tensors, with a pass before and after each.
+A convolution of this package's own takes BatchNorm's statistics where it stores its output. Where it loads its input,
+it applies the affine map and ReLU of the BatchNorm before it. So between two such convolutions only the raw output
+exists. The library's convolutions read and write whole tensors, with a pass before and after each.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fusedres.values import Folded, Raw, ShortcutInput, in_dtype
 
 
 def unit_state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, launch: Launches) -> Tensor:
-    """The (4, C) state of a unit's BatchNorm: from y, or from the running statistics."""
+    """Return the (4, C) state of a unit's BatchNorm, from y or from the running statistics."""
     norm = norm_of(tensors, index, unit)
     state: Tensor = launch.bn_statistics(y, norm) if unit.batch_statistics else launch.bn_frozen(y, norm)
     return state
 
 
 def own_weights(plan: BlockPlan, tensors: Tensors, launch: Launches) -> list[Tensor | None]:
-    """Every unit's weight in the plan's dtype and channels_last, converted in one launch; None where it is already.
+    """Return every unit's weight in the plan's dtype and channels_last, converted in one launch.
 
-    Empty where the library runs all convolutions.
+    A weight that needs no conversion is None in the list. If the library runs all convolutions, the list is empty.
     """
     if not plan.own_convolutions:
         return []
@@ -77,7 +77,7 @@ class Forward:
         return out, Saved(ys, states, last, projection, mask, self.weights)
 
     def weight(self, index: int) -> Tensor:
-        """A unit's convolution weight, as its convolution takes it."""
+        """Return a unit's weight as its convolution takes it."""
         weight = self.weights[index] if self.weights else None
         if weight is None:
             weight = self.tensors[index * UNIT_TENSORS]
@@ -85,7 +85,7 @@ class Forward:
         return weight
 
     def convolution(self, h: Raw, index: int) -> Tensor:
-        """The raw convolution of a unit, without statistics."""
+        """Run the raw convolution of a unit, without statistics."""
         unit = self.plan.all_units[index]
         if unit.own.fprop:
             y: Tensor = self.launch.conv_fprop(h, self.weight(index), unit.geometry, False)[0]
@@ -97,7 +97,7 @@ class Forward:
         return convolution(source, self.weight(index), unit, subsampled=subsampled)
 
     def _conv_bn(self, h: Raw, index: int) -> Branch:
-        """A convolution and its BatchNorm's state."""
+        """Run a convolution, and compute its BatchNorm's state."""
         unit = self.plan.all_units[index]
         if not (unit.own.fprop and unit.batch_statistics):
             y = self.convolution(h, index)
@@ -106,7 +106,7 @@ class Forward:
         return Branch(y, self.launch.bn_finalize(partials, rows, norm_of(self.tensors, index, unit)))
 
     def _end(self, h: Raw, index: int) -> Branch:
-        """The end of a branch: an ordinary convolution, or a one-pass unit."""
+        """Run the end of a branch: an ordinary convolution, or a one-pass unit."""
         plan = self.plan
         if not plan.is_one_pass(index):
             return self._conv_bn(h, index)
@@ -120,7 +120,7 @@ class Forward:
         return branch
 
     def _tail(self, h: Raw, last: Branch, projection: Branch | None, with_mask: bool) -> tuple[Tensor, Tensor]:
-        """The add and the last ReLU, in the memory of a raw output that nobody saves, if there is one."""
+        """Run the add and the last ReLU, in the memory of a raw output that nobody saves, if there is one."""
         launch, end = self.launch, len(self.plan.units)
         y = self._outputs.get(end - 1, last.y)
         assert y is not None
@@ -140,7 +140,7 @@ class Forward:
         return out, mask
 
     def _one_pass_tail(self, h: Raw, last: Branch, projection: Branch | None, with_mask: bool) -> tuple[Tensor, Tensor]:
-        """The same as one product of the last unit, of the projection, or of both."""
+        """Run the same as one product of the last unit, of the projection, or of both."""
         plan, end = self.plan, len(self.plan.units)
         joined = None
         if plan.one_pass[1]:

@@ -1,4 +1,4 @@
-"""What autograd's engine wants of a fused block's node, and what it keeps of it."""
+"""Questions to autograd about the node of a fused block: which gradients it needs, and what it may overwrite."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ _will_execute = torch._C._will_engine_execute_node
 
 
 def wants_gradients(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call is recorded for backward."""
+    """Return whether a call is recorded for backward."""
     return torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
 
 
 def used_gradients(ctx: Any) -> tuple[bool, ...]:
-    """Of a node's inputs, those whose gradients the running backward uses; needs_input_grad where that is not known.
+    """Return for each input of a node whether the running backward uses its gradient.
 
-    autograd.grad and backward(inputs=...) take a part of the graph: the rest is not worth its products.
+    autograd.grad and backward(inputs=...) run only a part of the graph, and gradients for the rest would be computed in
+    vain. If autograd does not tell, the answer is that of needs_input_grad.
     """
     needed: tuple[bool, ...] = ctx.needs_input_grad
     if torch.compiler.is_compiling():
         return needed
-    nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for every True in needed, in order
+    nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for each True in needed, in order
     try:
         if all(map(_will_execute, nodes)):
             return needed
@@ -40,15 +41,15 @@ def used_gradients(ctx: Any) -> tuple[bool, ...]:
 def _is_used(node: Any) -> bool:
     try:
         return bool(_will_execute(node))
-    except RuntimeError:  # a leaf whose gradient is asked for, or a node that is called outside of a backward
+    except RuntimeError:  # the gradient of a leaf is asked for, or the node is called outside a backward
         return True
 
 
 def donate_saved(ctx: Any) -> bool:
-    """Whether a backward may overwrite what was saved for it; then no other backward finds it, as in torch.
+    """Return whether a backward may overwrite the tensors that were saved for it: if autograd does not keep the graph.
 
-    It may where the graph is not kept. A backward that fails half-way has overwritten a part: when it is called again,
-    torch raises its "second time" error.
+    The saved tensors are then released, as torch does. So if a backward fails after it has overwritten some of them and
+    is called again, torch raises its "second time" error.
     """
     if torch.compiler.is_compiling() or _keeps_graph():
         return False
@@ -57,7 +58,7 @@ def donate_saved(ctx: Any) -> bool:
 
 
 def materialized(tensor: Tensor) -> Tensor:
-    """A tensor with its values in memory: not lazily negated, no lazy zero."""
+    """Return the tensor with its values in memory: neither lazily negated nor a lazy zero."""
     if torch.compiler.is_compiling():
         return tensor
     if tensor.is_neg():
@@ -66,7 +67,7 @@ def materialized(tensor: Tensor) -> Tensor:
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether no tensor is of a subclass, which may have no memory of its own, or lazily negated."""
+    """Return whether all tensors are plain: no subclass, which may lack memory of its own, and not lazily negated."""
     if torch.compiler.is_compiling():
         return True
     if not _PLAIN_OR_NONE.issuperset(map(type, tensors)):
@@ -75,10 +76,10 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 
 def needs_composite(grad_out: Tensor) -> bool:
-    """Whether a backward must run through torch's own operators.
+    """Return whether a backward must run through torch's own operators.
 
-    It must where its gradients are to be differentiated again, and where its own is of a tensor subclass, inside a
-    transform of torch.func, or a batch of gradients (autograd.grad(is_grads_batched=True)).
+    It must if its results will be differentiated again, inside a transform of torch.func, and if grad_out is of a
+    tensor subclass or a batch of gradients (autograd.grad(is_grads_batched=True)).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()

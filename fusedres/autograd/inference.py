@@ -1,7 +1,7 @@
-"""Inference: passes that keep nothing, and blocks whose weights no longer change.
+"""Inference: passes that keep nothing for backward, and frozen blocks.
 
-A block whose BatchNorms all use constant statistics runs some images at a time. `Frozen` is for fusedres.freeze: it
-folds BatchNorm into the convolutions once, and lays the weights out once.
+If all BatchNorms of a block use constant statistics, it runs a few images at a time. `Frozen` serves fusedres.freeze:
+it folds BatchNorm into the convolutions once, and lays the weights out once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusedres.values import Raw, ShortcutInput, in_dtype
 
 
 def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
-    """Return relu(F(x) + S(x)) where no gradient is wanted and all statistics are constants."""
+    """Return relu(F(x) + S(x)) if no gradient is wanted and all statistics are constants."""
     launch = launches(plan.backend)
     entry = in_dtype(x[:0], plan.dtype)
     states = [unit_state(entry, unit, tensors, i, launch) for i, unit in enumerate(plan.all_units)]
@@ -31,7 +31,7 @@ def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
 
 
 def in_parts(x: Tensor, plan: BlockPlan, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """Run inference some images at a time: run(images, where their result goes, fresh where None) -> result."""
+    """Run inference on some images at a time: run(images, out) returns their result, in out unless that is None."""
     images = plan.infer_images
     if images >= x.shape[0]:
         return run(x, None)
@@ -44,7 +44,7 @@ def in_parts(x: Tensor, plan: BlockPlan, run: Callable[[Tensor, Tensor | None], 
 
 
 def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
-    """The block on some images, into out where given."""
+    """Run the block on some images; the result goes into out if it is given."""
     passes = Forward(x, plan, tensors)
     launch, last = passes.launch, len(plan.units) - 1
     h = passes.entry
@@ -72,7 +72,7 @@ def _shortcut(passes: Forward, states: list[Tensor]) -> ShortcutInput:
 
 
 def _tail(y: Tensor, state: Tensor, shortcut: ShortcutInput, plan: BlockPlan, out: Tensor | None) -> Tensor:
-    """The add and the last ReLU: into out where given, else into y."""
+    """Run the add and the last ReLU; the result goes into out if it is given, else into y."""
     launch = launches(plan.backend)
     if out is None:
         launch.bn_add_relu_(y, state, shortcut, False)
@@ -82,7 +82,7 @@ def _tail(y: Tensor, state: Tensor, shortcut: ShortcutInput, plan: BlockPlan, ou
 
 
 class FrozenConv(NamedTuple):
-    """A convolution with its BatchNorm folded in: weight scale⊙W in oneDNN's own layout where it serves, bias shift."""
+    """A convolution with its BatchNorm folded in: weight scale⊙W, in oneDNN's own layout if packed, and bias shift."""
 
     weight: Tensor
     bias: Tensor
@@ -90,7 +90,7 @@ class FrozenConv(NamedTuple):
     unit: ConvBN
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Scale⊙(W * x) + shift, channels_last."""
+        """Return scale⊙(W * x) + shift in channels_last."""
         stride, padding, dilation, groups = self.unit[:4]
         if self.packed:
             y: Tensor = torch.ops.mkldnn._convolution_pointwise(
@@ -106,13 +106,13 @@ class FrozenBlock(NamedTuple):
 
     kind: tuple[torch.dtype, torch.device, torch.dtype]
     convs: tuple[FrozenConv, ...]
-    identities: tuple[Tensor, ...]  # states that only apply the ReLU, one a convolution
+    identities: tuple[Tensor, ...]  # states that only apply the ReLU, one per convolution
 
 
 class Frozen:
-    """What fusedres.freeze leaves on a block: its folds, made at the next call for each kind of input.
+    """What fusedres.freeze leaves on a block: the folded convolutions, made at the first call with each kind of input.
 
-    A block that leaves eval mode drops this object, and with it whatever a call in another thread still folds.
+    A block that leaves eval mode drops this object. So what a call in another thread folds meanwhile is dropped too.
     """
 
     def __init__(self) -> None:
@@ -132,10 +132,10 @@ def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, t
 
 
 def fold(x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
-    """Folds every unit of a block whose statistics are constants, in float32 or wider, rounded once.
+    """Fold every unit of a block with constant statistics, in float32 or wider, and round once.
 
-    Weights that oneDNN packs are packed for inputs of x's size: packed for no size, a strided 1x1 convolution of a few
-    images took six times the time. Other sizes run as well, some of them slower.
+    Weights that oneDNN packs are packed for inputs of x's size: packed without a size, a strided 1x1 convolution of a
+    few images took six times as long. Other sizes run too, some of them slower.
     """
     convs: list[FrozenConv] = []
     identities: list[Tensor] = []
@@ -171,7 +171,7 @@ def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
 
 
 def _run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock, out: Tensor | None) -> Tensor:
-    """The folded block on some images, into out where given."""
+    """Run the folded block on some images; the result goes into out if it is given."""
     launch = launches(plan.backend)
     h = entry = x.to(plan.dtype)
     last = len(plan.units) - 1

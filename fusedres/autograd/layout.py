@@ -1,7 +1,7 @@
-"""Memory formats of what enters and leaves a fused block, as torch has them.
+"""The memory formats of a fused block's input and output, which are those of torch.
 
-Strides do not tell a format where a tensor has one channel or one pixel. torch then decides by the strides alone (its
-`suggest_memory_format`), and so does this module: a network of one input channel stays channels_last.
+With one channel or one pixel a tensor is contiguous in both formats. torch then decides by the strides alone (its
+`suggest_memory_format`), and so does this module: a network with one input channel stays channels_last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _CHANNELS_LAST = torch.channels_last
 
 
 def suggests_channels_last(tensor: Tensor) -> bool:
-    """Whether torch's convolution takes a 4-dimensional tensor for channels_last."""
+    """Return whether torch's convolution takes a 4-dimensional tensor for channels_last."""
     channels_last = tensor.is_contiguous(memory_format=_CHANNELS_LAST)
     sizes, strides = tensor.shape, tensor.stride()
     if channels_last != tensor.is_contiguous() and 1 not in sizes:
@@ -24,14 +24,14 @@ def suggests_channels_last(tensor: Tensor) -> bool:
     for axis in (1, 3, 2, 0):
         if sizes[axis] == 0 or strides[axis] < least:
             return False
-        if axis == 0 and least == strides[1]:  # one value a row: NCHW
+        if axis == 0 and least == strides[1]:  # one value per row: NCHW
             return False
         least = strides[axis] * max(sizes[axis], 1)
     return True
 
 
 def in_format(out: Tensor, channels_last: bool) -> Tensor:
-    """A dense channels_last tensor in the format that torch would give it, strides of length-1 axes included."""
+    """Return a dense channels_last tensor in torch's format for it, including the strides of axes of length 1."""
     if out.is_contiguous():
         if torch.compiler.is_compiling():
             return out

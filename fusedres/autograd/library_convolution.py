@@ -11,7 +11,7 @@ _DENSE = (1, 1)
 
 
 def convolution(h: Tensor, weight: Tensor, unit: ConvBN, *, subsampled: bool = False) -> Tensor:
-    """conv(h) in h's dtype, channels_last; subsampled: the stride was taken out of h before."""
+    """Return conv(h) in h's dtype and channels_last; subsampled: h has only the pixels that the stride takes."""
     if weight.dtype is not h.dtype:
         weight = weight.to(h.dtype)
     stride = _DENSE if subsampled else unit.stride
@@ -24,7 +24,7 @@ def convolution(h: Tensor, weight: Tensor, unit: ConvBN, *, subsampled: bool = F
 def convolution_backward(
     grad: Tensor, h: Tensor, weight: Tensor, unit: ConvBN, needs: tuple[bool, bool], *, subsampled: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of h (channels_last) and of weight (in its dtype), each None unless needed."""
+    """Return the gradients of h (channels_last) and of weight (in its dtype), each None unless needed."""
     if not (needs[0] or needs[1]):
         return None, None
     grad_h, grad_weight, _ = torch.ops.aten.convolution_backward.default(

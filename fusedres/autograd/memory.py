@@ -1,4 +1,4 @@
-"""Checks of the memory that a call reads, and running statistics that a failed call leaves as they were."""
+"""Checks that a call's tensors have their memory; a call that fails leaves the running statistics unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = ("convolution weight", "weight", "bias", "running_mean", "running_var",
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """x as dense channels_last; itself where it is. Raises where its memory is not there."""
+    """Return x as dense channels_last, without a copy if it is so already; raise if its memory is missing."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     if not torch.compiler.is_compiling() and not has_memory(x):
@@ -25,7 +25,7 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def require_memory(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
-    """Raises where the memory of a call's input, or of a tensor of its units, was freed or is too small."""
+    """Raise if the memory of a call's input, or of a tensor of its units, was freed or is too small."""
     if torch.compiler.is_compiling() or x.is_meta:
         return
     for index, tensor in enumerate((x, *tensors)):
@@ -35,15 +35,15 @@ def require_memory(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's storage holds all of its elements."""
+    """Return whether a tensor's storage holds all of its elements."""
     return tensor.numel() == 0 or tensor.is_meta or tensor.untyped_storage().nbytes() >= needed_bytes(tensor)
 
 
 @contextmanager
 def statistics_kept_on_error(tensors: Sequence[Tensor | None], units: Sequence[ConvBN]) -> Iterator[None]:
-    """Puts the running statistics back where a forward fails half-way (out of memory, say), on the CPU.
+    """Restore the running statistics if a forward fails after it has updated them (out of memory, for example).
 
-    On GPUs, where copies would cost launches, statistics updated before a failure stay updated, as torch's do.
+    This is for the CPU. On a GPU the copies would cost launches, so updated statistics stay updated, as in torch.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     if not torch.compiler.is_compiling():

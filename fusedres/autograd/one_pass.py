@@ -1,8 +1,8 @@
 """The steps of one-pass units (ops.one_pass), which know their BatchNorm's statistics before their convolution runs.
 
 With the library's convolutions the centred input z' is written out and convolved (`convolve_centred`), and backward
-makes it again. With this package's own, BatchNorm folds into the weight (`fold`) and the whole tail of the block is one
-product, which centres its input where it loads it.
+computes it again. With this package's own, BatchNorm is folded into the weight (`fold`), and the whole tail of the
+block is one product, which centres its input where it loads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fusedres.values import Centred, Folded, Gated, Gram, GramState, Norm, Raw, 
 
 
 def convolve_centred(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: Launches) -> tuple[Branch, Tensor]:
-    """The end of a branch, and the raw convolution of the centred input by the library."""
+    """Return the end of a branch, and the raw convolution of the centred input by the library."""
     z, *sums = launch.gram(h.y, h.state, unit.stride[0])
     gram = Gram(*sums)
     state, projected = launch.one_pass_statistics(weight, gram, pixel_rows(z), norm)
@@ -25,7 +25,7 @@ def convolve_centred(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: L
 
 
 def fold(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: Launches) -> tuple[Branch, Folded]:
-    """The end of a branch, and its product with BatchNorm folded in, which the tail runs."""
+    """Return the end of a branch, and its product with BatchNorm folded in, which the tail runs."""
     stride = unit.stride[0]
     gram = Gram(*launch.gram_statistics(h.y, h.state, stride))
     count = pixel_rows(h.y, stride)
@@ -35,7 +35,7 @@ def fold(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: Launches) -> 
 
 
 def centred(z: Tensor, branch: Branch, stride: int = 1) -> Centred:
-    """The input of a one-pass unit as its product takes it."""
+    """Return the input of a one-pass unit as its product takes it."""
     assert branch.one_pass is not None
     return Centred(z, branch.one_pass.pivot, stride)
 
@@ -43,7 +43,7 @@ def centred(z: Tensor, branch: Branch, stride: int = 1) -> Centred:
 def backward_stored(
     d: Tensor, sum_d: Tensor, h: Raw, weight: Tensor, branch: Branch, stride: int, needs_input: bool, launch: Launches
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients where the library convolves: of relu(BN(h)) if needed, of the conv weight, of BatchNorm's weight."""
+    """Return gradients if the library convolves: of relu(BN(h)) if needed, of the conv and of BatchNorm's weight."""
     one, state = _saved(branch)
     z = launch.bn_relu(h.y, h.state, one.pivot, stride)
     grad_z, grad_conv, grad_norm = launch.one_pass_backward(d, sum_d, z, weight, state, needs_input)
@@ -54,7 +54,7 @@ def backward_product(
     gated: Gated, z: Centred, z_state: Tensor | None, sums: tuple[Tensor, Tensor], weight: Tensor, branch: Branch,
     needs_input: bool, launch: Launches,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients where the tail was one product, from the sums dᵀz' and Σd; see backward_stored.
+    """Return gradients if the tail was one product, from the sums dᵀz' and Σd; see backward_stored.
 
     The input's gradient has passed the ReLU of z_state, and comes with the sums that the BatchNorm before it needs.
     """

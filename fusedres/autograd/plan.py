@@ -1,4 +1,4 @@
-"""What a residual block is made of: the constants of one call, and its tensors in one flat order."""
+"""The constants of one call of a residual block, and its tensors in one flat order."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class BlockPlan(NamedTuple):
         return any(any(unit.own) for unit in self.all_units)
 
     def is_one_pass(self, index: int) -> bool:
-        """Whether a unit takes its statistics before its convolution."""
+        """Whether a unit computes its statistics before its convolution runs."""
         last = len(self.units) - 1
         return index >= last and self.one_pass[index - last]
 
@@ -122,7 +122,7 @@ class Saved(NamedTuple):
     weights: Sequence[Tensor | None] = ()  # of all units, as own kernels take them; None: the parameter itself
 
     def flat(self) -> list[Tensor | None]:
-        """The mask, every unit's y and every unit's state, then what only some blocks save."""
+        """The mask, then every unit's y and every unit's state, then what only some blocks save."""
         ends = [self.last] if self.projection is None else [self.last, self.projection]
         found = [self.mask, *self.ys, *(end.y for end in ends), *self.states, *(end.state for end in ends)]
         for end in ends:
@@ -131,7 +131,7 @@ class Saved(NamedTuple):
 
     @staticmethod
     def of(flat: Sequence[Tensor | None], plan: BlockPlan) -> Saved:
-        """The inverse of flat; a block whose passes ran in C++ has only its first part."""
+        """The inverse of flat; after passes in C++ there is only the first part."""
         inner, depth = len(plan.units) - 1, len(plan.all_units)
         mask, ys, states, rest = flat[0], flat[1 : 1 + depth], flat[1 + depth : 1 + 2 * depth], flat[1 + 2 * depth :]
         ends: list[Branch] = []

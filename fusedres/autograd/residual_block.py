@@ -4,7 +4,7 @@ For units F_1 … F_n of convolution + BatchNorm and a shortcut S (He et al. 201
 
     h_0 = x;  y_i = conv_i(h_{i-1});  h_i = relu(BN_i(y_i)) for i < n;  out = relu(BN_n(y_n) + S(x))
 
-Saved: x, the raw y_i, each BatchNorm's (4, C) state, and one bit an element for the last ReLU. The h_i are recomputed
+Saved: x, the raw y_i, each BatchNorm's (4, C) state, and one bit per element for the last ReLU. The h_i are recomputed
 in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y.
 """
 
@@ -28,23 +28,23 @@ from fusedres.autograd.memory import require_memory, statistics_kept_on_error, t
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Saved, Tensors
 from fusedres.autograd.saved import check_saved
 
-# How often each path ran: fused_forward, frozen_forward, fused_backward, composite_backward, unfused of the blocks;
-# stem_forward, stem_backward, stem_composite_backward, stem_unfused of the stems (stem.py).
+# How often each path ran. Blocks: fused_forward, frozen_forward, fused_backward, composite_backward, unfused. Stems
+# (stem.py): stem_forward, stem_backward, stem_composite_backward, stem_unfused.
 path_counts: Counter[str] = Counter()
 
 
 class UncheckedError(Exception):
-    """The C++ passes do not serve a call of a plan that is not checked: read the block, and call with that plan."""
+    """The C++ passes cannot run an unchecked plan: read the block, and call again with the plan that this gives."""
 
 
 def count_path(path: str) -> None:
-    """Counts a path, outside compiled code."""
+    """Count a path, outside compiled code."""
     if not torch.compiler.is_compiling():
         path_counts[path] += 1
 
 
 def run_block(x: Tensor, plan: BlockPlan, tensors: Tensors, recorded: bool) -> Tensor:
-    """Runs a residual block; recorded: with its backward, as gradients are wanted. x must fit the plan."""
+    """Run a residual block on an x that fits the plan; recorded: autograd records it, as gradients are wanted."""
     if recorded:
         result: Tensor = ResidualBlockFunction.apply(x, plan, *tensors)
         return result
@@ -79,7 +79,7 @@ def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
 
 
 def as_saved(tensor: Any) -> Any:
-    """Activations and weights as channels_last, vectors and matrices contiguous; itself where it is so, or is None."""
+    """Return activations and weights in channels_last, vectors and matrices contiguous; no copy if they are already."""
     if tensor is None:
         return None
     layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
@@ -87,11 +87,11 @@ def as_saved(tensor: Any) -> Any:
 
 
 class ResidualBlockFunction(torch.autograd.Function):
-    """out = relu(F(x) + S(x)) with F and S as the plan says; see the head of this file."""
+    """out = relu(F(x) + S(x)) with the F and S of the plan; see the head of this file."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: BlockPlan, *tensors: Tensor | None) -> Tensor:
-        """Saves what backward needs through save_for_backward, nothing else."""
+        """Run the block; what backward needs is kept by save_for_backward alone."""
         source = to_channels_last(x)
         found: Sequence[Tensor | None] | None = cpu_passes.forward(source, plan, tensors)
         if found is None:
@@ -107,7 +107,7 @@ class ResidualBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Fused; through the composite where torch's own operators must see it."""
+        """Run the fused backward, or torch's own operators if needs_composite says so."""
         plan: BlockPlan = ctx.plan
         used = used_gradients(ctx)
         # What each slot of the result needs: x, then the parameters of every unit.

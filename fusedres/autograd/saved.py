@@ -1,4 +1,4 @@
-"""Checks of tensors that were saved for backward: hooks may hand back others, and kernels take them by address."""
+"""Checks of the tensors saved for backward: hooks may return other tensors, and kernels read them by address."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from fusedres.autograd.memory import has_memory
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Saved
 from fusedres.ops._sizes import wide_dtype
 
-_Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # what it is, and what it must be
+_Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
 
 
 def check_saved(saved: Saved, grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], plan: BlockPlan) -> None:
-    """Raises where a saved tensor is not of the kind that was saved, or its memory is gone."""
+    """Raise if a saved tensor lost its memory, or has another dtype, shape or device than the one that was saved."""
     _check("backward of a fused block", grad_out.device, _of_block(saved, grad_out, x, params, plan))
 
 
 def check_saved_stem(
     saved: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], unit: ConvBN
 ) -> None:
-    """The same of a stem's argmax, raw output and state."""
+    """Check a stem's argmax, raw output and state in the same way."""
     _check("backward of a fused stem", grad_out.device, _of_stem(saved, grad_out, x, params, unit))
 
 
 def _check(what: str, device: torch.device, found: Iterator[_Found]) -> None:
-    """One tensor after the other: what the later ones must be follows from the earlier ones."""
+    """Check one tensor after the other, as what the later ones must be follows from the earlier ones."""
     compiling = torch.compiler.is_compiling()
     for name, tensor, dtype, shape in found:
         wrong = tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device
@@ -41,7 +41,7 @@ def _check(what: str, device: torch.device, found: Iterator[_Found]) -> None:
 
 
 def _images(name: str, x: Tensor) -> _Found:
-    """Any batch of floating-point images."""
+    """Return the check of a batch of floating-point images of any size."""
     dtype = x.dtype if x.dtype.is_floating_point else torch.float32
     return name, x, dtype, tuple(x.shape) if x.dim() == 4 else (-1, -1, -1, -1)
 
@@ -66,7 +66,7 @@ def _vectors(params: Sequence[Tensor | None], channels: int) -> Iterator[_Found]
 def _of_block(
     saved: Saved, grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], plan: BlockPlan
 ) -> Iterator[_Found]:
-    """Every saved tensor with what it must be, from the shapes of x and of the weights on."""
+    """Yield every saved tensor with what it must be, which follows from the shapes of x and of the weights."""
     yield _images("x", x)
     last = len(plan.units) - 1
     ends: list[Branch | None] = [saved.last, saved.projection]
@@ -91,20 +91,20 @@ def _of_block(
 
 
 def _of_branch(
-    whose: str, branch: Branch, dtype: torch.dtype, channels: int, shape: tuple[int, int, int, int]
+    owner: str, branch: Branch, dtype: torch.dtype, channels: int, shape: tuple[int, int, int, int]
 ) -> Iterator[_Found]:
-    """Of a convolution with this many input channels and this output."""
+    """Yield what is saved of a convolution with this many input channels and this output shape."""
     wide = wide_dtype(dtype)
-    yield f"{whose} state", branch.state, wide, (4, shape[1])
+    yield f"{owner} state", branch.state, wide, (4, shape[1])
     if branch.y is not None:
-        yield f"{whose} raw output", branch.y, dtype, shape
+        yield f"{owner} raw output", branch.y, dtype, shape
     if branch.one_pass is not None:
         pivot, total, projected, folded = branch.one_pass
-        yield f"{whose} pivot", pivot, wide, (channels,)
-        yield f"{whose} total", total, torch.float64, (channels,)
-        yield f"{whose} projection", projected, wide, (shape[1], channels)
+        yield f"{owner} pivot", pivot, wide, (channels,)
+        yield f"{owner} total", total, torch.float64, (channels,)
+        yield f"{owner} projection", projected, wide, (shape[1], channels)
         if folded is not None:
-            yield f"{whose} folded weight", folded, dtype, (shape[1], channels)
+            yield f"{owner} folded weight", folded, dtype, (shape[1], channels)
 
 
 def _of_stem(

@@ -2,11 +2,12 @@
 
     y = conv(x);  out = maxpool(relu(BN(y)))
 
-With a convolution of this package's own BatchNorm's statistics are taken where it stores y, and where the images need
-no gradient dy is formed where the weight's gradient loads it; else, and with the library's, dy is written once.
+A convolution of this package's own takes BatchNorm's statistics where it stores y. If the images need no gradient, dy
+is formed where the product for the weight's gradient loads it. Otherwise, and with the library's convolution, dy is
+written once.
 
-Saved: x, y, BatchNorm's (4, C) state, and one byte an element of out, where its maximum was. Neither BN(y) nor its
-ReLU is ever in memory.
+Saved: x, y, BatchNorm's (4, C) state, and for each element of out one byte that says where its maximum was. Neither
+BN(y) nor its ReLU is ever in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from fusedres.values import BnBranch, BnGradient, NormState, Pooled, Raw, in_dty
 
 
 def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors, recorded: bool) -> Tensor:
-    """Runs a stem on its UNIT_TENSORS; recorded: with its backward, as gradients are wanted. x must fit the plan."""
+    """Run a stem on an x that fits the plan; recorded: autograd records it, as gradients are wanted.
+
+    tensors: the UNIT_TENSORS of its unit.
+    """
     if recorded:
         result: Tensor = StemFunction.apply(x, plan, *tensors)
         return result
@@ -39,7 +43,7 @@ def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors, recorded: bool) -> Ten
 
 
 def _forward(source: Tensor, plan: StemPlan, tensors: Tensors, with_argmax: bool) -> tuple[Tensor, ...]:
-    """Out, argmax, y, state."""
+    """Return out, argmax, y and the state."""
     launch, unit = launches(plan.backend), plan.unit
     require_memory(source, tensors)
     with statistics_kept_on_error(tensors, (unit,)):
@@ -48,7 +52,7 @@ def _forward(source: Tensor, plan: StemPlan, tensors: Tensors, with_argmax: bool
 
 
 def _library_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """The raw convolution and its BatchNorm's state."""
+    """Return the raw convolution and its BatchNorm's state."""
     weight = tensors[0]
     assert weight is not None
     y = convolution(in_dtype(source, plan.dtype), weight, plan.unit)
@@ -56,7 +60,7 @@ def _library_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[
 
 
 def _own_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """The same, with the statistics of the batch taken as y is stored."""
+    """Return the same; the convolution takes the statistics of the batch where it stores y."""
     launch, unit = launches(plan.backend), plan.unit
     weight = tensors[0]
     assert weight is not None
@@ -74,7 +78,7 @@ class StemFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: StemPlan, *tensors: Tensor | None) -> Tensor:
-        """Saves what backward needs through save_for_backward, nothing else."""
+        """Run the stem; what backward needs is kept by save_for_backward alone."""
         count_path("stem_forward")
         out, argmax, y, state = _forward(to_channels_last(x), plan, tensors, True)
         ctx.plan, ctx.nchw = plan, not suggests_channels_last(x)
@@ -83,7 +87,7 @@ class StemFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Fused; through the composite where torch's own operators must see it."""
+        """Run the fused backward, or torch's own operators if needs_composite says so."""
         plan: StemPlan = ctx.plan
         used = used_gradients(ctx)
         needs = (used[0], *used[2 : 2 + UNIT_PARAMS])
@@ -111,7 +115,7 @@ def _backward(
     needs: tuple[bool, ...],
     donated: bool,
 ) -> list[Tensor | None]:
-    """Gradients of x, conv weight, BN weight, BN bias; what is not needed stays None."""
+    """Return the gradients of x, conv weight, BN weight and BN bias; what is not needed stays None."""
     conv_weight, weight, bias = params
     assert conv_weight is not None
     check_saved_stem(saved, grad_out, x, params, plan.unit)
@@ -143,7 +147,7 @@ def _stored(
     needs: tuple[bool, ...],
     donated: bool,
 ) -> _Gradients:
-    """With dy written out, and the library's products."""
+    """Write dy once, and run the library's products."""
     launch, unit = launches(plan.backend), plan.unit
     argmax, y, state = saved
     arguments = (Pooled(grad_out, argmax), BnBranch(y, state, unit.batch_statistics), needs[2] or needs[3])
@@ -162,7 +166,7 @@ def _formed_on_load(
     saved: tuple[Tensor, Tensor, Tensor],
     needs: tuple[bool, ...],
 ) -> _Gradients:
-    """The weight's gradient alone; dy is never in memory."""
+    """Return the weight's gradient without that of x; dy is never in memory."""
     launch, unit = launches(plan.backend), plan.unit
     argmax, y, state = saved
     pooled = Pooled(grad_out, argmax)
