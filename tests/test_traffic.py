@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusedres
+from fusedres import ops, values
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -186,6 +187,38 @@ def test_counting_passes_of_batch_norm_and_convolution(counting):
         out.backward(torch.ones_like(x))
     ones = activations
     assert activations * 5 <= count.total - ones <= activations * 5 + 10 * 8 * 4
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("batch_statistics", [True, False])
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_counting_passes_of_ops(counting, batch_statistics, with_sums, in_place):
+    """The sums read everything once more; without them, BatchNorm's backward is one pass."""
+    channels_last = {"memory_format": torch.channels_last}
+    x, grad, shortcut = (torch.randn(2, 64, 6, 6).to(**channels_last) for _ in range(3))
+    pooled, gate = x[:, :, ::2, ::2].clone(**channels_last), torch.ones(2, 6, 6, 8, dtype=torch.uint8)
+    argmax = torch.zeros_like(pooled, dtype=torch.uint8)
+    branch = values.BnBranch(x, torch.ones(4, 64), batch_statistics)
+    other = values.BnBranch(shortcut, torch.ones(4, 64), False)
+    suffix = "_" if in_place else ""
+    passes = 2 if batch_statistics or with_sums else 1
+
+    def counted(op, *args):
+        with counting.CountBytes() as count:
+            getattr(ops, op)(*args, with_sums, backend="cpu")
+        (launch,) = count.launches
+        return launch.read, launch.written
+
+    unit, bits, row = x.numel() * 4, gate.numel(), 64 * 4  # a state is four rows; there is room for three sums
+    read, written = counted(f"bn_add_relu_backward{suffix}", values.Gated(grad, gate), branch, None)
+    assert (read, written) == (passes * (2 * unit + bits) + 4 * row, unit + 3 * row)
+    read, written = counted(f"bn_add_relu_backward{suffix}", values.Gated(grad, gate), branch, other)
+    assert (read, written) == (passes * (3 * unit + bits) + 8 * row, 2 * unit + 3 * row)
+    read, written = counted(f"bn_relu_maxpool_backward{suffix}", values.Pooled(pooled, argmax), branch)
+    assert (read, written) == (passes * (unit + unit // 4 + unit // 16) + 4 * row, unit + 2 * row)
+    if in_place:
+        read, written = counted("bn_relu_backward_", grad, branch, True)
+        assert (read, written) == (passes * 2 * unit + 4 * row, unit + 3 * row)
 
 
 @pytest.mark.parametrize("name", ["tiny.basic", "tiny.bottleneck"])

@@ -14,7 +14,7 @@ from fusedres.ops._library import OPS
 
 # Arguments that an operator reads twice. BatchNorm in training takes the statistics before it applies them, and its
 # backward takes the sums first. A convolution's backward is dgrad and wgrad, and each of them reads the gradient.
-_EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
+_TORCH_READS_AGAIN: dict[str, Callable[[tuple], list[Tensor | None]]] = {
     "aten::native_batch_norm": lambda a: [a[0]] if a[5] else [],
     "aten::_native_batch_norm_legit": lambda a: [a[0]] if a[5] else [],
     "aten::_batch_norm_with_update": lambda a: [a[0]],
@@ -25,11 +25,19 @@ _EXTRA_READS: dict[str, Callable[[tuple], list[Tensor | None]]] = {
     "aten::cudnn_batch_norm_backward": lambda a: [a[0], a[1]],
     "aten::miopen_batch_norm_backward": lambda a: [a[0], a[1]],
     "aten::convolution_backward": lambda a: [a[0]] if a[-1][0] and a[-1][1] else [],
-    # grad, gate, x, ..., shortcut_x: the sums come first, unless the statistics are frozen and no sums are asked for
-    "fusedres::bn_add_relu_backward": lambda a: [a[0], a[1], a[2], a[5]] if a[4] or a[7] or a[8] else [],
-    "fusedres::bn_relu_backward_": lambda a: [a[0], a[1]] if a[4] or a[5] else [],
+}
+
+# The same for ops of fusedres: what they read again, and the arguments of which one must be true for that. BatchNorm's
+# backward takes the sums first, unless its statistics are frozen and no sums are needed.
+_SUMS = ("x_batch_statistics", "with_sums")
+_OPS_READ_AGAIN = {
+    "bn_add_relu_backward": (("grad", "gate", "x", "shortcut"), (*_SUMS, "shortcut_batch_statistics")),
+    "bn_add_relu_backward_": (("grad", "gate", "x", "shortcut"), (*_SUMS, "shortcut_batch_statistics")),
+    "bn_relu_backward_": (("grad", "x"), _SUMS),
+    "bn_relu_maxpool_backward": (("grad", "argmax", "x"), _SUMS),
+    "bn_relu_maxpool_backward_": (("grad", "argmax", "x"), _SUMS),
     # with dz: d and z each enter two products; dz, as large as z, is read and written once more for the second one
-    "fusedres::one_pass_backward": lambda a: [a[0], a[2], a[2], a[2]] if a[7] else [],
+    "one_pass_backward": (("d", "z", "z", "z"), ("with_input",)),
 }
 
 
@@ -57,8 +65,8 @@ class CountBytes(TorchDispatchMode):
 
     An operator reads each distinct argument once and writes each result once. An argument that it changes in place is
     written, and also read unless the operator only fills it. Views and uninitialised allocations move nothing.
-    Arguments in `_EXTRA_READS` count twice. An argument counts in full even if a stride skips part of it. Memory that
-    an operator uses inside, such as the workspace of a library, is not seen.
+    Arguments that an operator reads again (`_read_again`) count again. An argument counts in full even if a stride
+    skips part of it. Memory that an operator uses inside, such as the workspace of a library, is not seen.
     """
 
     def __init__(self) -> None:
@@ -83,8 +91,7 @@ class CountBytes(TorchDispatchMode):
         inputs = _distinct(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         changed = _distinct(_written_arguments(func, args, kwargs))
         sizes = {key: tensor_bytes(t) for key, t in inputs.items()}
-        extra = _EXTRA_READS.get(func._schema.name)
-        again = sum(tensor_bytes(t) for t in (extra(args) if extra else []) if t is not None)
+        again = sum(tensor_bytes(t) for t in _read_again(func, args) if t is not None)
         result = func(*args, **kwargs)
         if _moves_nothing(func):
             return result
@@ -127,6 +134,17 @@ class CountRun(CountBytes):
             result = op.checked(*args)
         self.launches += [Launch(launch.name, launch.bytes(), 0) for launch in launches]
         return result
+
+
+def _read_again(func, args: tuple) -> list[Tensor | None]:
+    """Return the arguments that an operator reads after its first read of them, one entry for each further read."""
+    if func.namespace != "fusedres":
+        found = _TORCH_READS_AGAIN.get(func._schema.name)
+        return found(args) if found else []
+    op = func._schema.name.partition("::")[2]
+    again, conditions = _OPS_READ_AGAIN.get(op, ((), ()))
+    given = dict(zip(OPS[op].arguments, args, strict=True))
+    return [given[name] for name in again] if any(given[name] for name in conditions) else []
 
 
 def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:
