@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import torch
 from common import blocks, harness
 from memory_traffic import closed_form
+from suite import floors
 from suite.timed_block import BASE, BOUND, FUSED, OPS, Bench, BlockCase, BlockSettings
 from torch import nn
 
@@ -47,8 +48,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return one row per variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
     block, itemsize = case.block, settings.dtype.itemsize
-    ways = closed_form.MODES[1:]
-    floor = min(closed_form.bytes_moved(block, way, case.phase, case.batch, itemsize) for way in ways)
+    floor = floors.of_block(block, case.phase, case.batch, itemsize, ceilings)
     bound = harness.summarize(case.samples[BOUND]).median
     rows = []
     for name, samples in case.samples.items():
@@ -74,8 +74,8 @@ def rows_of(
             "peak_bytes": case.peak.get(name),
             "saved_bytes": case.saved.get(name),
             "counted_bytes": case.counted.get(name),
-            "floor_bytes": floor,
-            "flops": closed_form.flops(block, case.phase, case.batch),
+            "floor_bytes": floor.bytes,
+            "flops": floor.flops,
             "data": "synthetic",
             "percent_of_conv_only": 100 * bound / summary.median,
         }

@@ -127,9 +127,8 @@ def disagreement(op: Op, backend: str) -> str | None:
         result = op.call(name, arguments)
         tensors = [result] if isinstance(result, Tensor) else list(result or ())
         if op.phase == "backward" and "shortcut" not in arguments:
-            tensors = [
-                t[:2] if t.shape[:1] == (3,) else t for t in tensors
-            ]  # the third sum belongs to the second branch
+            # the third sum belongs to the second branch
+            tensors = [t[:2] if t.shape[:1] == (3,) else t for t in tensors]
         found.append(tensors + list(arguments.values()))
     for position, (ours, reference) in enumerate(zip(*found, strict=True)):
         if ours.shape != reference.shape:

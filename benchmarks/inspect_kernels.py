@@ -9,9 +9,8 @@ usage. Nothing is timed. TRITON_INTERPRET must not be set.
 
 As a library:
 
-    rows = inspect_function(lambda: bn_relu(x, state, "triton"), arch=90)  # all candidates; x and state on "meta"
-    print(table(rows))
-    row = inspect_launch(launch, config, arch=90)
+    # all candidates; x and state are on "meta"
+    print(table(inspect_function(lambda: bn_relu(x, state, backend="triton"), arch=90)))
 
 A product of 16-bit operands must use tensor cores (wgmma on sm_90) and have a full pipeline; the exceptions are in
 compiled_code/pipelines.py. No kernel may touch data that a wgmma in flight uses: hazards.py checks registers, ptx.py
@@ -61,7 +60,7 @@ from compiled_code.sass import TENSOR_CORE, Binary
 from memory_traffic.launched import WAYS
 
 from fusedres.kernels.triton_core import launch as launching
-from fusedres.kernels.triton_core.launch import Config, Launch
+from fusedres.kernels.triton_core.launch import Launch
 
 FEWEST = 4
 THREADS = {80: 2048, 89: 1536, 90: 2048}  # per multiprocessor
@@ -104,11 +103,6 @@ class Row:
     def verdict(self) -> str:
         """The problems, or ok."""
         return "; ".join(self.problems) or "ok"
-
-
-def inspect_launch(launch: Launch, config: Config, arch: int = 90) -> Row:
-    """Compile the kernel of the launch with `config`, and return what the compiler made of it."""
-    return _inspect(specialise(launch, config, arch))
 
 
 def _inspect(what: Specialised, known: dict[str, Any] | None = None) -> Row:

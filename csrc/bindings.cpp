@@ -50,17 +50,6 @@ inline bool read(PyObject* object, OnePassResults& value) {
 
 }  // namespace fusedres
 
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fusedres::BnBranch> : fusedres::ArgumentCaster<fusedres::BnBranch> {};
-template <>
-struct type_caster<fusedres::OnePassSaved> : fusedres::ArgumentCaster<fusedres::OnePassSaved> {};
-template <>
-struct type_caster<fusedres::OnePassResults> : fusedres::ArgumentCaster<fusedres::OnePassResults> {};
-
-}  // namespace pybind11::detail
-
 namespace py = pybind11;
 using namespace fusedres;  // NOLINT: this file only binds
 

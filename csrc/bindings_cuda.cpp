@@ -4,7 +4,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "bindings_values.h"
@@ -56,15 +55,6 @@ inline bool read(PyObject* object, Branches& value) {
 
 }  // namespace fusedres
 
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fusedres::Partials> : fusedres::ArgumentCaster<fusedres::Partials> {};
-template <>
-struct type_caster<fusedres::Branches> : fusedres::ArgumentCaster<fusedres::Branches> {};
-
-}  // namespace pybind11::detail
-
 namespace py = pybind11;
 using namespace fusedres;  // NOLINT: this file only binds
 
@@ -88,7 +78,6 @@ void bn_backward(const Matrix& grad, const Gate& gate, const Branches& branches,
            gate,
            branches.count,
            {branches.branch[0], branches.branch[1]},
-           std::max<int64_t>(grad.rows, 1),
            partials.tile_rows,
            partials.tiles,
            partials.data,

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "common/channel_vector.h"
 #include "common/dtype.h"
@@ -111,6 +112,12 @@ inline bool read(PyObject* object, Norm& value) {
                     value.cumulative, value.momentum, value.eps);
 }
 
+// Whether there is a function above, or beside the struct, that reads a T.
+template <class T, class = void>
+struct IsRead : std::false_type {};
+template <class T>
+struct IsRead<T, std::void_t<decltype(read(std::declval<PyObject*>(), std::declval<T&>()))>> : std::is_class<T> {};
+
 // Makes pybind11 read a T with these functions.
 template <class T>
 struct ArgumentCaster {
@@ -125,19 +132,5 @@ struct ArgumentCaster {
 
 }  // namespace fusedres
 
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fusedres::Address> : fusedres::ArgumentCaster<fusedres::Address> {};
-template <>
-struct type_caster<fusedres::ChannelVector> : fusedres::ArgumentCaster<fusedres::ChannelVector> {};
-template <>
-struct type_caster<fusedres::Gate> : fusedres::ArgumentCaster<fusedres::Gate> {};
-template <>
-struct type_caster<fusedres::Matrix> : fusedres::ArgumentCaster<fusedres::Matrix> {};
-template <>
-struct type_caster<fusedres::Pixels> : fusedres::ArgumentCaster<fusedres::Pixels> {};
-template <>
-struct type_caster<fusedres::Norm> : fusedres::ArgumentCaster<fusedres::Norm> {};
-
-}  // namespace pybind11::detail
+template <class T>
+struct pybind11::detail::type_caster<T, std::enable_if_t<fusedres::IsRead<T>::value>> : fusedres::ArgumentCaster<T> {};

@@ -80,7 +80,7 @@ class Gradient(NamedTuple):
     """The gradient dy of a convolution's output: grad itself, or to be formed from the gradient after its BatchNorm.
 
     With y, dy = a·(d − c1 − (y − mean)·k), rounded to grad's dtype, with d as in Gated and the four rows a, c1, mean, k
-    of `coefficients` (4, C) from ops.bn_backward_coefficients. Where k = 0, dy does not depend on y, NaN or not.
+    of `coefficients` (4, C) from ops.bn_backward_coefficients.
     """
 
     grad: Tensor
@@ -160,6 +160,11 @@ class Folded(NamedTuple):
     offset: Tensor
 
 
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that values of this dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the tensor converted to the dtype, or itself if it has that dtype."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
@@ -167,4 +172,15 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pixel_rows(x: Tensor, stride: int = 1) -> int:
     """Return how many pixels the images of a batch have when every stride-th row and column is taken."""
-    return x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    return x.shape[0] * subsampled(x.shape[2], stride) * subsampled(x.shape[3], stride)
+
+
+def subsampled(size: int, stride: int) -> int:
+    """Return how many pixels are left of `size` when every stride-th is taken."""
+    return (size + stride - 1) // stride
+
+
+def mask_shape(x: Tensor) -> tuple[int, int, int, int]:
+    """Return the shape of the packed bits of an activation (N, C, H, W), (N, H, W, ceil(C / 8)): see Gated."""
+    n, c, h, w = x.shape
+    return n, h, w, (c + 7) // 8

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -40,15 +41,21 @@ def copy_package(folder: Path, *, core: bool) -> Path:
     return folder
 
 
-def imports(path: Path, root: Path = ROOT) -> set[str]:
-    """Return the absolute names of everything that a file below `root` imports, also inside functions."""
+def imported(path: Path, root: Path = ROOT) -> Iterator[tuple[str, str]]:
+    """Yield every module that a file below `root` imports from, also inside functions, with the name that it takes.
+
+    The name is empty if the file imports the module itself.
+    """
     package = path.relative_to(root).parts[:-1]
-    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}  # a module, or a name in a module
-    return names
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def imports(path: Path, root: Path = ROOT) -> set[str]:
+    """Return the absolute names of everything that a file below `root` imports: modules, and names in a module."""
+    return {f"{module}.{name}" if name else module for module, name in imported(path, root)}

@@ -1,4 +1,4 @@
-"""Right arguments of every op, by name: what test_op_arguments.py makes wrong ones of. Values do not matter here."""
+"""Right arguments of every op, by name. test_op_arguments.py makes wrong ones from them. Values do not matter here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 N, C, K, H, W = 2, 9, 10, 6, 5
 _FLOAT = torch.float32
 
-Example = dict[str, Any]  # an op's arguments but for the backend, by name
+Example = dict[str, Any]  # an op's arguments by name, without the backend
 
 
 def _like(*shape: int, dtype: torch.dtype = _FLOAT, seed: int = 0) -> Tensor:
@@ -40,7 +40,7 @@ def _norm(channels: int) -> Example:
 
 
 def _tail(dtype: torch.dtype = _FLOAT) -> list[Example]:
-    """bn_add_relu with a strided and padded shortcut, and with a normalised one."""
+    """Arguments of bn_add_relu with a strided and padded shortcut, and with a normalised one."""
     x = {"x": _like(N, C, H, W, dtype=dtype), "state": state(C, dtype), "with_mask": True}
     strided = {"shortcut": _like(N, 4, 2 * H, 2 * W - 1, dtype=dtype, seed=1), "shortcut_state": None}
     normalised = {"shortcut": _like(N, C, H, W, dtype=dtype, seed=2), "shortcut_state": state(C, dtype, 5)}
@@ -48,7 +48,7 @@ def _tail(dtype: torch.dtype = _FLOAT) -> list[Example]:
 
 
 def _branches() -> list[Example]:
-    """The backward of one branch, the gate an output, and of two, the gate packed."""
+    """Arguments of the backward of one branch, with an output as the gate, and of two branches, with packed bits."""
     one = {
         "grad": _like(N, C, H, W),
         "gate": _like(N, C, H, W, seed=1),
@@ -76,7 +76,7 @@ def _windows() -> Example:
     }
 
 
-_GEOMETRY: Example = {"stride": [2, 1], "padding": [1, 1], "dilation": [1, 1]}  # of a 3x3: (6, 5) -> (3, 5)
+_GEOMETRY: Example = {"stride": [2, 1], "padding": [1, 1], "dilation": [1, 1]}  # for a 3x3 weight: (6, 5) -> (3, 5)
 _POINTWISE: Example = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
 
 
@@ -91,7 +91,7 @@ def _inference() -> list[Example]:
 
 
 def _dgrad() -> list[Example]:
-    """With the ReLU of the layer before on store; with everything on load and a gated shortcut on store."""
+    """Arguments with the previous layer's ReLU on store, and with everything on load and a gated shortcut on store."""
     nothing = dict.fromkeys(("gate", "y", "coefficients", "input", "input_state", "shortcut", "shortcut_gate"))
     size: Example = {"input_size": [N, C, H, W], "shortcut_stride": 1}
     store = {"grad": _like(N, K, 3, W), "weight": _like(K, C, 3, 3, seed=1), **_GEOMETRY}

@@ -96,9 +96,10 @@ def test_what_a_norm_does_not_see() -> None:
 
 def stub(results: Callable[[], Any]) -> Call:
     """Return a call of an op without arguments."""
-    argument = SimpleNamespace(name="backend", alias_info=None)
-    op: Any = SimpleNamespace(name="stub", kernel=lambda backend: results, grouped=list)
-    return Call(op, SimpleNamespace(arguments=[argument]), ("cpu",))
+    op: Any = SimpleNamespace(
+        name="stub", arguments=("backend",), written=(), kernel=lambda backend: results, grouped=list
+    )
+    return Call(op, ("cpu",))
 
 
 def test_bits_that_change_from_call_to_call_are_told() -> None:

@@ -152,6 +152,13 @@ model(torch.randn(2, 3, 32, 32)).sum().backward()
 print(all(block.fused for block in fusedres.report(model)))
 """
     assert python("-c", code).strip() == "True"
+    command = """
+import sys, runpy
+sys.modules["triton"] = None
+sys.argv = ["fusedres", *sys.argv[1:]]
+runpy.run_module("fusedres", run_name="__main__")
+"""
+    assert re.search(r"^triton +not installed$", python("-c", command, "info"), re.MULTILINE)
 
 
 def test_info_says_what_is_installed() -> None:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkouts import ROOT, imported
 
 import fusedres.ops
 from fusedres.ops._library import OPS
 
-ROOT = Path(__file__).parents[1]
 MOST_LINES = 400
 MOST_PARAMETERS = 8
 SOURCES = (".py", ".h", ".inc", ".cpp", ".cu", ".cuh")
@@ -58,18 +58,6 @@ def test_no_function_has_many_parameters() -> None:
         if len(parameters(function)) > MOST_PARAMETERS and not DEVICE_CODE & decorators(function)
     }
     assert found == {}
-
-
-def imported(path: Path, root: Path) -> Iterator[tuple[str, str]]:
-    """Every module that a file imports from, with the name that it takes (empty: the module itself)."""
-    package = path.relative_to(root).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*above, *filter(None, [node.module])])
-            yield from ((module, alias.name) for alias in node.names)
 
 
 def module_of(path: Path, root: Path) -> str:

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from common.equivalence import Verdict, check_block, clear_masks, judge
 from common.rows import ROOT, ROW_KEYS, busy_note, commit, machine, row, write_rows
-from common.stats import Interval, Summary, ratio_interval, removed_interval, summarize
+from common.stats import Summary, ratio_interval, removed_interval, summarize
 from common.terminal import Progress, print_table
 from fusedres.tune.timing import Timer, Variant, interleave
 
 __all__ = [
     "ROOT",
     "ROW_KEYS",
-    "Interval",
     "Progress",
     "Summary",
     "Timer",

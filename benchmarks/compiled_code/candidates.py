@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import triton
 from common.blocks import select
-from common.networks import Block
-from memory_traffic.launched import WAYS, CountLaunched, Stem, build, mixed_precision
+from common.networks import Block, Stem
+from memory_traffic.launched import WAYS, CountLaunched, build, mixed_precision
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -1,4 +1,5 @@
-"""Plots of benchmark rows: the blocks of one run; for committed rows, speed-up by block, rooflines, memory by model.
+"""Plots of benchmark rows: the blocks of one run, or of committed rows speed-up by block, speed and memory of models,
+and rooflines.
 
 A committed plot contains a checksum of its rows, so report.py sees when the plot is out of date.
 """
@@ -57,7 +58,7 @@ def _save(figure: Any, path: Path, rows: list[Row]) -> None:
     _pyplot().close(figure)
 
 
-def _ours(row: Row) -> bool:
+def is_ours(row: Row) -> bool:
     """Whether a row is of this package: it has the arguments of fuse()."""
     return row.get("conv") is not None
 
@@ -98,7 +99,7 @@ def speedup(rows: list[Row], path: Path) -> None:
                 at = position + 0.62 * ((k + 0.5) / len(series) - 0.5)
                 if "conv_only" in found:
                     axis.plot(found["conv_only"]["ratio"]["median"], at, "|", color="#666666", markersize=9, zorder=2)
-                fused = [row["ratio"] for row in found.values() if _ours(row)]
+                fused = [row["ratio"] for row in found.values() if is_ours(row)]
                 if fused:
                     ratio = max(fused, key=lambda ratio: ratio["median"])
                     least = min(least, 0.95 * ratio["low"])
@@ -174,7 +175,7 @@ def _rate(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -203,21 +204,22 @@ def models(rows: list[Row], path: Path) -> None:
     cases = {case: found for case, found in cases.items() if "eager" in found}
     training = {
         case: {variant: row for variant, row in found.items() if row[key]}
-        for case, found in cases.items() if found["eager"][key]
+        for case, found in cases.items() if case[1] == "train" and found["eager"][key]
     }  # fmt: skip
     bars = [sum(len(found) + 1 for found in shown.values()) for shown in (cases, training)]
     height = 1.6 + 0.27 * max(bars)
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, height))
     several = len({case[2:] for case in cases}) > 1
-    _bars(speed, cases, several, lambda row, _: row["ratio"], lambda row: f"{_number(row['images_per_s'])} images/s")
+    _bars(speed, cases, several, lambda row, _: row["ratio"], lambda row: f"{number(row['images_per_s'])} images/s")
     _bars(
         memory, training, several, lambda row, eager: {"median": row[key] / eager[key]},
-        lambda row: f"{_number(row[key] / 1e6)} MB",
+        lambda row: f"{number(row[key] / 1e6)} MB",
     )  # fmt: skip
     speed.set_title("Speed relative to eager, 95 % interval\n(longer is better)", fontsize=11)
     what = "Peak memory of training" if key == "peak_bytes" else "Memory kept for backward"
     memory.set_title(f"{what}, relative to eager\n(shorter is better)", fontsize=11)
-    about = "" if several else f", batch {rows[0]['shape'][0]}, {_dtype(rows[0])}"
+    _, _, batch, dtype = next(iter(cases))
+    about = "" if several else f", batch {batch}, {dtype}"
     figure.suptitle(f"Whole models: {_about(rows)}{about}", fontsize=11)
     drawn = dict.fromkeys(variant for found in cases.values() for variant in found)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=SHOWN[variant][1]) for variant in SHOWN if variant in drawn]

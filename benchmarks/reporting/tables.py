@@ -8,7 +8,7 @@ from statistics import median
 
 from suite import goals
 
-from reporting.plots import Row
+from reporting.plots import Row, is_ours, number
 
 NONE = "–"
 
@@ -36,25 +36,16 @@ def _dtype(row: Row) -> str:
     return "TF32" if row.get("tf32") else row["dtype"]
 
 
-def _ours(row: Row) -> bool:
-    """Whether a row is of this package: it has the arguments of fuse()."""
-    return row.get("conv") is not None
-
-
 def _ratio(row: Row) -> str:
     ratio = row["ratio"]
     return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _change(eager: Row, fused: Row, key: str) -> str:
     """Return the megabytes of eager → those of the fused way."""
     if not eager.get(key) or not fused.get(key):
         return NONE
-    return f"{_number(eager[key] / 1e6)} → {_number(fused[key] / 1e6)}"
+    return f"{number(eager[key] / 1e6)} → {number(fused[key] / 1e6)}"
 
 
 def _grouped(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
@@ -71,7 +62,7 @@ def _fastest(found: dict[str, Row], ours: bool, graphed: bool = False) -> Row | 
     rows = [
         row
         for variant, row in found.items()
-        if _ours(row) is ours and variant not in plain and variant.startswith("graphed ") is graphed
+        if is_ours(row) is ours and variant not in plain and variant.startswith("graphed ") is graphed
     ]
     return max(rows, key=lambda row: row["ratio"]["median"], default=None)
 
@@ -94,7 +85,7 @@ def blocks_table(rows: list[Row]) -> str:
     """Return the table of blocks: the fastest fused way, eager, the convolutions alone, and the fastest rival."""
     cases = _grouped(rows)
     several = len({dtype for *_, dtype in cases}) > 1
-    ways = {row["variant"] for row in rows if _ours(row)}
+    ways = {row["variant"] for row in rows if is_ours(row)}
     header = [
         "block", "phase", "batch", "dtype", "eager NCHW ms", "eager ms", "convolutions ms", "fused ms", "way",
         "eager / fused (95%)", "fastest rival", "eager / it (95%)", "in CUDA graphs", "saved MB, eager → fused",
@@ -105,7 +96,7 @@ def blocks_table(rows: list[Row]) -> str:
         times = [found.get(variant) for variant in ("eager_nchw", "eager", "conv_only")] + [fused]
         cells.append([
             name, phase, str(batch), dtype if several else NONE,
-            *(_number(row["median_s"] * 1e3) if row else NONE for row in times),
+            *(number(row["median_s"] * 1e3) if row else NONE for row in times),
             fused["variant"] if len(ways) > 1 else NONE, _ratio(fused),
             rival["variant"] if rival else NONE, _ratio(rival) if rival else NONE, _in_graphs(found),
             _change(eager, fused, "saved_bytes"),
@@ -129,7 +120,7 @@ def models_table(rows: list[Row]) -> str:
         bound = fused.get("percent_of_bound")
         cells.append([
             name, phase, str(batch), dtype if several else NONE,
-            *(_number(row["images_per_s"]) if row else NONE for row in speeds), fused["variant"], _ratio(fused),
+            *(number(row["images_per_s"]) if row else NONE for row in speeds), fused["variant"], _ratio(fused),
             rival["variant"] if rival else NONE, _ratio(rival) if rival else NONE, _in_graphs(found),
             f"{bound:.0f}" if bound else NONE,
             *(_change(eager, fused, key) for key in ("peak_bytes", "saved_bytes", "counted_bytes")),

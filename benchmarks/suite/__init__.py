@@ -1,1 +1,4 @@
-"""The steps of gpu_suite.py: modules with `cases(settings)` that write rows to a journal; and what they share."""
+"""The steps of gpu_suite.py, and what bench_block.py and bench_model.py share with them.
+
+A step is a module with `cases(settings)` that writes rows to a journal.
+"""

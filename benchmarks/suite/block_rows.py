@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres.kernels.triton_core.launch import choosing
-from fusedres.tune.compare import ExpectedOutput, wide_output
+from fusedres.tune.compare import ExpectedOutput, off_by, wide_output
 from suite import choices, floors, rivals
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
-from suite.settings import DIED, Case, Settings, first_lines, off_by
+from suite.settings import DIED, Case, Settings, first_lines
 from suite.timed_block import BASE, BOUND, OPS, Bench, BlockCase, BlockSettings
 
 # The largest ‖fused − eager‖ / ‖eager‖ of gradients, and of the output of a rival. They are large in half precision, as

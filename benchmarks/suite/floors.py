@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from common.networks import Block, Stem, resnet_blocks
 from memory_traffic import closed_form
 
+from suite.settings import floor_seconds
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -25,7 +27,7 @@ def of_block(block: Block | Stem, phase: str, batch: int, itemsize: int, ceiling
     """Return the floor of a block: the longer one of the times of memory and of arithmetic."""
     moved = min(closed_form.bytes_moved(block, way, phase, batch, itemsize) for way in closed_form.MODES[1:])
     flops = closed_form.flops(block, phase, batch)
-    return Floor(moved, flops, max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"]))
+    return Floor(moved, flops, floor_seconds(ceilings, moved, flops))
 
 
 def of_model(

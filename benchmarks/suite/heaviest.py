@@ -17,10 +17,8 @@ from suite.walk import TINY
 
 COUNT = 12
 WAYS = ("fused min", "fused")
-_COPY, _MATMUL = (
-    3e12,
-    7e14,
-)  # bytes and operations per second of a Hopper; fixed, so that the problems are the same on every machine
+# Bytes and operations per second of a Hopper. They are fixed, so that the problems are the same on every machine.
+_COPY, _MATMUL = 3e12, 7e14
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
 from fusedres.kernels.triton_core.launch import choosing
+from fusedres.tune.compare import off_by
 from suite import choices, floors
 from suite.block_rows import AUTO, COMPILED, GRAPHED, OURS, Skip
 from suite.graphs import captured
 from suite.precision import PRECISIONS, Precision
-from suite.settings import DIED, Case, Settings, first_lines, off_by
+from suite.settings import DIED, Case, Settings, first_lines
 
 # The largest ‖fused − eager‖ / ‖eager‖ of the scores: up to 50 layers of rounding.
 BOUNDS = {"bfloat16": 0.15, "float16": 0.05, "tf32": 0.05, "float32": 1e-2}

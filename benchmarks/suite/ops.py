@@ -174,7 +174,7 @@ def _name(dtype: torch.dtype) -> str:
 def _library(call: Call) -> Callable[[], Any] | None:
     """Return torch's convolution for the op of a convolution, without the fused parts of ours; None for other ops."""
     convolve, backward = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-    named = {argument.name: value for argument, value in zip(call.schema.arguments, call.args, strict=True)}
+    named = call.named()
     if call.op.name not in ("conv_fprop", "conv_bn_add_relu", "conv_dgrad", "conv_wgrad"):
         return None
     geometry = (named["stride"], named["padding"], named["dilation"], False, [0, 0], 1)

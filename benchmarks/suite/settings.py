@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from common import harness
 
-from fusedres.tune.compare import off_by
 from suite.ceilings import CEILINGS, measure_ceilings
-from suite.journal import Journal, Row
+from suite.journal import Journal
 from suite.precision import Precision
 
 DIED = "the process died of it"
@@ -96,6 +95,3 @@ def floor_seconds(ceilings: dict[str, float], moved: float, flops: float) -> flo
 def first_lines(text: str, count: int = 6, width: int = 300) -> str:
     """Return the first lines that are not empty."""
     return "\n".join([line[:width] for line in text.strip().splitlines() if line.strip()][:count])
-
-
-__all__ = ["Case", "Row", "Settings", "first_lines", "floor_seconds", "off_by"]

@@ -158,7 +158,7 @@ __device__ __forceinline__ void merge_channels(const BnBackwardParams& p, int64_
     const auto invstd = load<kVector>(state + p.channels);
     Lanes<A, kVector> c1{}, k{};
     if (branch.batch_statistics) {
-      const A count = static_cast<A>(p.count);
+      const A count = static_cast<A>(p.rows > 1 ? p.rows : 1);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         c1[i] = sums.of[0][i] / count;

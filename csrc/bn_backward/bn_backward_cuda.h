@@ -22,14 +22,13 @@ struct BnBackwardBranch {
 enum class BnBackwardLaunches : int { kChosen = 0, kSeparate = 1, kFused = 2 };
 
 struct BnBackwardParams {
-  DType dtype;  // of grad, x, the ReLU's output and grad_x
-  int64_t rows;
+  DType dtype;   // of grad, x, the ReLU's output and grad_x
+  int64_t rows;  // in coefficients, only what the sums are divided by
   int64_t channels;
   const void* grad;
   Gate gate;  // kRecompute: of the first branch, which must be the only one
   int branches;
   BnBackwardBranch branch[2];
-  int64_t count;      // the sums are divided by it
   int64_t tile_rows;  // rows that each partial sums
   int64_t tiles;
   void* partials;  // [tiles, 1 + branches, channels] of A: Σd, Σd·x̂ of each branch

@@ -152,8 +152,9 @@ __global__ void bn_finalize_kernel(const BnFinalizeParams p) {
   }
   store_state(p, c, mean, var);
   // For a cumulative average other threads may still read the count, so a separate launch increments it.
+  const bool cumulative = p.norm.cumulative && p.norm.num_batches_tracked != nullptr;
   const A factor =
-      p.norm.cumulative ? A{1} / static_cast<A>(*p.norm.num_batches_tracked + 1) : static_cast<A>(p.norm.momentum);
+      cumulative ? A{1} / static_cast<A>(*p.norm.num_batches_tracked + 1) : static_cast<A>(p.norm.momentum);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     average_in<A>(p.norm.running_mean, c + i, mean[i], factor);

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedres.autograd.graph import are_plain
 from fusedres.autograd.memory import has_memory
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Saved
-from fusedres.ops._sizes import wide_dtype
+from fusedres.values import arithmetic_dtype, mask_shape
 
 _Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
 
@@ -86,15 +86,14 @@ def _of_block(
         own = saved.weights[index] if index < len(saved.weights) else None
         if own is not None:
             yield f"unit {index}'s converted weight", own, plan.dtype, tuple(weight.shape)
-    n, channels, height, width = grad_out.shape
-    yield "the mask", saved.mask, torch.uint8, (n, height, width, (channels + 7) // 8)
+    yield "the mask", saved.mask, torch.uint8, mask_shape(grad_out)
 
 
 def _of_branch(
     owner: str, branch: Branch, dtype: torch.dtype, channels: int, shape: tuple[int, int, int, int]
 ) -> Iterator[_Found]:
     """Yield what is saved of a convolution with this many input channels and this output shape."""
-    wide = wide_dtype(dtype)
+    wide = arithmetic_dtype(dtype)
     yield f"{owner} state", branch.state, wide, (4, shape[1])
     if branch.y is not None:
         yield f"{owner} raw output", branch.y, dtype, shape
@@ -120,6 +119,6 @@ def _of_stem(
     pooled = (n, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
     yield "the raw output", y, grad_out.dtype, shape
     yield "the argmax", argmax, torch.uint8, pooled
-    yield "the state", state, wide_dtype(y.dtype), (4, channels)
+    yield "the state", state, arithmetic_dtype(y.dtype), (4, channels)
     yield "grad_out", grad_out, grad_out.dtype, pooled
     yield from _vectors(params, channels)

@@ -14,7 +14,7 @@ from fusedres.dispatch.table import LIBRARY, UNFUSED, Directions, Entry, Shape, 
 
 __all__ = [
     "LIBRARY", "UNFUSED", "Directions", "Entry", "Shape", "Table", "Way",
-    "backend", "batch_class", "dtype_name", "install", "measured", "table", "way",
+    "backend", "batch_class", "dtype_name", "install", "measured", "table", "uses_tf32", "way",
 ]  # fmt: skip
 
 _tables: dict[torch.device, Table | None] = {}
@@ -67,8 +67,13 @@ def way(device: torch.device, dtype: torch.dtype, phase: str, batch: int, *shape
     return found.way(Shape._make((*shape, batch_class(batch), dtype_name(device, dtype), phase)))
 
 
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Return whether torch's convolutions of this dtype use TF32 on a GPU."""
+    return dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def dtype_name(device: torch.device, dtype: torch.dtype) -> str:
     """Return a dtype's name in a Shape; float32 on a GPU is "tf32" if torch's convolutions use TF32."""
-    if dtype is torch.float32 and device.type == "cuda":
-        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"  # type: ignore[attr-defined]
+    if device.type == "cuda" and uses_tf32(dtype):
+        return "tf32"
     return str(dtype).removeprefix("torch.")

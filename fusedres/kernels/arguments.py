@@ -19,6 +19,8 @@ RECOMPUTED_GATE = (3, 0)  # the kernel computes BatchNorm's output again from x 
 
 Vector = tuple[int, int]
 Gate = tuple[int, int]
+Tiles = tuple[int, int, int]
+BnBranch = tuple[int, int, bool, int]
 Norm = tuple[Vector, Vector, Vector, Vector, int, bool, float, float]
 
 
@@ -47,6 +49,18 @@ def pixels_of(x: Tensor, stride: int = 1) -> tuple[int, int, int, int, int, int,
 def gate_of(gate: Tensor | None) -> Gate:
     """Return what a gate tensor holds (nothing, bits as uint8, or a ReLU's output), and its address."""
     return NO_GATE if gate is None else (_BITS if gate.dtype is torch.uint8 else _OUTPUT, gate.data_ptr())
+
+
+def tiles_of(tile_rows: int, partials: Tensor) -> Tiles:
+    """Return the rows of a tile, the number of tiles, and the address of their sums."""
+    return tile_rows, partials.shape[0], partials.data_ptr()
+
+
+def branch_of(branch: values.BnBranch | None, grad_x: Tensor | None) -> BnBranch:
+    """Return a branch with the address of the gradient of its x; nothing for None."""
+    if branch is None:
+        return 0, 0, False, 0
+    return branch.x.data_ptr(), branch.state.data_ptr(), branch.batch_statistics, address(grad_x)
 
 
 def norm_of(norm: values.Norm) -> Norm:

@@ -1,14 +1,9 @@
-"""Functions that the reference kernels share: arithmetic type, per-channel broadcasting, packed masks."""
+"""Functions that the reference kernels share: per-channel broadcasting, packed masks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type to compute in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def per_channel(vector: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from fusedres import backends
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.ops._memory import fail
 from fusedres.ops._shapes import Scope, Shape
-from fusedres.ops._sizes import FLOATING, WIDE, wide_dtype
-from fusedres.values import Geometry
+from fusedres.ops._sizes import FLOATING, WIDE
+from fusedres.values import Geometry, arithmetic_dtype
 
 _LARGEST = 2**31 - 1  # of an int argument: products of a few of them and a tensor's size stay inside of 64 bits
 
@@ -135,7 +135,7 @@ def set_dtype(scope: Scope, dtype: torch.dtype, setter: str, activations: bool) 
     """Note the dtype of the call's activations, or the dtype that they are computed in."""
     if activations:
         scope.dtypes["x"], scope.reasons["x"] = dtype, f"like {setter}"
-        scope.dtypes["wide"], scope.reasons["wide"] = wide_dtype(dtype), f"with {setter} of {dtype}"
+        scope.dtypes["wide"], scope.reasons["wide"] = arithmetic_dtype(dtype), f"with {setter} of {dtype}"
     else:
         scope.dtypes["wide"], scope.reasons["wide"] = dtype, f"like {setter}"
 

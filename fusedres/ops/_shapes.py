@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fusedres.ops._sizes import subsampled
+from fusedres.values import subsampled
 
 
 class Scope:

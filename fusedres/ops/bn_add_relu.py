@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fusedres.ops._arguments import Rows, activation, shortcut_input, wide
 from fusedres.ops._library import op
-from fusedres.ops._sizes import mask_shape
-from fusedres.values import ShortcutInput
+from fusedres.values import ShortcutInput, mask_shape
 
 _TAIL: Rows = {"x": activation("N C P Q"), "state": wide("4 C"), **shortcut_input("C")}
 

@@ -102,8 +102,8 @@ def bn_backward_coefficients(
 def bn_backward_apply(gradient: Gradient, shortcut: BnGradient | None = None, *, backend: str) -> tuple[Tensor, Tensor]:
     """The gradient dy of a raw convolution output (see Gradient), written out; for one branch or two that meet.
 
-    The shortcut is the branch of a projection, to which the same grad and gate come. Returns dy and the shortcut's
-    gradient (empty without one), both like y.
+    The shortcut is the branch of a projection, to which the same grad and gate come. Where k = 0, dy does not depend on
+    y, NaN or not. Returns dy and the shortcut's gradient (empty without one), both like y.
     """
     grad_y = torch.empty_like(gradient.grad, memory_format=torch.channels_last)
     return grad_y, grad_y.new_empty(0) if shortcut is None else torch.empty_like(grad_y)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fusedres.ops._arguments import Integer, activation, wide
 from fusedres.ops._library import op
-from fusedres.ops._sizes import empty_activation, subsampled
+from fusedres.ops._sizes import empty_activation
+from fusedres.values import subsampled
 
 
 @op("bn_relu", {"x": activation("N C H W"), "state": wide("4 C"), "pivot": wide("C"), "stride": Integer(1)})

@@ -13,9 +13,9 @@ from torch import Tensor
 from fusedres.ops._arguments import Integers, Rows, activation, convolution, wide
 from fusedres.ops._library import op
 from fusedres.ops._shapes import Shape
-from fusedres.ops._sizes import empty_activation, subsampled
+from fusedres.ops._sizes import empty_activation
 from fusedres.ops.conv_wgrad import check_pixels
-from fusedres.values import BnBranch, BnGradient, Geometry, Pooled
+from fusedres.values import BnBranch, BnGradient, Geometry, Pooled, subsampled
 
 _POOLED = "pass the gradient of the pooled output"
 _WITH_ARGMAX = "call bn_relu_maxpool with with_argmax=True"
@@ -101,8 +101,8 @@ def bn_relu_maxpool_wgrad(
 
     dW[k, c, r, s] = Σ dy[n, k, p, q] · input[n, c, p·stride + r·dilation − padding, q·… + s·… − …], with dy formed on
     load as in Gradient, where d is, at each pixel, the sum of grad over the windows that it won and whose ReLU is open.
-    dy is computed in the arithmetic type and rounded to the activations' dtype. An empty batch, groups, and 2³¹ pixels
-    or more are not supported.
+    dy is computed in the arithmetic type and rounded to the activations' dtype. Where k = 0, it does not depend on y,
+    NaN or not. An empty batch, groups, and 2³¹ pixels or more are not supported.
 
     Returns:
         (S, K, R, S', C): one sum for each split of the pixels, for conv_wgrad_finalize; float64 for float64 grad, else

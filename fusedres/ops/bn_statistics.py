@@ -6,8 +6,7 @@ from torch import Tensor
 
 from fusedres.ops._arguments import Call, activation, norm, strided, wide
 from fusedres.ops._library import op
-from fusedres.ops._sizes import arithmetic_dtype
-from fusedres.values import Norm
+from fusedres.values import Norm, arithmetic_dtype
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -38,7 +37,7 @@ def bn_statistics(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     Returns:
         (4, C): mean, invstd, scale, shift; float64 for float64 x, else float32.
     """
-    return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x))
+    return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x.dtype))
 
 
 @op(
@@ -66,4 +65,4 @@ def bn_frozen(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     x is any tensor with the dtype and device of the activation that will be normalised.
     """
     assert norm.running_mean is not None  # checked by the op
-    return x.new_empty((4, norm.running_mean.shape[0]), dtype=arithmetic_dtype(x))
+    return x.new_empty((4, norm.running_mean.shape[0]), dtype=arithmetic_dtype(x.dtype))

@@ -10,8 +10,8 @@ from fusedres.errors import ShapeError
 from fusedres.ops._arguments import Call, Integer, Integers, activation, bits, convolution, wide
 from fusedres.ops._library import op
 from fusedres.ops._shapes import Shape
-from fusedres.ops._sizes import arithmetic_dtype, empty_activation
-from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient
+from fusedres.ops._sizes import empty_activation
+from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient, arithmetic_dtype
 
 
 def _check_on_load(call: Call) -> None:
@@ -74,7 +74,7 @@ def conv_dgrad(
     """
     grad = gradient.grad
     grad_x = empty_activation(input_size, grad)
-    dtype = arithmetic_dtype(grad)
+    dtype = arithmetic_dtype(grad.dtype)
     if input is None:
         return grad_x, grad.new_empty(0, dtype=dtype)
     tiles = 1

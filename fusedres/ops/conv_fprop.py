@@ -7,8 +7,8 @@ from torch import Tensor
 from fusedres.errors import ShapeError
 from fusedres.ops._arguments import Call, Rows, activation, convolution, shortcut_input, wide
 from fusedres.ops._library import op
-from fusedres.ops._sizes import arithmetic_dtype, empty_activation
-from fusedres.values import Geometry, Raw, ShortcutInput
+from fusedres.ops._sizes import empty_activation
+from fusedres.values import Geometry, Raw, ShortcutInput, arithmetic_dtype
 
 _CONVOLUTION: Rows = {
     "x": activation("N C H W"),
@@ -40,7 +40,7 @@ def conv_fprop(
         Without statistics partials and rows are empty.
     """
     y = empty_activation(geometry.output_shape(x.y.shape, weight.shape), x.y)
-    dtype = arithmetic_dtype(x.y)
+    dtype = arithmetic_dtype(x.y.dtype)
     if not with_statistics:
         return y, y.new_empty((0,), dtype=dtype), y.new_empty((0,), dtype=dtype)
     tiles = 1

@@ -11,8 +11,7 @@ from fusedres.errors import ShapeError
 from fusedres.ops._arguments import Call, Integers, Items, Relations, activation, bits, convolution, strided, wide
 from fusedres.ops._library import op
 from fusedres.ops._shapes import Shape
-from fusedres.ops._sizes import arithmetic_dtype
-from fusedres.values import Geometry, Gradient, Raw
+from fusedres.values import Geometry, Gradient, Raw, arithmetic_dtype
 
 
 def check_pixels(grad: str, input: str) -> Relations:
@@ -58,7 +57,7 @@ def conv_wgrad(gradient: Gradient, input: Raw, kernel: Sequence[int], geometry: 
 
         splits = plan(gradient, input, kernel).splits
     shape = (splits, gradient.grad.shape[1], *kernel, input.y.shape[1])
-    return gradient.grad.new_empty(shape, dtype=arithmetic_dtype(gradient.grad))
+    return gradient.grad.new_empty(shape, dtype=arithmetic_dtype(gradient.grad.dtype))
 
 
 def _check_lengths(call: Call) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fusedres.ops._arguments import Integer, Rows, activation, wide
 from fusedres.ops._library import op
-from fusedres.ops._sizes import arithmetic_dtype, empty_activation, subsampled
+from fusedres.ops._sizes import empty_activation
+from fusedres.values import arithmetic_dtype, subsampled
 
 _ROWS: Rows = {"x": activation("N C H W", empty=False), "state": wide("4 C"), "stride": Integer(1)}
 
@@ -38,5 +39,5 @@ def gram_statistics(x: Tensor, state: Tensor | None, stride: int = 1, *, backend
 
 def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
-    pivot = x.new_empty(c, dtype=arithmetic_dtype(x))
+    pivot = x.new_empty(c, dtype=arithmetic_dtype(x.dtype))
     return pivot, pivot.new_empty(c, dtype=torch.float64), pivot.new_empty((c, c), dtype=torch.float64)

@@ -32,8 +32,8 @@ from fusedres.ops._arguments import (
     wide,
 )  # fmt: skip
 from fusedres.ops._library import op
-from fusedres.ops._sizes import empty_activation, mask_shape, subsampled
-from fusedres.values import Centred, Folded, Gated, GramState, ShortcutInput
+from fusedres.ops._sizes import empty_activation
+from fusedres.values import Centred, Folded, Gated, GramState, ShortcutInput, mask_shape, subsampled
 
 _INPUT: Rows = {
     "z_stride": Integer(1),

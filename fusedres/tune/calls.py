@@ -27,17 +27,20 @@ class Call:
     """An op with its arguments at one place in a block."""
 
     op: Op
-    schema: Any
     args: tuple[Any, ...]  # the last one is the backend
 
     @property
     def signature(self) -> str:
         """The op's name, and the shapes and numbers among its arguments, as text."""
         words = [self.op.name]
-        for argument, value in zip(self.schema.arguments, self.args[:-1], strict=False):
+        for argument, value in list(self.named().items())[:-1]:
             text = str(tree_map_only(Tensor, lambda t: "x".join(map(str, t.shape)) or "scalar", value))
-            words.append(f"{argument.name}={text}".replace("'", ""))
+            words.append(f"{argument}={text}".replace("'", ""))
         return " ".join(words)
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by name."""
+        return dict(zip(self.op.arguments, self.args, strict=True))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,21 +51,17 @@ class Call:
     def fresh(self) -> tuple[Any, ...]:
         """Return the arguments without the backend, with a copy of each that the op writes."""
 
-        def own(argument: Any, value: Any) -> Any:
-            if argument.alias_info is None or not argument.alias_info.is_write:
+        def own(argument: str, value: Any) -> Any:
+            if argument not in self.op.written:
                 return value
             return tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.preserve_format), value)
 
-        return tuple(own(a, v) for a, v in zip(self.schema.arguments, self.args[:-1], strict=False))
+        return tuple(own(name, value) for name, value in self.named().items())[:-1]
 
     def written(self, args: tuple[Any, ...]) -> list[Tensor]:
         """Return the arguments that the op writes."""
-        changed = [
-            value
-            for argument, value in zip(self.schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        return [t for t in tree_leaves(changed) if isinstance(t, Tensor)]
+        named = dict(zip(self.op.arguments[:-1], args, strict=True))
+        return [t for t in tree_leaves([named[name] for name in self.op.written]) if isinstance(t, Tensor)]
 
     def results(self, backend: str) -> list[Tensor]:
         """Return what a backend returns and writes, with partial results merged so that backends can be compared."""
@@ -73,7 +72,7 @@ class Call:
 
     def _defined(self, results: list[Tensor]) -> list[Tensor]:
         """Return the results without sums that the op may leave undefined (the last result of ops with with_sums)."""
-        named = dict(zip((argument.name for argument in self.schema.arguments), self.args, strict=True))
+        named = self.named()
         if "with_sums" not in named:
             return results
         *others, sums = results
@@ -118,7 +117,7 @@ class Visit(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "fusedres":
-            call = Call(OPS[func._schema.name.partition("::")[2]], func._schema, tuple(args))
+            call = Call(OPS[func._schema.name.partition("::")[2]], tuple(args))
             if call.signature not in self._seen:
                 self._seen.add(call.signature)
                 with torch.no_grad():

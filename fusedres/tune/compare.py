@@ -19,15 +19,20 @@ positions must equal those of `same`, with the same exception of one in a millio
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fusedres.tune.calls import Call
+from fusedres.dispatch import uses_tf32
+
+if TYPE_CHECKING:  # calls.py needs Triton
+    from fusedres.tune.calls import Call
 
 _UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _UNIT_TF32 = 2.0**-10  # products truncate operands to ten bits
@@ -111,8 +116,7 @@ class Expected:
     def __init__(self, call: Call) -> None:
         narrow = call.dtype
         wide = torch.float32 if narrow.itemsize == 2 else torch.float64
-        tf32 = narrow is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-        unit = _UNIT_TF32 if tf32 else _UNIT[narrow]
+        unit = _UNIT_TF32 if uses_tf32(narrow) else _UNIT[narrow]
         same = call.results("reference")
         with true_float32():
             expected = _widened(call, narrow, wide, 0.0).results("reference")
@@ -209,12 +213,11 @@ def _widened(call: Call, narrow: torch.dtype, wide: torch.dtype, unit: float) ->
         return converted * signs.mul_(2 * unit).add_(1 - unit)
 
     kept = _REGATED.get(call.op.name, ())
-    names = [argument.name for argument in call.schema.arguments]
     args = (
         tree_map(partial(convert, unit=0.0 if name in kept else unit), value)
-        for name, value in zip(names, call.args, strict=True)
+        for name, value in zip(call.op.arguments, call.args, strict=True)
     )
-    return Call(call.op, call.schema, tuple(args))
+    return dataclasses.replace(call, args=tuple(args))
 
 
 class true_float32:  # noqa: N801 - used like a function

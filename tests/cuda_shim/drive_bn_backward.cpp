@@ -43,7 +43,7 @@ void compare(const BnBackwardParams& p, const Gradient& gradient, int b, const V
     const double size = static_cast<double>(p.rows) * (1 + std::abs(invstd)) * (1 + std::abs(mean));
     expect_near("sum d", sums[c], total, 20 * rounding(p.dtype) * size);
     expect_near("sum d·x̂", sums[(1 + b) * p.channels + c], product, 20 * rounding(p.dtype) * size);
-    const double batch = p.branch[b].batch_statistics ? 1.0 / static_cast<double>(p.count) : 0;
+    const double batch = p.branch[b].batch_statistics ? 1.0 / static_cast<double>(p.rows) : 0;
     for (int64_t i = c; i < p.rows * p.channels; i += p.channels) {
       const double pull = (x[i] - mean) * invstd * product;
       const double want = scale * (gradient.d[i] - batch * (total + pull));
@@ -78,7 +78,6 @@ void check_backward(DType dtype, int64_t rows, int64_t channels, GateKind kind, 
   p.branches = branches;
   p.branch[0] = {x.data(), state.data(), true, coefficients.data(), grad_x.data()};
   p.branch[1] = {other.data(), other_state.data(), false, other_coefficients.data(), grad_other.data()};
-  p.count = rows;
   p.tile_rows = kTileRows;
   p.tiles = tiles;
   p.partials = partials.data();

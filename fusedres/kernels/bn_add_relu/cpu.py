@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedres import _C
 from fusedres.kernels.arguments import address, pixels_of
 from fusedres.kernels.cpu_core import empty_like
-from fusedres.values import ShortcutInput
+from fusedres.values import ShortcutInput, mask_shape
 
 
 def bn_add_relu(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> tuple[Tensor, Tensor]:
@@ -28,11 +28,10 @@ def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tens
 
 
 def _launch(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool, out: Tensor) -> Tensor:
-    n, channels, h, w = x.shape
-    mask = x.new_empty((n, h, w, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8)
+    mask = x.new_empty(mask_shape(x) if with_mask else (0,), dtype=torch.uint8)
     _C.bn_add_relu(
         x.data_ptr(),
-        channels,
+        x.shape[1],
         state.data_ptr(),
         pixels_of(shortcut.x, shortcut.stride),
         address(shortcut.state),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedres.kernels.arguments import pixels_of
 from fusedres.kernels.cuda_core import launch
-from fusedres.values import ShortcutInput
+from fusedres.values import ShortcutInput, mask_shape
 
 
 def bn_add_relu(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool) -> tuple[Tensor, Tensor]:
@@ -27,9 +27,7 @@ def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tens
 
 
 def _launch(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool, out: Tensor) -> Tensor:
-    n, channels, h, w = x.shape
-    mask_shape = (n, h, w, (channels + 7) // 8) if with_mask else (0,)
-    mask = torch.empty(mask_shape, dtype=torch.uint8, device=x.device)
+    mask = torch.empty(mask_shape(x) if with_mask else (0,), dtype=torch.uint8, device=x.device)
     pixels, out_mask = pixels_of(shortcut.x, shortcut.stride), mask if with_mask else None
-    launch("bn_add_relu", x.device, x, channels, state, pixels, shortcut.state, out, out_mask)
+    launch("bn_add_relu", x.device, x, x.shape[1], state, pixels, shortcut.state, out, out_mask)
     return mask

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.rows import affine, pixel_offsets, pixels, relu, row_tiles, tile
-from fusedres.values import ShortcutInput
+from fusedres.values import ShortcutInput, mask_shape
 
 
 @jit_for_any_batch
@@ -78,7 +78,7 @@ def bn_add_relu_out(x: Tensor, state: Tensor, shortcut: ShortcutInput, out: Tens
 
 def _launch(x: Tensor, state: Tensor, shortcut: ShortcutInput, with_mask: bool, out: Tensor) -> Tensor:
     n, c, p, q = x.shape
-    mask = torch.empty((n, p, q, ceil_div(c, 8)) if with_mask else (0,), dtype=torch.uint8, device=x.device)
+    mask = torch.empty(mask_shape(x) if with_mask else (0,), dtype=torch.uint8, device=x.device)
     view, (stride_n, stride_h, stride_w) = pixels(shortcut.x, shortcut.stride)
     candidates = row_tiles(c, x.dtype)
     config = choose(candidates)

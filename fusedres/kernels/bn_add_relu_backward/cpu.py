@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, address, gate_of, matrix_of
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, branch_of, gate_of, matrix_of
 from fusedres.kernels.cpu_core import empty_like
 from fusedres.values import BnBranch, Gated
 
@@ -41,18 +41,14 @@ def _launch(
     grad_shortcut: Tensor | None,
     with_sums: bool,
 ) -> Tensor:
-    matrix = matrix_of(grad)
-    sums = x.state.new_empty((3, matrix[-1]))
-    second = (0, 0, False, 0)
-    if shortcut is not None:
-        second = (shortcut.x.data_ptr(), shortcut.state.data_ptr(), shortcut.batch_statistics, address(grad_shortcut))
+    sums = x.state.new_empty((3, grad.shape[1]))
     _C.bn_add_relu_backward(
-        matrix,
+        matrix_of(grad),
         gate,
-        (x.x.data_ptr(), x.state.data_ptr(), x.batch_statistics, grad_x.data_ptr()),
-        second,
+        branch_of(x, grad_x),
+        branch_of(shortcut, grad_shortcut),
         sums.data_ptr(),
-        with_sums or x.batch_statistics or second[2],
+        with_sums or x.batch_statistics or (shortcut is not None and shortcut.batch_statistics),
         torch.get_num_threads(),
     )
     return sums

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, gate_of, matrix_of
-from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles, tiles_of
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, gate_of, matrix_of, tiles_of
+from fusedres.kernels.bn_backward.cuda import Branch, launch_step, row_tiles
 from fusedres.values import BnBranch, Gated
 
 # csrc/bn_add_relu_backward/config.h chooses, or one launch for each step, or one launch for all. Results are the same.

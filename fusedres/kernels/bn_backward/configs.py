@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
-import triton
-
+from fusedres.kernels.triton_core.blocks import column_block, largest_block
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
 
 _PROGRAMS = 2048  # programs that a reduction aims for, at 128 channels each
-
-
-def column_block(channels: int, most: int) -> int:
-    """Return the block of at most `most` channels that leaves the fewest lanes idle; of several, the widest."""
-    return min((block for block in (256, 128, 64, 32, 16) if block <= most), key=lambda b: ceil_div(channels, b) * b)
 
 
 def row_tile(rows: int, channels: int) -> int:
@@ -60,7 +54,7 @@ def merge(channels: int) -> Sequence[Config]:
 
 
 def _interpreted(channels: int) -> int:
-    return max(16, min(256, int(triton.next_power_of_2(channels))))
+    return min(256, largest_block(channels))
 
 
 def _tiles(channels: int, itemsize: int, shapes: tuple[tuple[int, int, int], ...], most_rows: int) -> list[Config]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.kernels.arguments import NO_GATE, Gate, address, gate_of, matrix_of, vector_of
+from fusedres.kernels.arguments import NO_GATE, Gate, Tiles, address, gate_of, matrix_of, tiles_of, vector_of
 from fusedres.kernels.cuda_core import launch
 from fusedres.values import BnGradient, Gated, Gradient, NormState, Raw
 
@@ -38,13 +38,7 @@ class Branch(NamedTuple):
     grad_x: Tensor | None = None
 
 
-Tiles = tuple[int, int, int]
 NO_TILES: Tiles = (1, 0, 0)
-
-
-def tiles_of(tile_rows: int, partials: Tensor) -> Tiles:
-    """Return the rows of a tile, the number of tiles, and the address of their sums."""
-    return tile_rows, partials.shape[0], partials.data_ptr()
 
 
 def launch_step(

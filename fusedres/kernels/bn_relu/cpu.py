@@ -8,15 +8,16 @@ from torch import Tensor
 from fusedres import _C
 from fusedres.kernels.arguments import address, pixels_of
 from fusedres.kernels.cpu_core import empty_channels_last, empty_like
+from fusedres.values import subsampled
 
 
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:
     """See fusedres.ops.bn_relu."""
-    n, c, h, w = x.shape
     if stride == 1:
         out = empty_like(x)
     else:
-        out = empty_channels_last((n, c, (h + stride - 1) // stride, (w + stride - 1) // stride), x)
+        n, c, h, w = x.shape
+        out = empty_channels_last((n, c, subsampled(h, stride), subsampled(w, stride)), x)
     _launch(x, state, pivot, stride, out)
     return out
 

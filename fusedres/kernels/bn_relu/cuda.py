@@ -7,12 +7,13 @@ from torch import Tensor
 
 from fusedres.kernels.arguments import pixels_of
 from fusedres.kernels.cuda_core import launch
+from fusedres.values import subsampled
 
 
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:
     """See fusedres.ops.bn_relu."""
     n, c, h, w = x.shape
-    shape = (n, c, (h + stride - 1) // stride, (w + stride - 1) // stride)
+    shape = (n, c, subsampled(h, stride), subsampled(w, stride))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _launch(x, state, pivot, stride, out)
     return out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, per_channel
+from fusedres.kernels.reference_core import affine, per_channel
+from fusedres.values import arithmetic_dtype
 
 
 def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) -> Tensor:

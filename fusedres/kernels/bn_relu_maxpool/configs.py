@@ -12,20 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedres.kernels.triton_core.blocks import column_block, largest_block
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div, choose, input_precision
 from fusedres.kernels.triton_core.splits import rows_split
-
-
-def forward(channels: int) -> Sequence[Config]:
-    """Return candidates, best guess first."""
-    return _tiles(channels)
 
 
 @cache
 def reduction(channels: int) -> Sequence[Config]:
     """Return candidates, best guess first; a program sums STEPS tiles."""
     steps = 2 if INTERPRETED else 8
-    return tuple(Config({**tile.blocks, "STEPS": steps}, tile.num_warps) for tile in _tiles(channels))
+    return tuple(Config({**tile.blocks, "STEPS": steps}, tile.num_warps) for tile in windows(channels))
 
 
 def reduction_partials(x: Tensor) -> int:
@@ -37,11 +33,6 @@ def reduction_partials(x: Tensor) -> int:
     return ceil_div(window_tiles(x, config), config["STEPS"])
 
 
-def elementwise(channels: int) -> Sequence[Config]:
-    """Return candidates, best guess first."""
-    return _tiles(channels)
-
-
 def window_tiles(x: Tensor, config: Config) -> int:
     """Return the number of tiles of windows over x (N, C, H, W), for one block of channels."""
     n, _, h, w = (int(size) for size in x.shape)
@@ -49,11 +40,11 @@ def window_tiles(x: Tensor, config: Config) -> int:
 
 
 @cache
-def _tiles(channels: int) -> Sequence[Config]:
+def windows(channels: int) -> Sequence[Config]:
+    """Return candidates for a kernel that writes its windows, best guess first."""
     if INTERPRETED:
         return (Config({"BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_C": 128}),)
-    # of the blocks that leave the fewest lanes idle, the widest
-    block_c = min((64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
+    block_c = column_block(channels, 64)
     return tuple(
         Config({"BLOCK_P": p, "BLOCK_Q": q, "BLOCK_C": block_c}, warps)
         for p, q, warps in ((2, 8, 4), (4, 8, 8), (2, 4, 2), (4, 4, 4))
@@ -77,7 +68,7 @@ def wgrad(columns: int, dtype: torch.dtype, precision: str) -> Sequence[Config]:
     tiles = ((4, 8, 64, 256, 4, 1),) if INTERPRETED else _WGRAD[kind]
     found = []
     for block_p, block_q, block_k, most, warps, stages in tiles:
-        block_n = min(most, max(16, 1 << (columns - 1).bit_length()))
+        block_n = min(most, largest_block(columns))
         blocks = {"BLOCK_P": block_p, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_N": block_n}
         found.append(Config(blocks, warps, stages))
     return tuple(found)

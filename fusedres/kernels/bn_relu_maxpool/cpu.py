@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.arguments import pixels_of
+from fusedres.kernels.arguments import branch_of, pixels_of
 from fusedres.kernels.cpu_core import empty_channels_last, empty_like
-from fusedres.values import BnBranch, Pooled
+from fusedres.values import BnBranch, Pooled, subsampled
 
 
 def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool."""
-    pixels = pixels_of(x)
-    n, h, w, _, c = pixels[2:]
-    out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x)
+    n, c, h, w = x.shape
+    out = empty_channels_last((n, c, subsampled(h, 2), subsampled(w, 2)), x)
     argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
     _C.bn_relu_maxpool(
-        pixels,
+        pixels_of(x),
         state.data_ptr(),
         out.data_ptr(),
         argmax.data_ptr() if with_argmax else 0,
@@ -40,13 +39,12 @@ def bn_relu_maxpool_backward_(pooled: Pooled, x: BnBranch, with_sums: bool) -> T
 
 def _launch(pooled: Pooled, branch: BnBranch, with_sums: bool, grad_x: Tensor) -> Tensor:
     x, state, batch_statistics = branch
-    pixels = pixels_of(x)
-    sums = (state.new_empty if x.numel() else state.new_zeros)((2, pixels[-1]))
+    sums = (state.new_empty if x.numel() else state.new_zeros)((2, x.shape[1]))
     _C.bn_relu_maxpool_backward(
         pooled.grad.data_ptr(),
         pooled.argmax.data_ptr(),
-        pixels,
-        (x.data_ptr(), state.data_ptr(), batch_statistics, grad_x.data_ptr()),
+        pixels_of(x),
+        branch_of(branch, grad_x),
         sums.data_ptr(),
         with_sums or batch_statistics,
         torch.get_num_threads(),

@@ -33,7 +33,7 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
 
 def bn_relu_maxpool_backward(pooled: Pooled, x: BnBranch, with_sums: bool) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.bn_relu_maxpool; the sums are always computed."""
-    d = _unpooled(pooled, x.x, x.state)
+    d = _unpooled(pooled, x.x, x.state.dtype)
     sums = bn_relu_backward_(d, x, False, with_sums)
     return d.to(x.x.dtype), sums[:2]
 
@@ -47,23 +47,23 @@ def bn_relu_maxpool_backward_(pooled: Pooled, x: BnBranch, with_sums: bool) -> T
 
 def bn_relu_maxpool_reduce(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool; all windows are one tile."""
-    return bn_backward_reduce(Gated(_unpooled(pooled, x, state), None), Raw(x, state))
+    return bn_backward_reduce(Gated(_unpooled(pooled, x, state.dtype), None), Raw(x, state))
 
 
 def bn_relu_maxpool_wgrad(
     pooled: Pooled, y: BnGradient, input: Tensor, kernel: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """See fusedres.ops.bn_relu_maxpool; there is one split."""
-    d = _unpooled(pooled, *y)
+    d = _unpooled(pooled, y.y, y.coefficients.dtype)
     dy, _ = bn_backward_apply(Gradient(d, None, *y))
     return conv_wgrad(Gradient(dy), Raw(input, None), kernel, geometry)
 
 
-def _unpooled(pooled: Pooled, x: Tensor, state: Tensor) -> Tensor:
-    """Return the gradient of scale·x + shift in the arithmetic type: each window adds its own at its argmax."""
+def _unpooled(pooled: Pooled, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of scale·x + shift, of x's size, in dtype: each window adds its own at its argmax."""
     grad, argmax = pooled
     n, c, rows, columns = grad.shape
-    wide = grad.to(state.dtype)
+    wide = grad.to(dtype)
     padded = wide.new_zeros((n, c, 2 * rows + 1, 2 * columns + 1))
     for place in range(9):
         top, left = place // 3, place % 3

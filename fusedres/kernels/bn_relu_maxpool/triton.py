@@ -34,7 +34,7 @@ def bn_relu_maxpool(x: Tensor, state: Tensor, with_argmax: bool) -> tuple[Tensor
         (n, c, ceil_div(h, 2), ceil_div(w, 2)), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     argmax = torch.empty_like(out, dtype=torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
-    candidates = configs.forward(c)
+    candidates = configs.windows(c)
     config = choose(candidates)
     arguments = {
         "x_ptr": x,
@@ -92,7 +92,7 @@ def _launch(pooled: Pooled, branch: BnBranch, with_sums: bool, grad_x: Tensor) -
         partials = bn_relu_maxpool_reduce(pooled, x, state)
         norm_state = NormState(state, batch_statistics)
         coefficients, _ = coefficients_launch(partials, n * h * w, norm_state, None, sums)
-    candidates = configs.elementwise(c)
+    candidates = configs.windows(c)
     config = choose(candidates)
     arguments = {
         "grad_ptr": grad,

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from fusedres.kernels.bn_relu_maxpool import configs
 from fusedres.kernels.bn_relu_maxpool.triton_kernels import quad_gradients, window_tile
-from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.triton_core.product import add_product
-from fusedres.values import BnGradient, Geometry, Pooled
+from fusedres.values import BnGradient, Geometry, Pooled, arithmetic_dtype
 
 FAR = tl.constexpr(1 << 29)  # a row outside every image
 

@@ -45,7 +45,7 @@ def bn_finalize(channels: int, dtype: torch.dtype) -> Sequence[Config]:
 
 
 @cache
-def bn_frozen(channels: int) -> Sequence[Config]:
+def bn_frozen() -> Sequence[Config]:
     """Return one candidate, as there are only a few vectors."""
     return (Config({"BLOCK_C": 64 if INTERPRETED else 128}),)
 

@@ -7,15 +7,13 @@ from torch import Tensor
 
 from fusedres import _C
 from fusedres.kernels.arguments import DTYPE_CODE, matrix_of, norm_of
-from fusedres.kernels.reference_core import arithmetic_dtype
-from fusedres.values import Norm
+from fusedres.values import Norm, arithmetic_dtype
 
 
 def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
-    matrix = matrix_of(x)
-    state = x.new_empty((4, matrix[-1]), dtype=arithmetic_dtype(x.dtype))
-    _C.bn_statistics(matrix, state.data_ptr(), norm_of(norm), torch.get_num_threads())
+    state = x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x.dtype))
+    _C.bn_statistics(matrix_of(x), state.data_ptr(), norm_of(norm), torch.get_num_threads())
     return state
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fusedres.kernels.arguments import matrix_of, norm_of, vector_of
 from fusedres.kernels.cuda_core import launch
-from fusedres.kernels.reference_core import arithmetic_dtype
-from fusedres.values import Norm
+from fusedres.values import Norm, arithmetic_dtype
 
 
 def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
@@ -29,8 +28,6 @@ def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
 def _finalize(partials: Tensor, rows: Tensor, norm: Norm, pivot: Tensor | None) -> Tensor:
     tiles, _, channels = partials.shape
     state = torch.empty((4, channels), dtype=partials.dtype, device=partials.device)
-    if norm.running_mean is None or norm.running_var is None:
-        norm = norm._replace(running_mean=None, running_var=None, momentum=0.0)
     device, tile_sums = partials.device, vector_of(partials)
     launch("bn_finalize", device, tile_sums, rows, tiles, channels, state, norm_of(norm), vector_of(pivot))
     return state

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference_core import arithmetic_dtype
-from fusedres.values import Norm
+from fusedres.values import Norm, arithmetic_dtype
 
 
 def bn_statistics(x: Tensor, norm: Norm) -> Tensor:

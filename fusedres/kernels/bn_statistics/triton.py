@@ -24,10 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_statistics import configs
-from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, multiprocessors
 from fusedres.kernels.triton_core.rows import tile
-from fusedres.values import Norm
+from fusedres.values import Norm, arithmetic_dtype
 
 
 @triton.jit
@@ -262,7 +261,7 @@ def bn_frozen(x: Tensor, norm: Norm) -> Tensor:
     assert running_mean is not None and running_var is not None  # checked by the op
     c = running_mean.shape[0]
     state = torch.empty((4, c), dtype=arithmetic_dtype(x.dtype), device=running_mean.device)
-    candidates = configs.bn_frozen(c)
+    candidates = configs.bn_frozen()
     config = choose(candidates)
     arguments = {
         "weight_ptr": weight,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, masked, per_channel
-from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient
+from fusedres.kernels.reference_core import affine, masked, per_channel
+from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient, arithmetic_dtype
 
 
 def conv_dgrad(

@@ -29,7 +29,7 @@ from fusedres.kernels.conv_dgrad.configs import candidates, chosen, row_tiles
 from fusedres.kernels.triton_core.gate import before_product
 from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.product import add_product
-from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient
+from fusedres.values import Geometry, Gradient, Raw, ShortcutGradient, arithmetic_dtype
 
 
 @triton.constexpr_function
@@ -246,7 +246,7 @@ def conv_dgrad(
     options = candidates(grad, weight, stride, y is not None)
     config = chosen(options, grad, weight, input_size, stride, y is not None)
     tiles = row_tiles(input_size, stride, config)
-    arithmetic = torch.float64 if grad.dtype is torch.float64 else torch.float32
+    arithmetic = arithmetic_dtype(grad.dtype)
     out = torch.empty((n, c, h, w), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     partials = torch.empty((tiles, 2, c) if input is not None else 0, dtype=arithmetic, device=grad.device)
     tensors = [tensor for tensor in (grad, out, shortcut_grad, partials) if tensor is not None]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedres.kernels.triton_core.blocks import column_block
 from fusedres.kernels.triton_core.launch import (
     INTERPRETED,
     Config,
@@ -152,8 +153,7 @@ def _pointers(problem: _Problem) -> list[Config]:
     length = c * taps if flat else c
     found = []
     for block_m, block_k, longest, warps, stages in tiles:
-        # of the blocks that waste the fewest lanes, the longest
-        block_c = min((b for b in (64, 32, 16) if b <= longest), key=lambda b: ceil_div(length, b) * b)
+        block_c = column_block(length, longest)
         blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c, "FLAT": flat}
         blocks["TABLE"] = normalised and padded and hopper and not flat
         found.append(Config(blocks, warps, stages))

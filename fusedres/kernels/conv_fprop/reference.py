@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.bn_add_relu.reference import bn_add_relu
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, per_channel
-from fusedres.values import Geometry, Raw, ShortcutInput
+from fusedres.kernels.reference_core import affine, per_channel
+from fusedres.values import Geometry, Raw, ShortcutInput, arithmetic_dtype
 
 
 def conv_fprop(x: Raw, weight: Tensor, geometry: Geometry, with_statistics: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,11 +22,10 @@ from fusedres.kernels.conv_fprop.accumulate import accumulate
 from fusedres.kernels.conv_fprop.configs import DescriptorConfig, by_pointers, candidates, chosen
 from fusedres.kernels.conv_fprop.descriptors import conv_fprop_descriptor_kernel
 from fusedres.kernels.conv_fprop.taps import tap_table
-from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.gemm import affine, below, column_slices, output_pixel, store
 from fusedres.kernels.triton_core.launch import Config, ceil_div, choose, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.rows import pixels, relu
-from fusedres.values import Geometry, Raw, ShortcutInput
+from fusedres.values import Geometry, Raw, ShortcutInput, arithmetic_dtype
 
 
 @jit_for_any_batch

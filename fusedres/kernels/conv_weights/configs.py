@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from fusedres.kernels.bn_backward.configs import column_block
+from fusedres.kernels.triton_core.blocks import column_block
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config
 
 

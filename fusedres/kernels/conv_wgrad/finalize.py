@@ -18,8 +18,6 @@ from torch import Tensor
 from fusedres.kernels.conv_wgrad import configs
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
 
-__all__ = ["conv_wgrad_finalize", "loop_bound"]
-
 # The arguments of conv_wgrad_finalize_kernel for one weight.
 _OF_A_WEIGHT = (
     "partial_{}_ptr", "out_{}_ptr", "splits_{}", "size_{}", "C_{}", "taps_{}", "taps_w_{}",

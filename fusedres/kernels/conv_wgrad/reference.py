@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, masked, per_channel
-from fusedres.values import Geometry, Gradient, Raw
+from fusedres.kernels.reference_core import affine, masked, per_channel
+from fusedres.values import Geometry, Gradient, Raw, arithmetic_dtype
 
 
 def conv_wgrad(gradient: Gradient, input: Raw, kernel: Sequence[int], geometry: Geometry) -> Tensor:

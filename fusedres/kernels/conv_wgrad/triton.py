@@ -27,11 +27,10 @@ from torch import Tensor
 
 from fusedres.kernels.conv_wgrad import configs
 from fusedres.kernels.conv_wgrad.finalize import conv_wgrad_finalize
-from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.launch import ceil_div, input_precision, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.triton_core.product import add_product
 from fusedres.kernels.triton_core.rows import relu
-from fusedres.values import Geometry, Gradient, Raw
+from fusedres.values import Geometry, Gradient, Raw, arithmetic_dtype
 
 __all__ = ["conv_wgrad", "conv_wgrad_finalize"]
 

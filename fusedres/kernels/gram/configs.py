@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import triton
 
+from fusedres.kernels.triton_core.blocks import largest_block
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
 from fusedres.kernels.triton_core.splits import resident, rows_split
 
@@ -36,7 +36,7 @@ def tiles(channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
         shapes = _AMPERE
     else:
         shapes = _WIDE if channels > 128 else _MIDDLE
-    most = max(16, int(triton.next_power_of_2(channels)))
+    most = largest_block(channels)
     found = (
         Config({"BLOCK_M": m, "BLOCK_A": min(a, most), "BLOCK_B": min(b, most)}, warps, stages)
         for m, a, b, warps, stages in shapes
@@ -66,5 +66,5 @@ def _upper_tiles(channels: int, a: int, b: int) -> int:
 @cache
 def pivot(channels: int) -> Sequence[Config]:
     """Return candidates for gram_pivot."""
-    most = max(16, int(triton.next_power_of_2(channels)))
+    most = largest_block(channels)
     return tuple(Config({"BLOCK_C": min(most, block)}, warps) for block, warps in ((64, 1), (128, 4)))

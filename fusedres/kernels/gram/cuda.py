@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.arguments import pixels_of
+from fusedres.dispatch import uses_tf32
+from fusedres.kernels.arguments import pixels_of, tiles_of
 from fusedres.kernels.cuda_core import launch
-from fusedres.kernels.reference_core import arithmetic_dtype
+from fusedres.values import arithmetic_dtype, pixel_rows
 
 _STEP = 64  # a multiple of the rows that the kernels take at once
 
@@ -24,16 +25,14 @@ def _split(rows: int, channels: int) -> tuple[int, int]:
 
 
 def _launch(x: Tensor, state: Tensor | None, stride: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    n, channels, h, w = x.shape
-    rows = n * -(-h // stride) * -(-w // stride)
-    size, splits = _split(rows, channels)
+    channels = x.shape[1]
+    size, splits = _split(pixel_rows(x, stride), channels)
     pivot = torch.empty(channels, dtype=arithmetic_dtype(x.dtype), device=x.device)
     partials = torch.empty((splits, channels + 1, channels), dtype=pivot.dtype, device=x.device)
     total = torch.empty(channels, dtype=torch.float64, device=x.device)
     matrix = torch.empty((channels, channels), dtype=torch.float64, device=x.device)
-    tf32 = x.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    split = (size, splits, partials.data_ptr())
-    launch("gram", x.device, pixels_of(x, stride), tf32, state, out, pivot, split, total, matrix)
+    pixels, tiles = pixels_of(x, stride), tiles_of(size, partials)
+    launch("gram", x.device, pixels, uses_tf32(x.dtype), state, out, pivot, tiles, total, matrix)
     return pivot, total, matrix
 
 

@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.gram import configs
-from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.centred import grid_arguments, load_activated, load_centred, pixel_offsets
 from fusedres.kernels.triton_core.launch import (
     ceil_div,
@@ -35,6 +34,7 @@ from fusedres.kernels.triton_core.launch import (
 )
 from fusedres.kernels.triton_core.product import add_product
 from fusedres.kernels.triton_core.splits import merge
+from fusedres.values import arithmetic_dtype
 
 _PIVOT_ROWS = 8
 

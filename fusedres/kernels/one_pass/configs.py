@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 
+from fusedres.kernels.triton_core.blocks import largest_block
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
 from fusedres.kernels.triton_core.splits import rows_split
 
@@ -21,16 +21,11 @@ _FLOAT32_NARROW: tuple[_Shape, ...] = ((32, 32, 32, 4, 2), (32, 32, 64, 4, 2), (
 _MOST_SPLITS = 16
 
 
-def _most(size: int) -> int:
-    """Return the largest block that this size needs."""
-    return max(16, int(triton.next_power_of_2(size)))
-
-
 @cache
 def project(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]:
     """Return candidates for one_pass_project with K and C; dtype is the type it multiplies in."""
     shapes = _INTERPRETED if INTERPRETED else _FLOAT64 if dtype is torch.float64 else _FLOAT32
-    most_k, most_c = _most(channels), _most(in_channels)
+    most_k, most_c = largest_block(channels), largest_block(in_channels)
     found = (
         Config({"BLOCK_K": min(k, most_k), "BLOCK_C": min(c, most_c), "BLOCK_D": min(d, most_c)}, warps, stages)
         for k, c, d, warps, stages in shapes
@@ -42,7 +37,7 @@ def project(channels: int, in_channels: int, dtype: torch.dtype) -> list[Config]
 def vectors(channels: int) -> list[Config]:
     """Return candidates for one_pass_state, which handles only a few vectors."""
     sizes = ((64, 1),) if INTERPRETED else ((32, 1), (64, 2), (128, 4), (256, 4))
-    return [Config({"BLOCK_K": min(block, _most(channels))}, warps) for block, warps in sizes]
+    return [Config({"BLOCK_K": min(block, largest_block(channels))}, warps) for block, warps in sizes]
 
 
 @cache
@@ -51,7 +46,7 @@ def rows(in_channels: int) -> list[Config]:
     sizes = ((64, 64, 4),) if INTERPRETED else ((2048, 512, 4), (1024, 512, 4), (4096, 512, 4), (4096, 512, 8))
     found = []
     for elements, columns, warps in sizes:
-        columns = min(columns, _most(in_channels))
+        columns = min(columns, largest_block(in_channels))
         block_k = 64 if INTERPRETED else min(32, elements // columns)
         found.append(Config({"BLOCK_K": block_k, "BLOCK_C": columns}, warps))
     return list({str(config): config for config in found}.values())
@@ -63,7 +58,7 @@ def quadratic(channels: int, in_channels: int, dtype: torch.dtype, device: torch
     shapes = _INTERPRETED if INTERPRETED else _FLOAT64 if dtype is torch.float64 else _FLOAT32
     if not INTERPRETED and dtype is not torch.float64 and in_channels <= 128:
         shapes = _FLOAT32_NARROW
-    most = _most(in_channels)
+    most = largest_block(in_channels)
     found = []
     for a, b, d, warps, stages in shapes:
         a, b = min(a, most), min(b, most)
@@ -78,4 +73,4 @@ def quadratic(channels: int, in_channels: int, dtype: torch.dtype, device: torch
 def constant(in_channels: int) -> list[Config]:
     """Return candidates for one_pass_constant: rows and columns of Q. There are few programs, so blocks are large."""
     sizes = ((64, 64, 4),) if INTERPRETED else ((8, 256, 8), (4, 256, 4), (16, 128, 8), (8, 128, 4))
-    return [Config({"BLOCK_A": a, "BLOCK_B": min(b, _most(in_channels))}, warps) for a, b, warps in sizes]
+    return [Config({"BLOCK_A": a, "BLOCK_B": min(b, largest_block(in_channels))}, warps) for a, b, warps in sizes]

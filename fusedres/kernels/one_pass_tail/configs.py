@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
-import triton
 
+from fusedres.kernels.triton_core.blocks import largest_block
 from fusedres.kernels.triton_core.launch import INTERPRETED, Config, Gpu, ceil_div, fitting
 from fusedres.kernels.triton_core.splits import resident, rows_split
 
@@ -59,17 +59,16 @@ def _shapes(table: Mapping[str, tuple[_Shape, ...]], channels: int, dtype: torch
     return table["narrow" if channels <= 64 else "wide"]
 
 
-def _most(channels: int) -> int:
-    """Return the largest block that the channels need."""
-    return max(16, int(triton.next_power_of_2(channels)))
-
-
 @cache
 def tail(channels: int, in_channels: int, joined: bool, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
     """Return candidates for one_pass_tail with K and C; joined: with the projection's product."""
     table = (_TAIL_JOINED if joined else _TAIL) if gpu.has_wgmma else _TAIL_AMPERE
     found = (
-        Config({"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(in_channels))}, warps, stages)
+        Config(
+            {"BLOCK_M": m, "BLOCK_K": min(k, largest_block(channels)), "BLOCK_C": min(c, largest_block(in_channels))},
+            warps,
+            stages,
+        )
         for m, k, c, warps, stages in _shapes(table, in_channels, dtype)
     )
     return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_K", "BLOCK_C"), gpu)
@@ -80,7 +79,9 @@ def reduce(channels: int, columns: tuple[int, int], dtype: torch.dtype, gpu: Gpu
     """Return candidates for one_pass_reduce with K and the columns of z and x."""
     found = (
         Config(
-            {"BLOCK_M": m, "BLOCK_K": min(k, _most(channels)), "BLOCK_C": min(c, _most(max(columns)))}, warps, stages
+            {"BLOCK_M": m, "BLOCK_K": min(k, largest_block(channels)), "BLOCK_C": min(c, largest_block(max(columns)))},
+            warps,
+            stages,
         )
         for k, c, m, warps, stages in _shapes(_REDUCE, columns[0], dtype)
         if c <= 128 or (gpu.has_wgmma and not columns[1])  # 256 columns spill without wgmma, or with a projection
@@ -106,9 +107,9 @@ def steps(
 @cache
 def dgrad(channels: int, in_channels: int, dtype: torch.dtype, gpu: Gpu) -> Sequence[Config]:
     """Return candidates for one_pass_dgrad with K and C."""
-    deepest = _most(max(channels, in_channels))
+    deepest = largest_block(max(channels, in_channels))
     found = (
-        Config({"BLOCK_M": m, "BLOCK_C": min(c, _most(in_channels)), "BLOCK_K": min(k, deepest)}, warps, stages)
+        Config({"BLOCK_M": m, "BLOCK_C": min(c, largest_block(in_channels)), "BLOCK_K": min(k, deepest)}, warps, stages)
         for m, c, k, warps, stages in _shapes(_DGRAD if gpu.has_wgmma else _DGRAD_AMPERE, in_channels, dtype)
     )
     return fitting(found, lambda c: _operands(c, dtype, "BLOCK_M", "BLOCK_C", "BLOCK_K"), gpu)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.one_pass.reference import parameter_grads, quadratic_form
-from fusedres.kernels.reference_core import affine, arithmetic_dtype, pack_bits, per_channel
+from fusedres.kernels.reference_core import affine, pack_bits, per_channel
 from fusedres.kernels.reference_core import masked as masked_gradient
-from fusedres.values import Centred, Folded, Gated, GramState, ShortcutInput
+from fusedres.values import Centred, Folded, Gated, GramState, ShortcutInput, arithmetic_dtype
 
 # Rows of dz per pair of partial sums (one_pass_dgrad).
 ROWS_A_PARTIAL = 64

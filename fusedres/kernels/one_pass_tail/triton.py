@@ -23,7 +23,7 @@ from fusedres.kernels.triton_core.centred import grid_arguments, load_centred, l
 from fusedres.kernels.triton_core.gemm import column_slices
 from fusedres.kernels.triton_core.launch import ceil_div, choose, gpu, input_precision, jit_for_any_batch, launch
 from fusedres.kernels.triton_core.product import add_product
-from fusedres.values import Centred, Folded, ShortcutInput
+from fusedres.values import Centred, Folded, ShortcutInput, mask_shape
 
 __all__ = ["one_pass_dgrad", "one_pass_fold", "one_pass_products", "one_pass_reduce", "one_pass_tail"]
 
@@ -172,7 +172,7 @@ def one_pass_tail(
     n, in_channels, p, q = taken.shape
     channels, rows = folded.folded.shape[0], n * p * q
     out = torch.empty((n, channels, p, q), dtype=source.dtype, device=source.device, memory_format=torch.channels_last)
-    mask = torch.empty((n, p, q, (channels + 7) // 8) if with_mask else (0,), dtype=torch.uint8, device=source.device)
+    mask = torch.empty(mask_shape(out) if with_mask else (0,), dtype=torch.uint8, device=source.device)
     candidates = configs.tail(channels, in_channels, x is not None, source.dtype, gpu(source.device))
     x_channels = 0 if joined is None else joined.shape[1]
     config = choose(candidates, "one_pass_tail", source.dtype, rows, in_channels, channels, x_channels)

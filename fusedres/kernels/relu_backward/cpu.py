@@ -8,14 +8,13 @@ from torch import Tensor
 from fusedres import _C
 from fusedres.kernels.arguments import gate_of, matrix_of
 from fusedres.kernels.cpu_core import empty_like
-from fusedres.values import Gated
+from fusedres.values import Gated, arithmetic_dtype
 
 
 def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.relu_backward."""
     grad, gate = gated
-    matrix = matrix_of(grad)
     d = empty_like(grad)
-    sums = grad.new_empty(matrix[-1], dtype=torch.float64 if grad.dtype is torch.float64 else torch.float32)
-    _C.relu_backward(matrix, gate_of(gate), d.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    sums = grad.new_empty(grad.shape[1], dtype=arithmetic_dtype(grad.dtype))
+    _C.relu_backward(matrix_of(grad), gate_of(gate), d.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     return d, sums

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.arguments import gate_of, matrix_of
+from fusedres.kernels.arguments import gate_of, matrix_of, tiles_of
 from fusedres.kernels.bn_backward.cuda import row_tiles
 from fusedres.kernels.cuda_core import launch
-from fusedres.kernels.reference_core import arithmetic_dtype
-from fusedres.values import Gated
+from fusedres.values import Gated, arithmetic_dtype
 
 
 def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:
@@ -20,6 +19,5 @@ def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:
     d = torch.empty_like(grad)
     partials = torch.empty((tiles, channels), dtype=arithmetic_dtype(grad.dtype), device=grad.device)
     sums = partials.new_empty(channels)
-    tiled = (tile_rows, tiles, partials.data_ptr())
-    launch("relu_backward", grad.device, matrix_of(grad), gate_of(gate), d, tiled, sums)
+    launch("relu_backward", grad.device, matrix_of(grad), gate_of(gate), d, tiles_of(tile_rows, partials), sums)
     return d, sums

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.kernels.reference_core import arithmetic_dtype, masked
-from fusedres.values import Gated
+from fusedres.kernels.reference_core import masked
+from fusedres.values import Gated, arithmetic_dtype
 
 
 def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:

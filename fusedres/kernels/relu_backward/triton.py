@@ -15,11 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.bn_backward import configs
-from fusedres.kernels.reference_core import arithmetic_dtype
 from fusedres.kernels.triton_core.gate import gate_kind, load_gated
 from fusedres.kernels.triton_core.launch import ceil_div, choose, jit_for_any_batch, launch, loop_bound
 from fusedres.kernels.triton_core.rows import tile
-from fusedres.values import Gated
+from fusedres.values import Gated, arithmetic_dtype
 
 
 @jit_for_any_batch

@@ -232,8 +232,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], co
 
 def input_precision(dtype: torch.dtype) -> str:
     """Return tl.dot's precision for float32 operands, by torch's setting for convolutions; other dtypes ignore it."""
-    tf32 = dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dispatch.uses_tf32(dtype) else "ieee"
 
 
 def gpu(device: torch.device) -> Gpu:

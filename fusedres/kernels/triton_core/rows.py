@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.triton_core.launch import INTERPRETED, Config, ceil_div
+from fusedres.kernels.triton_core.blocks import column_block
+from fusedres.kernels.triton_core.launch import INTERPRETED, Config
 
 
 @triton.jit
@@ -73,8 +74,7 @@ def row_tiles(channels: int, dtype: torch.dtype, choices: tuple[tuple[int, int],
     if INTERPRETED:
         return (Config({"BLOCK_M": 64, "BLOCK_C": 64}),)
     vector = 16 // dtype.itemsize
-    # of the blocks that leave the fewest lanes idle, the widest
-    block_c = min((128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
+    block_c = column_block(channels, 128)
     return tuple(
         Config({"BLOCK_M": max(1, 32 * warps * vector * vectors // block_c), "BLOCK_C": block_c}, warps)
         for warps, vectors in choices
