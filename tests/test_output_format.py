@@ -95,6 +95,30 @@ def test_every_layer_has_the_strides_of_eager(name: str, how: str, weights: str)
         assert strides(fusedres.freeze(twin), x, False) == expected
 
 
+@pytest.mark.parametrize("memory", ["auto", "min"])
+@pytest.mark.parametrize("weights", [NCHW, NHWC])
+@pytest.mark.parametrize("images", [NCHW, NHWC])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_of_weights_have_the_strides_of_eager(
+    backend: str, images: torch.memory_format, weights: torch.memory_format, memory: str
+) -> None:
+    """DistributedDataParallel compares them with those of the parameters, also where the kernel is 1x1.
+
+    With NCHW weights on channels_last images eager's differ from those of the parameters; then either is right.
+    """
+    torch.set_num_threads(2)  # on one thread torch takes other convolutions, which hide the difference
+    model = network(block=Bottleneck).to(memory_format=weights)
+    twin = fusedres.fuse(copy.deepcopy(model), memory=memory)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=images)
+    with fusedres.use_backend(backend):
+        for each in (model, twin):
+            each(x).square().sum().backward()
+    for (name, stock), parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert stock.grad is not None and parameter.grad is not None
+        right = {stock.grad.stride()} | ({parameter.stride()} if (images, weights) == (NHWC, NCHW) else set())
+        assert parameter.grad.stride() in right, name
+
+
 def test_every_stride_is_taken_as_torch_takes_it() -> None:
     """torch.empty_like of a tensor has the format that torch suggests for it."""
     sizes = (1, 2, 3)

@@ -130,6 +130,10 @@ class ResidualBlockFunction(torch.autograd.Function):
                 if grad_x.dtype is not x.dtype:
                     grad_x = grad_x.to(x.dtype)
                 grads[0] = grad_x.contiguous() if ctx.nchw else grad_x
+            if ctx.nchw and not plan.channels_last:  # the strides of 1x1 weights
+                for slot in range(1, len(grads), UNIT_PARAMS):
+                    grad = grads[slot]
+                    grads[slot] = None if grad is None else in_format(grad, False)
         result: list[Tensor | None] = [grads[0], None]
         for slot in range(1, len(grads), UNIT_PARAMS):
             result += grads[slot : slot + UNIT_PARAMS]
