@@ -168,6 +168,21 @@ def test_goals_are_shown_where_a_gpu_has_rows(report, tmp_path):
     assert "| ResNet-18 training over eager | ≥ 1.60x | not measured | – |  |" in text
 
 
+def test_the_picture_of_models_has_the_memory_of_training_alone(tmp_path):
+    """On a GPU inference has a peak too. The caption is that of the rows that are drawn."""
+    from reporting import plots
+
+    ways = {"eager": 1.0, "library": 1.3}
+    rows = [of_model("eager_nchw", 0.9, shape=[64, 3, 224, 224])]
+    rows += [of_model(way, ratio, phase=phase) for phase in ("train", "infer") for way, ratio in ways.items()]
+    plots.models(rows, tmp_path / "models.svg")
+    drawn = (tmp_path / "models.svg").read_text()
+    speed, memory = drawn.split("Speed relative to eager", 1)
+    assert speed.count("<!-- inference -->") == 1 and memory.count("<!-- training -->") == 1
+    assert "Peak memory of training" in memory and "<!-- inference -->" not in memory
+    assert "batch 256" in memory and "batch 64" not in memory
+
+
 # --- runs of the suite ------------------------------------------------------------------------------------------------
 
 
