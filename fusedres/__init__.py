@@ -53,7 +53,7 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # `python -m fusedres`: Python is st
 from fusedres._version import __version__
 from fusedres.backends import use_backend
 from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse
-from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ZeroPadShortcut
+from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ZeroPadShortcut, register
 
 __all__ = [
     "BlockReport",
@@ -65,6 +65,7 @@ __all__ = [
     "__version__",
     "freeze",
     "fuse",
+    "register",
     "report",
     "unfuse",
     "use_backend",

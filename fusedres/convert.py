@@ -20,11 +20,13 @@ from fusedres.modules.classes import (
     refusals,
     stock_class,
 )
+from fusedres.modules.families import read
+from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
-_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "fused_calls")
+_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "fused_calls", "_parts")
 
 
 class BlockReport(NamedTuple):
@@ -94,20 +96,28 @@ def fuse(
     if conv not in _CONV:
         raise ValueError(f"fuse: conv must be one of {', '.join(_CONV)}, got {conv!r}")
     for name, block in model.named_modules():
-        if _unfusable(type(block)) is not None or (filter is not None and not filter(name, block)):
-            continue
-        if not is_fused(type(block)):
-            base = base_of(type(block))
-            assert base is not None
-            fused = None if replaced_on_block(block.__dict__) is not None else fused_class(type(block), base)
-            if fused is None:
-                continue
-            block.__class__ = fused
-        if isinstance(block, FusedBlock):
-            block.__dict__ |= {"fused_memory": memory, "fused_conv": conv}
-        elif isinstance(block, FusedResNet):
-            block.__dict__ |= {"fused_memory": memory, "fused_conv": "measured" if conv == "fused" else conv}
+        if _unfusable(type(block)) is None and (filter is None or filter(name, block)):
+            _switch(block, {"fused_memory": memory, "fused_conv": conv})
     return model
+
+
+def _switch(block: nn.Module, options: dict[str, str]) -> None:
+    """Give a block or a ResNet its fused class if it can have one, and the options of fuse()."""
+    recognise_frozen_norms(block)
+    cls, base = type(block), base_of(type(block))
+    assert base is not None
+    parts = read(block) if base is nn.Module else None
+    if isinstance(parts, str):  # not such a block, or no longer
+        block.__class__ = stock_class(cls)
+        return
+    if not is_fused(cls):
+        fused = None if replaced_on_block(block.__dict__) is not None else fused_class(cls, base)
+        if fused is None:
+            return
+        block.__class__ = fused
+    if isinstance(block, FusedResNet) and options["fused_conv"] == "fused":
+        options = options | {"fused_conv": "measured"}
+    block.__dict__ |= options if parts is None else options | {"_parts": parts}
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -175,9 +185,13 @@ def report(model: nn.Module) -> Report:
         base = base_of(type(block))
         if base is not None:
             reason = _reason(block)
-            kind, suffix = ("stem", " stem") if base is ResNet else (base.__name__, "")
+            kind, suffix = ("stem", " stem") if base is ResNet else (_kind(type(block), base), "")
             rows.append(BlockReport((name or "(model)") + suffix, kind, reason is None, reason or ""))
     return rows
+
+
+def _kind(cls: type[nn.Module], base: type[nn.Module]) -> str:
+    return stock_class(cls).__name__ if base is nn.Module else base.__name__
 
 
 def _unfusable(cls: type[nn.Module]) -> str | None:
@@ -200,7 +214,7 @@ def _reason(block: nn.Module) -> str | None:
     if reason is not None:
         return reason
     if not is_fused(cls):
-        return _unfusable(cls) or "not selected by fuse()"
+        return _unfusable(cls) or _unreadable(block) or "not selected by fuse()"
     method = own_method_of_fused(cls)
     if method is not None:
         return _has_its_own(cls, method)
@@ -209,6 +223,12 @@ def _reason(block: nn.Module) -> str | None:
     if found is not None and found.endswith(SHARDED):
         return None if last == "" else f"{found}: fused where fully_shard gathers it for the call"
     return found or (f"its last input ran unfused: {last}" if last else None)
+
+
+def _unreadable(block: nn.Module) -> str | None:
+    """Return why a block of a declared class is no fused block's computation, or None."""
+    parts = read(block) if base_of(type(block)) is nn.Module else None
+    return parts if isinstance(parts, str) else None
 
 
 def _has_its_own(cls: type[nn.Module], method: str) -> str:

@@ -137,3 +137,16 @@ def test_retain_graph_gives_the_same_gradients_twice(mode: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize("case", [case for case in TINY if case.shortcut == "identity"], ids=label)
+def test_a_block_that_runs_twice_has_the_same_gradients_with_create_graph(case: Case) -> None:
+    """The second input depends on the weights; their gradients must not count that twice."""
+    block, x, grad = stock_case(case, torch.float64)
+    twin = fused_twin(block)
+    tensors = (x.requires_grad_(), *twin.parameters())
+    expected = torch.autograd.grad(block(block(x)), (x, *block.parameters()), grad)
+    for create_graph in (False, True):
+        found = torch.autograd.grad(twin(twin(x)), tensors, grad, create_graph=create_graph)
+        for got, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.detach(), other, rtol=1e-9, atol=1e-9)

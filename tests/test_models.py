@@ -14,7 +14,7 @@ import pytest
 import torch
 from fusion import FORMATS, MEMORY, expect_paths, label
 from reference import Values, randomize, run, separate
-from tolerance import check_tensor
+from tolerance import check_model
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18, resnet34, resnet50
 from torchvision.models.resnet import Bottleneck
@@ -58,18 +58,6 @@ def prepared(name: str, training: bool) -> tuple[nn.Module, Tensor, Tensor, Valu
     model, x, grad = stock_model((MODELS | OTHERS)[name], training)
     exact = copy.deepcopy(model).double()
     return model, x, grad, run(exact, x.double(), grad.double())
-
-
-def check_model(got: Values, eager: Values, exact: Values, dtype: torch.dtype, context: str) -> None:
-    """Assert the rule of tolerance.py, with 64 unit roundoffs of the largest value as the floor."""
-    assert got.keys() == eager.keys() == exact.keys()
-    for name, ref in exact.items():
-        if ref.is_floating_point():
-            terms = torch.full_like(ref, 8 * ref.abs().max().item())
-            nothing = torch.zeros_like(ref)
-            check_tensor(f"{context} {name}", got[name], eager[name], ref, terms, nothing, dtype=dtype)
-        else:
-            assert torch.equal(got[name], ref), name
 
 
 @pytest.mark.parametrize(("name", "dtype", "memory", "training"), RUNS, ids=label)

@@ -72,7 +72,7 @@ def with_quantized_conv(block: nn.Module) -> None:
 
 def with_pooling(block: nn.Module) -> None:
     block.downsample[0].stride = (1, 1)
-    block.downsample.insert(0, nn.AvgPool2d(2, ceil_mode=True))
+    block.downsample.insert(0, nn.MaxPool2d(2, ceil_mode=True))
 
 
 def with_strided(block: nn.Module, name: str) -> None:

@@ -150,3 +150,15 @@ def check_tensor(
     """Assert the rule for one tensor, e.g. of one op. A name that starts with `grad.` is a parameter gradient."""
     found = complaint(name, got, eager, ref, terms, spread, dtype=dtype or eager.dtype)
     assert found is None, found
+
+
+def check_model(got: Values, eager: Values, exact: Values, dtype: torch.dtype, context: str) -> None:
+    """Assert the rule of tolerance.py, with 64 unit roundoffs of the largest value as the floor."""
+    assert got.keys() == eager.keys() == exact.keys()
+    for name, ref in exact.items():
+        if ref.is_floating_point():
+            terms = torch.full_like(ref, 8 * ref.abs().max().item())
+            nothing = torch.zeros_like(ref)
+            check_tensor(f"{context} {name}", got[name], eager[name], ref, terms, nothing, dtype=dtype)
+        else:
+            assert torch.equal(got[name], ref), name

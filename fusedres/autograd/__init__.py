@@ -3,7 +3,7 @@
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.inference import Frozen, run_frozen
 from fusedres.autograd.layout import suggests_channels_last
-from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, StemPlan
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import run_stem
 
@@ -13,6 +13,7 @@ __all__ = [
     "BlockPlan",
     "ConvBN",
     "Frozen",
+    "Inputs",
     "StemPlan",
     "UncheckedError",
     "are_plain",

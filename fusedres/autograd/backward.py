@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedres.autograd import one_pass
 from fusedres.autograd.library_convolution import convolution_backward
-from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Saved
+from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Inputs, Saved
 from fusedres.ops.launch import Launches, launches
 from fusedres.values import (
     DENSE,
@@ -40,16 +40,17 @@ def stored(gradient: Gradient, launch: Launches) -> Gradient:
 
 
 class Backward:
-    """One backward of a block: the gradients of x and of conv weight, BN weight, BN bias of every unit.
+    """One backward of a block: the gradients of x, of conv weight, BN weight, BN bias of every unit, and of the other.
 
-    Index 0 of `needs` and of the result is x, then UNIT_PARAMS for each unit; what is not needed stays None. If
-    `donated`, the raw outputs of the last unit and of the projection may be overwritten with their gradients.
+    Index 0 of `needs` and of the result is x, then UNIT_PARAMS for each unit, then the shortcut's other input; what is
+    not needed stays None. If `donated`, the raw outputs of the last unit and of the projection may be overwritten with
+    their gradients.
     """
 
     def __init__(
         self,
         grad_out: Tensor,
-        x: Tensor,
+        inputs: Inputs,
         plan: BlockPlan,
         params: tuple[Tensor | None, ...],
         saved: Saved,
@@ -57,8 +58,11 @@ class Backward:
         donated: bool,
     ) -> None:
         self.gated = Gated(grad_out.contiguous(memory_format=torch.channels_last), saved.mask)
-        self.x_dtype = x.dtype
-        self.entry = in_dtype(x.contiguous(memory_format=torch.channels_last), plan.dtype)
+        self.inputs = inputs
+        self.entry = in_dtype(inputs.x.contiguous(memory_format=torch.channels_last), plan.dtype)
+        self.shortcut_entry = self.entry
+        if inputs.other is not None:
+            self.shortcut_entry = in_dtype(inputs.other.contiguous(memory_format=torch.channels_last), plan.dtype)
         self.plan, self.params, self.saved, self.needs, self.donated = plan, params, saved, needs, donated
         self.launch = launches(plan.backend)
         self.grads: list[Tensor | None] = [None] * len(needs)
@@ -66,10 +70,8 @@ class Backward:
 
     def run(self) -> list[Tensor | None]:
         """Return the gradients, in the order of `needs`."""
-        gradient, of_projection = self._tail()
-        shortcut = self._shortcut(of_projection)
-        del of_projection
         last = len(self.plan.units) - 1
+        gradient, shortcut = self._ends()
         for index in range(last - 1 if self.plan.one_pass[0] else last, -1, -1):
             if gradient is None:
                 break
@@ -83,9 +85,35 @@ class Backward:
         self._finalize_weights()
         return self.grads
 
+    def _ends(self) -> tuple[Gradient | None, ShortcutGradient | None]:
+        """Return the gradient before the branch's last ReLU, see _tail, and what the shortcut adds to that of x."""
+        if self.plan.reads == "none":
+            grad = self.gated.grad.clone(memory_format=torch.channels_last)
+            return self._through_norm(len(self.plan.units) - 1, in_dtype(grad, self.plan.dtype)), None
+        gradient, of_projection = self._tail()
+        shortcut = self._shortcut(of_projection)
+        if self.plan.reads == "other":
+            if self.needs[-1]:
+                assert shortcut is not None
+                self.grads[-1] = self._of_other(shortcut)
+            return gradient, None
+        return gradient, shortcut
+
+    def _of_other(self, shortcut: ShortcutGradient) -> Tensor:
+        """Return the gradient of the shortcut's own input."""
+        grad, gate, stride = shortcut
+        if gate is not None or stride != 1:
+            grad = torch.zeros_like(self.shortcut_entry)
+            self.launch.shortcut_grad_(grad, shortcut)
+        return grad
+
     def _needs_first(self, units: int) -> bool:
         """Return whether the gradient of x, or of a parameter of the branch's first units, is needed."""
         return any(self.needs[: 1 + UNIT_PARAMS * units])
+
+    def _needs_shortcut(self) -> bool:
+        """Return whether the gradient of what the shortcut reads is needed."""
+        return self.needs[-1 if self.plan.reads == "other" else 0]
 
     def _needs_sums(self, index: int) -> bool:
         return self.needs[2 + UNIT_PARAMS * index] or self.needs[3 + UNIT_PARAMS * index]
@@ -173,10 +201,10 @@ class Backward:
     def _stored_one_pass(self, index: int, d: Tensor, sum_d: Tensor) -> Tensor | None:
         """Return the gradient of a one-pass unit's input, after its ReLU, if something that is needed depends on it."""
         slot, of_branch = 1 + UNIT_PARAMS * index, index < len(self.plan.units)
-        needs_input = self._needs_first(index if of_branch else 0)
+        needs_input = self._needs_first(index) if of_branch else self._needs_shortcut()
         if not (needs_input or self.needs[slot] or self._needs_sums(index)):
             return None
-        h = self._input(index) if of_branch else Raw(self.entry, None)
+        h = self._input(index) if of_branch else Raw(self.shortcut_entry, None)
         branch = self.saved.last if of_branch else self.saved.projection
         assert branch is not None
         stride = self.plan.all_units[index].stride[0]
@@ -194,7 +222,7 @@ class Backward:
         x = None
         if plan.one_pass[1]:
             assert plan.projection is not None and saved.projection is not None
-            x = one_pass.centred(self.entry, saved.projection, plan.projection.stride[0])
+            x = one_pass.centred(self.shortcut_entry, saved.projection, plan.projection.stride[0])
         if not plan.one_pass[0]:
             assert x is not None
             cross, _, sum_d = self.launch.one_pass_reduce(self.gated, x, None)
@@ -217,7 +245,7 @@ class Backward:
         slot, of_branch = 1 + UNIT_PARAMS * index, index < len(self.plan.units)
         weight, branch = self.params[slot - 1], self.saved.last if of_branch else self.saved.projection
         assert weight is not None and branch is not None
-        needs_input = self._needs_first(index if of_branch else 0)
+        needs_input = self._needs_first(index) if of_branch else self._needs_shortcut()
         found, grad_conv, grad_norm = one_pass.backward_product(
             self.gated, z, z_state, sums, weight, branch, needs_input, self.launch
         )
@@ -280,21 +308,23 @@ class Backward:
         if not self.needs[0]:
             self._convolution(0, gradient, h)
             return None
-        assert shortcut is not None
-        in_x_dtype = self.x_dtype is not self.plan.dtype and self.plan.projection is None
+        x_dtype = self.inputs.x.dtype
+        in_x_dtype = shortcut is not None and x_dtype is not self.plan.dtype and self.plan.projection is None
         grad: Tensor | None
         if unit.own.dgrad:
             self._convolution(0, gradient, h)
             size, in_product = list(h.y.shape), None if in_x_dtype else shortcut
             grad, _ = self.launch.conv_dgrad(gradient, self._weight(0), size, unit.geometry, None, in_product)
-            if in_product is not None:
+            if not in_x_dtype:
                 return grad
         else:
             grad = self._convolution(0, gradient, h, with_input=True)
+        if shortcut is None:
+            return grad
         assert grad is not None
         if in_x_dtype:
-            grad = in_dtype(grad, self.x_dtype)
-            shortcut = shortcut._replace(grad=in_dtype(shortcut.grad, self.x_dtype))
+            grad = in_dtype(grad, x_dtype)
+            shortcut = shortcut._replace(grad=in_dtype(shortcut.grad, x_dtype))
         self.launch.shortcut_grad_(grad, shortcut)
         return grad
 
@@ -312,8 +342,10 @@ class Backward:
         stride = unit.stride[0] if subsampled else 1
         if wanted and (h.state is not None or subsampled):
             z = self.launch.bn_relu(h.y, h.state, None, stride)
+        elif subsampled:  # read for its size and layout alone
+            z = torch.empty_like(h.y[:, :, ::stride, ::stride], memory_format=torch.channels_last)
         else:
-            z = h.y[:, :, ::stride, ::stride] if subsampled else h.y  # read as it is, or for its size alone
+            z = h.y
         dy = stored(gradient, self.launch).grad
         grad_h, grad_weight = convolution_backward(
             dy, z, self._weight(index), unit, (with_input, wanted), subsampled=subsampled
@@ -332,14 +364,14 @@ class Backward:
             return None
         if isinstance(of_projection, Tensor):
             return ShortcutGradient(of_projection, None, unit.stride[0])
-        index, x = len(self.plan.units), Raw(self.entry, None)
-        if not self.needs[0]:
+        index, x = len(self.plan.units), Raw(self.shortcut_entry, None)
+        if not self._needs_shortcut():
             self._convolution(index, of_projection, x)
             return None
         if unit.own.dgrad and unit.pixelwise:
             self._convolution(index, of_projection, x)
             n, _, height, width = of_projection.grad.shape
-            size = [n, self.entry.shape[1], height, width]  # the pixels that it reads
+            size = [n, self.shortcut_entry.shape[1], height, width]  # the pixels that it reads
             grad = self.launch.conv_dgrad(of_projection, self._weight(index), size, DENSE)[0]
             return ShortcutGradient(grad, None, unit.stride[0])
         of_input = self._convolution(index, stored(of_projection, self.launch), x, with_input=True)

@@ -8,31 +8,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.autograd.plan import BlockPlan, ConvBN, Saved, StemPlan, Tensors
+from fusedres.autograd.plan import BlockPlan, ConvBN, Inputs, Saved, StemPlan, Tensors
 
 
 def differentiable_block(
-    grad_out: Tensor, x: Tensor, plan: BlockPlan, params: Tensors, saved: Saved, needs: Sequence[bool]
+    grad_out: Tensor,
+    inputs: Inputs,
+    plan: BlockPlan,
+    params: Sequence[Tensor | None],
+    saved: Saved,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients of x and of every unit's parameters; what is not needed stays None."""
+    """Return the gradients of x, of every unit's parameters, and of the other input; what is not needed stays None."""
     states = [*saved.states, saved.last.state]
     if saved.projection is not None:
         states.append(saved.projection.state)
     constants = [None if unit.batch_statistics else state for unit, state in zip(plan.all_units, states, strict=True)]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        out = _block(x, plan, params, constants)
-    return _gradients(out, grad_out, (x, *params), needs, again)
+        x, *params, other = _aliases(inputs.x, *params, inputs.other)
+        assert x is not None
+        out = _block(Inputs(x, other), plan, tuple(params), constants)
+    return _gradients(out, grad_out, (x, *params, other), needs, again)
 
 
 def differentiable_stem(
-    grad_out: Tensor, x: Tensor, plan: StemPlan, params: Tensors, state: Tensor, needs: Sequence[bool]
+    grad_out: Tensor, x: Tensor, plan: StemPlan, params: Sequence[Tensor | None], state: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of x and of the unit's parameters; what is not needed stays None."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        out = _stem(x, plan.unit, params, None if plan.unit.batch_statistics else state, plan.dtype)
-    return _gradients(out, grad_out, (x, *params), needs, again)
+        images, *params = _aliases(x, *params)
+        assert images is not None
+        out = _stem(images, plan.unit, tuple(params), None if plan.unit.batch_statistics else state, plan.dtype)
+    return _gradients(out, grad_out, (images, *params), needs, again)
+
+
+def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors as views: a gradient with respect to one leaves out how others were computed from it.
+
+    For example, x depends on the weights if the same block ran before.
+    """
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
 
 
 def _gradients(
@@ -77,8 +94,8 @@ def _stem(
     return F.max_pool2d(_conv_bn(x, unit, params, state, dtype).relu(), 3, 2, 1)
 
 
-def _block(x: Tensor, plan: BlockPlan, params: tuple[Tensor | None, ...], constants: list[Tensor | None]) -> Tensor:
-    """Return the block's output from its input and parameters; running statistics are neither read nor updated.
+def _block(inputs: Inputs, plan: BlockPlan, params: Tensors, constants: list[Tensor | None]) -> Tensor:
+    """Return the block's output from its inputs and parameters; running statistics are neither read nor updated.
 
     params holds conv weight, BN weight and BN bias of every unit. constants holds the saved (4, C) state of every unit
     with constant statistics, and None for the others.
@@ -87,10 +104,12 @@ def _block(x: Tensor, plan: BlockPlan, params: tuple[Tensor | None, ...], consta
     def normalised(h: Tensor, unit: ConvBN, index: int) -> Tensor:
         return _conv_bn(h, unit, params[3 * index : 3 * index + 3], constants[index], plan.dtype)
 
-    h = x
+    h, x = inputs.x, inputs.shortcut
     for index, unit in enumerate(plan.units[:-1]):
         h = normalised(h, unit, index).relu()
     z = normalised(h, plan.units[-1], len(plan.units) - 1)
+    if plan.reads == "none":
+        return z.relu()
     if plan.projection is not None:
         return (z + normalised(x, plan.projection, len(plan.units))).relu()
     shortcut = x.to(z.dtype)[:, :, :: plan.pad_stride, :: plan.pad_stride]

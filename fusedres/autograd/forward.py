@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedres.autograd import one_pass
 from fusedres.autograd.library_convolution import convolution
-from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, Saved, Tensors, norm_of
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, Inputs, Saved, Tensors, norm_of
 from fusedres.ops.launch import Launches, direct, launches
 from fusedres.values import Folded, Raw, ShortcutInput, in_dtype
 
@@ -49,17 +49,18 @@ def own_weights(plan: BlockPlan, tensors: Tensors, launch: Launches) -> list[Ten
 class Forward:
     """One forward of a block: its passes share the plan, the tensors and the converted weights."""
 
-    def __init__(self, x: Tensor, plan: BlockPlan, tensors: Tensors) -> None:
+    def __init__(self, inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> None:
         self.plan, self.tensors = plan, tensors
         self.launch = launches(plan.backend)
-        self.entry = in_dtype(x, plan.dtype)
+        self.entry = in_dtype(inputs.x, plan.dtype)
+        self.shortcut_entry = self.entry if inputs.other is None else in_dtype(inputs.other, plan.dtype)
         self.weights = own_weights(plan, tensors, self.launch)
         # What one-pass units leave for the tail: their raw outputs, or their folded products that are still to run.
         self._outputs: dict[int, Tensor] = {}
         self._products: dict[int, Folded] = {}
 
     def run(self, with_mask: bool) -> tuple[Tensor, Saved]:
-        """Return relu(F(x) + S(x)), and what its backward needs."""
+        """Return relu(F(x) + S(x)), or relu(F(x)) without a shortcut, and what its backward needs."""
         plan = self.plan
         ys: list[Tensor] = []
         states: list[Tensor] = []
@@ -71,7 +72,11 @@ class Forward:
             states.append(branch.state)
             h = Raw(branch.y, branch.state)
         last = self._end(h, len(plan.units) - 1)
-        projection = None if plan.projection is None else self._end(Raw(self.entry, None), len(plan.units))
+        if plan.reads == "none":
+            assert last.y is not None
+            out = self.launch.bn_relu(last.y, last.state, None, 1)
+            return out, Saved(ys, states, last, None, None, self.weights)
+        projection = None if plan.projection is None else self._end(Raw(self.shortcut_entry, None), len(plan.units))
         tail = self._one_pass_tail if self._products else self._tail
         out, mask = tail(h, last, projection, with_mask)
         return out, Saved(ys, states, last, projection, mask, self.weights)
@@ -124,7 +129,7 @@ class Forward:
         launch, end = self.launch, len(self.plan.units)
         y = self._outputs.get(end - 1, last.y)
         assert y is not None
-        shortcut = ShortcutInput(self.entry, None, self.plan.pad_stride)
+        shortcut = ShortcutInput(self.shortcut_entry, None, self.plan.pad_stride)
         if projection is not None:
             projected = self._outputs.get(end, projection.y)
             assert projected is not None
@@ -145,13 +150,13 @@ class Forward:
         joined = None
         if plan.one_pass[1]:
             assert plan.projection is not None and projection is not None
-            joined = one_pass.centred(self.entry, projection, plan.projection.stride[0])
+            joined = one_pass.centred(self.shortcut_entry, projection, plan.projection.stride[0])
         if not plan.one_pass[0]:  # the projection's product, with the branch as its shortcut
             assert last.y is not None
             branch = ShortcutInput(last.y, last.state)
             out, mask = self.launch.one_pass_tail(joined, None, self._products[end], branch, None, None, with_mask)
             return out, mask
-        shortcut: ShortcutInput | None = ShortcutInput(self.entry, None, plan.pad_stride)
+        shortcut: ShortcutInput | None = ShortcutInput(self.shortcut_entry, None, plan.pad_stride)
         if projection is not None:
             shortcut = None if projection.y is None else ShortcutInput(projection.y, projection.state)
         z = one_pass.centred(h.y, last)

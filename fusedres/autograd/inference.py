@@ -14,46 +14,53 @@ from torch import Tensor
 
 from fusedres.autograd.forward import Forward, unit_state
 from fusedres.autograd.layout import in_format
-from fusedres.autograd.memory import to_channels_last
-from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Tensors
+from fusedres.autograd.memory import dense
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, Tensors
 from fusedres.ops.launch import launches
 from fusedres.values import Raw, ShortcutInput, in_dtype
 
 
-def infer(x: Tensor, plan: BlockPlan, tensors: Tensors) -> Tensor:
+def infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """Return relu(F(x) + S(x)) if no gradient is wanted and all statistics are constants."""
     launch = launches(plan.backend)
-    entry = in_dtype(x[:0], plan.dtype)
+    entry = in_dtype(inputs.x[:0], plan.dtype)
     states = [unit_state(entry, unit, tensors, i, launch) for i, unit in enumerate(plan.all_units)]
     if plan.own_convolutions:
-        return _infer(x, plan, tensors, states, None)
-    return in_parts(x, plan, lambda part, out: _infer(part, plan, tensors, states, out))
+        return _infer(inputs, plan, tensors, states, None)
+    return in_parts(inputs, plan, lambda part, out: _infer(part, plan, tensors, states, out))
 
 
-def in_parts(x: Tensor, plan: BlockPlan, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+def in_parts(inputs: Inputs, plan: BlockPlan, run: Callable[[Inputs, Tensor | None], Tensor]) -> Tensor:
     """Run inference on some images at a time: run(images, out) returns their result, in out unless that is None."""
-    images = plan.infer_images
-    if images >= x.shape[0]:
-        return run(x, None)
-    first = run(x[:images], None)
-    out: Tensor = launches(plan.backend).empty_batch(first, x.shape[0])
+    images, count = plan.infer_images, inputs.x.shape[0]
+    if images >= count:
+        return run(inputs, None)
+    first = run(_images(inputs, 0, images), None)
+    out: Tensor = launches(plan.backend).empty_batch(first, count)
     out[:images] = first
-    for begin in range(images, x.shape[0], images):
-        run(x[begin : begin + images], out[begin : begin + images])
+    for begin in range(images, count, images):
+        run(_images(inputs, begin, images), out[begin : begin + images])
     return out
 
 
-def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
+def _images(inputs: Inputs, begin: int, count: int) -> Inputs:
+    other = None if inputs.other is None else inputs.other[begin : begin + count]
+    return Inputs(inputs.x[begin : begin + count], other)
+
+
+def _infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors, states: list[Tensor], out: Tensor | None) -> Tensor:
     """Run the block on some images; the result goes into out if it is given."""
-    passes = Forward(x, plan, tensors)
+    passes = Forward(inputs, plan, tensors)
     launch, last = passes.launch, len(plan.units) - 1
     h = passes.entry
-    for index, unit in enumerate(plan.units[:-1]):
+    for index, unit in enumerate(plan.units if plan.reads == "none" else plan.units[:-1]):
         if unit.own.fprop:
             h = launch.conv_bn_add_relu(h, passes.weight(index), unit.geometry, states[index])
         else:
             h = passes.convolution(Raw(h, None), index)
             launch.bn_relu_(h, states[index])
+    if plan.reads == "none":
+        return _copied(h, out)
     unit = plan.units[last]
     if unit.own.fprop:
         shortcut = _shortcut(passes, states)
@@ -64,11 +71,15 @@ def _infer(x: Tensor, plan: BlockPlan, tensors: Tensors, states: list[Tensor], o
     return _tail(y, states[last], _shortcut(passes, states), plan, out)
 
 
+def _copied(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
 def _shortcut(passes: Forward, states: list[Tensor]) -> ShortcutInput:
     plan = passes.plan
     if plan.projection is None:
-        return ShortcutInput(passes.entry, None, plan.pad_stride)
-    return ShortcutInput(passes.convolution(Raw(passes.entry, None), len(plan.units)), states[-1])
+        return ShortcutInput(passes.shortcut_entry, None, plan.pad_stride)
+    return ShortcutInput(passes.convolution(Raw(passes.shortcut_entry, None), len(plan.units)), states[-1])
 
 
 def _tail(y: Tensor, state: Tensor, shortcut: ShortcutInput, plan: BlockPlan, out: Tensor | None) -> Tensor:
@@ -117,13 +128,18 @@ class Frozen:
 
     def __init__(self) -> None:
         self._block: FrozenBlock | None = None
+        self._parts: dict[int, Frozen] = {}
 
-    def folded(self, x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
-        """The folds for an input like x."""
+    def folded(self, inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
+        """The folds for inputs like these."""
         block = self._block
-        if block is None or block.kind != input_kind(x, plan):
-            block = self._block = fold(x, plan, tensors)
+        if block is None or block.kind != input_kind(inputs.x, plan):
+            block = self._block = fold(inputs, plan, tensors)
         return block
+
+    def part(self, index: int) -> Frozen:
+        """What is kept of one of the parts that a block with filters runs in."""
+        return self._parts.setdefault(index, Frozen())
 
 
 def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, torch.dtype]:
@@ -131,7 +147,7 @@ def input_kind(x: Tensor, plan: BlockPlan) -> tuple[torch.dtype, torch.device, t
     return x.dtype, x.device, plan.dtype
 
 
-def fold(x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
+def fold(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
     """Fold every unit of a block with constant statistics, in float32 or wider, and round once.
 
     Weights that oneDNN packs are packed for inputs of x's size: packed without a size, a strided 1x1 convolution of a
@@ -140,12 +156,12 @@ def fold(x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
     convs: list[FrozenConv] = []
     identities: list[Tensor] = []
     launch = launches(plan.backend)
+    x, images = inputs.x, min(plan.infer_images, inputs.x.shape[0])
     example = x[:0].to(plan.dtype)
-    entry = (min(plan.infer_images, x.shape[0]), *x.shape[1:])
-    size = entry  # of the unit's input
+    size = (images, *x.shape[1:])  # of the unit's input
     for index, unit in enumerate(plan.all_units):
         if index == len(plan.units):
-            size = entry  # the projection's
+            size = (images, *inputs.shortcut.shape[1:])  # the projection's
         conv_weight = tensors[UNIT_TENSORS * index]
         assert conv_weight is not None
         state = unit_state(example, unit, tensors, index, launch)
@@ -163,21 +179,23 @@ def fold(x: Tensor, plan: BlockPlan, tensors: Tensors) -> FrozenBlock:
     return FrozenBlock(input_kind(x, plan), tuple(convs), tuple(identities))
 
 
-def run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
-    """Return relu(F(x) + S(x)) of the folded block; x in any memory format."""
-    x = to_channels_last(x)
-    y = in_parts(x, plan, lambda part, out: _run_frozen(part, plan, frozen, out))
+def run_frozen(inputs: Inputs, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
+    """Return relu(F(x) + S(x)) of the folded block; inputs in any memory format."""
+    inputs = dense(inputs)
+    y = in_parts(inputs, plan, lambda part, out: _run_frozen(part, plan, frozen, out))
     return in_format(y, plan.channels_last)
 
 
-def _run_frozen(x: Tensor, plan: BlockPlan, frozen: FrozenBlock, out: Tensor | None) -> Tensor:
+def _run_frozen(inputs: Inputs, plan: BlockPlan, frozen: FrozenBlock, out: Tensor | None) -> Tensor:
     """Run the folded block on some images; the result goes into out if it is given."""
     launch = launches(plan.backend)
-    h = entry = x.to(plan.dtype)
+    h, entry = inputs.x.to(plan.dtype), inputs.shortcut.to(plan.dtype)
     last = len(plan.units) - 1
-    for index in range(last):
+    for index in range(last + 1 if plan.reads == "none" else last):
         h = frozen.convs[index](h)
         launch.bn_relu_(h, frozen.identities[index])
+    if plan.reads == "none":
+        return _copied(h, out)
     y = frozen.convs[last](h)
     shortcut = ShortcutInput(entry, None, plan.pad_stride)
     if plan.projection is not None:

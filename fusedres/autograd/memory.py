@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, ConvBN
+from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, ConvBN, Inputs
 from fusedres.ops._memory import needed_bytes
 
 _NAMES = ("convolution weight", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -22,6 +22,12 @@ def to_channels_last(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and not has_memory(x):
         _refuse("x", x)  # torch's own conversion would read it
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def dense(inputs: Inputs) -> Inputs:
+    """Return the inputs as dense channels_last."""
+    other = None if inputs.other is None else to_channels_last(inputs.other)
+    return Inputs(to_channels_last(inputs.x), other)
 
 
 def require_memory(x: Tensor, tensors: Sequence[Tensor | None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ class ConvBN(NamedTuple):
         return self.geometry.output_shape(shape, weight)
 
 
+class Inputs(NamedTuple):
+    """What a block reads: x, and what its shortcut reads if it is not x."""
+
+    x: Tensor
+    other: Tensor | None = None
+
+    @property
+    def shortcut(self) -> Tensor:
+        """What the shortcut reads."""
+        return self.x if self.other is None else self.other
+
+
 class BlockPlan(NamedTuple):
     """The units of the residual branch in order, then the projection's if there is one."""
 
@@ -58,6 +70,8 @@ class BlockPlan(NamedTuple):
     backend: str
     channels_last: bool = False  # the result's memory format, else contiguous NCHW
     checked: bool = True  # False: only the C++ passes may run, as they check the tensors' memory themselves
+    # What the shortcut reads: the block's x, or another tensor. "none": there is no shortcut, and out = relu(F(x)).
+    reads: Literal["x", "other", "none"] = "x"
 
     @property
     def all_units(self) -> tuple[ConvBN, ...]:
@@ -118,7 +132,7 @@ class Saved(NamedTuple):
     states: Sequence[Tensor]  # their (4, C) states
     last: Branch
     projection: Branch | None
-    mask: Tensor  # packed bits of the last ReLU
+    mask: Tensor | None  # packed bits of the last ReLU; None: without a shortcut, it is computed again from the last y
     weights: Sequence[Tensor | None] = ()  # of all units, as own kernels take them; None: the parameter itself
 
     def flat(self) -> list[Tensor | None]:
@@ -144,7 +158,6 @@ class Saved(NamedTuple):
                 ends.append(Branch(ys[i], state))
             else:
                 ends.append(Branch(None, state, OnePass(pivot, total, projected, folded)))
-        assert mask is not None
         projection = None if plan.projection is None else ends[1]
         return Saved(_present(ys[:inner]), _present(states[:inner]), ends[0], projection, mask, rest)
 

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from fusedres.autograd.graph import are_plain
 from fusedres.autograd.memory import has_memory
-from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Saved
+from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Inputs, Saved
 from fusedres.values import arithmetic_dtype, mask_shape
 
 _Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
 
 
-def check_saved(saved: Saved, grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], plan: BlockPlan) -> None:
+def check_saved(
+    saved: Saved, grad_out: Tensor, inputs: Inputs, params: Sequence[Tensor | None], plan: BlockPlan
+) -> None:
     """Raise if a saved tensor lost its memory, or has another dtype, shape or device than the one that was saved."""
-    _check("backward of a fused block", grad_out.device, _of_block(saved, grad_out, x, params, plan))
+    _check("backward of a fused block", grad_out.device, _of_block(saved, grad_out, inputs, params, plan))
 
 
 def check_saved_stem(
@@ -64,15 +66,17 @@ def _vectors(params: Sequence[Tensor | None], channels: int) -> Iterator[_Found]
 
 
 def _of_block(
-    saved: Saved, grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], plan: BlockPlan
+    saved: Saved, grad_out: Tensor, inputs: Inputs, params: Sequence[Tensor | None], plan: BlockPlan
 ) -> Iterator[_Found]:
-    """Yield every saved tensor with what it must be, which follows from the shapes of x and of the weights."""
+    """Yield every saved tensor with what it must be, which follows from the shapes of the inputs and the weights."""
+    x, other = inputs.x, inputs.shortcut
     yield _images("x", x)
+    yield _images("the shortcut's input", other)
     last = len(plan.units) - 1
     ends: list[Branch | None] = [saved.last, saved.projection]
     shape = tuple(x.shape)
     for index, unit in enumerate(plan.all_units):
-        given = tuple(x.shape) if index > last else shape
+        given = tuple(other.shape) if index > last else shape
         weight = params[UNIT_PARAMS * index]
         assert weight is not None
         yield _weight(index, weight, given[1], unit)
@@ -86,7 +90,8 @@ def _of_block(
         own = saved.weights[index] if index < len(saved.weights) else None
         if own is not None:
             yield f"unit {index}'s converted weight", own, plan.dtype, tuple(weight.shape)
-    yield "the mask", saved.mask, torch.uint8, mask_shape(grad_out)
+    if saved.mask is not None:
+        yield "the mask", saved.mask, torch.uint8, mask_shape(grad_out)
 
 
 def _of_branch(

@@ -1,9 +1,18 @@
-"""Drop-in modules with torchvision's constructors, child names and state_dict keys."""
+"""Drop-in modules with the constructors, child names and state_dict keys of the blocks that they replace."""
 
 from fusedres.modules.basic_block import FusedBasicBlock
 from fusedres.modules.bottleneck import FusedBottleneck
+from fusedres.modules.families import register
 from fusedres.modules.fused_block import FusedBlock
 from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.shortcut import ZeroPadShortcut
 
-__all__ = ["FusedBasicBlock", "FusedBlock", "FusedBottleneck", "FusedResNet", "FusedStem", "ZeroPadShortcut"]
+__all__ = [
+    "FusedBasicBlock",
+    "FusedBlock",
+    "FusedBottleneck",
+    "FusedResNet",
+    "FusedStem",
+    "ZeroPadShortcut",
+    "register",
+]

@@ -14,39 +14,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.utils import _pair
 
 from fusedres.autograd import PLAIN, ConvBN
 from fusedres.dispatch import LIBRARY
-from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
-from fusedres.modules.shortcut import ZeroPadShortcut
 
 SHARDED = "is a DTensor"  # end of a reason that holds only between calls: fully_shard gathers parameters for each call
-_ABSENT = object()  # stands for an attribute that a module does not have, not even as None
-_PROJECTION = ("downsample.0", "downsample.1")
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+ABSENT = object()  # stands for an attribute that a module does not have, not even as None
 _Pair = tuple[int, int]
+Filters = tuple[tuple[nn.Module, ...], ...]  # before each unit, then before the shortcut; none at all: ()
 _Check = Callable[[Any], str | None]  # returns why kernels cannot read a tensor, or None
-
-
-class Parts(NamedTuple):
-    """torchvision's class of a block, the names of its convolutions with their norms, and of its other children."""
-
-    base: type[nn.Module] | None
-    units: tuple[tuple[str, str], ...]
-    others: tuple[str, ...]
-    names: tuple[str, ...]  # of all children
-
-    @staticmethod
-    def of(base: type[nn.Module] | None, units: tuple[tuple[str, str], ...], *others: str) -> Parts:
-        """Return the parts of a class."""
-        return Parts(base, units, others, (*chain(*units), *others, "downsample"))
 
 
 class RawUnit(NamedTuple):
     """A convolution and the norm after it as read from the modules; nothing is checked yet."""
 
+    conv_name: str
+    norm_name: str
+    promotes: bool  # the norm's result has the dtype that its input and its vectors promote to (FrozenBatchNorm2d)
     conv_weight: Any
     conv_bias: Any
     stride: Any
@@ -79,6 +63,7 @@ class Gathered(NamedTuple):
     units: tuple[RawUnit, ...]
     projection: RawUnit | None = None
     zero_pad: ZeroPad | None = None
+    filters: Filters = ()
 
     def is_same(self, other: Gathered) -> bool:
         """Whether both hold the same objects."""
@@ -90,7 +75,7 @@ class Gathered(NamedTuple):
 
     def _objects(self) -> Iterator[Any]:
         """Iterate over all objects, in the same order for all blocks of one class."""
-        return chain(*self.units, self.projection or (None,), self.zero_pad or (None,))
+        return chain(*self.units, self.projection or (None,), self.zero_pad or (None,), *self.filters)
 
 
 class Unit(NamedTuple):
@@ -98,6 +83,7 @@ class Unit(NamedTuple):
 
     conv_name: str
     norm_name: str
+    promotes: bool
     settings: ConvBN
     conv_weight: Tensor
     weight: Tensor | None
@@ -106,6 +92,12 @@ class Unit(NamedTuple):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The UNIT_TENSORS of the unit."""
+        vectors = (self.weight, self.bias, self.running_mean, self.running_var)
+        return self.conv_weight, *vectors, self.num_batches_tracked
+
 
 class Anatomy(NamedTuple):
     """The parts of a block; a stem has one unit and no shortcut."""
@@ -113,138 +105,27 @@ class Anatomy(NamedTuple):
     units: tuple[Unit, ...]
     projection: Unit | None = None
     zero_pad: ZeroPad | None = None
+    filters: Filters = ()
+    chained: bool = False  # a part of a branch, which ends with a ReLU and has no shortcut
 
 
-def gather(block: nn.Module, cls: type[nn.Module], parts: Parts) -> Gathered | str:
-    """Return what a call of a block or a stem depends on, or why it must run unfused, by the stock class's forward.
-
-    Fused ops bypass the children's own code, so everything that changes a child's behaviour is a reason: another type,
-    a hook, a replaced method, a parametrization, or an attribute that Python finds instead of the child.
-    """
-    if nn_module._has_any_global_hook():
-        return "a global module hook is registered"
-    reason = replaced_code(cls, parts.base) or replaced_on_block(block.__dict__) or _hidden(block, cls, parts.names)
-    if reason is not None:
-        return reason
-    children = block.__dict__["_modules"]
-    units: list[RawUnit] = []
-    for names in parts.units:
-        unit = _gather_unit(names, children.get(names[0]), children.get(names[1]))
-        if isinstance(unit, str):
-            return unit
-        units.append(unit)
-    for name in parts.others:
-        reason = _OTHERS[name](children.get(name))
-        if reason is not None:
-            return reason
-    return _gather_shortcut(tuple(units), children.get("downsample"))
-
-
-def _gather_unit(names: tuple[str, str], conv: Any, norm: Any) -> RawUnit | str:
-    """Return a convolution and its norm, or why they cannot be fused."""
-    reason = _of_type(names[0], conv, nn.Conv2d) or _of_type(names[1], norm, nn.BatchNorm2d)
-    if reason is not None:
-        return reason
-    settings, state = conv.__dict__, norm.__dict__
-    for name, attributes in ((names[0], settings), (names[1], state)):
-        for field in _TENSORS:
-            if field in attributes:
-                return f"{name} has a {field} that is not a parameter or buffer"
-    weights, parameters, buffers = settings["_parameters"], state["_parameters"], state["_buffers"]
-    return RawUnit(
-        weights.get("weight"),
-        weights.get("bias", _ABSENT),
-        settings["stride"],
-        settings["padding"],
-        settings["dilation"],
-        settings["groups"],
-        settings["padding_mode"],
-        parameters.get("weight", _ABSENT),
-        parameters.get("bias", _ABSENT),
-        buffers.get("running_mean", _ABSENT),
-        buffers.get("running_var", _ABSENT),
-        buffers.get("num_batches_tracked", _ABSENT),
-        state["training"],
-        state["track_running_stats"],
-        state["momentum"],
-        state["eps"],
-    )
-
-
-def _gather_shortcut(units: tuple[RawUnit, ...], downsample: Any) -> Gathered | str:
-    if downsample is None:
-        return Gathered(units)
-    reason = touched("downsample", downsample)
-    if reason is not None:
-        return reason
-    if type(downsample) is ZeroPadShortcut:
-        return Gathered(units, None, ZeroPad(downsample.in_channels, downsample.out_channels, downsample.stride))
-    inner = tuple(downsample.__dict__["_modules"].values()) if type(downsample) is nn.Sequential else ()
-    if len(inner) != 2:
-        return f"downsample is a {type(downsample).__name__} other than convolution + BatchNorm or ZeroPadShortcut"
-    projection = _gather_unit(_PROJECTION, *inner)
-    return projection if isinstance(projection, str) else Gathered(units, projection)
-
-
-def _hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
-    """Return which child an attribute of the instance or of a class hides, in words, or None."""
-    attributes = block.__dict__
-    for name in names:
-        if name in attributes and attributes[name] is not None:  # a block without downsample may have None there
-            return f"{name} is an attribute of the instance, not a module"
-    return class_attribute(cls, names)
-
-
-def _of_type(name: str, child: nn.Module | None, expected: type[nn.Module]) -> str | None:
-    if type(child) is expected:
-        return touched(name, child)
-    if child is not None and hasattr(child, "parametrizations"):
-        return f"a parametrization on {name}"
-    return f"{name} is a {type(child).__name__}, not a {expected.__name__}"
-
-
-def _relu(child: nn.Module | None) -> str | None:
-    return _of_type("relu", child, nn.ReLU)
-
-
-# The only max-pool that is fused: 3x3 windows, stride 2, padding 1.
-_POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
-
-
-def _maxpool(child: nn.Module | None) -> str | None:
-    reason = _of_type("maxpool", child, nn.MaxPool2d)
-    if reason is not None:
-        return reason
-    for option, expected in _POOLING.items():
-        value = getattr(child, option)
-        if _pair(value) != expected:
-            return f"maxpool has {option} {value}, not {expected[0]}"
-    for option in ("ceil_mode", "return_indices"):
-        if getattr(child, option):
-            return f"maxpool has {option}"
-    return None
-
-
-_OTHERS = {"relu": _relu, "maxpool": _maxpool}
-
-
-def anatomy_of(gathered: Gathered, parts: Parts) -> Anatomy | str:
+def anatomy_of(gathered: Gathered) -> Anatomy | str:
     """Return the parts of a block or a stem, or the option or tensor that no kernel supports, in words."""
     not_plain = _other_kind if torch.compiler.is_compiling() else _other_kind_or_lazy
     units: list[Unit] = []
-    for names, raw in zip(parts.units, gathered.units, strict=True):
-        unit = _unit(names, raw, not_plain)
+    for raw in gathered.units:
+        unit = _unit(raw, not_plain)
         if isinstance(unit, str):
             return unit
         units.append(unit)
     if gathered.projection is None:
-        return Anatomy(tuple(units), None, gathered.zero_pad)
-    projection = _unit(_PROJECTION, gathered.projection, not_plain)
-    return projection if isinstance(projection, str) else Anatomy(tuple(units), projection)
+        return Anatomy(tuple(units), None, gathered.zero_pad, gathered.filters)
+    projection = _unit(gathered.projection, not_plain)
+    return projection if isinstance(projection, str) else Anatomy(tuple(units), projection, None, gathered.filters)
 
 
-def _unit(names: tuple[str, str], raw: RawUnit, not_plain: _Check) -> Unit | str:
-    conv_name, norm_name = names
+def _unit(raw: RawUnit, not_plain: _Check) -> Unit | str:
+    conv_name, norm_name = raw.conv_name, raw.norm_name
     geometry = _geometry(conv_name, raw, not_plain)
     if type(geometry) is str:
         return geometry
@@ -265,13 +146,13 @@ def _unit(names: tuple[str, str], raw: RawUnit, not_plain: _Check) -> Unit | str
         return f"{norm_name} has momentum {momentum!r}"
     statistics = (training or mean is None, update, momentum, eps)
     settings = ConvBN._make((*geometry, *statistics, LIBRARY))
-    return Unit(conv_name, norm_name, settings, raw.conv_weight, weight, bias, mean, var, batches)
+    return Unit(conv_name, norm_name, raw.promotes, settings, raw.conv_weight, weight, bias, mean, var, batches)
 
 
 def _geometry(name: str, raw: RawUnit, not_plain: _Check) -> Any:
     """Return stride, padding, dilation, groups, and whether the convolution is pixelwise; or why it is not fused."""
     if raw.conv_bias is not None:
-        return f"{name}.bias is not a parameter" if raw.conv_bias is _ABSENT else f"{name} has a bias"
+        return f"{name}.bias is not a parameter" if raw.conv_bias is ABSENT else f"{name} has a bias"
     if raw.padding_mode != "zeros":
         return f"{name} has padding_mode {raw.padding_mode!r}"
     weight = raw.conv_weight
@@ -310,9 +191,9 @@ def _vectors(name: str, raw: RawUnit, not_plain: _Check) -> Any:
     As in torch, running statistics may be missing if the call neither reads nor updates them.
     """
     weight, bias, mean, var = raw.weight, raw.bias, raw.running_mean, raw.running_var
-    if weight is _ABSENT or bias is _ABSENT:
+    if weight is ABSENT or bias is ABSENT:
         return f"{name} has a weight or bias that is not a parameter"
-    if mean is _ABSENT or var is _ABSENT:
+    if mean is ABSENT or var is ABSENT:
         if not raw.training or raw.track_running_stats:
             return f"{name} has a running_mean or running_var that is not a buffer"
         mean = var = None
@@ -328,7 +209,7 @@ def _counter(name: str, batches: Any, running_mean: Tensor | None, not_plain: _C
     """Return the counter of a norm that updates its statistics, or why the norm cannot be fused."""
     if batches is None:
         return None
-    reason = "is not a buffer" if batches is _ABSENT else not_plain(batches)
+    reason = "is not a buffer" if batches is ABSENT else not_plain(batches)
     if reason is None and batches.dtype is not torch.int64:
         reason = f"is {batches.dtype}, not torch.int64"
     if reason is None and batches.dim() != 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torchvision.models.resnet import BasicBlock
 
-from fusedres.modules.anatomy import Parts
 from fusedres.modules.fused_block import FusedBlock
+from fusedres.modules.parts import Parts, UnitPaths
 
 
 class FusedBasicBlock(FusedBlock, BasicBlock):
@@ -27,4 +27,5 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
     """
 
     _stock = BasicBlock
-    _parts = Parts.of(BasicBlock, (("conv1", "bn1"), ("conv2", "bn2")), "relu")
+    _base = BasicBlock
+    _parts = Parts((UnitPaths("conv1", "bn1"), UnitPaths("conv2", "bn2")), ("relu",), downsample="downsample").named()

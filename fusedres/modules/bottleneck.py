@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torchvision.models.resnet import Bottleneck
 
-from fusedres.modules.anatomy import Parts
 from fusedres.modules.fused_block import FusedBlock
+from fusedres.modules.parts import Parts, UnitPaths
 
 
 class FusedBottleneck(FusedBlock, Bottleneck):
@@ -28,4 +28,9 @@ class FusedBottleneck(FusedBlock, Bottleneck):
     """
 
     _stock = Bottleneck
-    _parts = Parts.of(Bottleneck, (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")), "relu")
+    _base = Bottleneck
+    _parts = Parts(
+        (UnitPaths("conv1", "bn1"), UnitPaths("conv2", "bn2"), UnitPaths("conv3", "bn3")),
+        ("relu",),
+        downsample="downsample",
+    ).named()

@@ -12,6 +12,7 @@ from torch.utils._device import DeviceContext
 from fusedres.autograd import Frozen
 from fusedres.modules.anatomy import Anatomy
 from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
+from fusedres.modules.filters import filtered_like, split
 from fusedres.modules.reading import Input, Tensors, read_block, read_input, read_stem
 from fusedres.ops._sizes import FLOATING
 
@@ -73,10 +74,28 @@ def _reason_of_shapes(op: str, anatomy: Anatomy) -> str | None:
     if norm in (torch.float16, torch.bfloat16) and norm is not given.dtype:  # such a block runs under autocast
         given = given._replace(dtype=norm, autocast=True)
     try:
-        found = read_stem(given, anatomy) if len(anatomy.units) == 1 else read_block(given, anatomy, "auto")
+        if len(anatomy.units) == 1:
+            found = read_stem(given, anatomy)
+            return found if isinstance(found, str) else None
+        return _reason_of_parts(given, anatomy)
     except (RuntimeError, ValueError) as error:
         return f"it raises: {error}"
-    return found if isinstance(found, str) else None
+
+
+def _reason_of_parts(given: Input, anatomy: Anatomy) -> str | None:
+    """Return why a part of a block between its filters does not run fused, or None."""
+    x = h = given.x
+    for part in split(anatomy):
+        h = filtered_like(part.filters, h)
+        other = filtered_like(anatomy.filters[-1], x) if anatomy.filters and not part.anatomy.chained else None
+        found = read_block(given._replace(x=h, other=other), part.anatomy, "auto")
+        if isinstance(found, str):
+            return found
+        shape = tuple(h.shape)
+        for unit in part.anatomy.units:
+            shape = unit.settings.output_shape(shape, unit.conv_weight.shape)
+        h = x.new_empty(1).expand(shape)
+    return None
 
 
 def keep_reason(block: nn.Module, reason: str | None) -> None:

@@ -1,7 +1,7 @@
-"""Maps torchvision's classes, and subclasses of them, to fused classes and back.
+"""Maps torchvision's classes, subclasses of them, and declared classes of others to fused classes and back.
 
 A subclass that does not define its own forward (it adds a tag or a helper method, or fully_shard made it) gets its own
-fused class, which keeps isinstance, attributes and methods.
+fused class, which keeps isinstance, attributes and methods. So does each declared class (families.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fusedres.modules.basic_block import FusedBasicBlock
 from fusedres.modules.bottleneck import FusedBottleneck
-from fusedres.modules.fused_block import FusedBlock
+from fusedres.modules.families import is_declared
+from fusedres.modules.fused_block import FusedBlock, FusedForeignBlock
 from fusedres.modules.resnet import FusedResNet, FusedStem
 
 Module = type[nn.Module]
 
 FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
-_of_subclasses: dict[Module, Module] = {}  # user's subclass → its fused class
+_of_subclasses: dict[Module, Module] = {}  # user's subclass, or a declared class → its fused class
 _of_sharded: dict[Module, Module] = {}  # sharded fused class → the sharded stock class
 refusals: dict[Module, str] = {}  # classes that cannot be subclassed, and why
 _METHODS = ("forward", "_forward_impl", "__call__", "_call_impl", "__getattr__", "__getattribute__")
@@ -28,14 +29,27 @@ _OWN_NAMES = ("anatomy", "fused_stem", "unfused_reason", "_parts", "_stock")  # 
 
 
 def base_of(cls: Module) -> Module | None:
-    """Return the torchvision class that cls is or descends from, if it has a fused class; else None."""
-    return next((stock for stock in cls.__mro__ if stock in FUSED), None)
+    """Return the class whose fused class serves cls, or None if there is none.
+
+    This is the torchvision class that cls is or descends from; for a declared class, nn.Module.
+    """
+    if issubclass(cls, FusedForeignBlock):
+        return nn.Module
+    base = next((stock for stock in cls.__mro__ if stock in FUSED), None)
+    declared = (base is None or "forward" in _overridden(cls, base)) and base is not ResNet and is_declared(cls)
+    return nn.Module if declared else base
 
 
 def own_method(cls: Module, base: Module) -> str | None:
-    """Return a method that the subclass cls of base overrides and that keeps it from being fused, or None."""
+    """Return a method of the subclass cls of base that keeps it from being fused, or None."""
+    return next(iter(_overridden(cls, base)), None)
+
+
+def _overridden(cls: Module, base: Module) -> list[str]:
     names = (*_METHODS, *(() if is_fused(base) else _OWN_NAMES))
-    return next((name for name in names if getattr(cls, name, None) is not getattr(base, name, None)), None)
+    if base is nn.Module:
+        names = names[2:]
+    return [name for name in names if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
 def own_method_of_fused(cls: Module) -> str | None:
@@ -50,11 +64,13 @@ def is_fused(cls: Module) -> bool:
 
 
 def fused_class(cls: Module, base: Module) -> Module | None:
-    """Return the fused class of cls: base, or a subclass of it without its own forward. None: it cannot be made."""
-    if cls is base or cls in _of_subclasses:
-        return _of_subclasses.get(cls, FUSED[base])
+    """Return the fused class of cls; base: the result of base_of. None: it cannot be made."""
+    if cls in _of_subclasses:
+        return _of_subclasses[cls]
+    if cls in FUSED:
+        return FUSED[cls]
     described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls}
-    bases = (_OfSubclass, FUSED[base], cls)
+    bases = (_OfSubclass, FUSED.get(base, FusedForeignBlock), cls)
     try:
         made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
     except Exception as error:  # a metaclass or __init_subclass__ may raise anything

@@ -8,31 +8,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusedres.autograd import (
-    BlockPlan,
-    Frozen,
-    UncheckedError,
-    count_path,
-    run_block,
-    run_frozen,
-    wants_gradients,
-)
+from fusedres.autograd import BlockPlan, Frozen, UncheckedError, count_path
 from fusedres.dispatch import Way
-from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
-from fusedres.modules.calls import (
-    holds_inference_tensors,
-    input_of_call,
-    keep_reason,
-    options_of,
-    reason_of_parts,
-    unusual_input,
-)
-from fusedres.modules.choice import serving_backend
+from fusedres.modules.anatomy import Anatomy, anatomy_of
+from fusedres.modules.calls import input_of_call, keep_reason, options_of, reason_of_parts, unusual_input
+from fusedres.modules.choice import not_measured, serving_backend
+from fusedres.modules.families import read
+from fusedres.modules.gathering import gather
+from fusedres.modules.parts import Parts
 from fusedres.modules.reading import Tensors, read_block, read_input
 from fusedres.modules.remembered import recall, remember
+from fusedres.modules.running import run_filtered, run_plan, run_unfused
 
-# Neither copied nor pickled with a block: folded weights, and what the last call left.
-_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")
+# Neither copied nor pickled with a block: folded weights, what the last call left, and what was read from its forward.
+_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls", "_parts")
 
 
 class FusedBlock(nn.Module):
@@ -47,12 +36,13 @@ class FusedBlock(nn.Module):
     fused_frozen: Frozen | None = None
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
-    _parts: Parts = Parts.of(None, ())
+    _base: type[nn.Module] = nn.Module  # torchvision's class that it descends from
+    _parts: Parts
 
     def anatomy(self) -> Anatomy | str:
         """Return the block's parts, or why it runs unfused for every input."""
         gathered = gather(self, type(self), self._parts)
-        return gathered if isinstance(gathered, str) else anatomy_of(gathered, self._parts)
+        return gathered if isinstance(gathered, str) else anatomy_of(gathered)
 
     def unfused_reason(self) -> str | None:
         """Return why the stock forward runs on the parameters' device, or None if the block is fused."""
@@ -68,7 +58,7 @@ class FusedBlock(nn.Module):
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
-        gathered = gather(self, cls, cls._parts)
+        gathered = gather(self, cls, self._parts)
         if isinstance(gathered, str):
             return run_unfused(cls, self, x, None)
         backend = serving_backend(x.device, options.conv, options.memory)
@@ -79,9 +69,13 @@ class FusedBlock(nn.Module):
                 return run_plan(cls, self, x, known.plan, known.tensors, None)
             except UncheckedError:
                 pass
-        anatomy = anatomy_of(gathered, cls._parts)
+        anatomy = anatomy_of(gathered)
         if isinstance(anatomy, str):
             return run_unfused(cls, self, x, None)
+        if anatomy.filters:
+            if backend is None:
+                return run_unfused(cls, self, x, not_measured(x.device))
+            return run_filtered(cls, self, x, anatomy, backend, options)
         given = input_of_call(cls.__name__, x, anatomy, backend, options)
         found = given if isinstance(given, str) else read_block(given, anatomy, options.memory)
         if isinstance(found, str):
@@ -104,6 +98,30 @@ class FusedBlock(nn.Module):
         return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
 
+class FusedForeignBlock(FusedBlock):
+    """Mixin of a fused block of another package or of a user: its parts were read from its forward (tracing.py)."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return relu(F(x) + S(x)); a call with anything but one tensor runs the stock forward."""
+        cls: Any = type(self)
+        if not issubclass(cls, FusedForeignBlock):  # another thread called unfuse() just now
+            return cls.forward(self, *inputs, **named)
+        if len(inputs) == 1 and not named:
+            return super().forward(*inputs)
+        count_path("unfused")
+        keep_reason(self, "it was called with more than one input, or by name")
+        return cls._stock.forward(self, *inputs, **named)
+
+    def __setstate__(self, state: Any) -> None:
+        """Restore a copied or unpickled block, and read its forward again, which may be another version's."""
+        super().__setstate__(state)
+        parts = read(self)
+        if isinstance(parts, str):
+            object.__setattr__(self, "__class__", self._stock)
+        else:
+            self.__dict__["_parts"] = parts
+
+
 def plan_of(block: FusedBlock, x: Tensor, backend: str, way: Way | None = None) -> tuple[BlockPlan, Tensors]:
     """Return the plan of a call on a backend, and its tensors.
 
@@ -119,36 +137,3 @@ def plan_of(block: FusedBlock, x: Tensor, backend: str, way: Way | None = None) 
             return found
         anatomy = found
     raise RuntimeError(f"{type(block).__name__}: the block must be fused, got: {anatomy}; see report()")
-
-
-def run_plan(
-    cls: Any, block: FusedBlock, x: Tensor, plan: BlockPlan, tensors: Tensors, frozen: Frozen | None
-) -> Tensor:
-    """Run a block of the fused class cls by the plan of a call.
-
-    Raises:
-        UncheckedError: the plan is from an earlier call and does not fit; nothing was computed.
-    """
-    recorded = wants_gradients(x, tensors)
-    if holds_inference_tensors(x, tensors, recorded or any(unit.update for unit in plan.all_units)):
-        return run_unfused(cls, block, x, "a tensor was made in inference mode")
-    if frozen is not None and not recorded and _is_constant(plan) and not torch.compiler.is_exporting():
-        count_path("frozen_forward")
-        result = run_frozen(x, plan, frozen.folded(x, plan, tensors))
-    else:
-        result = run_block(x, plan, tensors, recorded)
-    keep_reason(block, "")
-    return result
-
-
-def run_unfused(cls: Any, block: FusedBlock, x: Tensor, reason: str | None) -> Tensor:
-    """Run the stock forward of the fused class cls; reason: why, for report() (None: it is in the block's parts)."""
-    count_path("unfused")
-    keep_reason(block, reason)
-    result: Tensor = cls._stock.forward(block, x)
-    return result
-
-
-def _is_constant(plan: BlockPlan) -> bool:
-    """Whether no statistics depend on the batch."""
-    return not any(unit.batch_statistics for unit in plan.all_units)

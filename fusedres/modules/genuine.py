@@ -22,7 +22,8 @@ class _Bypassed:
     """Holds everything that calls of a block's or a stem's children reach, so that one attrgetter reads all of it."""
 
     Module, Conv2d, BatchNorm2d, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU
-    MaxPool2d, Sequential, ZeroPadShortcut = nn.MaxPool2d, nn.Sequential, ZeroPadShortcut
+    MaxPool2d, Sequential, Identity = nn.MaxPool2d, nn.Sequential, nn.Identity
+    ZeroPadShortcut = ZeroPadShortcut
     functional, torch = nn.functional, torch
 
 
@@ -45,12 +46,20 @@ _OF_UNITS = (
 )
 _OF_STEMS = (*_OF_UNITS, *_methods("MaxPool2d"), "functional.max_pool2d", "torch.max_pool2d")
 _OF_BLOCKS = (*_OF_UNITS, *_methods("Sequential"), "ZeroPadShortcut.forward", "torch.Tensor.__iadd__")
-_BYPASSED = {None: _OF_STEMS, BasicBlock: _OF_BLOCKS, Bottleneck: _OF_BLOCKS, ResNet: _OF_STEMS}
+_OF_READ_BLOCKS = (*_OF_BLOCKS, *_methods("Identity"), "torch.Tensor.__add__", "torch.add")
+_BYPASSED = {
+    None: _OF_STEMS,
+    ResNet: _OF_STEMS,
+    BasicBlock: _OF_BLOCKS,
+    Bottleneck: _OF_BLOCKS,
+    nn.Module: _OF_READ_BLOCKS,  # a block of another class, which tracing.py has read
+}
 
 # What a call of a block or a ResNet itself reaches, from the fused class: its call, and the stock class's methods.
 _CALL = ("__call__", "_call_impl")
 _STOCK_METHODS = {
     None: _CALL,
+    nn.Module: _CALL,
     BasicBlock: (*_CALL, "_stock.forward"),
     Bottleneck: (*_CALL, "_stock.forward"),
     ResNet: (*_CALL, "_stock.forward", "_stock._forward_impl"),
@@ -89,7 +98,8 @@ def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | N
 
     Args:
         cls: the fused block's class; its attribute _stock is the class with the unfused forward.
-        base: torchvision's BasicBlock, Bottleneck or ResNet, if both descend from one of them.
+        base: torchvision's BasicBlock, Bottleneck or ResNet, if both descend from one of them; nn.Module: a block of
+            another class, whose own forward parts.py checks; None: a stem of another class.
     """
     if (
         not torch.compiler.is_compiling()

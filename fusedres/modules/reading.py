@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -30,6 +31,7 @@ class Input(NamedTuple):
     backend: str
     conv: str  # fuse()'s option
     way: Way | None  # measured
+    other: Tensor | None = None  # what the shortcut reads, if it is not x
 
 
 class Read(NamedTuple):
@@ -67,8 +69,10 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
         ShapeError, DtypeError, RuntimeError: eager raises an error for this call too, or it cannot be computed.
     """
     op, x = given.op, given.x
-    start: Shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-    shape, channels_last = start, _input_format(given)
+    refused = _promoted(given, (*anatomy.units, anatomy.projection))
+    if refused is not None:
+        return refused
+    shape, channels_last = _shape(x), suggests_channels_last(x)
     units: list[ConvBN] = []
     tensors: list[Tensor | None] = []
     for part in anatomy.units:
@@ -77,7 +81,8 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
         tensors += found.tensors
         shape, channels_last = found.shape, found.channels_last
     projection: ConvBN | None = None
-    reached, pad_stride = start, 1
+    start = _shape(x if given.other is None else given.other)
+    reached, pad_stride = shape if anatomy.chained else start, 1
     if anatomy.projection is not None:
         end = read_unit(given, anatomy.projection, start, channels_last)
         projection, reached = end.unit, end.shape
@@ -91,16 +96,21 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
             f"{op}: the shortcut must have shape {shape} like the residual branch, got {reached}; "
             "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
         )
-    one_pass = one_pass_units(_wants_one_pass(given, memory), units, projection, tensors, shape)
+    wants_one_pass = _wants_one_pass(given, memory) and not anatomy.chained
+    one_pass = one_pass_units(wants_one_pass, units, projection, tensors, shape)
     images = images_at_a_time(x, shape)
     plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, given.dtype, given.backend, channels_last)
+    if given.other is not None or anatomy.chained:
+        plan = plan._replace(reads="none" if anatomy.chained else "other")
     return plan, tuple(tensors)
 
 
-def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors]:
-    """Return the plan of a stem's call and its tensors; raises as read_block does."""
-    x = given.x
-    found = read_unit(given, anatomy.units[0], (x.shape[0], x.shape[1], x.shape[2], x.shape[3]), _input_format(given))
+def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors] | str:
+    """Return the plan of a stem's call and its tensors, or why it must run unfused; raises as read_block does."""
+    refused = _promoted(given, anatomy.units)
+    if refused is not None:
+        return refused
+    found = read_unit(given, anatomy.units[0], _shape(given.x), suggests_channels_last(given.x))
     return StemPlan(found.unit, given.dtype, given.backend, found.channels_last), found.tensors
 
 
@@ -108,9 +118,18 @@ def _wants_one_pass(given: Input, memory: str) -> bool:
     return memory == "min" or (given.way is not None and given.way.one_pass and given.conv == "auto")
 
 
-def _input_format(given: Input) -> bool:
-    """Whether the convolutions see x as channels_last."""
-    return suggests_channels_last(given.x)
+def _shape(x: Tensor) -> Shape:
+    return x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+
+
+def _promoted(given: Input, units: Iterable[Unit | None]) -> str | None:
+    """Return which norm's result has a wider dtype than the convolutions have, in words, or None."""
+    for unit in units:
+        if unit is not None and unit.promotes:
+            dtypes = {vector.dtype for vector in (unit.weight, unit.bias, unit.running_mean) if vector is not None}
+            if dtypes != {given.dtype}:
+                return f"{unit.norm_name} is {dtypes.pop()}, and so would be its result of a {given.dtype} convolution"
+    return None
 
 
 def _zero_padded(op: str, x: Tensor, shortcut: ZeroPad) -> Shape:
@@ -141,11 +160,10 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
     unit = part.settings
     own = own_products(given.conv, given.backend, unit.groups, (weight.shape[2], weight.shape[3]), given.way)
     unit = unit if own == unit.own else unit._replace(own=own)
-    tensors = (weight, part.weight, part.bias, part.running_mean, part.running_var, part.num_batches_tracked)
     channels_last = channels_last or suggests_channels_last(weight)
     if reached[1] == 1 or reached[2] == reached[3] == 1 or (given.dtype is torch.float64 and x.is_cuda):
         channels_last = False  # torch's batch_norm takes these for NCHW; cuDNN has no float64 channels_last
-    return Read(unit, tensors, reached, channels_last)
+    return Read(unit, part.tensors, reached, channels_last)
 
 
 def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:

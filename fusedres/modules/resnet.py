@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import count_path, run_stem, wants_gradients
-from fusedres.modules.anatomy import Anatomy, Parts, anatomy_of, gather
+from fusedres.modules.anatomy import Anatomy, anatomy_of
 from fusedres.modules.calls import (
     holds_inference_tensors,
     input_of_call,
@@ -19,6 +19,8 @@ from fusedres.modules.calls import (
     unusual_input,
 )
 from fusedres.modules.choice import serving_backend
+from fusedres.modules.gathering import gather
+from fusedres.modules.parts import Parts, UnitPaths
 from fusedres.modules.reading import read_stem
 
 
@@ -33,12 +35,13 @@ class FusedStem(nn.Module):
     fused_memory: str = "auto"  # changes nothing in a stem, but with "min" a table cannot leave it unfused
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
-    _parts: Parts = Parts.of(None, (("conv1", "bn1"),), "relu", "maxpool")
+    _base: type[nn.Module] | None = None
+    _parts: Parts = Parts((UnitPaths("conv1", "bn1"),), ("relu",), "maxpool").named()
 
     def anatomy(self) -> Anatomy | str:
         """Return the stem's parts, or why it runs unfused for every input."""
         gathered = gather(self, type(self), self._parts)
-        return gathered if isinstance(gathered, str) else anatomy_of(gathered, self._parts)
+        return gathered if isinstance(gathered, str) else anatomy_of(gathered)
 
     def stem_unfused_reason(self) -> str | None:
         """Return why the stem runs unfused on its parameters' device, or None if it is fused."""
@@ -54,7 +57,7 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     options = options_of(model)
     reason = unusual_input(x)
     gathered = reason or gather(model, cls, cls._parts)
-    anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered, cls._parts)
+    anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered)
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
@@ -63,7 +66,11 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(given, str):
         keep_reason(model, given)
         return None
-    plan, tensors = read_stem(given, anatomy)
+    found = read_stem(given, anatomy)
+    if isinstance(found, str):
+        keep_reason(model, found)
+        return None
+    plan, tensors = found
     recorded = wants_gradients(x, tensors)
     if holds_inference_tensors(x, tensors, recorded or plan.unit.update):
         keep_reason(model, "a tensor was made in inference mode")
@@ -89,7 +96,7 @@ class FusedResNet(FusedStem, ResNet):
     """
 
     _stock = ResNet
-    _parts = Parts.of(ResNet, (("conv1", "bn1"),), "relu", "maxpool")
+    _base = ResNet
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)

@@ -1,0 +1,75 @@
+"""Block classes of other packages, and of users, that fuse() may fuse where their forward is a residual block's.
+
+No other package is imported: a class is known by its full name. tracing.py reads each block.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from fusedres.modules.frozen_norm import recognise_frozen_norms
+from fusedres.modules.parts import Parts, path_of
+from fusedres.modules.tracing import parts_of
+
+_Block = TypeVar("_Block", bound="type[nn.Module] | nn.Module")
+
+_PACKAGES = {
+    "timm.models.resnet": ("BasicBlock", "Bottleneck"),
+    "transformers.models.resnet.modeling_resnet": ("ResNetBasicLayer", "ResNetBottleNeckLayer"),
+    "transformers.models.rt_detr.modeling_rt_detr_resnet": ("RTDetrResNetBasicLayer", "RTDetrResNetBottleNeckLayer"),
+    "mmdet.models.backbones.resnet": ("BasicBlock", "Bottleneck"),
+    "mmpretrain.models.backbones.resnet": ("BasicBlock", "Bottleneck"),
+    "mmseg.models.backbones.resnet": ("BasicBlock", "Bottleneck"),
+    "mmpose.models.backbones.resnet": ("BasicBlock", "Bottleneck"),
+    "mmaction.models.backbones.resnet": ("BasicBlock", "Bottleneck"),
+    "wespeaker.models.resnet": ("BasicBlock", "Bottleneck"),
+    "segmentation_models_pytorch.encoders._senet": ("Bottleneck",),
+}
+_known = {f"{module}.{name}" for module, names in _PACKAGES.items() for name in names}
+_registered: set[type[nn.Module]] = set()
+
+
+def register(block: _Block) -> _Block:
+    """Declare that fuse() may fuse blocks of a class of yours, wherever their forward computes a residual block.
+
+    out = relu(F(x) + S(x)), where F is two or three convolutions, each followed by BatchNorm, with a ReLU between any
+    two, and S is the identity, a convolution with BatchNorm, or a ZeroPadShortcut. The names of the modules, and
+    whether ReLU is a module or a function, do not matter. fuse() reads the forward of each block; a block that
+    computes something else stays as it is, and report() says what does not fit.
+
+    Args:
+        block: the class; or a block of that class, which is checked at once. Usable as a decorator of a class.
+
+    Returns:
+        block itself.
+
+    Raises:
+        TypeError: block is neither a module nor a class of modules.
+        ValueError: the block is not such a residual block; the message says which step of its forward does not fit.
+    """
+    cls = block if isinstance(block, type) else type(block)
+    if not issubclass(cls, nn.Module):
+        raise TypeError(f"register: block must be a torch.nn.Module or a class of them, got {cls.__name__}")
+    if isinstance(block, nn.Module):
+        parts = read(block)
+        if isinstance(parts, str):
+            raise ValueError(f"register: {path_of(cls)} must compute relu(branch + shortcut), got: {parts}")
+    _registered.add(cls)
+    return block
+
+
+def is_declared(cls: type[nn.Module]) -> bool:
+    """Whether the class whose forward a class has is known or registered, or the class itself is registered."""
+    if cls in _registered:
+        return True
+    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    return owner in _registered or path_of(owner) in _known
+
+
+def read(block: nn.Module) -> Parts | str:
+    """Return the parts of a block of a declared class, or why no fused block computes the same."""
+    recognise_frozen_norms(block)
+    stock = getattr(type(block), "_stock", type(block))  # the class of a fused block
+    return parts_of(block, stock.forward)

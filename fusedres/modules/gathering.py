@@ -1,0 +1,197 @@
+"""Collects from the modules of a block or a stem every object that a call depends on, and why it may not run fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.utils import _pair
+
+from fusedres.modules.anatomy import ABSENT, Filters, Gathered, RawUnit, ZeroPad
+from fusedres.modules.frozen_norm import BUFFERS, DEFAULT_EPS, is_frozen_norm
+from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
+from fusedres.modules.parts import Parts, UnitPaths, at, changed, dropping
+from fusedres.modules.shortcut import ZeroPadShortcut
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def gather(block: nn.Module, cls: Any, parts: Parts) -> Gathered | str:
+    """Return what a call of a block or a stem depends on, or why it must run unfused, by the stock class's forward.
+
+    Fused ops bypass the children's own code, so everything that changes a child's behaviour is a reason: another type,
+    a hook, a replaced method, a parametrization, or an attribute that Python finds instead of the child.
+
+    Args:
+        cls: the fused class of the block.
+    """
+    if nn_module._has_any_global_hook():
+        return "a global module hook is registered"
+    reason = (
+        replaced_code(cls, cls._base)
+        or replaced_on_block(block.__dict__)
+        or _hidden(block, cls, parts.names)
+        or changed(block, cls, parts)
+    )
+    if reason is not None:
+        return reason
+    units: list[RawUnit] = []
+    for paths in parts.units:
+        unit = _gather_unit(paths.conv, paths.norm, at(block, paths.conv), at(block, paths.norm))
+        if isinstance(unit, str):
+            return unit
+        units.append(unit)
+    for path in parts.relus:
+        reason = _of_type(path, at(block, path), nn.ReLU)
+        if reason is not None:
+            return reason
+    if parts.maxpool is not None:
+        reason = _maxpool(parts.maxpool, at(block, parts.maxpool))
+        if reason is not None:
+            return reason
+    return _gather_shortcut(block, tuple(units), parts)
+
+
+def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUnit | str:
+    """Return a convolution and its norm, or why they cannot be fused."""
+    frozen = is_frozen_norm(type(norm))
+    reason = _of_type(conv_name, conv, nn.Conv2d)
+    reason = reason or (touched(norm_name, norm) if frozen else _of_type(norm_name, norm, nn.BatchNorm2d))
+    if reason is not None:
+        return reason
+    settings, state = conv.__dict__, norm.__dict__
+    for name, attributes in ((conv_name, settings), (norm_name, state)):
+        for field in _TENSORS:
+            if field in attributes:
+                return f"{name} has a {field} that is not a parameter or buffer"
+    weights = settings["_parameters"]
+    convolution = (
+        weights.get("weight"),
+        weights.get("bias", ABSENT),
+        settings["stride"],
+        settings["padding"],
+        settings["dilation"],
+        settings["groups"],
+        settings["padding_mode"],
+    )
+    parameters, buffers = state["_parameters"], state["_buffers"]
+    if frozen:
+        weight, bias, mean, var = (buffers.get(name, ABSENT) for name in BUFFERS)
+        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS))  # from num_batches_tracked to eps
+        return RawUnit(conv_name, norm_name, True, *convolution, weight, bias, mean, var, *statistics)
+    return RawUnit(
+        conv_name,
+        norm_name,
+        False,
+        *convolution,
+        parameters.get("weight", ABSENT),
+        parameters.get("bias", ABSENT),
+        buffers.get("running_mean", ABSENT),
+        buffers.get("running_var", ABSENT),
+        buffers.get("num_batches_tracked", ABSENT),
+        state["training"],
+        state["track_running_stats"],
+        state["momentum"],
+        state["eps"],
+    )
+
+
+def _gather_shortcut(block: nn.Module, units: tuple[RawUnit, ...], parts: Parts) -> Gathered | str:
+    """Return what a call depends on, with the shortcut's part of it, or why the shortcut cannot be fused."""
+    paths: UnitPaths | None = parts.projection
+    zero_pad, filters = parts.zero_pad, parts.shortcut_filters
+    if parts.downsample is not None:
+        found = _look_into(parts.downsample, at(block, parts.downsample))
+        if isinstance(found, str):
+            return found
+        paths, zero_pad, filters = found
+    modules: Filters = ()
+    before = [*(unit.filters for unit in parts.units), filters if paths is None else paths.filters]
+    if any(before):
+        modules = tuple(tuple(at(block, path) for path in each) for each in before)
+    if zero_pad is not None:
+        pad = at(block, zero_pad)
+        reason = _of_type(zero_pad, pad, ZeroPadShortcut)
+        if reason is not None:
+            return reason
+        return Gathered(units, None, ZeroPad(pad.in_channels, pad.out_channels, pad.stride), modules)
+    if paths is None:
+        return Gathered(units, None, None, modules)
+    projection = _gather_unit(paths.conv, paths.norm, at(block, paths.conv), at(block, paths.norm))
+    return projection if isinstance(projection, str) else Gathered(units, projection, None, modules)
+
+
+_Shortcut = tuple[UnitPaths | None, str | None, tuple[str, ...]]  # projection, ZeroPadShortcut, filters without either
+
+
+def _look_into(path: str, downsample: Any) -> _Shortcut | str:
+    """Return the parts of a torchvision block's shortcut, or why it cannot be fused."""
+    if downsample is None:
+        return None, None, ()
+    reason = touched(path, downsample)
+    if reason is not None:
+        return reason
+    if type(downsample) is ZeroPadShortcut:
+        return None, path, ()
+    children = downsample.__dict__["_modules"] if type(downsample) is nn.Sequential else {}
+    inner = [(name, child) for name, child in children.items() if type(child) is not nn.Identity]
+    if len(inner) != len(children):
+        for name, child in children.items():
+            reason = dropping(f"{path}.{name}", child) if type(child) is nn.Identity else None
+            if reason is not None:
+                return reason
+    if len(inner) < 2 or any(type(child) is not nn.AvgPool2d for _, child in inner[:-2]):
+        return f"{path} is a {type(downsample).__name__} other than convolution + BatchNorm or ZeroPadShortcut"
+    return _paths_of(path, tuple(name for name, _ in inner)), None, ()
+
+
+# A call must find the same objects as the one before (remembered.py).
+_paths: dict[tuple[str, tuple[str, ...]], UnitPaths] = {}
+
+
+def _paths_of(path: str, names: tuple[str, ...]) -> UnitPaths:
+    """Return the paths of a shortcut's filters, convolution and norm."""
+    found = _paths.get((path, names))
+    if found is None:
+        *filters, conv, norm = (f"{path}.{name}" for name in names)
+        found = UnitPaths(conv, norm, tuple(filters))
+        if not torch.compiler.is_compiling():
+            _paths[path, names] = found
+    return found
+
+
+def _hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
+    """Return which child an attribute of the instance or of a class hides, in words, or None."""
+    attributes = block.__dict__
+    for name in names:
+        if name in attributes and attributes[name] is not None:  # a block without downsample may have None there
+            return f"{name} is an attribute of the instance, not a module"
+    return class_attribute(cls, names)
+
+
+def _of_type(name: str, child: nn.Module | None, expected: type[nn.Module]) -> str | None:
+    if type(child) is expected:
+        return touched(name, child)
+    if child is not None and hasattr(child, "parametrizations"):
+        return f"a parametrization on {name}"
+    return f"{name} is a {type(child).__name__}, not a {expected.__name__}"
+
+
+# The only max-pool that is fused: 3x3 windows, stride 2, padding 1.
+_POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+
+
+def _maxpool(name: str, child: nn.Module | None) -> str | None:
+    reason = _of_type(name, child, nn.MaxPool2d)
+    if reason is not None:
+        return reason
+    for option, expected in _POOLING.items():
+        value = getattr(child, option)
+        if _pair(value) != expected:
+            return f"{name} has {option} {value}, not {expected[0]}"
+    for option in ("ceil_mode", "return_indices"):
+        if getattr(child, option):
+            return f"{name} has {option}"
+    return None

@@ -1,0 +1,145 @@
+"""Where the parts of a block or a stem are: paths of modules below it, such as "bn1" or "layer.0.convolution".
+
+The classes of torchvision name their parts themselves. Blocks of other classes are read by tracing.py.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fusedres.modules.genuine import class_attribute, touched
+
+PLAIN_VALUES = (bool, int, float, str, type(None))  # are compared by value, all others by identity
+
+
+class UnitPaths(NamedTuple):
+    """A convolution and the norm after it; the filters are modules that run before the convolution, as they are."""
+
+    conv: str
+    norm: str
+    filters: tuple[str, ...] = ()
+
+
+class Container(NamedTuple):
+    """A module between the block and its parts, whose forward calls them in a known order."""
+
+    path: str
+    cls: type[nn.Module]
+    forward: Any  # of the class, when it was read
+    children: tuple[str, ...]
+
+
+class Condition(NamedTuple):
+    """The value of an attribute that the forward of a block, or of a container in it, has read."""
+
+    path: str  # "": the block
+    name: str
+    value: Any
+
+    def holds(self, owner: nn.Module | None) -> bool:
+        """Whether the attribute still has this value."""
+        now = getattr(owner, self.name, _ABSENT)
+        return now is self.value or (type(now) in PLAIN_VALUES and type(now) is type(self.value) and now == self.value)
+
+
+_ABSENT = object()
+
+
+class Parts(NamedTuple):
+    """The parts of a block or a stem."""
+
+    units: tuple[UnitPaths, ...]  # of the branch, in order
+    relus: tuple[str, ...] = ()
+    maxpool: str | None = None
+    downsample: str | None = None  # a shortcut that each call looks into
+    projection: UnitPaths | None = None
+    zero_pad: str | None = None
+    shortcut_filters: tuple[str, ...] = ()  # of a shortcut without a projection
+    identities: tuple[str, ...] = ()  # modules that may return their input
+    containers: tuple[Container, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    forward: Any = None  # of the block's class, when it was read; None: a class of torchvision
+
+    names: tuple[str, ...] = ()  # the block's own children among the parts
+
+    def named(self) -> Parts:
+        """Return these parts with their names."""
+        others = (self.maxpool, self.downsample, self.zero_pad)
+        units = self.units if self.projection is None else (*self.units, self.projection)
+        paths = chain(*((unit.conv, unit.norm) for unit in units), self.relus, self.identities, filter(None, others))
+        return self._replace(names=tuple(dict.fromkeys(path.partition(".")[0] for path in paths)))
+
+
+def at(block: nn.Module, path: str) -> Any:
+    """Return the module at a path below a block, or None; attributes that hide a child are not looked at."""
+    found: Any = block
+    for name in path.split("."):
+        found = found.__dict__["_modules"].get(name)
+        if found is None:
+            return None
+    return found
+
+
+def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
+    """Return what is no longer as it was when the block was read, in words, or None; cls: its fused class."""
+    if parts.forward is not None and cls._stock.forward is not parts.forward:
+        return f"{cls._stock.__qualname__}.forward is replaced: call fuse() again"
+    for path, cls, forward, children in parts.containers:
+        module = at(block, path)
+        if type(module) is not cls or tuple(module.__dict__["_modules"]) != children:
+            return f"{path} has changed: call fuse() again"
+        if cls.forward is not forward:
+            return f"{cls.__qualname__}.forward is replaced: call fuse() again"
+        reason = touched(path, module) or _hidden_in(path, module, cls, children)
+        if reason is not None:
+            return reason
+    for condition in parts.conditions:
+        owner = at(block, condition.path) if condition.path else block
+        if not condition.holds(owner):
+            name = f"{condition.path}.{condition.name}" if condition.path else condition.name
+            return f"{name} was {condition.value!r} when fuse() read the block, and has changed: call fuse() again"
+    for path in parts.identities:
+        reason = dropping(path, at(block, path))
+        if reason is not None:
+            return reason
+    return None
+
+
+def _hidden_in(path: str, module: nn.Module, cls: type[nn.Module], children: tuple[str, ...]) -> str | None:
+    hidden = next((name for name in children if name in module.__dict__), None)
+    return class_attribute(cls, children) if hidden is None else f"{path}.{hidden} is an attribute, not a module"
+
+
+# Modules that return their input in eval mode, or if this attribute is 0.
+_PROBABILITY = {
+    "torch.nn.modules.dropout.Dropout": "p",
+    "torch.nn.modules.dropout.Dropout2d": "p",
+    "torchvision.ops.stochastic_depth.StochasticDepth": "p",
+    "timm.layers.drop.DropBlock2d": "drop_prob",
+    "timm.layers.drop.DropPath": "drop_prob",
+    "mmcv.cnn.bricks.drop.DropPath": "drop_prob",
+}
+
+
+def path_of(cls: type) -> str:
+    """Return the full name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def may_be_identity(cls: type) -> bool:
+    """Whether a module of this class returns its input, always or in some cases."""
+    return cls is nn.Identity or path_of(cls) in _PROBABILITY
+
+
+def dropping(path: str, module: nn.Module | None) -> str | None:
+    """Return why a module does not return its input now, or None if it does."""
+    if module is None or not may_be_identity(type(module)):
+        return f"{path} is a {type(module).__name__}"
+    reason = touched(path, module)
+    if reason is not None or type(module) is nn.Identity:
+        return reason
+    active = module.training and getattr(module, _PROBABILITY[path_of(type(module))]) != 0
+    return f"{path} (a {type(module).__name__}) drops values in training" if active else None

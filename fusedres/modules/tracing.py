@@ -1,0 +1,314 @@
+"""Reads from the forward of a block which residual block it computes.
+
+The forward runs once in plain Python, without a tensor: on a copy of the block whose modules note that they are called,
+with a value that notes what is done to it. What it finds is one of
+
+    out = relu(F(x) + S(x)),    F = conv, norm, relu, conv, norm, ...,    S = x, or conv and norm, or ZeroPadShortcut
+
+or the first step that does not fit, in words. Every attribute of a plain value that the forward reads on the way is
+kept as a condition: if it changes later, the block must be read again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedres.modules.frozen_norm import is_frozen_norm
+from fusedres.modules.parts import PLAIN_VALUES, Condition, Container, Parts, UnitPaths, may_be_identity
+from fusedres.modules.shortcut import ZeroPadShortcut
+
+_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
+_ADDS = {torch.add, operator.add, operator.iadd}
+_OWN_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_noted")) - {"training"}  # of every module, and of its copy
+
+
+class UnfitError(Exception):
+    """A step of a forward that no fused block has; the message says which."""
+
+
+class _Step(NamedTuple):
+    """Something that was done to a value; path: the module that did it, if one did."""
+
+    kind: str  # conv, norm, relu, identity, zero_pad or other
+    path: str | None
+    what: str  # in words
+
+
+class _Trace:
+    """What one run of a forward has noted."""
+
+    def __init__(self) -> None:
+        self.containers: list[Container] = []
+        self.reads: dict[tuple[str, str], Any] = {}
+        self.calls = 0  # of parts
+
+
+class _Value:
+    """Stands for a tensor: the steps from the block's input to it, or the two values that it is the sum of."""
+
+    def __init__(self, trace: _Trace, steps: tuple[_Step, ...], terms: tuple[_Value, _Value] | None = None) -> None:
+        self.trace, self.steps, self.terms, self.used = trace, steps, terms, False
+
+    @property
+    def is_input(self) -> bool:
+        """Whether this is the block's input itself."""
+        return not self.steps and self.terms is None
+
+    def then(self, step: _Step) -> _Value:
+        """Return the value after one more step."""
+        self._use()
+        self.trace.calls += 1
+        return _Value(self.trace, (*self.steps, step), self.terms)
+
+    def relu(self) -> _Value:
+        """Stand for Tensor.relu."""
+        return self.then(_Step("relu", None, "relu"))
+
+    relu_ = relu
+
+    def __add__(self, other: Any) -> _Value:
+        if type(other) is not _Value or self.terms is not None or other.terms is not None:
+            raise UnfitError("its forward adds something else than a residual branch and a shortcut")
+        self._use()
+        other._use()
+        return _Value(self.trace, (), (self, other))
+
+    add = __add__
+
+    def __iadd__(self, other: Any) -> _Value:
+        if self.is_input:
+            raise UnfitError("its forward adds to its input in place")
+        return self + other
+
+    add_ = __iadd__
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnfitError(f"its forward uses {name} of a tensor")
+
+    def __bool__(self) -> bool:
+        raise UnfitError("its forward depends on a tensor's value")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Value:
+        name = getattr(function, "__name__", str(function))
+        if function in _RELUS and isinstance(args[0], _Value):
+            return args[0].relu()
+        if function in _ADDS and len(args) == 2 and not kwargs and isinstance(args[0], _Value):
+            return args[0] + args[1]
+        raise UnfitError(f"its forward calls {name}")
+
+    def _use(self) -> None:
+        if self.used and not self.is_input:
+            raise UnfitError("its forward uses an intermediate result twice")
+        self.used = True
+
+
+def _unsupported(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise UnfitError(f"its forward uses {name} of a tensor")
+
+    return refuse
+
+
+for _name in ("radd", "mul", "rmul", "sub", "rsub", "truediv", "matmul", "getitem", "len", "iter", "neg", "setitem"):
+    setattr(_Value, f"__{_name}__", _unsupported(_name))
+
+
+# --- the copy of a block that notes what happens
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether a module is a step of its own; the others are called through."""
+    return not isinstance(module, nn.Sequential) and (type(module) is ZeroPadShortcut or not any(module.children()))
+
+
+_noting: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _noting_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass whose instances note, in their _trace, the attributes that are read and the calls of parts."""
+
+    def read(self: Any, name: str) -> Any:
+        value = cls.__getattribute__(self, name)
+        state = object.__getattribute__(self, "__dict__")
+        if name not in _OWN_ATTRIBUTES and not name.startswith("__"):
+            trace, path, _ = state["_noted"]
+            if name in state or type(value) in PLAIN_VALUES:
+                trace.reads[path, name] = value
+        return value
+
+    def read_missing(self: Any, name: str) -> Any:
+        value: Any = cls.__getattr__(self, name)
+        if value is None:  # a child, parameter or buffer that is absent
+            trace, path, _ = self.__dict__["_noted"]
+            trace.reads[path, name] = value
+        return value
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _, path, part = self.__dict__["_noted"]
+        if not part:
+            return _call_through(path, cls, self, args, kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], _Value):
+            raise UnfitError(f"{path} gets something else than one tensor")
+        return args[0].then(_step_of(path, cls, self))
+
+    if cls not in _noting:
+        body = {"__getattribute__": read, "__getattr__": read_missing, "__call__": call}
+        _noting[cls] = type(cls.__name__, (cls,), body)
+    return _noting[cls]
+
+
+def _call_through(path: str, cls: type[nn.Module], module: Any, args: Any, kwargs: Any) -> Any:
+    """Run the forward of a container; if it is what does not fit, the error names the container."""
+    try:
+        return module.forward(*args, **kwargs)
+    except UnfitError as error:
+        if str(error).startswith("its forward"):
+            raise UnfitError(f"{path} is a {cls.__name__}: {error}") from error
+        raise
+
+
+def _noting_copy(module: nn.Module, path: str, trace: _Trace) -> nn.Module:
+    """Return a copy of a module, and of those below it, that notes what happens; tensors are shared."""
+    cls = type(module)
+    copy = object.__new__(_noting_class(cls))
+    part = path != "" and _is_part(module)
+    children = {
+        name: None if child is None else _noting_copy(child, f"{path}.{name}".lstrip("."), trace)
+        for name, child in module._modules.items()
+    }
+    if not part and path:
+        trace.containers.append(Container(path, cls, cls.forward, tuple(children)))
+    state = dict(module.__dict__) | {"_modules": children, "_noted": (trace, path, part)}
+    object.__setattr__(copy, "__dict__", state)
+    return copy
+
+
+def _step_of(path: str, cls: type[nn.Module], module: nn.Module) -> _Step:
+    """Return the step of a part; its exact class is checked in each call."""
+    what = f"{path} is a {cls.__name__}"
+    if issubclass(cls, nn.modules.conv._ConvNd):
+        return _Step("conv", path, what)
+    if issubclass(cls, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm) or is_frozen_norm(cls):
+        return _Step("norm", path, what)
+    if issubclass(cls, nn.ReLU):
+        return _Step("relu", path, what)
+    if cls is ZeroPadShortcut:
+        return _Step("zero_pad", path, what)
+    if may_be_identity(cls):
+        return _Step("identity", path, what)
+    if getattr(module, "inplace", False):
+        raise UnfitError(what)
+    return _Step("other", path, what)
+
+
+# --- the grammar of a block
+
+
+class _Branch(NamedTuple):
+    """Units in a row, with what stands between them."""
+
+    units: tuple[UnitPaths, ...]
+    relus: tuple[str, ...]
+    identities: tuple[str, ...]
+    trailing: tuple[str, ...]  # filters that no convolution follows
+
+
+def _paths(steps: list[_Step], kind: str) -> tuple[str, ...]:
+    return tuple(step.path for step in steps if step.kind == kind and step.path is not None)
+
+
+def _branch_of(steps: tuple[_Step, ...]) -> _Branch:
+    """Read steps as units, with a ReLU between any two; identities may stand anywhere, filters before convolutions."""
+    identities = _paths(list(steps), "identity")
+    left = [step for step in steps if step.kind != "identity"]
+    units: list[UnitPaths] = []
+    relus: list[str] = []
+    while True:
+        filters: list[str] = []
+        while left and left[0].kind == "other":
+            path = left.pop(0).path
+            assert path is not None
+            filters.append(path)
+        if not left or left[0].kind == "zero_pad":
+            return _Branch(tuple(units), tuple(relus), identities, tuple(filters))
+        conv = _expect(left, "conv", "a convolution")
+        norm = _expect(left, "norm", "the BatchNorm of a convolution")
+        units.append(UnitPaths(conv, norm, tuple(filters)))
+        if left:
+            path = _expect(left, "relu", "the ReLU between two convolutions")
+            relus += [path] if path else []
+
+
+def _expect(left: list[_Step], kind: str, role: str) -> str:
+    """Take the first step, which must be of a kind, and return its module's path ("" for a function)."""
+    if not left:
+        raise UnfitError(f"its forward ends without {role}")
+    step = left.pop(0)
+    if step.kind != kind:
+        raise UnfitError(f"{step.what}, not {role}")
+    return step.path or ""
+
+
+def _parts_of(out: _Value, trace: _Trace) -> Parts:
+    """Return the parts of the block that a forward has computed; raise UnfitError if it is none."""
+    if out.terms is None:
+        raise UnfitError("its forward does not end with relu(branch + shortcut)")
+    after = [step for step in out.steps if step.kind != "identity"]
+    last = _expect(after, "relu", "the ReLU after the addition")
+    if after:
+        raise UnfitError(f"{after[0].what}, after the block's last ReLU")
+    sides = [_branch_of(term.steps) for term in out.terms]
+    order = (0, 1) if len(sides[0].units) >= len(sides[1].units) else (1, 0)
+    branch, shortcut = sides[order[0]], sides[order[1]]
+    end = out.terms[order[1]].steps
+    counted = sum(len(term.steps) for term in out.terms) + len(out.steps)
+    if counted != trace.calls:
+        raise UnfitError("its forward computes something that is not in its result")
+    if len(branch.units) not in (2, 3) or branch.trailing:
+        raise UnfitError(f"its branch has {len(branch.units)} convolutions with BatchNorm, or does not end with one")
+    if len(shortcut.units) > 1 or shortcut.relus or (shortcut.units and shortcut.trailing):
+        raise UnfitError("its shortcut is more than one convolution with BatchNorm")
+    identities = (*branch.identities, *shortcut.identities, *_paths(list(out.steps), "identity"))
+    zero_pad = next(iter(_paths(list(end), "zero_pad")), None)
+    if zero_pad is not None and (shortcut.trailing or len([s for s in end if s.kind != "identity"]) > 1):
+        raise UnfitError(f"{zero_pad} is not the whole shortcut")
+    return Parts(
+        branch.units,
+        tuple(dict.fromkeys((*branch.relus, *((last,) if last else ())))),
+        projection=shortcut.units[0] if shortcut.units else None,
+        zero_pad=zero_pad,
+        shortcut_filters=shortcut.trailing,
+        identities=tuple(dict.fromkeys(identities)),
+        containers=tuple(trace.containers),
+        conditions=tuple(Condition(path, name, value) for (path, name), value in trace.reads.items()),
+    )
+
+
+def parts_of(block: nn.Module, forward: Callable[..., Any]) -> Parts | str:
+    """Return the parts of a block whose class has this forward, or why no fused block computes the same."""
+    trace = _Trace()
+    try:
+        out = forward(_noting_copy(block, "", trace), _Value(trace, ()))
+        if not isinstance(out, _Value):
+            raise UnfitError(f"its forward returns a {type(out).__name__}")
+        parts = _parts_of(out, trace)
+    except UnfitError as error:
+        return str(error)
+    except Exception as error:  # a forward may raise anything when it gets no tensor
+        return f"its forward cannot be read: {type(error).__name__}: {error}"
+    return _unreadable(parts) or parts._replace(forward=forward).named()
+
+
+def _unreadable(parts: Parts) -> str | None:
+    """Return which attribute that the forward reads may change without notice, or None."""
+    for path, name, value in parts.conditions:
+        if isinstance(value, list | dict | set | Tensor):
+            return f"its forward reads the {type(value).__name__} {path}.{name}".replace(" .", " ")
+    return None

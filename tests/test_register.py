@@ -1,0 +1,124 @@
+"""register(): which forwards are a residual block's, and what is said of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from foreign import Named, Nested, Shortcut
+from torch import Tensor, nn
+
+import fusedres
+
+
+def other(forward: Callable[[nn.Module, Tensor], object]) -> nn.Module:
+    """Return a block with the children of Shortcut and another forward."""
+    cls = fusedres.register(type("Mine", (Shortcut,), {"forward": forward}))
+    return cls(4, 4)
+
+
+def twice_used(self: nn.Module, x: Tensor) -> Tensor:
+    h = torch.relu(self.bn1(self.conv1(x)))
+    return torch.relu(self.bn2(self.conv2(h)) + x + h)
+
+
+def unused(self: nn.Module, x: Tensor) -> Tensor:
+    self.bn1(self.conv1(x))
+    return Shortcut.forward(self, x)
+
+
+def into_input(self: nn.Module, x: Tensor) -> Tensor:
+    out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+    residual = self.shortcut(x)
+    residual += out
+    return torch.relu(residual)
+
+
+def preactivated(self: nn.Module, x: Tensor) -> Tensor:
+    out = self.conv1(torch.relu(self.bn1(x)))
+    return self.conv2(torch.relu(self.bn2(out))) + x
+
+
+UNFIT: dict[str, tuple[Callable[[nn.Module, Tensor], object], str]] = {
+    "plain": (
+        lambda self, x: torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))),
+        "branch + shortcut",
+    ),
+    "pre-activation": (preactivated, "the ReLU after the addition"),
+    "without ReLU inside": (
+        lambda s, x: torch.relu(s.bn2(s.conv2(s.bn1(s.conv1(x)))) + x),
+        "conv2 is a Conv2d, not the ReLU",
+    ),
+    "scaled": (lambda s, x: torch.relu(0.5 * s.bn2(s.conv2(torch.relu(s.bn1(s.conv1(x))))) + x), "rmul of a tensor"),
+    "weighted sum": (
+        lambda s, x: torch.relu(torch.add(s.bn2(s.conv2(torch.relu(s.bn1(s.conv1(x))))), x, alpha=2)),
+        "calls add",
+    ),
+    "intermediate used twice": (twice_used, "adds something else"),
+    "unused result": (unused, "not in its result"),
+    "sum into the input": (into_input, "adds to its input in place"),
+    "shape": (lambda s, x: torch.relu(s.bn2(s.conv2(x)) + x) if x.shape[0] else x, "shape of a tensor"),
+    "value": (lambda s, x: torch.relu(s.bn2(s.conv2(x)) + x) if x else x, "depends on a tensor's value"),
+    "tuple": (lambda s, x: (Shortcut.forward(s, x), x), "returns a tuple"),
+    "error": (lambda s, x: s.conv9(x), "cannot be read: AttributeError"),
+    "dropout": (
+        lambda s, x: torch.relu(s.bn2(s.conv2(nn.functional.dropout(torch.relu(s.bn1(s.conv1(x)))))) + x),
+        "calls dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_another_computation_stays_as_it_is(what: str) -> None:
+    forward, reason = UNFIT[what]
+    block = other(forward)
+    cls = type(block)
+    fusedres.fuse(block)
+    assert type(block) is cls
+    (row,) = fusedres.report(block)
+    assert not row.fused and reason in row.reason, row.reason
+    with pytest.raises(ValueError, match=r"register: .*Mine must compute relu"):
+        fusedres.register(block)
+
+
+def test_register_returns_its_argument_and_refuses_what_is_no_module() -> None:
+    assert fusedres.register(Shortcut) is Shortcut
+    block = Shortcut(4, 4)
+    assert fusedres.register(block) is block
+    with pytest.raises(TypeError, match=r"register: block must be a torch.nn.Module or a class of them, got int"):
+        fusedres.register(3)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="got dict"):
+        fusedres.register(dict)  # type: ignore[type-var]
+
+
+def test_a_class_that_nobody_registered_stays_unfused() -> None:
+    plain = type("Unknown", (Shortcut,), {"forward": lambda self, x: Shortcut.forward(self, x)})
+    block = plain(4, 4)
+    fusedres.fuse(block)
+    assert type(block) is plain
+
+
+def test_known_classes_are_found_by_their_full_name() -> None:
+    for module, name in (("mmdet.models.backbones.resnet", "Bottleneck"), ("wespeaker.models.resnet", "BasicBlock")):
+        origin = Named if name == "Bottleneck" else Shortcut
+        body = {"forward": origin.forward, "__module__": module, "__qualname__": name}
+        known = type(name, (origin,), body)
+        block = known(16, 4) if origin is Named else known(4, 4)
+        assert fusedres.report(fusedres.fuse(block))[0] == ("(model)", name, True, "")
+        child = type("Derived", (known,), {})  # a subclass without a forward of its own
+        block = child(16, 4) if origin is Named else child(4, 4)
+        assert fusedres.report(fusedres.fuse(block))[0].fused
+
+
+def test_reading_a_block_changes_nothing_and_needs_no_memory() -> None:
+    block = Named(16, 4)
+    before = {name: set(module.__dict__) for name, module in block.named_modules()}
+    classes = {name: type(module) for name, module in block.named_modules()}
+    fusedres.report(block)
+    assert {name: set(module.__dict__) for name, module in block.named_modules()} == before
+    assert {name: type(module) for name, module in block.named_modules()} == classes
+    with torch.device("meta"):
+        model = nn.Sequential(Nested(4, 8, 2))
+    fusedres.register(Nested)
+    assert type(fusedres.fuse(model)[0]).__name__ == "FusedNested"
