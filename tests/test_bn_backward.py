@@ -76,7 +76,7 @@ def test_each_tile_sums_its_own_rows(backend, kind):
     grad, x, _, gate, d = _inputs((3, 24, 17, 13), torch.float32, kind, place)
     partials = ops.bn_backward_reduce(Gated(grad, gate), Raw(x, state(24, torch.float32).to(place)), backend=backend)
     rows = d.permute(0, 2, 3, 1).reshape(-1, 24)
-    tile = {"reference": len(rows), "triton": 64, "cuda": 32}[backend]
+    tile = {"reference": len(rows), "cpu": len(rows), "triton": 64, "cuda": 32}[backend]
     want = torch.stack([part.sum(0) for part in rows.split(tile)])
     assert len(partials) == len(want)
     assert_near("sum d", partials[:, 0], want, want.abs() + 8, torch.float32)
@@ -263,7 +263,22 @@ def test_errors():
     with pytest.raises(ValueError, match=r"bn_backward_coefficients: state must have shape \(4, 8\)"):
         ops.bn_backward_coefficients(partials, 18, NormState(affine[:2], True), backend="reference")
     with pytest.raises(RuntimeError, match="there is no cpu backend; use 'reference'"):
-        ops.bn_backward_reduce(Gated(grad, gate), Raw(x, affine), backend="cpu")
+        ops.bn_finalize(partials, torch.ones(len(partials)), Norm(None, None, None, None, None, 0.1, 1e-5), backend="cpu")
+
+
+@pytest.mark.parametrize("backend", backends_of("bn_relu_backward_", "bn_add_relu_backward", "relu_backward"))
+def test_the_sums_of_an_empty_batch_are_zero(backend):
+    """A process with no images still takes part in the sums over all processes."""
+    place = device(backend)
+    x = torch.empty((0, 8, 3, 3), device=place).to(memory_format=torch.channels_last)
+    bits = torch.empty((0, 3, 3, 1), dtype=torch.uint8, device=place)
+    branch = BnBranch(x, torch.ones((4, 8), device=place), False)
+    for poison in (torch.full((999,), torch.nan), torch.full((24,), torch.nan)):  # freed memory for the sums
+        del poison
+        assert not ops.bn_relu_backward_(x.clone(), branch, True, True, backend=backend)[:2].any()
+        assert not ops.bn_add_relu_backward(Gated(x, bits), branch, branch, True, backend=backend)[2].any()
+        assert not ops.relu_backward(Gated(x, bits), backend=backend)[1].any()
+        assert not ops.bn_backward_reduce(Gated(x, bits), Raw(x, branch.state), backend=backend).sum(0).any()
 
 
 def test_candidates_are_worked_out_once():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedres.autograd import one_pass
 from fusedres.autograd.library_convolution import convolution_backward
-from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Inputs, Saved
+from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, Inputs, Saved
 from fusedres.ops.launch import Launches, launches
 from fusedres.values import (
     DENSE,
@@ -207,14 +207,17 @@ class Backward:
         h = self._input(index) if of_branch else Raw(self.shortcut_entry, None)
         branch = self.saved.last if of_branch else self.saved.projection
         assert branch is not None
-        stride = self.plan.all_units[index].stride[0]
-        grad_h, grad_conv, grad_norm = one_pass.backward_stored(
-            d, sum_d, h, self._weight(index), branch, stride, needs_input, self.launch
-        )
+        grad_h, grad_conv, grad_norm = self._one_pass_gradients(index, d, sum_d, h, branch, needs_input)
         self._set_norm_grads(index, sum_d, grad_norm, copy=True)
         if self.needs[slot]:
             self.grads[slot] = grad_conv
         return grad_h
+
+    def _one_pass_gradients(
+        self, index: int, d: Tensor, sum_d: Tensor, h: Raw, branch: Branch, needs_input: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        stride = self.plan.all_units[index].stride[0]
+        return one_pass.backward_stored(d, sum_d, h, self._weight(index), branch, stride, needs_input, self.launch)
 
     def _product_tail(self) -> tuple[Gradient | None, Gradient | Tensor | None]:
         """Do the same with one-pass units, if the tail was one product."""

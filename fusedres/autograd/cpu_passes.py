@@ -38,7 +38,7 @@ def _connected() -> bool:
 
 
 def _serves(x: Tensor, plan: BlockPlan) -> bool:
-    return plan.backend == "cpu" and plan.dtype is x.dtype and plan.reads == "x" and direct() and _connected()
+    return plan.backend == "cpu" and plan.dtype is x.dtype and plan.in_cpp and direct() and _connected()
 
 
 def forward(x: Tensor, plan: BlockPlan, tensors: Tensors) -> list[Tensor] | None:

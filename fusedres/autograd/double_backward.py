@@ -44,6 +44,15 @@ def differentiable_stem(
     return _gradients(out, grad_out, (images, *params), needs, again)
 
 
+def refuse_synchronised(what: str, units: Sequence[ConvBN]) -> None:
+    """Raise if some statistics are those of several processes: torch's SyncBatchNorm has no such gradients either."""
+    if any(unit.group is not None for unit in units):
+        raise RuntimeError(
+            f"backward of {what}: create_graph and batches of gradients must not be used with synchronised BatchNorm, "
+            "got a group of processes; call backward without them"
+        )
+
+
 def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return the tensors as views: a gradient with respect to one leaves out how others were computed from it.
 

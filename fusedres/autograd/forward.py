@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedres.autograd import one_pass
 from fusedres.autograd.library_convolution import convolution
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, Inputs, Saved, Tensors, norm_of
+from fusedres.autograd.synchronised import synchronised_state
 from fusedres.ops.launch import Launches, direct, launches
 from fusedres.values import Folded, Raw, ShortcutInput, in_dtype
 
@@ -20,6 +21,8 @@ from fusedres.values import Folded, Raw, ShortcutInput, in_dtype
 def unit_state(y: Tensor, unit: ConvBN, tensors: Tensors, index: int, launch: Launches) -> Tensor:
     """Return the (4, C) state of a unit's BatchNorm, from y or from the running statistics."""
     norm = norm_of(tensors, index, unit)
+    if unit.group is not None:
+        return synchronised_state(y, unit, norm, launch)
     state: Tensor = launch.bn_statistics(y, norm) if unit.batch_statistics else launch.bn_frozen(y, norm)
     return state
 

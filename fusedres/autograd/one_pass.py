@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedres.autograd.library_convolution import convolution
 from fusedres.autograd.plan import Branch, ConvBN, OnePass
+from fusedres.autograd.synchronised import convolve_centred_state
 from fusedres.ops.launch import Launches
 from fusedres.values import Centred, Folded, Gated, Gram, GramState, Norm, Raw, pixel_rows
 
@@ -19,7 +20,10 @@ def convolve_centred(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: L
     """Return the end of a branch, and the raw convolution of the centred input by the library."""
     z, *sums = launch.gram(h.y, h.state, unit.stride[0])
     gram = Gram(*sums)
-    state, projected = launch.one_pass_statistics(weight, gram, pixel_rows(z), norm)
+    if unit.group is None:
+        state, projected = launch.one_pass_statistics(weight, gram, pixel_rows(z), norm)
+    else:
+        state, projected = convolve_centred_state(gram, pixel_rows(z), unit, weight, norm, launch)
     y = convolution(z, weight, unit, subsampled=True)
     return Branch(None, state, OnePass(gram.pivot, gram.total, projected)), y
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class ConvBN(NamedTuple):
     momentum: float | None
     eps: float
     own: Directions = LIBRARY
+    group: Any = None  # the processes whose batches the statistics are of (torch.distributed); None: this one alone
 
     @property
     def geometry(self) -> Geometry:
@@ -72,11 +73,17 @@ class BlockPlan(NamedTuple):
     checked: bool = True  # False: only the C++ passes may run, as they check the tensors' memory themselves
     # What the shortcut reads: the block's x, or another tensor. "none": there is no shortcut, and out = relu(F(x)).
     reads: Literal["x", "other", "none"] = "x"
+    in_cpp: bool = True  # the C++ passes know plans of this kind: the shortcut reads x, no unit has a group
 
     @property
     def all_units(self) -> tuple[ConvBN, ...]:
         """The branch's units, then the projection's."""
         return self.units if self.projection is None else (*self.units, self.projection)
+
+    @property
+    def synchronised(self) -> bool:
+        """Some unit's statistics are those of several processes."""
+        return any(unit.group is not None for unit in self.all_units)
 
     @property
     def own_convolutions(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedres.autograd import cpu_passes
 from fusedres.autograd.backward import Backward
-from fusedres.autograd.double_backward import differentiable_block
+from fusedres.autograd.double_backward import differentiable_block, refuse_synchronised
 from fusedres.autograd.forward import Forward
 from fusedres.autograd.graph import are_plain, donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.inference import infer
@@ -27,6 +27,7 @@ from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import dense, require_memory, statistics_kept_on_error
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Inputs, Saved, Tensors
 from fusedres.autograd.saved import check_saved
+from fusedres.autograd.synchronised_backward import SynchronisedBackward
 
 # How often each path ran. Blocks: fused_forward, frozen_forward, fused_backward, composite_backward, unfused. Stems
 # (stem.py): stem_forward, stem_backward, stem_composite_backward, stem_unfused.
@@ -121,6 +122,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         params = tensors[1 : len(needs)]
         needs.append(used[1])
         if needs_composite(grad_out):
+            refuse_synchronised("a fused block", plan.all_units)
             count_path("composite_backward")
             saved = Saved.of(tensors[1 + len(params) :], plan)
             grads = differentiable_block(grad_out, Inputs(tensors[0], other), plan, params, saved, needs)
@@ -164,7 +166,8 @@ def _backward(
     mask = None if mask is None else mask.contiguous()
     saved = Saved.of([mask, *(as_saved(tensor) for tensor in rest)], plan)
     check_saved(saved, grad_out, inputs, params, plan)
-    run = Backward(grad_out, inputs, plan, params, saved, needs, donated).run
+    passes = SynchronisedBackward if plan.synchronised else Backward
+    run = passes(grad_out, inputs, plan, params, saved, needs, donated).run
     kind = x.device.type
     if torch.compiler.is_compiling() or x.is_meta or not torch.is_autocast_enabled(kind):
         return run()

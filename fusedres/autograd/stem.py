@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.autograd.double_backward import differentiable_stem
+from fusedres.autograd.double_backward import differentiable_stem, refuse_synchronised
 from fusedres.autograd.forward import unit_state
 from fusedres.autograd.graph import donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
@@ -26,6 +26,7 @@ from fusedres.autograd.memory import require_memory, statistics_kept_on_error, t
 from fusedres.autograd.plan import UNIT_PARAMS, StemPlan, Tensors, norm_of
 from fusedres.autograd.residual_block import as_saved, count_path
 from fusedres.autograd.saved import check_saved_stem
+from fusedres.autograd.synchronised import through_synchronised_norm
 from fusedres.ops.launch import launches
 from fusedres.values import BnBranch, BnGradient, NormState, Pooled, Raw, in_dtype, pixel_rows
 
@@ -94,6 +95,7 @@ class StemFunction(torch.autograd.Function):
         tensors: list[Any] = [t if t is None else materialized(t) for t in ctx.saved_tensors]
         x, *params, y, state, argmax = tensors
         if needs_composite(grad_out):
+            refuse_synchronised("a fused stem", (plan.unit,))
             count_path("stem_composite_backward")
             grads = differentiable_stem(grad_out, x, plan, tuple(params), state, needs)
         else:
@@ -151,7 +153,10 @@ def _stored(
     launch, unit = launches(plan.backend), plan.unit
     argmax, y, state = saved
     arguments = (Pooled(grad_out, argmax), BnBranch(y, state, unit.batch_statistics), needs[2] or needs[3])
-    if donated:  # y may be overwritten with its gradient
+    if unit.group is not None:
+        scaled, sums = launch.bn_relu_maxpool_backward(Pooled(grad_out, argmax), BnBranch(y, state, False), True)
+        dy = through_synchronised_norm(scaled, sums, y, state, unit, launch)
+    elif donated:  # y may be overwritten with its gradient
         dy, sums = y, launch.bn_relu_maxpool_backward_(*arguments)
     else:
         dy, sums = launch.bn_relu_maxpool_backward(*arguments)

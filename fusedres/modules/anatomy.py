@@ -47,6 +47,7 @@ class RawUnit(NamedTuple):
     track_running_stats: Any
     momentum: Any
     eps: Any
+    group: Any  # of SyncBatchNorm's processes, if there are several
 
 
 class ZeroPad(NamedTuple):
@@ -108,6 +109,12 @@ class Anatomy(NamedTuple):
     filters: Filters = ()
     chained: bool = False  # a part of a branch, which ends with a ReLU and has no shortcut
 
+    @property
+    def synchronised(self) -> bool:
+        """Whether some statistics are those of several processes."""
+        units = self.units if self.projection is None else (*self.units, self.projection)
+        return any(unit.settings.group is not None for unit in units)
+
 
 def anatomy_of(gathered: Gathered) -> Anatomy | str:
     """Return the parts of a block or a stem, or the option or tensor that no kernel supports, in words."""
@@ -145,7 +152,9 @@ def _unit(raw: RawUnit, not_plain: _Check) -> Unit | str:
     elif type(momentum) is not float and type(momentum) is not int:
         return f"{norm_name} has momentum {momentum!r}"
     statistics = (training or mean is None, update, momentum, eps)
-    settings = ConvBN._make((*geometry, *statistics, LIBRARY))
+    if raw.group is not None and torch.compiler.is_compiling():
+        return f"{norm_name} is synchronised, which is not compiled"
+    settings = ConvBN._make((*geometry, *statistics, LIBRARY, raw.group))
     return Unit(conv_name, norm_name, raw.promotes, settings, raw.conv_weight, weight, bias, mean, var, batches)
 
 

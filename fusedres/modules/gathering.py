@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.utils import _pair
@@ -56,9 +57,10 @@ def gather(block: nn.Module, cls: Any, parts: Parts) -> Gathered | str:
 
 def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUnit | str:
     """Return a convolution and its norm, or why they cannot be fused."""
-    frozen = is_frozen_norm(type(norm))
+    frozen, synchronised = is_frozen_norm(type(norm)), type(norm) is nn.SyncBatchNorm
     reason = _of_type(conv_name, conv, nn.Conv2d)
-    reason = reason or (touched(norm_name, norm) if frozen else _of_type(norm_name, norm, nn.BatchNorm2d))
+    known = frozen or synchronised
+    reason = reason or (touched(norm_name, norm) if known else _of_type(norm_name, norm, nn.BatchNorm2d))
     if reason is not None:
         return reason
     settings, state = conv.__dict__, norm.__dict__
@@ -79,7 +81,7 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
     parameters, buffers = state["_parameters"], state["_buffers"]
     if frozen:
         weight, bias, mean, var = (buffers.get(name, ABSENT) for name in BUFFERS)
-        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS))  # from num_batches_tracked to eps
+        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS), None)  # from num_batches_tracked on
         return RawUnit(conv_name, norm_name, True, *convolution, weight, bias, mean, var, *statistics)
     return RawUnit(
         conv_name,
@@ -95,7 +97,16 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
         state["track_running_stats"],
         state["momentum"],
         state["eps"],
+        _group_of(state) if synchronised else None,
     )
+
+
+def _group_of(state: dict[str, Any]) -> Any:
+    """Return the group of processes whose batches SyncBatchNorm's statistics are of, or None if this is one process."""
+    if not (state["training"] and dist.is_available() and dist.is_initialized()):
+        return None
+    group = state["process_group"] or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _gather_shortcut(block: nn.Module, units: tuple[RawUnit, ...], parts: Parts) -> Gathered | str:

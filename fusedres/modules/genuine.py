@@ -21,7 +21,7 @@ from fusedres.modules.shortcut import ZeroPadShortcut
 class _Bypassed:
     """Holds everything that calls of a block's or a stem's children reach, so that one attrgetter reads all of it."""
 
-    Module, Conv2d, BatchNorm2d, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.ReLU
+    Module, Conv2d, BatchNorm2d, SyncBatchNorm, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU
     MaxPool2d, Sequential, Identity = nn.MaxPool2d, nn.Sequential, nn.Identity
     ZeroPadShortcut = ZeroPadShortcut
     functional, torch = nn.functional, torch
@@ -33,7 +33,7 @@ def _methods(*classes: str) -> tuple[str, ...]:
 
 _OF_UNITS = (
     "Module._call_impl",
-    *_methods("Conv2d", "BatchNorm2d", "ReLU"),
+    *_methods("Conv2d", "BatchNorm2d", "SyncBatchNorm", "ReLU"),
     "Conv2d._conv_forward",
     "BatchNorm2d._check_input_dim",
     "functional.conv2d",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import BlockPlan, ConvBN, StemPlan, suggests_channels_last
-from fusedres.dispatch import Way
+from fusedres.dispatch import LIBRARY, Way
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.modules.anatomy import Anatomy, Unit, ZeroPad
 from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
@@ -32,6 +32,7 @@ class Input(NamedTuple):
     conv: str  # fuse()'s option
     way: Way | None  # measured
     other: Tensor | None = None  # what the shortcut reads, if it is not x
+    synchronised: bool = False  # some statistics are those of several processes
 
 
 class Read(NamedTuple):
@@ -68,6 +69,7 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
     Raises:
         ShapeError, DtypeError, RuntimeError: eager raises an error for this call too, or it cannot be computed.
     """
+    given = given._replace(synchronised=anatomy.synchronised)
     op, x = given.op, given.x
     refused = _promoted(given, (*anatomy.units, anatomy.projection))
     if refused is not None:
@@ -101,7 +103,9 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
     images = images_at_a_time(x, shape)
     plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, given.dtype, given.backend, channels_last)
     if given.other is not None or anatomy.chained:
-        plan = plan._replace(reads="none" if anatomy.chained else "other")
+        plan = plan._replace(reads="none" if anatomy.chained else "other", in_cpp=False)
+    elif anatomy.synchronised:
+        plan = plan._replace(in_cpp=False)
     return plan, tuple(tensors)
 
 
@@ -110,6 +114,7 @@ def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors] | str:
     refused = _promoted(given, anatomy.units)
     if refused is not None:
         return refused
+    given = given._replace(synchronised=anatomy.synchronised)
     found = read_unit(given, anatomy.units[0], _shape(given.x), suggests_channels_last(given.x))
     return StemPlan(found.unit, given.dtype, given.backend, found.channels_last), found.tensors
 
@@ -159,6 +164,8 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
     _check_norm(given, part, reached)
     unit = part.settings
     own = own_products(given.conv, given.backend, unit.groups, (weight.shape[2], weight.shape[3]), given.way)
+    if given.synchronised:
+        own = LIBRARY
     unit = unit if own == unit.own else unit._replace(own=own)
     channels_last = channels_last or suggests_channels_last(weight)
     if reached[1] == 1 or reached[2] == reached[3] == 1 or (given.dtype is torch.float64 and x.is_cuda):
@@ -201,7 +208,7 @@ def _check_norm(given: Input, part: Unit, shape: Shape) -> None:
     if wanted is not given.dtype and wanted is not None and (wanted is not torch.float32 or given.dtype not in _HALF):
         _refuse_vector(given, part, None, shape[1], wanted)
     if part.settings.batch_statistics:
-        if shape[0] * shape[2] * shape[3] == 1:
+        if shape[0] * shape[2] * shape[3] == 1 and part.settings.group is None:
             got = torch.Size(shape)
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {got}")
         if part.settings.eps <= 0:

@@ -39,7 +39,13 @@ def remember(
     block: nn.Module, gathered: Gathered, x: Tensor, options: tuple[str, str], plan: BlockPlan, tensors: Tensors
 ) -> None:
     """Remember a call that the C++ passes serve."""
-    if plan.backend != "cpu" or plan.dtype is not x.dtype or measured(x.device) or not gathered.is_fixed():
+    if (
+        not plan.in_cpp
+        or plan.backend != "cpu"
+        or plan.dtype is not x.dtype
+        or measured(x.device)
+        or not gathered.is_fixed()
+    ):
         return
     if not all(tensor is None or tensor.is_leaf for tensor in tensors):  # do not keep a graph alive
         return

@@ -41,7 +41,7 @@ def _launch(
     grad_shortcut: Tensor | None,
     with_sums: bool,
 ) -> Tensor:
-    sums = x.state.new_empty((3, grad.shape[1]))
+    sums = (x.state.new_empty if grad.numel() else x.state.new_zeros)((3, grad.shape[1]))
     _C.bn_add_relu_backward(
         matrix_of(grad),
         gate,
@@ -49,6 +49,7 @@ def _launch(
         branch_of(shortcut, grad_shortcut),
         sums.data_ptr(),
         with_sums or x.batch_statistics or (shortcut is not None and shortcut.batch_statistics),
+        True,
         torch.get_num_threads(),
     )
     return sums

@@ -15,6 +15,7 @@ def relu_backward(gated: Gated) -> tuple[Tensor, Tensor]:
     """See fusedres.ops.relu_backward."""
     grad, gate = gated
     d = empty_like(grad)
-    sums = grad.new_empty(grad.shape[1], dtype=arithmetic_dtype(grad.dtype))
+    new = grad.new_empty if grad.numel() else grad.new_zeros
+    sums = new(grad.shape[1], dtype=arithmetic_dtype(grad.dtype))
     _C.relu_backward(matrix_of(grad), gate_of(gate), d.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     return d, sums
