@@ -23,6 +23,7 @@ from fusedres.modules.classes import (
 from fusedres.modules.families import read
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
+from fusedres.modules.scripting import restore
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
@@ -96,6 +97,7 @@ def fuse(
     if conv not in _CONV:
         raise ValueError(f"fuse: conv must be one of {', '.join(_CONV)}, got {conv!r}")
     for name, block in model.named_modules():
+        restore(block)
         if _unfusable(type(block)) is None and (filter is None or filter(name, block)):
             _switch(block, {"fused_memory": memory, "fused_conv": conv})
     return model
@@ -131,6 +133,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
     for block in model.modules():
+        restore(block)
         if is_fused(type(block)) and stock_class(type(block)) is not type(block):
             block.__class__ = stock_class(type(block))
             for option in _OPTIONS:
@@ -158,6 +161,8 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        restore(module)
     blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, FusedBlock)]
     for name, block in blocks:
         if block.training:
@@ -182,6 +187,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     rows = Report()
     for name, block in model.named_modules():
+        restore(block)
         base = base_of(type(block))
         if base is not None:
             reason = _reason(block)

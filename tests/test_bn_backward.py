@@ -263,7 +263,9 @@ def test_errors():
     with pytest.raises(ValueError, match=r"bn_backward_coefficients: state must have shape \(4, 8\)"):
         ops.bn_backward_coefficients(partials, 18, NormState(affine[:2], True), backend="reference")
     with pytest.raises(RuntimeError, match="there is no cpu backend; use 'reference'"):
-        ops.bn_finalize(partials, torch.ones(len(partials)), Norm(None, None, None, None, None, 0.1, 1e-5), backend="cpu")
+        ops.bn_finalize(
+            partials, torch.ones(len(partials)), Norm(None, None, None, None, None, 0.1, 1e-5), backend="cpu"
+        )
 
 
 @pytest.mark.parametrize("backend", backends_of("bn_relu_backward_", "bn_add_relu_backward", "relu_backward"))

@@ -108,7 +108,7 @@ class FrozenConv(NamedTuple):
                 x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""
             )
         else:
-            y = torch.convolution(x, self.weight, self.bias, stride, padding, dilation, False, (0, 0), groups)
+            y = torch.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         return y.contiguous(memory_format=torch.channels_last)
 
 

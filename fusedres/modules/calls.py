@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -100,7 +100,7 @@ def _reason_of_parts(given: Input, anatomy: Anatomy) -> str | None:
 
 def keep_reason(block: nn.Module, reason: str | None) -> None:
     """Store for report() why a call ran unfused; "": it ran fused, None: the reason is in the block's parts."""
-    if not torch.compiler.is_compiling() and block.__dict__.get("fused_last_reason") != reason:
+    if not torch.compiler.is_dynamo_compiling() and block.__dict__.get("fused_last_reason") != reason:
         block.__dict__["fused_last_reason"] = reason
 
 
@@ -115,6 +115,10 @@ def unusual_input(x: Any) -> str | None:
 
     Something observes these operators, or the input's values are not in its memory.
     """
+    if torch.compiler.is_exporting():
+        return "torch.export was recording: exported programs have torch's own operators alone"
+    if isinstance(x, fx.Proxy):
+        return "torch.fx was tracing"
     if type(x) not in (Tensor, nn.Parameter):
         return f"the input was a {type(x).__name__}, not a plain tensor"
     if torch._C._are_functorch_transforms_active():

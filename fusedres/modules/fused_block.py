@@ -19,12 +19,13 @@ from fusedres.modules.parts import Parts
 from fusedres.modules.reading import Tensors, read_block, read_input
 from fusedres.modules.remembered import recall, remember
 from fusedres.modules.running import run_filtered, run_plan, run_unfused
+from fusedres.modules.scripting import Scriptable
 
 # Neither copied nor pickled with a block: folded weights, what the last call left, and what was read from its forward.
 _OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls", "_parts")
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(Scriptable):
     """Mixin that comes before a torchvision block in the bases: forward runs fused if that is the same computation.
 
     Everything is read from the children once per call. If a part is unusual (`unfused_reason`) or a functorch transform
@@ -115,6 +116,10 @@ class FusedForeignBlock(FusedBlock):
     def __setstate__(self, state: Any) -> None:
         """Restore a copied or unpickled block, and read its forward again, which may be another version's."""
         super().__setstate__(state)
+        self.restored()
+
+    def restored(self) -> None:
+        """Read the forward of the block; if it is no residual block's any more, the block gets its stock class."""
         parts = read(self)
         if isinstance(parts, str):
             object.__setattr__(self, "__class__", self._stock)

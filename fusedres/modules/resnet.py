@@ -22,9 +22,10 @@ from fusedres.modules.choice import serving_backend
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts, UnitPaths
 from fusedres.modules.reading import read_stem
+from fusedres.modules.scripting import Scriptable
 
 
-class FusedStem(nn.Module):
+class FusedStem(Scriptable):
     """Mixin that runs conv1, bn1, relu and maxpool of a ResNet fused; it comes before the model's class in the bases.
 
     Everything is read from the children once per call.
