@@ -15,15 +15,18 @@ import pytest
 import torch
 from foreign import Nested
 from fusion import expect_paths, stock_case
+from op_examples import examples
 from reference import randomize, run
 from shapes import CORE, case
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
+from fusedres.ops._library import OPS
 
 SMALL = case("basic", "projection")
 
@@ -77,6 +80,45 @@ def test_operations_are_counted() -> None:
     assert profiled(lambda: twin(x), with_flops=True)["aten::conv2d"].flops == convolutions
     assert counts[1] == counts[3]
     assert counts[2] >= convolutions
+
+
+# --- torch.library
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_every_op_passes_opcheck(name: str) -> None:
+    """Schema, fake kernel, autograd registration, and the op inside AOTAutograd."""
+    for example in examples()[name]:
+        arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()}
+        operator = getattr(torch.ops.fusedres, name).default
+        checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+        if name != "empty_batch":  # has no values to compare
+            checks.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, (), arguments | {"backend": "reference"}, test_utils=checks)
+
+
+# --- compiled inference
+
+
+def test_compiled_inference_on_a_cpu_has_torchs_operators() -> None:
+    """The compiler's own fusion is faster there; a selected backend, and training, stay fused."""
+    model, twin, x = network()
+    model.eval(), twin.eval()
+    for freeze in (False, True):
+        if freeze:
+            fusedres.freeze(twin)
+        for backend, fused in (("auto", False), ("cpu", True)):
+            torch._dynamo.reset()
+            graphs: list[str] = []
+
+            def keep(graph: torch.fx.GraphModule, _: object, graphs: list[str] = graphs) -> Callable[..., object]:
+                graphs.append(str(graph.code))
+                return graph.forward
+
+            compiled = torch.compile(twin, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+            with torch.no_grad(), fusedres.use_backend(backend):
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+            assert ("fusedres" in graphs[0]) is fused
 
 
 # --- saved tensors

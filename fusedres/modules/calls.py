@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from fusedres.autograd import Frozen
+from fusedres.backends import automatic
 from fusedres.modules.anatomy import Anatomy
 from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
 from fusedres.modules.filters import filtered_like, split
@@ -124,7 +125,10 @@ def unusual_input(x: Any) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func was active"
     if torch.compiler.is_compiling():
-        return None
+        # On two cores, compiled inference with the passes of this package took 1.09 (ResNet-18) and 1.17 (ResNet-50)
+        # of the time that it takes with torch's operators, which the compiler fuses.
+        inference = x.is_cpu and not torch.is_grad_enabled() and automatic()
+        return "torch.compile makes faster code for inference on CPUs" if inference else None
     if torch._C._len_torch_function_stack() and has_function_mode():
         return "a mode that sees torch's functions was active"
     if x.layout is not torch.strided or x.is_nested:

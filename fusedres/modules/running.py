@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ def run_unfused(cls: Any, block: nn.Module, x: Tensor, reason: str | None) -> Te
 def _run_fused(inputs: Inputs, plan: BlockPlan, tensors: Tensors, frozen: Frozen | None) -> Tensor:
     recorded = wants_gradients(inputs.x, (inputs.other, *tensors))
     constant = not any(unit.batch_statistics for unit in plan.all_units)
-    if frozen is not None and not recorded and constant:
+    if frozen is not None and not recorded and constant and not torch.compiler.is_compiling():
         count_path("frozen_forward")
         return run_frozen(inputs, plan, frozen.folded(inputs, plan, tensors))
     return run_block(inputs, plan, tensors, recorded)

@@ -15,7 +15,8 @@ def bn_relu(x: Tensor, state: Tensor | None, pivot: Tensor | None, stride: int) 
     z = z.to(arithmetic_dtype(x.dtype)) if state is None else affine(z, state).relu_()
     if pivot is not None:
         z = z - per_channel(pivot)
-    return z.to(x.dtype, copy=z is x).contiguous(memory_format=torch.channels_last)
+    copy = state is None and pivot is None  # z may be a view of x
+    return z.to(x.dtype, copy=copy).contiguous(memory_format=torch.channels_last)
 
 
 def bn_relu_(x: Tensor, state: Tensor) -> None:
