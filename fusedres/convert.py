@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from fusedres.modules.classes import (
     refusals,
     stock_class,
 )
-from fusedres.modules.families import read
+from fusedres.modules.families import looks_residual, read, why_unknown
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.scripting import restore
@@ -86,6 +87,9 @@ def fuse(
     Returns:
         model itself.
 
+    Warns:
+        nothing was changed, because of the first reason that `report` gives.
+
     Raises:
         TypeError: model is not a module.
         ValueError: an option is unknown.
@@ -100,6 +104,10 @@ def fuse(
         restore(block)
         if _unfusable(type(block)) is None and (filter is None or filter(name, block)):
             _switch(block, {"fused_memory": memory, "fused_conv": conv})
+    if filter is None and not any(is_fused(type(block)) for block in model.modules()):
+        reasons = report(model)
+        because = f"{reasons[0].name}: {reasons[0].reason}" if reasons else "it has no residual blocks"
+        warnings.warn(f"fuse: nothing in {type(model).__name__} was changed; {because}; see report()", stacklevel=2)
     return model
 
 
@@ -178,7 +186,8 @@ def report(model: nn.Module) -> Report:
     A block is not fused if its parts are unusual, if code that it would bypass was replaced, if a batch of images would
     raise an error, or if its last input ran unfused (a tensor subclass, a transform of torch.func). The report has no
     input, so it does not ask the table of measured choices, which may also leave a shape unfused (see `fuse`).
-    A ResNet's stem has the name "<name> stem" and the kind "stem".
+    A ResNet's stem has the name "<name> stem" and the kind "stem". Modules of unknown classes that have the looks of a
+    residual block have a row too: its reason says whether `register` would help.
 
     Raises:
         TypeError: model is not a module.
@@ -186,10 +195,15 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     rows = Report()
+    inside: str | None = None  # the last residual-looking block of an unknown class
     for name, block in model.named_modules():
         restore(block)
         base = base_of(type(block))
-        if base is not None:
+        if base is None:
+            if looks_residual(block) and (inside is None or not name.startswith(inside)):
+                inside = f"{name}." if name else ""
+                rows.append(BlockReport(name or "(model)", type(block).__name__, False, why_unknown(block)))
+        else:
             reason = _reason(block)
             kind, suffix = ("stem", " stem") if base is ResNet else (_kind(type(block), base), "")
             rows.append(BlockReport((name or "(model)") + suffix, kind, reason is None, reason or ""))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from foreign import Named, Nested, Shortcut
 from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_small, regnet_x_400mf
 
 import fusedres
 
@@ -122,3 +124,67 @@ def test_reading_a_block_changes_nothing_and_needs_no_memory() -> None:
         model = nn.Sequential(Nested(4, 8, 2))
     fusedres.register(Nested)
     assert type(fusedres.fuse(model)[0]).__name__ == "FusedNested"
+
+
+# --- what report() and fuse() say of classes that nobody declared
+
+
+def unknown(name: str, base: type[nn.Module] = Shortcut, **body: object) -> type[nn.Module]:
+    return type(name, (base,), {"forward": lambda self, x: base.forward(self, x), **body})
+
+
+def test_residual_looking_blocks_of_unknown_classes_have_a_row() -> None:
+    """The reason says whether register() helps, or what does not fit. A block inside such a block has no row."""
+    fitting, video = unknown("MyBasicBlock"), unknown("VideoBlock")(4, 4)
+    video.conv1 = nn.Conv3d(4, 4, 3)
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.mean()
+
+    class GatedBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gate = unknown("InnerBlock")(4, 4), nn.Sequential(Gate())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(self.inner(x)) + x
+
+    model = nn.Sequential(fitting(4, 4), video, GatedBlock(), nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1)))
+    with pytest.warns(UserWarning, match=r"fuse: nothing in Sequential was changed; 0: its class is not known; "):
+        fusedres.fuse(model)
+    rows = fusedres.report(model)
+    assert [(row.name, row.kind, row.fused) for row in rows] == [
+        ("0", "MyBasicBlock", False),
+        ("1", "VideoBlock", False),
+        ("2", "GatedBlock", False),
+    ]
+    assert (
+        rows[0].reason
+        == f"its class is not known; fusedres.register({fitting.__module__}.MyBasicBlock) lets fuse() switch it"
+    )
+    assert rows[1].reason == "conv1 is a Conv3d, not a Conv2d"
+    assert "mean of a tensor" in rows[2].reason or "inner" in rows[2].reason
+    fusedres.register(fitting)
+    fusedres.fuse(model)
+    assert fusedres.report(model)[0].fused
+
+
+def test_fuse_warns_where_it_changed_nothing() -> None:
+    with pytest.warns(UserWarning, match="nothing in Linear was changed; it has no residual blocks"):
+        fusedres.fuse(nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fusedres.fuse(nn.Linear(2, 2), filter=lambda *_: True)  # the filter may have chosen nothing on purpose
+        model = fusedres.fuse(Shortcut(4, 4)) if fusedres.register(Shortcut) else None
+        fusedres.fuse(model)
+
+
+def test_other_networks_of_torchvision() -> None:
+    with torch.device("meta"):
+        mobile = mobilenet_v3_small()
+    with pytest.warns(UserWarning, match="nothing in MobileNetV3 was changed"):
+        fusedres.fuse(mobile)
+    assert not any(row.fused for row in fusedres.report(mobile))
+    rows = fusedres.report(fusedres.fuse(regnet_x_400mf()))
+    assert len(rows) == 22 and all(row.fused for row in rows)

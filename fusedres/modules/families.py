@@ -5,11 +5,13 @@ No other package is imported: a class is known by its full name. tracing.py read
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 from torch import nn
 
 from fusedres.modules.frozen_norm import recognise_frozen_norms
+from fusedres.modules.gathering import gather_parts
 from fusedres.modules.parts import Parts, path_of
 from fusedres.modules.tracing import parts_of
 
@@ -17,6 +19,7 @@ _Block = TypeVar("_Block", bound="type[nn.Module] | nn.Module")
 
 _PACKAGES = {
     "timm.models.resnet": ("BasicBlock", "Bottleneck"),
+    "torchvision.models.regnet": ("ResBottleneckBlock",),
     "transformers.models.resnet.modeling_resnet": ("ResNetBasicLayer", "ResNetBottleNeckLayer"),
     "transformers.models.rt_detr.modeling_rt_detr_resnet": ("RTDetrResNetBasicLayer", "RTDetrResNetBottleNeckLayer"),
     "mmdet.models.backbones.resnet": ("BasicBlock", "Bottleneck"),
@@ -66,6 +69,31 @@ def is_declared(cls: type[nn.Module]) -> bool:
         return True
     owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
     return owner in _registered or path_of(owner) in _known
+
+
+# Names that residual blocks have, and names of the modules in their shortcuts.
+_BLOCK_NAME = re.compile(r"block|basic|bottle\w?neck|residual|res\w*(unit|layer)$", re.IGNORECASE)
+_SHORTCUT_NAMES = frozenset(("downsample", "shortcut", "skip", "skip_connection", "identity_conv", "residual_conv"))
+_FEW_CONVOLUTIONS = range(2, 9)
+
+
+def looks_residual(module: nn.Module) -> bool:
+    """Whether a module of an unknown class has the looks of a residual block: some convolutions, and a name for it."""
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    named = _BLOCK_NAME.search(type(module).__name__) is not None
+    if not named and _SHORTCUT_NAMES.isdisjoint(module._modules):
+        return False
+    return sum(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules()) in _FEW_CONVOLUTIONS
+
+
+def why_unknown(block: nn.Module) -> str:
+    """Return why a residual-looking block of a class that nobody declared is not fused."""
+    parts = read(block)
+    gathered = parts if isinstance(parts, str) else gather_parts(block, parts)
+    if isinstance(gathered, str):
+        return gathered
+    return f"its class is not known; fusedres.register({path_of(type(block))}) lets fuse() switch it"
 
 
 def read(block: nn.Module) -> Parts | str:

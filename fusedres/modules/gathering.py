@@ -36,8 +36,11 @@ def gather(block: nn.Module, cls: Any, parts: Parts) -> Gathered | str:
         or _hidden(block, cls, parts.names)
         or changed(block, cls, parts)
     )
-    if reason is not None:
-        return reason
+    return gather_parts(block, parts) if reason is None else reason
+
+
+def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:
+    """Return the objects of the parts, or which part is not plain."""
     units: list[RawUnit] = []
     for paths in parts.units:
         unit = _gather_unit(paths.conv, paths.norm, at(block, paths.conv), at(block, paths.norm))

@@ -35,7 +35,7 @@ class UnfitError(Exception):
 class _Step(NamedTuple):
     """Something that was done to a value; path: the module that did it, if one did."""
 
-    kind: str  # conv, norm, relu, identity, zero_pad or other
+    kind: str  # conv, norm, relu, identity, zero_pad, in place (changes its input) or other
     path: str | None
     what: str  # in words
 
@@ -203,9 +203,7 @@ def _step_of(path: str, cls: type[nn.Module], module: nn.Module) -> _Step:
         return _Step("zero_pad", path, what)
     if may_be_identity(cls):
         return _Step("identity", path, what)
-    if getattr(module, "inplace", False):
-        raise UnfitError(what)
-    return _Step("other", path, what)
+    return _Step("in place" if getattr(module, "inplace", False) else "other", path, what)
 
 
 # --- the grammar of a block
