@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.utils import _pair
 
 from fusedres.modules.anatomy import ABSENT, Filters, Gathered, RawUnit, ZeroPad
-from fusedres.modules.frozen_norm import BUFFERS, DEFAULT_EPS, is_frozen_norm
+from fusedres.modules.frozen_norm import DEFAULT_EPS, is_frozen_norm
 from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
 from fusedres.modules.parts import Parts, UnitPaths, at, changed, dropping
 from fusedres.modules.shortcut import ZeroPadShortcut
@@ -41,14 +43,15 @@ def gather(block: nn.Module, cls: Any, parts: Parts) -> Gathered | str:
 
 def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:
     """Return the objects of the parts, or which part is not plain."""
+    find: Callable[[str], Any] = partial(at, block) if parts.nested else block.__dict__["_modules"].get
     units: list[RawUnit] = []
-    for paths in parts.units:
-        unit = _gather_unit(paths.conv, paths.norm, at(block, paths.conv), at(block, paths.norm))
+    for conv_name, norm_name, _ in parts.units:
+        unit = _gather_unit(conv_name, norm_name, find(conv_name), find(norm_name))
         if isinstance(unit, str):
             return unit
         units.append(unit)
     for path in parts.relus:
-        reason = _of_type(path, at(block, path), nn.ReLU)
+        reason = _of_type(path, find(path), nn.ReLU)
         if reason is not None:
             return reason
     if parts.maxpool is not None:
@@ -60,19 +63,30 @@ def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:
 
 def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUnit | str:
     """Return a convolution and its norm, or why they cannot be fused."""
-    frozen, synchronised = is_frozen_norm(type(norm)), type(norm) is nn.SyncBatchNorm
+    kind = type(norm)
     reason = _of_type(conv_name, conv, nn.Conv2d)
-    known = frozen or synchronised
-    reason = reason or (touched(norm_name, norm) if known else _of_type(norm_name, norm, nn.BatchNorm2d))
+    if reason is None:
+        known = kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm or is_frozen_norm(kind)
+        reason = touched(norm_name, norm) if known else _of_type(norm_name, norm, nn.BatchNorm2d)
     if reason is not None:
         return reason
     settings, state = conv.__dict__, norm.__dict__
     for name, attributes in ((conv_name, settings), (norm_name, state)):
-        for field in _TENSORS:
-            if field in attributes:
-                return f"{name} has a {field} that is not a parameter or buffer"
-    weights = settings["_parameters"]
-    convolution = (
+        if not attributes.keys().isdisjoint(_TENSORS):
+            field = next(field for field in _TENSORS if field in attributes)
+            return f"{name} has a {field} that is not a parameter or buffer"
+    weights, buffers = settings["_parameters"], state["_buffers"]
+    frozen = kind is not nn.BatchNorm2d and kind is not nn.SyncBatchNorm
+    affine = buffers if frozen else state["_parameters"]
+    if frozen:
+        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS))
+    else:
+        batches = buffers.get("num_batches_tracked", ABSENT)
+        statistics = (batches, state["training"], state["track_running_stats"], state["momentum"], state["eps"])
+    return RawUnit(
+        conv_name,
+        norm_name,
+        frozen,
         weights.get("weight"),
         weights.get("bias", ABSENT),
         settings["stride"],
@@ -80,27 +94,12 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
         settings["dilation"],
         settings["groups"],
         settings["padding_mode"],
-    )
-    parameters, buffers = state["_parameters"], state["_buffers"]
-    if frozen:
-        weight, bias, mean, var = (buffers.get(name, ABSENT) for name in BUFFERS)
-        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS), None)  # from num_batches_tracked on
-        return RawUnit(conv_name, norm_name, True, *convolution, weight, bias, mean, var, *statistics)
-    return RawUnit(
-        conv_name,
-        norm_name,
-        False,
-        *convolution,
-        parameters.get("weight", ABSENT),
-        parameters.get("bias", ABSENT),
+        affine.get("weight", ABSENT),
+        affine.get("bias", ABSENT),
         buffers.get("running_mean", ABSENT),
         buffers.get("running_var", ABSENT),
-        buffers.get("num_batches_tracked", ABSENT),
-        state["training"],
-        state["track_running_stats"],
-        state["momentum"],
-        state["eps"],
-        _group_of(state) if synchronised else None,
+        *statistics,
+        _group_of(state) if kind is nn.SyncBatchNorm else None,
     )
 
 
@@ -117,13 +116,15 @@ def _gather_shortcut(block: nn.Module, units: tuple[RawUnit, ...], parts: Parts)
     paths: UnitPaths | None = parts.projection
     zero_pad, filters = parts.zero_pad, parts.shortcut_filters
     if parts.downsample is not None:
-        found = _look_into(parts.downsample, at(block, parts.downsample))
+        found = _look_into(parts.downsample, block.__dict__["_modules"].get(parts.downsample))
         if isinstance(found, str):
             return found
         paths, zero_pad, filters = found
     modules: Filters = ()
-    before = [*(unit.filters for unit in parts.units), filters if paths is None else paths.filters]
-    if any(before):
+    if paths is not None:
+        filters = paths.filters
+    if parts.filtered or filters:
+        before = (*(unit.filters for unit in parts.units), filters)
         modules = tuple(tuple(at(block, path) for path in each) for each in before)
     if zero_pad is not None:
         pad = at(block, zero_pad)
@@ -150,15 +151,16 @@ def _look_into(path: str, downsample: Any) -> _Shortcut | str:
     if type(downsample) is ZeroPadShortcut:
         return None, path, ()
     children = downsample.__dict__["_modules"] if type(downsample) is nn.Sequential else {}
-    inner = [(name, child) for name, child in children.items() if type(child) is not nn.Identity]
-    if len(inner) != len(children):
+    names = tuple(children)
+    if nn.Identity in map(type, children.values()):
         for name, child in children.items():
             reason = dropping(f"{path}.{name}", child) if type(child) is nn.Identity else None
             if reason is not None:
                 return reason
-    if len(inner) < 2 or any(type(child) is not nn.AvgPool2d for _, child in inner[:-2]):
+        names = tuple(name for name, child in children.items() if type(child) is not nn.Identity)
+    if len(names) < 2 or any(type(children[name]) is not nn.AvgPool2d for name in names[:-2]):
         return f"{path} is a {type(downsample).__name__} other than convolution + BatchNorm or ZeroPadShortcut"
-    return _paths_of(path, tuple(name for name, _ in inner)), None, ()
+    return _paths_of(path, names), None, ()
 
 
 # A call must find the same objects as the one before (remembered.py).

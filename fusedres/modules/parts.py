@@ -64,17 +64,26 @@ class Parts(NamedTuple):
     forward: Any = None  # of the block's class, when it was read; None: a class of torchvision
 
     names: tuple[str, ...] = ()  # the block's own children among the parts
+    nested: bool = False  # some part is not a child of the block itself
+    filtered: bool = False  # some unit has filters
 
     def named(self) -> Parts:
         """Return these parts with their names."""
         others = (self.maxpool, self.downsample, self.zero_pad)
         units = self.units if self.projection is None else (*self.units, self.projection)
         paths = chain(*((unit.conv, unit.norm) for unit in units), self.relus, self.identities, filter(None, others))
-        return self._replace(names=tuple(dict.fromkeys(path.partition(".")[0] for path in paths)))
+        all_paths = tuple(paths)
+        return self._replace(
+            names=tuple(dict.fromkeys(path.partition(".")[0] for path in all_paths)),
+            nested=any("." in path for path in all_paths),
+            filtered=any(unit.filters for unit in self.units),
+        )
 
 
 def at(block: nn.Module, path: str) -> Any:
     """Return the module at a path below a block, or None; attributes that hide a child are not looked at."""
+    if "." not in path:
+        return block.__dict__["_modules"].get(path)
     found: Any = block
     for name in path.split("."):
         found = found.__dict__["_modules"].get(name)
@@ -85,7 +94,9 @@ def at(block: nn.Module, path: str) -> Any:
 
 def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
     """Return what is no longer as it was when the block was read, in words, or None; cls: its fused class."""
-    if parts.forward is not None and cls._stock.forward is not parts.forward:
+    if parts.forward is None:
+        return None
+    if cls._stock.forward is not parts.forward:
         return f"{cls._stock.__qualname__}.forward is replaced: call fuse() again"
     for path, cls, forward, children in parts.containers:
         module = at(block, path)
