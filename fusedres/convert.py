@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import Frozen
-from fusedres.modules import FusedBlock, FusedResNet
+from fusedres.modules import FusedBlock, FusedStem
 from fusedres.modules.anatomy import SHARDED
 from fusedres.modules.classes import (
     base_of,
@@ -21,9 +21,11 @@ from fusedres.modules.classes import (
     refusals,
     stock_class,
 )
-from fusedres.modules.families import looks_residual, read, why_unknown
+from fusedres.modules.families import has_stem, looks_residual, read, read_network, why_unknown
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
+from fusedres.modules.parts import Parts
+from fusedres.modules.resnet import FusedForeignStem
 from fusedres.modules.scripting import restore
 
 _MEMORY = ("auto", "min")
@@ -102,7 +104,7 @@ def fuse(
         raise ValueError(f"fuse: conv must be one of {', '.join(_CONV)}, got {conv!r}")
     for name, block in model.named_modules():
         restore(block)
-        if _unfusable(type(block)) is None and (filter is None or filter(name, block)):
+        if _unfusable(block) is None and (filter is None or filter(name, block)):
             _switch(block, {"fused_memory": memory, "fused_conv": conv})
     if filter is None and not any(is_fused(type(block)) for block in model.modules()):
         reasons = report(model)
@@ -114,9 +116,9 @@ def fuse(
 def _switch(block: nn.Module, options: dict[str, str]) -> None:
     """Give a block or a ResNet its fused class if it can have one, and the options of fuse()."""
     recognise_frozen_norms(block)
-    cls, base = type(block), base_of(type(block))
+    cls, base = type(block), _base(block)
     assert base is not None
-    parts = read(block) if base is nn.Module else None
+    parts = _read(block)
     if isinstance(parts, str):  # not such a block, or no longer
         block.__class__ = stock_class(cls)
         return
@@ -125,7 +127,7 @@ def _switch(block: nn.Module, options: dict[str, str]) -> None:
         if fused is None:
             return
         block.__class__ = fused
-    if isinstance(block, FusedResNet) and options["fused_conv"] == "fused":
+    if isinstance(block, FusedStem) and options["fused_conv"] == "fused":
         options = options | {"fused_conv": "measured"}
     block.__dict__ |= options if parts is None else options | {"_parts": parts}
 
@@ -198,14 +200,14 @@ def report(model: nn.Module) -> Report:
     inside: str | None = None  # the last residual-looking block of an unknown class
     for name, block in model.named_modules():
         restore(block)
-        base = base_of(type(block))
+        base = _base(block)
         if base is None:
             if looks_residual(block) and (inside is None or not name.startswith(inside)):
                 inside = f"{name}." if name else ""
                 rows.append(BlockReport(name or "(model)", type(block).__name__, False, why_unknown(block)))
         else:
             reason = _reason(block)
-            kind, suffix = ("stem", " stem") if base is ResNet else (_kind(type(block), base), "")
+            kind, suffix = ("stem", " stem") if base in (ResNet, FusedForeignStem) else (_kind(type(block), base), "")
             rows.append(BlockReport((name or "(model)") + suffix, kind, reason is None, reason or ""))
     return rows
 
@@ -214,9 +216,22 @@ def _kind(cls: type[nn.Module], base: type[nn.Module]) -> str:
     return stock_class(cls).__name__ if base is nn.Module else base.__name__
 
 
-def _unfusable(cls: type[nn.Module]) -> str | None:
-    """Return why fuse() leaves modules of a class unchanged, or None if it sets their class or options."""
-    base = base_of(cls)
+def _base(block: nn.Module) -> type[nn.Module] | None:
+    """Return the result of base_of for a block, or FusedForeignStem for a network whose stem may be fused."""
+    cls, base = type(block), base_of(type(block))
+    foreign = base is None or (base is ResNet and not is_fused(cls) and own_method(cls, base) == "forward")
+    return FusedForeignStem if foreign and has_stem(block) else base
+
+
+def _read(block: nn.Module) -> Parts | str | None:
+    """Return what the forward of a block or a network says, or why it is not fused; None: a class of torchvision."""
+    base = _base(block)
+    return read(block) if base is nn.Module else read_network(block) if base is FusedForeignStem else None
+
+
+def _unfusable(block: nn.Module) -> str | None:
+    """Return why fuse() leaves modules of a block's class unchanged, or None if it sets their class or options."""
+    cls, base = type(block), _base(block)
     if base is None:
         return "it is not a residual block"
     if is_fused(cls):
@@ -234,7 +249,7 @@ def _reason(block: nn.Module) -> str | None:
     if reason is not None:
         return reason
     if not is_fused(cls):
-        return _unfusable(cls) or _unreadable(block) or "not selected by fuse()"
+        return _unfusable(block) or _unreadable(block) or "not selected by fuse()"
     method = own_method_of_fused(cls)
     if method is not None:
         return _has_its_own(cls, method)
@@ -247,7 +262,7 @@ def _reason(block: nn.Module) -> str | None:
 
 def _unreadable(block: nn.Module) -> str | None:
     """Return why a block of a declared class is no fused block's computation, or None."""
-    parts = read(block) if base_of(type(block)) is nn.Module else None
+    parts = _read(block)
     return parts if isinstance(parts, str) else None
 
 

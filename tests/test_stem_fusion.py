@@ -134,14 +134,12 @@ def test_an_unusual_stem_runs_unfused_with_identical_numbers(what: str, mode: st
     assert all(torch.equal(got[name], value) for name, value in eager.items())
 
 
-def test_return_indices_and_sync_batch_norm_are_reasons() -> None:
+def test_return_indices_are_a_reason() -> None:
     twin = twin_of(stem()[0])
     with_pool(return_indices=True)(twin)
     assert "return_indices" in fusedres.report(twin)[0].reason
     with_pool()(twin)
     assert fusedres.report(twin)[0].fused
-    twin = nn.SyncBatchNorm.convert_sync_batchnorm(twin)
-    assert "SyncBatchNorm" in fusedres.report(twin)[0].reason
 
 
 def test_another_convolution_is_fine() -> None:

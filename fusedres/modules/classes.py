@@ -16,11 +16,12 @@ from fusedres.modules.basic_block import FusedBasicBlock
 from fusedres.modules.bottleneck import FusedBottleneck
 from fusedres.modules.families import is_declared
 from fusedres.modules.fused_block import FusedBlock, FusedForeignBlock
-from fusedres.modules.resnet import FusedResNet, FusedStem
+from fusedres.modules.resnet import FusedForeignStem, FusedResNet, FusedStem
 
 Module = type[nn.Module]
 
 FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
+_FOREIGN: dict[Module, Module] = {nn.Module: FusedForeignBlock, FusedForeignStem: FusedForeignStem}
 _of_subclasses: dict[Module, Module] = {}  # user's subclass, or a declared class → its fused class
 _of_sharded: dict[Module, Module] = {}  # sharded fused class → the sharded stock class
 refusals: dict[Module, str] = {}  # classes that cannot be subclassed, and why
@@ -31,10 +32,13 @@ _OWN_NAMES = ("anatomy", "fused_stem", "unfused_reason", "_parts", "_stock")  # 
 def base_of(cls: Module) -> Module | None:
     """Return the class whose fused class serves cls, or None if there is none.
 
-    This is the torchvision class that cls is or descends from; for a declared class, nn.Module.
+    This is the torchvision class that cls is or descends from; for a declared class, nn.Module; for the fused class of
+    a network with a stem, FusedForeignStem.
     """
     if issubclass(cls, FusedForeignBlock):
         return nn.Module
+    if issubclass(cls, FusedForeignStem):
+        return FusedForeignStem
     base = next((stock for stock in cls.__mro__ if stock in FUSED), None)
     declared = (base is None or "forward" in _overridden(cls, base)) and base is not ResNet and is_declared(cls)
     return nn.Module if declared else base
@@ -47,8 +51,8 @@ def own_method(cls: Module, base: Module) -> str | None:
 
 def _overridden(cls: Module, base: Module) -> list[str]:
     names = (*_METHODS, *(() if is_fused(base) else _OWN_NAMES))
-    if base is nn.Module:
-        names = names[2:]
+    if base in _FOREIGN:
+        base, names = nn.Module, (*_METHODS[2:], *_OWN_NAMES)
     return [name for name in names if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
@@ -69,8 +73,8 @@ def fused_class(cls: Module, base: Module) -> Module | None:
         return _of_subclasses[cls]
     if cls in FUSED:
         return FUSED[cls]
-    described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls}
-    bases = (_OfSubclass, FUSED.get(base, FusedForeignBlock), cls)
+    described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls, "_served_by": base}
+    bases = (_OfSubclass, FUSED.get(base) or _FOREIGN[base], cls)
     try:
         made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
     except Exception as error:  # a metaclass or __init_subclass__ may raise anything
@@ -113,4 +117,4 @@ class _OfSubclass(nn.Module):
         stock: Module = type(self)._stock  # type: ignore[attr-defined]
         if stock.__reduce__ is not object.__reduce__ or stock.__reduce_ex__ is not object.__reduce_ex__:
             return super().__reduce_ex__(protocol)  # the subclass's own, which may return the stock class
-        return _rebuilt, (stock, base_of(stock)), self.__getstate__()
+        return _rebuilt, (stock, type(self)._served_by), self.__getstate__()  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch import nn
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.gathering import gather_parts
 from fusedres.modules.parts import Parts, path_of
+from fusedres.modules.stem_tracing import stem_of
 from fusedres.modules.tracing import parts_of
 
 _Block = TypeVar("_Block", bound="type[nn.Module] | nn.Module")
@@ -67,8 +68,13 @@ def is_declared(cls: type[nn.Module]) -> bool:
     """Whether the class whose forward a class has is known or registered, or the class itself is registered."""
     if cls in _registered:
         return True
-    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    owner = _owner(cls)
     return owner in _registered or path_of(owner) in _known
+
+
+def _owner(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that defines the forward of a class."""
+    return next(base for base in cls.__mro__ if "forward" in base.__dict__)
 
 
 # Names that residual blocks have, and names of the modules in their shortcuts.
@@ -94,6 +100,35 @@ def why_unknown(block: nn.Module) -> str:
     if isinstance(gathered, str):
         return gathered
     return f"its class is not known; fusedres.register({path_of(type(block))}) lets fuse() switch it"
+
+
+_NETWORKS = {
+    "segmentation_models_pytorch.encoders.resnet.ResNetEncoder",
+    "timm.models.hrnet.HighResolutionNet",
+    "timm.models.resnet.ResNet",
+    "torchvision.models._utils.IntermediateLayerGetter",
+    "transformers.models.resnet.modeling_resnet.ResNetEmbeddings",
+}
+_STEM = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.MaxPool2d)
+
+
+def has_stem(network: nn.Module) -> bool:
+    """Whether a module is a network whose stem may be fused, or a Sequential that begins with one.
+
+    The stem of a torchvision ResNet with its own forward is not meant.
+    """
+    cls: type[nn.Module] = getattr(type(network), "_stock", type(network))
+    children = list(network._modules.values())
+    if cls is nn.Sequential:
+        return len(children) > len(_STEM) and all(map(isinstance, children, _STEM))
+    return path_of(_owner(cls)) in _NETWORKS and bool(children) and any(network.children())
+
+
+def read_network(network: nn.Module) -> Parts | str:
+    """Return the parts of the stem that a network begins with, or why it cannot be fused."""
+    recognise_frozen_norms(network)
+    stock = getattr(type(network), "_stock", type(network))  # the class of a fused network
+    return stem_of(network, stock.forward)
 
 
 def read(block: nn.Module) -> Parts | str:

@@ -55,7 +55,7 @@ def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:
         if reason is not None:
             return reason
     if parts.maxpool is not None:
-        reason = _maxpool(parts.maxpool, at(block, parts.maxpool))
+        reason = refuse_maxpool(parts.maxpool, at(block, parts.maxpool))
         if reason is not None:
             return reason
     return _gather_shortcut(block, tuple(units), parts)
@@ -72,9 +72,9 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
         return reason
     settings, state = conv.__dict__, norm.__dict__
     for name, attributes in ((conv_name, settings), (norm_name, state)):
-        if not attributes.keys().isdisjoint(_TENSORS):
-            field = next(field for field in _TENSORS if field in attributes)
-            return f"{name} has a {field} that is not a parameter or buffer"
+        for field in _TENSORS:
+            if field in attributes:
+                return f"{name} has a {field} that is not a parameter or buffer"
     weights, buffers = settings["_parameters"], state["_buffers"]
     frozen = kind is not nn.BatchNorm2d and kind is not nn.SyncBatchNorm
     affine = buffers if frozen else state["_parameters"]
@@ -199,7 +199,8 @@ def _of_type(name: str, child: nn.Module | None, expected: type[nn.Module]) -> s
 _POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
 
 
-def _maxpool(name: str, child: nn.Module | None) -> str | None:
+def refuse_maxpool(name: str, child: nn.Module | None) -> str | None:
+    """Return why a max-pool is not the one that is fused, or None if it is."""
     reason = _of_type(name, child, nn.MaxPool2d)
     if reason is not None:
         return reason

@@ -12,7 +12,8 @@ from torch import nn
 
 from fusedres.modules.genuine import class_attribute, touched
 
-PLAIN_VALUES = (bool, int, float, str, type(None))  # are compared by value, all others by identity
+PLAIN_VALUES = (bool, int, float, str, type(None))  # are compared by value, as are collections of them
+COLLECTIONS = (dict, list, set)  # all others are compared by identity
 
 
 class UnitPaths(NamedTuple):
@@ -42,7 +43,10 @@ class Condition(NamedTuple):
     def holds(self, owner: nn.Module | None) -> bool:
         """Whether the attribute still has this value."""
         now = getattr(owner, self.name, _ABSENT)
-        return now is self.value or (type(now) in PLAIN_VALUES and type(now) is type(self.value) and now == self.value)
+        if type(now) is not type(self.value):
+            return False
+        comparable = type(now) in PLAIN_VALUES or type(now) in COLLECTIONS
+        return now is self.value or (comparable and now == self.value)
 
 
 _ABSENT = object()

@@ -71,7 +71,7 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
     """
     given = given._replace(synchronised=anatomy.synchronised)
     op, x = given.op, given.x
-    refused = _promoted(given, (*anatomy.units, anatomy.projection))
+    refused = promoted(given, (*anatomy.units, anatomy.projection))
     if refused is not None:
         return refused
     shape, channels_last = _shape(x), suggests_channels_last(x)
@@ -111,7 +111,7 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
 
 def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors] | str:
     """Return the plan of a stem's call and its tensors, or why it must run unfused; raises as read_block does."""
-    refused = _promoted(given, anatomy.units)
+    refused = promoted(given, anatomy.units)
     if refused is not None:
         return refused
     given = given._replace(synchronised=anatomy.synchronised)
@@ -127,7 +127,7 @@ def _shape(x: Tensor) -> Shape:
     return x.shape[0], x.shape[1], x.shape[2], x.shape[3]
 
 
-def _promoted(given: Input, units: Iterable[Unit | None]) -> str | None:
+def promoted(given: Input, units: Iterable[Unit | None]) -> str | None:
     """Return which norm's result has a wider dtype than the convolutions have, in words, or None."""
     for unit in units:
         if unit is not None and unit.promotes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from fusedres.autograd import count_path, run_stem, wants_gradients
+from fusedres.autograd import Inputs, count_path, run_block, run_stem, wants_gradients
 from fusedres.modules.anatomy import Anatomy, anatomy_of
 from fusedres.modules.calls import (
     holds_inference_tensors,
@@ -18,10 +18,11 @@ from fusedres.modules.calls import (
     reason_of_parts,
     unusual_input,
 )
-from fusedres.modules.choice import serving_backend
+from fusedres.modules.choice import not_measured, serving_backend
+from fusedres.modules.families import read_network
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts, UnitPaths
-from fusedres.modules.reading import read_stem
+from fusedres.modules.reading import Input, promoted, read_block, read_input, read_stem
 from fusedres.modules.scripting import Scriptable
 
 
@@ -46,7 +47,10 @@ class FusedStem(Scriptable):
 
     def stem_unfused_reason(self) -> str | None:
         """Return why the stem runs unfused on its parameters' device, or None if it is fused."""
-        return reason_of_parts(type(self).__name__, self.anatomy(), options_of(self))
+        anatomy = self.anatomy()
+        if isinstance(anatomy, Anatomy):
+            anatomy = anatomy._replace(chained=True)
+        return reason_of_parts(type(self).__name__, anatomy, options_of(self))
 
     def fused_stem(self, x: Tensor) -> Tensor | None:
         """Return maxpool(relu(bn1(conv1(x)))) if it can run fused, else None."""
@@ -57,12 +61,15 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     """Return maxpool(relu(bn1(conv1(x)))) of model if it can run fused, else None; cls: its class, a FusedStem."""
     options = options_of(model)
     reason = unusual_input(x)
-    gathered = reason or gather(model, cls, cls._parts)
+    parts: Parts = model._parts  # type: ignore[assignment]
+    gathered = reason or gather(model, cls, parts)
     anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered)
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
     backend = serving_backend(x.device, options.conv, options.memory)
+    if len(anatomy.units) > 1 or parts.maxpool is None:
+        return run_deep_stem(cls, model, x, anatomy, backend)
     given = input_of_call(cls.__name__, x, anatomy, backend, options)
     if isinstance(given, str):
         keep_reason(model, given)
@@ -78,6 +85,40 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
         return None
     keep_reason(model, "")
     return run_stem(x, plan, tensors, recorded)
+
+
+def run_deep_stem(cls: Any, model: nn.Module, x: Tensor, anatomy: Anatomy, backend: str | None) -> Tensor | None:
+    """Do the same for a stem of several convolutions, or without a max-pool; options: those of fuse()."""
+    parts: Parts = model._parts  # type: ignore[assignment]
+    options, tensors = options_of(model), tuple(tensor for unit in anatomy.units for tensor in unit.tensors)
+    written = wants_gradients(x, tensors) or any(unit.settings.update for unit in anatomy.units)
+    chained = anatomy._replace(units=anatomy.units[: None if parts.maxpool is None else -1], chained=True)
+    reason: str | None = None
+    if backend is None:
+        reason = not_measured(x.device)
+    elif x.dim() == 4 and x.shape[0] == 0 and not anatomy.synchronised:
+        reason = "the batch was empty"
+    elif holds_inference_tensors(x, tensors, written):
+        reason = "a tensor was made in inference mode"
+    else:
+        given = read_input(cls.__name__, x, backend, options.conv, None)
+        found = promoted(given, anatomy.units) or read_block(given, chained, "auto")
+        if not isinstance(found, str):
+            h = run_block(Inputs(x), *found, wants_gradients(x, found[1]))
+            keep_reason(model, "")
+            return h if parts.maxpool is None else _pooled(cls, h, anatomy, given)
+        reason = found
+    keep_reason(model, reason)
+    return None
+
+
+def _pooled(cls: Any, h: Tensor, anatomy: Anatomy, given: Input) -> Tensor:
+    """Run the last convolution of a stem, with its norm, ReLU and max-pool."""
+    given = read_input(cls.__name__, h, given.backend, given.conv, None)
+    found = read_stem(given, anatomy._replace(units=anatomy.units[-1:]))
+    assert not isinstance(found, str)  # checked for all units
+    plan, tensors = found
+    return run_stem(h, plan, tensors, wants_gradients(h, tensors))
 
 
 class FusedResNet(FusedStem, ResNet):
@@ -112,3 +153,50 @@ class FusedResNet(FusedStem, ResNet):
             pooled = layer(pooled)
         scores: Tensor = model.fc(torch.flatten(model.avgpool(pooled), 1))
         return scores
+
+
+class FusedForeignStem(FusedStem):
+    """Mixin of a network of another package that begins with a stem, which was read from its forward (stem_tracing.py).
+
+    The stock forward runs on the stem's result, with the modules of the stem replaced by identities.
+    """
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the stock forward returns; a call with anything but one tensor, or compiled, is the stock one."""
+        cls: Any = type(self)
+        if not issubclass(cls, FusedForeignStem):  # another thread called unfuse() just now
+            return cls.forward(self, *inputs, **named)
+        if len(inputs) == 1 and not named and not torch.compiler.is_compiling():
+            pooled = run_fused_stem(cls, self, inputs[0])
+            if pooled is not None:
+                return cls._stock.forward(self._after_stem(), pooled)
+        count_path("stem_unfused")
+        return cls._stock.forward(self, *inputs, **named)
+
+    def _after_stem(self) -> nn.Module:
+        """Return a view of this network whose stem does nothing."""
+        rest: nn.Module = object.__new__(self._stock)
+        modules = {name: _NOTHING if name in self._parts.names else child for name, child in self._modules.items()}
+        rest.__dict__.update(self.__dict__, _modules=modules)
+        return rest
+
+    def __getstate__(self) -> Any:
+        """Return the state without what was read from the forward."""
+        state = self.__dict__ if not hasattr(super(), "__getstate__") else super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_parts"} if isinstance(state, dict) else state
+
+    def __setstate__(self, state: Any) -> None:
+        """Restore a copied or unpickled network, and read its forward again."""
+        super().__setstate__(state)
+        self.restored()
+
+    def restored(self) -> None:
+        """Read the forward; if it does not begin with a stem any more, the network gets its stock class."""
+        parts = read_network(self)
+        if isinstance(parts, str):
+            object.__setattr__(self, "__class__", self._stock)
+        else:
+            self.__dict__["_parts"] = parts
+
+
+_NOTHING = nn.Identity()

@@ -16,20 +16,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from fusedres.modules.frozen_norm import is_frozen_norm
-from fusedres.modules.parts import PLAIN_VALUES, Condition, Container, Parts, UnitPaths, may_be_identity
+from fusedres.modules.noting import Notes, UnfitError, noting_copy
+from fusedres.modules.parts import Parts, UnitPaths, may_be_identity
 from fusedres.modules.shortcut import ZeroPadShortcut
 
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
 _ADDS = {torch.add, operator.add, operator.iadd}
-_OWN_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_noted")) - {"training"}  # of every module, and of its copy
-
-
-class UnfitError(Exception):
-    """A step of a forward that no fused block has; the message says which."""
 
 
 class _Step(NamedTuple):
@@ -40,13 +36,20 @@ class _Step(NamedTuple):
     what: str  # in words
 
 
-class _Trace:
-    """What one run of a forward has noted."""
+class _Trace(Notes):
+    """What one run of a block's forward has noted."""
 
     def __init__(self) -> None:
-        self.containers: list[Container] = []
-        self.reads: dict[tuple[str, str], Any] = {}
+        super().__init__()
         self.calls = 0  # of parts
+
+    def is_part(self, module: nn.Module) -> bool:
+        return not isinstance(module, nn.Sequential) and (type(module) is ZeroPadShortcut or not any(module.children()))
+
+    def call(self, path: str, cls: type[nn.Module], module: Any, args: Any, kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], _Value):
+            raise UnfitError(f"{path} gets something else than one tensor")
+        return args[0].then(_step_of(path, cls, module))
 
 
 class _Value:
@@ -118,76 +121,6 @@ def _unsupported(name: str) -> Callable[..., Any]:
 
 for _name in ("radd", "mul", "rmul", "sub", "rsub", "truediv", "matmul", "getitem", "len", "iter", "neg", "setitem"):
     setattr(_Value, f"__{_name}__", _unsupported(_name))
-
-
-# --- the copy of a block that notes what happens
-
-
-def _is_part(module: nn.Module) -> bool:
-    """Whether a module is a step of its own; the others are called through."""
-    return not isinstance(module, nn.Sequential) and (type(module) is ZeroPadShortcut or not any(module.children()))
-
-
-_noting: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _noting_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass whose instances note, in their _trace, the attributes that are read and the calls of parts."""
-
-    def read(self: Any, name: str) -> Any:
-        value = cls.__getattribute__(self, name)
-        state = object.__getattribute__(self, "__dict__")
-        if name not in _OWN_ATTRIBUTES and not name.startswith("__"):
-            trace, path, _ = state["_noted"]
-            if name in state or type(value) in PLAIN_VALUES:
-                trace.reads[path, name] = value
-        return value
-
-    def read_missing(self: Any, name: str) -> Any:
-        value: Any = cls.__getattr__(self, name)
-        if value is None:  # a child, parameter or buffer that is absent
-            trace, path, _ = self.__dict__["_noted"]
-            trace.reads[path, name] = value
-        return value
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _, path, part = self.__dict__["_noted"]
-        if not part:
-            return _call_through(path, cls, self, args, kwargs)
-        if len(args) != 1 or kwargs or not isinstance(args[0], _Value):
-            raise UnfitError(f"{path} gets something else than one tensor")
-        return args[0].then(_step_of(path, cls, self))
-
-    if cls not in _noting:
-        body = {"__getattribute__": read, "__getattr__": read_missing, "__call__": call}
-        _noting[cls] = type(cls.__name__, (cls,), body)
-    return _noting[cls]
-
-
-def _call_through(path: str, cls: type[nn.Module], module: Any, args: Any, kwargs: Any) -> Any:
-    """Run the forward of a container; if it is what does not fit, the error names the container."""
-    try:
-        return module.forward(*args, **kwargs)
-    except UnfitError as error:
-        if str(error).startswith("its forward"):
-            raise UnfitError(f"{path} is a {cls.__name__}: {error}") from error
-        raise
-
-
-def _noting_copy(module: nn.Module, path: str, trace: _Trace) -> nn.Module:
-    """Return a copy of a module, and of those below it, that notes what happens; tensors are shared."""
-    cls = type(module)
-    copy = object.__new__(_noting_class(cls))
-    part = path != "" and _is_part(module)
-    children = {
-        name: None if child is None else _noting_copy(child, f"{path}.{name}".lstrip("."), trace)
-        for name, child in module._modules.items()
-    }
-    if not part and path:
-        trace.containers.append(Container(path, cls, cls.forward, tuple(children)))
-    state = dict(module.__dict__) | {"_modules": children, "_noted": (trace, path, part)}
-    object.__setattr__(copy, "__dict__", state)
-    return copy
 
 
 def _step_of(path: str, cls: type[nn.Module], module: nn.Module) -> _Step:
@@ -285,7 +218,7 @@ def _parts_of(out: _Value, trace: _Trace) -> Parts:
         shortcut_filters=shortcut.trailing,
         identities=tuple(dict.fromkeys(identities)),
         containers=tuple(trace.containers),
-        conditions=tuple(Condition(path, name, value) for (path, name), value in trace.reads.items()),
+        conditions=trace.conditions(),
     )
 
 
@@ -293,7 +226,7 @@ def parts_of(block: nn.Module, forward: Callable[..., Any]) -> Parts | str:
     """Return the parts of a block whose class has this forward, or why no fused block computes the same."""
     trace = _Trace()
     try:
-        out = forward(_noting_copy(block, "", trace), _Value(trace, ()))
+        out = forward(noting_copy(block, trace), _Value(trace, ()))
         if not isinstance(out, _Value):
             raise UnfitError(f"its forward returns a {type(out).__name__}")
         parts = _parts_of(out, trace)
@@ -301,12 +234,4 @@ def parts_of(block: nn.Module, forward: Callable[..., Any]) -> Parts | str:
         return str(error)
     except Exception as error:  # a forward may raise anything when it gets no tensor
         return f"its forward cannot be read: {type(error).__name__}: {error}"
-    return _unreadable(parts) or parts._replace(forward=forward).named()
-
-
-def _unreadable(parts: Parts) -> str | None:
-    """Return which attribute that the forward reads may change without notice, or None."""
-    for path, name, value in parts.conditions:
-        if isinstance(value, list | dict | set | Tensor):
-            return f"its forward reads the {type(value).__name__} {path}.{name}".replace(" .", " ")
-    return None
+    return parts._replace(forward=forward).named()
