@@ -18,7 +18,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torchvision.models import regnet_x_400mf
 from torchvision.ops import FrozenBatchNorm2d
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, RTDetrResNetConfig
+from transformers.models.rt_detr.modeling_rt_detr_resnet import RTDetrResNetBackbone
 
 import fusedres
 
@@ -34,6 +35,7 @@ PLAIN = {
     "resnet50d": 16,
     "resnetblur50": 16,
     "resnet50c": 16,
+    "hrnet_w18_small": 23,
 }
 
 
@@ -89,15 +91,28 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
         Bottleneck, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=5, cardinality=4, base_width=16
     ),
     "torchvision RegNet": lambda: regnet_x_400mf(num_classes=5),
+    "RT-DETR basic": lambda: Features(RTDetrResNetBackbone(small_config("basic", RTDetrResNetConfig))),
+    "RT-DETR bottleneck": lambda: Features(RTDetrResNetBackbone(small_config("bottleneck", RTDetrResNetConfig))),
     "transformers basic": lambda: ResNetForImageClassification(small_config("basic")),
     "transformers bottleneck": lambda: ResNetForImageClassification(small_config("bottleneck")),
 }
 
 
-def small_config(layer_type: str) -> ResNetConfig:
-    return ResNetConfig(
+def small_config(layer_type: str, config: type = ResNetConfig) -> object:
+    return config(
         layer_type=layer_type, embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[2, 1, 1, 1], num_labels=5
     )
+
+
+class Features(nn.Module):
+    """Makes five scores of the features of a backbone."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x).feature_maps[-1].flatten(2).mean(2)[:, :5]
 
 
 class Scores(nn.Module):
@@ -139,13 +154,13 @@ def test_drop_path_is_fused_where_it_drops_nothing() -> None:
     twin = fusedres.fuse(copy.deepcopy(model))
     reasons = [row.reason for row in rows_of(twin)]
     assert reasons == ["", *3 * ["drop_path (a DropPath) drops values in training"]]
-    with expect_paths(fused_forward=1, unfused=3):
+    with expect_paths(stem_forward=1, fused_forward=1, unfused=3):
         torch.manual_seed(1)
         got = twin(x)
     torch.manual_seed(1)
     torch.testing.assert_close(got, model(x))
     model.eval(), twin.eval()
-    with expect_paths(fused_forward=4), torch.no_grad():
+    with expect_paths(stem_forward=1, fused_forward=4), torch.no_grad():
         torch.testing.assert_close(twin(x), model(x))
     assert any(isinstance(module, DropPath) for module in twin.modules())
 

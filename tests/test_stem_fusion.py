@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fusion import expect_paths
-from reference import run
+from reference import randomize, run, set_mode
 from stems import FUSED, NHWC, shape_of, stem, twin_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -100,7 +100,7 @@ UNUSUAL: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
     "hook on bn1": (lambda m: m.bn1.register_forward_pre_hook(lambda _, a: (a[0] + 1,)), ("hook", "bn1")),
     "hook on relu": (lambda m: m.relu.register_forward_hook(lambda _, __, out: out + 1), ("hook", "relu")),
     "hook on maxpool": (lambda m: m.maxpool.register_forward_hook(lambda _, __, out: out + 1), ("hook", "maxpool")),
-    "identity for maxpool": (lambda m: setattr(m, "maxpool", nn.Identity()), ("maxpool", "Identity")),
+    "average for maxpool": (lambda m: setattr(m, "maxpool", nn.AvgPool2d(3, 2, 1)), ("maxpool", "AvgPool2d")),
     "kernel of 2": (with_pool(kernel_size=2, padding=0), ("maxpool", "kernel_size")),
     "stride of 1": (with_pool(stride=1), ("maxpool", "stride")),
     "no padding": (with_pool(padding=0), ("maxpool", "padding")),
@@ -140,6 +140,24 @@ def test_return_indices_are_a_reason() -> None:
     assert "return_indices" in fusedres.report(twin)[0].reason
     with_pool()(twin)
     assert fusedres.report(twin)[0].fused
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_stem_of_cifar_has_no_pool(mode: str) -> None:
+    model = set_mode(randomize(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), 3).double(), mode)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False).double(), nn.Identity()
+    twin = fusedres.fuse(copy.deepcopy(model))
+    assert all(row.fused for row in fusedres.report(twin))
+    x, grad = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    with expect_paths(fused_forward=5, fused_backward=5):
+        got = run(twin, x, grad)
+    for name, value in run(model, x, grad).items():
+        torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-10)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-8, atol=1e-10)
+    twin.maxpool.register_forward_hook(lambda *_: None)
+    assert fusedres.report(twin)[0].reason == "a hook on maxpool"
 
 
 def test_another_convolution_is_fine() -> None:

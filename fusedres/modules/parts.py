@@ -98,6 +98,10 @@ def at(block: nn.Module, path: str) -> Any:
 
 def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
     """Return what is no longer as it was when the block was read, in words, or None; cls: its fused class."""
+    for path in parts.identities:
+        reason = dropping(path, at(block, path))
+        if reason is not None:
+            return reason
     if parts.forward is None:
         return None
     if cls._stock.forward is not parts.forward:
@@ -116,10 +120,6 @@ def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
         if not condition.holds(owner):
             name = f"{condition.path}.{condition.name}" if condition.path else condition.name
             return f"{name} was {condition.value!r} when fuse() read the block, and has changed: call fuse() again"
-    for path in parts.identities:
-        reason = dropping(path, at(block, path))
-        if reason is not None:
-            return reason
     return None
 
 

@@ -25,6 +25,9 @@ from fusedres.modules.parts import Parts, UnitPaths
 from fusedres.modules.reading import Input, promoted, read_block, read_input, read_stem
 from fusedres.modules.scripting import Scriptable
 
+_WITH_POOL = Parts((UnitPaths("conv1", "bn1"),), ("relu",), "maxpool").named()
+_WITHOUT_POOL = Parts((UnitPaths("conv1", "bn1"),), ("relu",), identities=("maxpool",)).named()
+
 
 class FusedStem(Scriptable):
     """Mixin that runs conv1, bn1, relu and maxpool of a ResNet fused; it comes before the model's class in the bases.
@@ -38,11 +41,15 @@ class FusedStem(Scriptable):
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _base: type[nn.Module] | None = None
-    _parts: Parts = Parts((UnitPaths("conv1", "bn1"),), ("relu",), "maxpool").named()
+    _parts: Parts
+
+    def stem_parts(self) -> Parts:
+        """Return where the parts of the stem are."""
+        return self._parts
 
     def anatomy(self) -> Anatomy | str:
         """Return the stem's parts, or why it runs unfused for every input."""
-        gathered = gather(self, type(self), self._parts)
+        gathered = gather(self, type(self), self.stem_parts())
         return gathered if isinstance(gathered, str) else anatomy_of(gathered)
 
     def stem_unfused_reason(self) -> str | None:
@@ -57,11 +64,11 @@ class FusedStem(Scriptable):
         return run_fused_stem(type(self), self, x)
 
 
-def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
+def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
     """Return maxpool(relu(bn1(conv1(x)))) of model if it can run fused, else None; cls: its class, a FusedStem."""
     options = options_of(model)
     reason = unusual_input(x)
-    parts: Parts = model._parts  # type: ignore[assignment]
+    parts = model.stem_parts()
     gathered = reason or gather(model, cls, parts)
     anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered)
     if isinstance(anatomy, str):
@@ -69,7 +76,7 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
         return None
     backend = serving_backend(x.device, options.conv, options.memory)
     if len(anatomy.units) > 1 or parts.maxpool is None:
-        return run_deep_stem(cls, model, x, anatomy, backend)
+        return _run_deep_stem(cls, model, x, anatomy, backend)
     given = input_of_call(cls.__name__, x, anatomy, backend, options)
     if isinstance(given, str):
         keep_reason(model, given)
@@ -87,9 +94,9 @@ def run_fused_stem(cls: Any, model: nn.Module, x: Tensor) -> Tensor | None:
     return run_stem(x, plan, tensors, recorded)
 
 
-def run_deep_stem(cls: Any, model: nn.Module, x: Tensor, anatomy: Anatomy, backend: str | None) -> Tensor | None:
-    """Do the same for a stem of several convolutions, or without a max-pool; options: those of fuse()."""
-    parts: Parts = model._parts  # type: ignore[assignment]
+def _run_deep_stem(cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, backend: str | None) -> Tensor | None:
+    """Do the same for a stem of several convolutions, or without a max-pool."""
+    parts = model.stem_parts()
     options, tensors = options_of(model), tuple(tensor for unit in anatomy.units for tensor in unit.tensors)
     written = wants_gradients(x, tensors) or any(unit.settings.update for unit in anatomy.units)
     chained = anatomy._replace(units=anatomy.units[: None if parts.maxpool is None else -1], chained=True)
@@ -130,7 +137,8 @@ class FusedResNet(FusedStem, ResNet):
     run unchanged: switch their blocks with fusedres.fuse, or build the model from FusedBasicBlock or FusedBottleneck.
 
     Saved for backward by the stem: its input, the raw convolution output, and one byte per element of the pooled
-    output. If any part is not plain (`stem_unfused_reason()`: CIFAR's Identity for maxpool, SyncBatchNorm, a hook),
+    output. With an Identity as maxpool, as for CIFAR, the stem ends with the ReLU, and only the first two are saved. If
+    any part is not plain (`stem_unfused_reason()`: another max-pool, a hook),
     the whole forward is torchvision's.
 
     Raises:
@@ -139,6 +147,10 @@ class FusedResNet(FusedStem, ResNet):
 
     _stock = ResNet
     _base = ResNet
+
+    def stem_parts(self) -> Parts:
+        """Return where the parts of the stem are."""
+        return _WITHOUT_POOL if type(self._modules.get("maxpool")) is nn.Identity else _WITH_POOL
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)
