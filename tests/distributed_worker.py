@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
+from fusedres.modules.choice import unverified
 
 
 def main(rank: int, world: int, folder: str) -> None:
@@ -235,6 +236,17 @@ def synchronised_second_derivatives(rank: int) -> None:
         torch.autograd.grad(out, x, grad, create_graph=True)
 
 
+def synchronised_on_gpus(rank: int) -> None:
+    """No GPU has run this yet, so it is not a default there."""
+    block, _, _ = stock_case(CORE[0])
+    twin = nn.SyncBatchNorm.convert_sync_batchnorm(fused_twin(block))
+    gpu = torch.device("cuda")
+    assert "has not yet run fused on a GPU" in str(unverified(twin.anatomy(), gpu, "auto", "auto"))
+    assert unverified(twin.anatomy(), gpu, "library", "auto") is None
+    assert unverified(twin.anatomy(), torch.device("cpu"), "auto", "auto") is None
+    assert unverified(fused_twin(block).anatomy(), gpu, "auto", "auto") is None
+
+
 CHECKS: tuple[Callable[[int], None], ...] = (
     two_forwards_then_backward,
     gradients_are_averaged,
@@ -247,4 +259,5 @@ CHECKS: tuple[Callable[[int], None], ...] = (
     synchronised_network,
     synchronised_in_half_precision,
     synchronised_second_derivatives,
+    synchronised_on_gpus,
 )

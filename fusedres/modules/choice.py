@@ -70,6 +70,14 @@ def _warn_once(device: torch.device) -> None:
     warnings.warn(f"fusedres: fused blocks run unfused, as {not_measured(device)}", stacklevel=2)
 
 
+def unverified(anatomy: Anatomy, device: torch.device, conv: str, memory: str) -> str | None:
+    """Return what no GPU has run yet, in words, unless the user asked for fused code there; None: nothing."""
+    asked = conv != "auto" or memory != "auto" or not automatic()
+    if device.type == "cpu" or asked or not anatomy.synchronised:
+        return None
+    return 'SyncBatchNorm has not yet run fused on a GPU: choose it with fuse(model, conv="library") or use_backend'
+
+
 def chosen_way(
     backend: str | None, anatomy: Anatomy, x: Tensor, conv: str, memory: str
 ) -> tuple[str, Way | None] | str:
@@ -83,6 +91,9 @@ def chosen_way(
         return not_measured(x.device)
     if x.dim() != 4:  # read_input raises the error
         return backend, None
+    reason = unverified(anatomy, x.device, conv, memory)
+    if reason is not None:
+        return reason
     if x.shape[0] == 0 and not anatomy.synchronised:  # the other processes wait for this one
         return "the batch was empty"
     way = measured_way(anatomy, x, backend, conv, memory) if measured(x.device) else None

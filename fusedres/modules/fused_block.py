@@ -12,7 +12,7 @@ from fusedres.autograd import BlockPlan, Frozen, UncheckedError, count_path
 from fusedres.dispatch import Way
 from fusedres.modules.anatomy import Anatomy, anatomy_of
 from fusedres.modules.calls import input_of_call, keep_reason, options_of, reason_of_parts, unusual_input
-from fusedres.modules.choice import not_measured, serving_backend
+from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts
@@ -74,8 +74,9 @@ class FusedBlock(Scriptable):
         if isinstance(anatomy, str):
             return run_unfused(cls, self, x, None)
         if anatomy.filters:
-            if backend is None:
-                return run_unfused(cls, self, x, not_measured(x.device))
+            reason = unverified(anatomy, x.device, options.conv, options.memory)
+            if backend is None or reason is not None:
+                return run_unfused(cls, self, x, reason or not_measured(x.device))
             return run_filtered(cls, self, x, anatomy, backend, options)
         given = input_of_call(cls.__name__, x, anatomy, backend, options)
         found = given if isinstance(given, str) else read_block(given, anatomy, options.memory)

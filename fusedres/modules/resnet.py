@@ -18,7 +18,7 @@ from fusedres.modules.calls import (
     reason_of_parts,
     unusual_input,
 )
-from fusedres.modules.choice import not_measured, serving_backend
+from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read_network
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts, UnitPaths
@@ -100,9 +100,9 @@ def _run_deep_stem(cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, back
     options, tensors = options_of(model), tuple(tensor for unit in anatomy.units for tensor in unit.tensors)
     written = wants_gradients(x, tensors) or any(unit.settings.update for unit in anatomy.units)
     chained = anatomy._replace(units=anatomy.units[: None if parts.maxpool is None else -1], chained=True)
-    reason: str | None = None
-    if backend is None:
-        reason = not_measured(x.device)
+    reason = unverified(anatomy, x.device, options.conv, options.memory)
+    if backend is None or reason is not None:
+        reason = reason or not_measured(x.device)
     elif x.dim() == 4 and x.shape[0] == 0 and not anatomy.synchronised:
         reason = "the batch was empty"
     elif holds_inference_tensors(x, tensors, written):
