@@ -151,7 +151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--batch: must be at least 1, got {min(options.batch)}")
     try:
         options.blocks = blocks.select(options.blocks)
-        fusedres.fuse(nn.Identity(), memory=options.memory, conv=options.conv)
+        fusedres.fuse(nn.Identity(), filter=lambda *_: False, memory=options.memory, conv=options.conv)
         with fusedres.use_backend(options.backend) if options.backend else contextlib.nullcontext():
             backends.backend_for(torch.device(options.device).type)
     except (ValueError, RuntimeError) as error:

@@ -59,7 +59,8 @@ class FusedBlock(Scriptable):
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
-        gathered = gather(self, cls, self._parts)
+        parts = self.__dict__.get("_parts") or cls._parts
+        gathered = gather(self, cls, parts)
         if isinstance(gathered, str):
             return run_unfused(cls, self, x, None)
         backend = serving_backend(x.device, options.conv, options.memory)
@@ -100,8 +101,13 @@ class FusedBlock(Scriptable):
         return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
 
+_UNREAD = Parts(()).named()
+
+
 class FusedForeignBlock(FusedBlock):
     """Mixin of a fused block of another package or of a user: its parts were read from its forward (tracing.py)."""
+
+    _parts = _UNREAD  # each block has its own; this is what is left when another thread calls unfuse()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return relu(F(x) + S(x)); a call with anything but one tensor runs the stock forward."""
@@ -109,7 +115,7 @@ class FusedForeignBlock(FusedBlock):
         if not issubclass(cls, FusedForeignBlock):  # another thread called unfuse() just now
             return cls.forward(self, *inputs, **named)
         if len(inputs) == 1 and not named:
-            return super().forward(*inputs)
+            return FusedBlock.forward(self, *inputs)
         count_path("unfused")
         keep_reason(self, "it was called with more than one input, or by name")
         return cls._stock.forward(self, *inputs, **named)

@@ -30,6 +30,8 @@ def gather(block: nn.Module, cls: Any, parts: Parts) -> Gathered | str:
     Args:
         cls: the fused class of the block.
     """
+    if not parts.units:
+        return "it was not read"
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
     reason = (

@@ -41,11 +41,10 @@ class FusedStem(Scriptable):
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _base: type[nn.Module] | None = None
-    _parts: Parts
 
     def stem_parts(self) -> Parts:
         """Return where the parts of the stem are."""
-        return self._parts
+        raise NotImplementedError
 
     def anatomy(self) -> Anatomy | str:
         """Return the stem's parts, or why it runs unfused for every input."""
@@ -68,7 +67,7 @@ def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
     """Return maxpool(relu(bn1(conv1(x)))) of model if it can run fused, else None; cls: its class, a FusedStem."""
     options = options_of(model)
     reason = unusual_input(x)
-    parts = model.stem_parts()
+    parts: Parts = cls.stem_parts(model)
     gathered = reason or gather(model, cls, parts)
     anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered)
     if isinstance(anatomy, str):
@@ -76,7 +75,7 @@ def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
         return None
     backend = serving_backend(x.device, options.conv, options.memory)
     if len(anatomy.units) > 1 or parts.maxpool is None:
-        return _run_deep_stem(cls, model, x, anatomy, backend)
+        return _run_deep_stem(cls, model, x, anatomy, (backend, parts.maxpool is not None))
     given = input_of_call(cls.__name__, x, anatomy, backend, options)
     if isinstance(given, str):
         keep_reason(model, given)
@@ -94,12 +93,14 @@ def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
     return run_stem(x, plan, tensors, recorded)
 
 
-def _run_deep_stem(cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, backend: str | None) -> Tensor | None:
-    """Do the same for a stem of several convolutions, or without a max-pool."""
-    parts = model.stem_parts()
+def _run_deep_stem(
+    cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, how: tuple[str | None, bool]
+) -> Tensor | None:
+    """Do the same for a stem of several convolutions, or without a max-pool; how: the backend, and if there is one."""
+    backend, pools = how
     options, tensors = options_of(model), tuple(tensor for unit in anatomy.units for tensor in unit.tensors)
     written = wants_gradients(x, tensors) or any(unit.settings.update for unit in anatomy.units)
-    chained = anatomy._replace(units=anatomy.units[: None if parts.maxpool is None else -1], chained=True)
+    chained = anatomy._replace(units=anatomy.units[: -1 if pools else None], chained=True)
     reason = unverified(anatomy, x.device, options.conv, options.memory)
     if backend is None or reason is not None:
         reason = reason or not_measured(x.device)
@@ -113,7 +114,7 @@ def _run_deep_stem(cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, back
         if not isinstance(found, str):
             h = run_block(Inputs(x), *found, wants_gradients(x, found[1]))
             keep_reason(model, "")
-            return h if parts.maxpool is None else _pooled(cls, h, anatomy, given)
+            return _pooled(cls, h, anatomy, given) if pools else h
         reason = found
     keep_reason(model, reason)
     return None
@@ -173,24 +174,22 @@ class FusedForeignStem(FusedStem):
     The stock forward runs on the stem's result, with the modules of the stem replaced by identities.
     """
 
+    def stem_parts(self) -> Parts:
+        """Return where the parts of the stem are; none, if another thread has called unfuse()."""
+        return self.__dict__.get("_parts") or _UNREAD
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return what the stock forward returns; a call with anything but one tensor, or compiled, is the stock one."""
         cls: Any = type(self)
         if not issubclass(cls, FusedForeignStem):  # another thread called unfuse() just now
             return cls.forward(self, *inputs, **named)
         if len(inputs) == 1 and not named and not torch.compiler.is_compiling():
+            rest = _after_stem(self, cls._stock, cls.stem_parts(self).names)
             pooled = run_fused_stem(cls, self, inputs[0])
             if pooled is not None:
-                return cls._stock.forward(self._after_stem(), pooled)
+                return cls._stock.forward(rest, pooled)
         count_path("stem_unfused")
         return cls._stock.forward(self, *inputs, **named)
-
-    def _after_stem(self) -> nn.Module:
-        """Return a view of this network whose stem does nothing."""
-        rest: nn.Module = object.__new__(self._stock)
-        modules = {name: _NOTHING if name in self._parts.names else child for name, child in self._modules.items()}
-        rest.__dict__.update(self.__dict__, _modules=modules)
-        return rest
 
     def __getstate__(self) -> Any:
         """Return the state without what was read from the forward."""
@@ -212,3 +211,12 @@ class FusedForeignStem(FusedStem):
 
 
 _NOTHING = nn.Identity()
+_UNREAD = Parts(()).named()
+
+
+def _after_stem(network: nn.Module, stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """Return a view of a network, of its stock class, whose children of these names do nothing."""
+    rest: nn.Module = object.__new__(stock)
+    modules = {name: _NOTHING if name in names else child for name, child in network._modules.items()}
+    rest.__dict__.update(network.__dict__, _modules=modules)
+    return rest
