@@ -63,9 +63,10 @@ def fuse(
     memory: str = "auto",
     conv: str = "auto",
 ) -> nn.Module:
-    """Make the residual blocks and the stem of a torchvision ResNet, ResNeXt or Wide ResNet run fused, in place.
+    """Make the residual blocks and the stem of a ResNet run fused, in place: torchvision's, or one of a known class.
 
-    The stem is conv1, bn1, relu and maxpool. Only the class of the blocks and of the ResNet changes. Parameters and
+    docs/compatibility.md lists the known classes; `register` adds others. The stem is convolution, BatchNorm, ReLU and
+    max-pool. Only the class of the blocks and of the network changes. Parameters and
     buffers stay the same objects, so an existing optimizer stays valid. Hooks on the block, train/eval state, dtype,
     device, memory format and requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without their own
     forward (isinstance still holds) and modules that fully_shard wrapped are switched too. Blocks and stems with
@@ -78,8 +79,9 @@ def fuse(
     both "auto" they run the stock forward and a warning says so.
 
     Args:
-        model: any module; every BasicBlock, Bottleneck and ResNet in it is switched, model itself included.
-        filter: filter(name, module) → bool selects the blocks, and the ResNets to get a fused stem; None: all.
+        model: any module; every residual block of a known class, and every network that begins with a stem, is
+            switched, model itself included.
+        filter: filter(name, module) → bool selects the blocks, and the networks to get a fused stem; None: all.
         memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass); "auto": do this
             only if it was measured faster.
         conv: which convolutions run. "library": torch's. "fused": this package's, with BatchNorm and ReLU applied as

@@ -101,6 +101,15 @@ def test_a_class_that_nobody_registered_stays_unfused() -> None:
     assert type(block) is plain
 
 
+def test_a_method_that_a_fused_class_would_hide_keeps_a_block_unfused() -> None:
+    for name in ("anatomy", "restored", "_read", "_base"):
+        cls = fusedres.register(type("Mine", (Shortcut,), {name: lambda self: 1}))
+        block = cls(4, 4)
+        with pytest.warns(UserWarning, match=f"with a {name} of its own"):
+            fusedres.fuse(block)
+        assert type(block) is cls and getattr(block, name)() == 1
+
+
 def test_known_classes_are_found_by_their_full_name() -> None:
     for module, name in (("mmdet.models.backbones.resnet", "Bottleneck"), ("wespeaker.models.resnet", "BasicBlock")):
         origin = Named if name == "Bottleneck" else Shortcut

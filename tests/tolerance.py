@@ -153,7 +153,7 @@ def check_tensor(
 
 
 def check_model(got: Values, eager: Values, exact: Values, dtype: torch.dtype, context: str) -> None:
-    """Assert the rule of tolerance.py, with 64 unit roundoffs of the largest value as the floor."""
+    """Assert the rule for every tensor of a whole model, with 64 unit roundoffs of the largest value as the floor."""
     assert got.keys() == eager.keys() == exact.keys()
     for name, ref in exact.items():
         if ref.is_floating_point():

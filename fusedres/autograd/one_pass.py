@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedres.autograd.library_convolution import convolution
 from fusedres.autograd.plan import Branch, ConvBN, OnePass
-from fusedres.autograd.synchronised import convolve_centred_state
+from fusedres.autograd.synchronised import one_pass_state
 from fusedres.ops.launch import Launches
 from fusedres.values import Centred, Folded, Gated, Gram, GramState, Norm, Raw, pixel_rows
 
@@ -23,7 +23,7 @@ def convolve_centred(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: L
     if unit.group is None:
         state, projected = launch.one_pass_statistics(weight, gram, pixel_rows(z), norm)
     else:
-        state, projected = convolve_centred_state(gram, pixel_rows(z), unit, weight, norm, launch)
+        state, projected = one_pass_state(gram, pixel_rows(z), unit, weight, norm, launch)
     y = convolution(z, weight, unit, subsampled=True)
     return Branch(None, state, OnePass(gram.pivot, gram.total, projected)), y
 

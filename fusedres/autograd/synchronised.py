@@ -46,7 +46,7 @@ def synchronised_state(y: Tensor, unit: ConvBN, norm: Norm, launch: Launches) ->
     return _merged(torch.stack([means, m2s], 1).to(dtype), counts.to(dtype), norm, launch)
 
 
-def convolve_centred_state(
+def one_pass_state(
     gram: Gram, count: int, unit: ConvBN, weight: Tensor, norm: Norm, launch: Launches
 ) -> tuple[Tensor, Tensor]:
     """Return the state of a one-pass unit's BatchNorm, relative to this process's pivot, and W·Cov of its own rows.

@@ -26,7 +26,10 @@ _of_subclasses: dict[Module, Module] = {}  # user's subclass, or a declared clas
 _of_sharded: dict[Module, Module] = {}  # sharded fused class → the sharded stock class
 refusals: dict[Module, str] = {}  # classes that cannot be subclassed, and why
 _METHODS = ("forward", "_forward_impl", "__call__", "_call_impl", "__getattr__", "__getattribute__")
-_OWN_NAMES = ("anatomy", "fused_stem", "unfused_reason", "_parts", "_stock")  # names that the fused classes use
+_OWN_NAMES = (  # names that the fused classes use
+    "anatomy", "fused_stem", "restored", "stem_parts", "stem_unfused_reason", "unfused_reason",
+    "_base", "_parts", "_read", "_served_by", "_stock",
+)  # fmt: skip
 
 
 def base_of(cls: Module) -> Module | None:

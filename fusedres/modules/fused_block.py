@@ -14,6 +14,7 @@ from fusedres.modules.anatomy import Anatomy, anatomy_of
 from fusedres.modules.calls import input_of_call, keep_reason, options_of, reason_of_parts, unusual_input
 from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read
+from fusedres.modules.foreign import Foreign
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts
 from fusedres.modules.reading import Tensors, read_block, read_input
@@ -21,8 +22,8 @@ from fusedres.modules.remembered import recall, remember
 from fusedres.modules.running import run_filtered, run_plan, run_unfused
 from fusedres.modules.scripting import Scriptable
 
-# Neither copied nor pickled with a block: folded weights, what the last call left, and what was read from its forward.
-_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls", "_parts")
+# Neither copied nor pickled with a block: folded weights, and what the last call left.
+_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")
 
 
 class FusedBlock(Scriptable):
@@ -59,7 +60,7 @@ class FusedBlock(Scriptable):
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
-        parts = self.__dict__.get("_parts") or cls._parts
+        parts = self.__dict__.get("_parts", cls._parts)
         gathered = gather(self, cls, parts)
         if isinstance(gathered, str):
             return run_unfused(cls, self, x, None)
@@ -101,13 +102,10 @@ class FusedBlock(Scriptable):
         return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
 
-_UNREAD = Parts(()).named()
-
-
-class FusedForeignBlock(FusedBlock):
+class FusedForeignBlock(Foreign, FusedBlock):
     """Mixin of a fused block of another package or of a user: its parts were read from its forward (tracing.py)."""
 
-    _parts = _UNREAD  # each block has its own; this is what is left when another thread calls unfuse()
+    _read = staticmethod(read)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return relu(F(x) + S(x)); a call with anything but one tensor runs the stock forward."""
@@ -119,19 +117,6 @@ class FusedForeignBlock(FusedBlock):
         count_path("unfused")
         keep_reason(self, "it was called with more than one input, or by name")
         return cls._stock.forward(self, *inputs, **named)
-
-    def __setstate__(self, state: Any) -> None:
-        """Restore a copied or unpickled block, and read its forward again, which may be another version's."""
-        super().__setstate__(state)
-        self.restored()
-
-    def restored(self) -> None:
-        """Read the forward of the block; if it is no residual block's any more, the block gets its stock class."""
-        parts = read(self)
-        if isinstance(parts, str):
-            object.__setattr__(self, "__class__", self._stock)
-        else:
-            self.__dict__["_parts"] = parts
 
 
 def plan_of(block: FusedBlock, x: Tensor, backend: str, way: Way | None = None) -> tuple[BlockPlan, Tensors]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,20 +16,20 @@ class UnfitError(Exception):
     """A step of a forward that cannot be fused; the message says which."""
 
 
-class Notes:
+class Notes(ABC):
     """What one run of a forward has noted."""
 
     def __init__(self) -> None:
         self.containers: list[Container] = []
         self.reads: dict[tuple[str, str], Any] = {}
 
+    @abstractmethod
     def is_part(self, module: nn.Module) -> bool:
         """Whether a module is a step of its own; the others are called through."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, path: str, cls: type[nn.Module], module: Any, args: Any, kwargs: Any) -> Any:
         """Return what stands for the result of a part."""
-        raise NotImplementedError
 
     def conditions(self) -> tuple[Condition, ...]:
         """The attributes that the forward has read.

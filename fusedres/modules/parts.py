@@ -106,13 +106,13 @@ def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
         return None
     if cls._stock.forward is not parts.forward:
         return f"{cls._stock.__qualname__}.forward is replaced: call fuse() again"
-    for path, cls, forward, children in parts.containers:
+    for path, kind, forward, children in parts.containers:
         module = at(block, path)
-        if type(module) is not cls or tuple(module.__dict__["_modules"]) != children:
+        if type(module) is not kind or tuple(module.__dict__["_modules"]) != children:
             return f"{path} has changed: call fuse() again"
-        if cls.forward is not forward:
-            return f"{cls.__qualname__}.forward is replaced: call fuse() again"
-        reason = touched(path, module) or _hidden_in(path, module, cls, children)
+        if kind.forward is not forward:
+            return f"{kind.__qualname__}.forward is replaced: call fuse() again"
+        reason = touched(path, module) or _hidden_in(path, module, kind, children)
         if reason is not None:
             return reason
     for condition in parts.conditions:

@@ -20,6 +20,7 @@ from fusedres.modules.calls import (
 )
 from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read_network
+from fusedres.modules.foreign import UNREAD, Foreign
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts, UnitPaths
 from fusedres.modules.reading import Input, promoted, read_block, read_input, read_stem
@@ -42,9 +43,11 @@ class FusedStem(Scriptable):
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _base: type[nn.Module] | None = None
 
+    _parts: Parts
+
     def stem_parts(self) -> Parts:
         """Return where the parts of the stem are."""
-        raise NotImplementedError
+        return self.__dict__.get("_parts", UNREAD)
 
     def anatomy(self) -> Anatomy | str:
         """Return the stem's parts, or why it runs unfused for every input."""
@@ -168,15 +171,13 @@ class FusedResNet(FusedStem, ResNet):
         return scores
 
 
-class FusedForeignStem(FusedStem):
+class FusedForeignStem(Foreign, FusedStem):
     """Mixin of a network of another package that begins with a stem, which was read from its forward (stem_tracing.py).
 
     The stock forward runs on the stem's result, with the modules of the stem replaced by identities.
     """
 
-    def stem_parts(self) -> Parts:
-        """Return where the parts of the stem are; none, if another thread has called unfuse()."""
-        return self.__dict__.get("_parts") or _UNREAD
+    _read = staticmethod(read_network)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return what the stock forward returns; a call with anything but one tensor, or compiled, is the stock one."""
@@ -191,27 +192,8 @@ class FusedForeignStem(FusedStem):
         count_path("stem_unfused")
         return cls._stock.forward(self, *inputs, **named)
 
-    def __getstate__(self) -> Any:
-        """Return the state without what was read from the forward."""
-        state = self.__dict__ if not hasattr(super(), "__getstate__") else super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_parts"} if isinstance(state, dict) else state
-
-    def __setstate__(self, state: Any) -> None:
-        """Restore a copied or unpickled network, and read its forward again."""
-        super().__setstate__(state)
-        self.restored()
-
-    def restored(self) -> None:
-        """Read the forward; if it does not begin with a stem any more, the network gets its stock class."""
-        parts = read_network(self)
-        if isinstance(parts, str):
-            object.__setattr__(self, "__class__", self._stock)
-        else:
-            self.__dict__["_parts"] = parts
-
 
 _NOTHING = nn.Identity()
-_UNREAD = Parts(()).named()
 
 
 def _after_stem(network: nn.Module, stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
