@@ -132,13 +132,13 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, correct answers, images
 
     def count_fused(self) -> int:
-        """Return how many residual blocks run fused; print that, and why others do not."""
+        """Return how many residual blocks and stems run fused; print that, and why others do not."""
         import fusedres
 
         blocks = list(fusedres.report(self.model))
         done = sum(block.fused for block in blocks)
         reasons = sorted({f"; not fused: {block.reason}" for block in blocks if not block.fused})
-        self.say(f"{self.name}: {done} of {len(blocks)} residual blocks fused{''.join(reasons)}")
+        self.say(f"{self.name}: {done} of {len(blocks)} residual blocks and stems fused{''.join(reasons)}")
         return done
 
     def save(self, weights: bool = True) -> None:

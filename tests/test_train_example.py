@@ -128,7 +128,7 @@ def test_digits_are_learnt_and_everything_is_written(example: SimpleNamespace, t
     assert example.train.main(options) == 0
     result = json.loads(report.read_text())
     (run,) = result["runs"]
-    assert (run["variant"], run["blocks_fused"]) == ("fused", 4)
+    assert (run["variant"], run["blocks_fused"]) == ("fused", 5)
     assert [row["epoch"] for row in run["history"]] == [1, 2]
     assert run["final_accuracy"] == run["history"][-1]["test_accuracy"] > 0.8
     assert run["history"][1]["train_loss"] < run["history"][0]["train_loss"] < math.log(10)
@@ -169,7 +169,7 @@ def test_compare(
         *(("eager", 0), ("eager", 1)),
         *(("fused", 0), ("fused", 1)),
     ]
-    assert [r["blocks_fused"] for r in result["runs"]] == [0, 0, 4, 4]
+    assert [r["blocks_fused"] for r in result["runs"]] == [0, 0, 5, 5]
     final = [r["final_accuracy"] for r in result["runs"]]
     mean = (final[2] + final[3] - final[0] - final[1]) / 2
     assert result["comparison"]["mean_difference"] == pytest.approx(mean, abs=1e-12)
@@ -224,7 +224,7 @@ def test_mixed_precision_trains_the_fused_network(
     processes = example.trainer.Processes(0, 1, torch.device("cpu"))
     data = example.train.prepare_data(args, processes)
     trainer = example.trainer.Trainer(args, data, True, 0, tmp_path, processes, sys.stderr)
-    assert trainer.blocks_fused == 4
+    assert trainer.blocks_fused == 5
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     batch = torch.stack([data.train.image(i, None) for i in range(0, 120, 15)])
     labels = torch.tensor([data.train.labels[i] for i in range(0, 120, 15)])

@@ -30,6 +30,11 @@ _WITH_POOL = Parts((UnitPaths("conv1", "bn1"),), ("relu",), "maxpool").named()
 _WITHOUT_POOL = Parts((UnitPaths("conv1", "bn1"),), ("relu",), identities=("maxpool",)).named()
 
 
+def parts_of_resnet(network: nn.Module) -> Parts:
+    """Return where torchvision's ResNet has the parts of its stem; an Identity may stand for the max-pool."""
+    return _WITHOUT_POOL if type(network._modules.get("maxpool")) is nn.Identity else _WITH_POOL
+
+
 class FusedStem(Scriptable):
     """Mixin that runs conv1, bn1, relu and maxpool of a ResNet fused; it comes before the model's class in the bases.
 
@@ -154,7 +159,7 @@ class FusedResNet(FusedStem, ResNet):
 
     def stem_parts(self) -> Parts:
         """Return where the parts of the stem are."""
-        return _WITHOUT_POOL if type(self._modules.get("maxpool")) is nn.Identity else _WITH_POOL
+        return parts_of_resnet(self)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)

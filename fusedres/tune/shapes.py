@@ -14,6 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedStem
 from fusedres.modules.choice import shape_of
+from fusedres.modules.parts import Parts
+from fusedres.modules.resnet import parts_of_resnet
 
 
 class Stem(nn.Module):
@@ -31,6 +33,10 @@ class Stem(nn.Module):
 
 class FusedStemAlone(FusedStem, Stem):
     """The same stem, fused unless the device's table says otherwise."""
+
+    def stem_parts(self) -> Parts:
+        """Return where the parts of the stem are."""
+        return parts_of_resnet(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same as Stem."""
