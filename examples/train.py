@@ -5,9 +5,10 @@ python examples/train.py --compare --seeds 5                    eager against fu
 python examples/train.py --data photos/ --arch resnet50 --amp bf16
 torchrun --nproc_per_node 2 examples/train.py --data cifar10 --data-root data --download
 
-A run that was killed continues with --resume. On the CPU, with the same number of threads and at most two processes,
-its result then equals that of a run that was never killed bit by bit: the checkpoint has the weights, the optimizer,
-the schedule, the loss scaler, every random generator, the position in the epoch and the sums that metrics need.
+A killed run continues with --resume, also where torchrun starts it again (--max-restarts). On the CPU, with the
+same number of threads and at most two processes, its result then equals that of a run that was never killed bit by bit:
+the checkpoint has the weights, the optimizer, the schedule, the loss scaler, every random generator, the position in
+the epoch and the sums that metrics need.
 
 Exit codes: 0; 2 if the user must change something, which one sentence on standard error says; 130 after Ctrl-C; 141 if
 the reader of the output is gone, as in `... | head -1`.
@@ -137,9 +138,13 @@ def start_processes(name: str) -> Processes:
             raise UsageError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    rank = int(os.environ.get("RANK", "0"))
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(int(os.environ.get("RANK", "0")), world, device)
+        store, _, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it starts the processes again, and in it the addresses of the dead ones.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return Processes(rank, world, device)
 
 
 def prepare_data(args: argparse.Namespace, processes: Processes) -> Data:

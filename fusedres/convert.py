@@ -258,7 +258,7 @@ def _reason(block: nn.Module) -> str | None:
     found: str | None = block.unfused_reason() if isinstance(block, FusedBlock) else block.stem_unfused_reason()  # type: ignore[operator]
     last = block.__dict__.get("fused_last_reason")  # "" if the last call ran fused
     if found is not None and found.endswith(SHARDED):
-        return None if last == "" else f"{found}: fused where fully_shard gathers it for the call"
+        return None if last == "" else f"{found}: fused where it is gathered for a call"
     return found or (f"its last input ran unfused: {last}" if last else None)
 
 

@@ -157,6 +157,42 @@ def test_two_processes(image_folder: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "curves.png"]
 
 
+# train.py under torchrun: the second process is killed in its ninth step, but not after torchrun has started it again.
+KILLED_WORKER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import train, trainer
+
+step, steps = trainer.Trainer.step, []
+
+def step_or_die(*arguments):
+    steps.append(None)
+    if len(steps) == 9 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(*arguments)
+
+trainer.Trainer.step = step_or_die
+train.main(sys.argv[2:])
+"""
+
+
+def test_a_killed_worker_is_started_again_and_loses_nothing(image_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_WORKER)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    options = ["--data", image_folder, *SMALL, "--epochs", "2", "--checkpoint-every", "2", "--resume"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for more in (
+        [EXAMPLES / "train.py", *options, "--out", whole],
+        ["--max-restarts", "1", script, EXAMPLES, *options, "--out", broken],
+    ):
+        arguments = [str(argument) for argument in (*launcher, *more)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+    assert "resumed in epoch 2" in done.stdout
+    assert first_difference(read(whole / "checkpoint.pt"), read(broken / "checkpoint.pt")) is None
+
+
 def test_compare(
     example: SimpleNamespace, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fusedres.autograd import PLAIN, ConvBN
 from fusedres.dispatch import LIBRARY
 
-SHARDED = "is a DTensor"  # end of a reason that holds only between calls: fully_shard gathers parameters for each call
+# Ends of reasons that hold only between calls, for which fully_shard and FullyShardedDataParallel gather parameters.
+SHARDED = ("is a DTensor", "is flattened by FullyShardedDataParallel")
 ABSENT = object()  # stands for an attribute that a module does not have, not even as None
 _Pair = tuple[int, int]
 Filters = tuple[tuple[nn.Module, ...], ...]  # before each unit, then before the shortcut; none at all: ()
@@ -169,6 +170,8 @@ def _geometry(name: str, raw: RawUnit, not_plain: _Check) -> Any:
     if reason is not None:
         return f"{name}.weight {reason}"
     if weight.dim() != 4:
+        if getattr(weight, "_fsdp_flattened", False):
+            return f"{name}.weight is flattened by FullyShardedDataParallel"
         return f"{name}.weight has {weight.dim()} dimensions, not 4"
     stride, padding, dilation = _as_pair(raw.stride, 1), _as_pair(raw.padding, 0), _as_pair(raw.dilation, 1)
     groups = raw.groups

@@ -73,13 +73,9 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
     if reason is not None:
         return reason
     settings, state = conv.__dict__, norm.__dict__
-    for name, attributes in ((conv_name, settings), (norm_name, state)):
-        for field in _TENSORS:
-            if field in attributes:
-                return f"{name} has a {field} that is not a parameter or buffer"
-    weights, buffers = settings["_parameters"], state["_buffers"]
     frozen = kind is not nn.BatchNorm2d and kind is not nn.SyncBatchNorm
-    affine = buffers if frozen else state["_parameters"]
+    weights, buffers = _found(settings, "_parameters"), _found(state, "_buffers")
+    affine = buffers if frozen else _found(state, "_parameters")
     if frozen:
         statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS))
     else:
@@ -103,6 +99,17 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
         *statistics,
         _group_of(state) if kind is nn.SyncBatchNorm else None,
     )
+
+
+def _found(attributes: dict[str, Any], registered: str) -> dict[str, Any]:
+    """Return a module's parameters or buffers as Python finds them: it finds a plain attribute of the same name first.
+
+    DataParallel and FullyShardedDataParallel give modules such attributes for each call.
+    """
+    tensors: dict[str, Any] = attributes[registered]
+    if attributes.keys().isdisjoint(_TENSORS):
+        return tensors
+    return tensors | {name: attributes[name] for name in _TENSORS if name in attributes}
 
 
 def _group_of(state: dict[str, Any]) -> Any:
