@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -211,3 +212,19 @@ def test_options_reach_the_stem(memory: str) -> None:
         break
     unfused = fusedres.fuse(copy.deepcopy(model), filter=lambda name, _: name != "")
     assert stem_rows(unfused)[0].reason == "not selected by fuse()"
+
+
+@pytest.mark.parametrize("name", ["timm", "timm deep", "sequential"])
+def test_torch_fx_traces_the_stock_network(name: str) -> None:
+    """The root's forward has the stock signature, so that each argument is a node of its own."""
+    model, twin, x = prepared(name)
+    assert inspect.signature(twin.forward) == inspect.signature(model.forward)
+    traced, expected = (torch.fx.symbolic_trace(each.eval()) for each in (twin, model))
+    assert traced.code == expected.code
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_exported_inputs_keep_their_names() -> None:
+    model, twin, x = prepared("timm")
+    inputs = [torch.export.export(each, (x,)).graph_signature.user_inputs for each in (twin, model)]
+    assert inputs[0] == inputs[1] == ("x",)

@@ -6,6 +6,7 @@ fused class, which keeps isinstance, attributes and methods. So does each declar
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -77,6 +78,8 @@ def fused_class(cls: Module, base: Module) -> Module | None:
     if cls in FUSED:
         return FUSED[cls]
     described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls, "_served_by": base}
+    if base in _FOREIGN:
+        described["forward"] = _with_signature(_FOREIGN[base].forward, cls.forward)
     bases = (_OfSubclass, FUSED.get(base) or _FOREIGN[base], cls)
     try:
         made = types.new_class(f"Fused{cls.__name__}", bases, {}, lambda body: body.update(described))
@@ -84,6 +87,11 @@ def fused_class(cls: Module, base: Module) -> Module | None:
         refusals[cls] = f"{cls.__module__}.{cls.__qualname__} cannot be subclassed: {error}"
         return None
     return _of_subclasses.setdefault(cls, made)
+
+
+def _with_signature(forward: Any, stock: Any) -> Any:
+    """Return a forward that takes anything with the signature of the stock one, which torch.fx and trainers read."""
+    return functools.update_wrapper(types.FunctionType(forward.__code__, forward.__globals__), stock)
 
 
 def stock_class(cls: Module) -> Module:

@@ -107,9 +107,8 @@ def _found(attributes: dict[str, Any], registered: str) -> dict[str, Any]:
     DataParallel and FullyShardedDataParallel give modules such attributes for each call.
     """
     tensors: dict[str, Any] = attributes[registered]
-    if attributes.keys().isdisjoint(_TENSORS):
-        return tensors
-    return tensors | {name: attributes[name] for name in _TENSORS if name in attributes}
+    own = {name: attributes[name] for name in _TENSORS if name in attributes}
+    return tensors | own if own else tensors
 
 
 def _group_of(state: dict[str, Any]) -> Any:
