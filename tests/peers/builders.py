@@ -1,8 +1,8 @@
 """A pytest plugin for the tests of other packages: every model that torchvision or timm builds in them is fused.
 
-It does that if the environment variable FUSE_MODELS is set; "float64" makes that the default dtype, too. In any case it
-runs the tests whose id the regular expression SELECTED finds, and writes to the file OUTCOMES the outcome of each, and
-how many blocks and stems ran fused.
+It does that if the environment variable FUSE_MODELS is set. In any case it makes DTYPE the default dtype, runs the
+tests whose id the regular expression SELECTED finds, and writes to the file OUTCOMES the outcome of each, and how many
+blocks and stems ran fused.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ def _loaded(package: str) -> list[ModuleType]:
 
 def pytest_configure() -> None:
     """Replace the builders before the tests import them."""
-    if not os.environ.get("FUSE_MODELS"):
+    torch.set_default_dtype(getattr(torch, os.environ["DTYPE"]))
+    if not os.environ["FUSE_MODELS"]:
         return
-    if os.environ["FUSE_MODELS"] == "float64":
-        torch.set_default_dtype(torch.float64)
     builders = {build: _fused(build) for build in registry.BUILTIN_MODELS.values()}
     registry.BUILTIN_MODELS.update({name: builders[build] for name, build in registry.BUILTIN_MODELS.items()})
     _replace(_loaded(torchvision.models.__name__), builders)

@@ -3,10 +3,10 @@
 python tests/peers/run.py --torchvision vision/test --timm pytorch-image-models/tests
 
 The folders are those of the sources' checkouts, as the packages do not contain their tests. The tests that are selected
-build models with ResNets in them, or models that look like one. Where torchvision compares a result with a file that it
-lacks, the first run writes the file. Tests that pass only as they are run once more, with fused models in float64: many
-compare a model with its TorchScript or torch.fx twin, which stay stock, and allow float32 less than its rounding. With
---write, the table in docs/compatibility.md is replaced. The exit code is 1 if a test passes only as it is.
+build models with ResNets in them, or models that look like one. Where torchvision compares a result with a file, the
+first run writes the file. Tests that pass only as they are run in float64, too: many compare a model with its
+TorchScript or torch.fx twin, which stay stock, and allow float32 less than its rounding. With --write, the table in
+docs/compatibility.md is replaced. The exit code is 1 if a test passes only as it is.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ class Row(NamedTuple):
         return sorted(set(self.passed) - {*self.fused, *self.in_float64})
 
 
-def run(peer: Peer, folder: Path, jobs: int, fuse: str = "", selected: str | None = None) -> Outcomes:
+def run(peer: Peer, folder: Path, jobs: int, fuse: bool, lost: Sequence[str] = ()) -> Outcomes:
     """Run the selected tests of a peer in a folder; return the outcomes of those that were not skipped.
 
     Args:
-        fuse: FUSE_MODELS of builders.py.
-        selected: a regular expression instead of the peer's.
+        lost: tests to run in float64, instead of the selected ones in float32.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as outcomes:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OUTCOMES": outcomes.name,
-            "SELECTED": selected or peer.selected,
-            "FUSE_MODELS": fuse,
+            "SELECTED": "|".join(map(re.escape, lost)) or peer.selected,
+            "FUSE_MODELS": "1" if fuse else "",
+            "DTYPE": "float64" if lost else "float32",
             "OMP_NUM_THREADS": "1",
             "EXPECTTEST_ACCEPT": "" if fuse else "1",
             "HF_HUB_OFFLINE": "1",
@@ -94,10 +94,13 @@ def run(peer: Peer, folder: Path, jobs: int, fuse: str = "", selected: str | Non
 
 def compare(peer: Peer, folder: Path, jobs: int) -> list[Row]:
     """Run a peer's tests in every way; return a row for each test function."""
-    stock, fused = run(peer, folder, jobs), run(peer, folder, jobs, "float32")
+    stock, fused = (run(peer, folder, jobs, fuse) for fuse in (False, True))
     passed = _passed(stock)
     lost = passed - _passed(fused)
-    again = _passed(run(peer, folder, jobs, "float64", "|".join(map(re.escape, sorted(lost))))) if lost else set()
+    again: set[str] = set()
+    if lost:
+        run(peer, folder, jobs, False, sorted(lost))  # writes the files with results
+        again = _passed(run(peer, folder, jobs, True, sorted(lost)))
     return [
         Row(
             function,
