@@ -80,9 +80,11 @@ def test_what_is_replaced_on_a_class_runs(what: str, before: bool, monkeypatch: 
 SHADOWS: dict[str, Callable[[nn.Module], object]] = {
     "downsample is an attribute of the instance": lambda b: b.__dict__.update(downsample=lambda x: x.mean()),
     "relu is an attribute of the instance": lambda b: b.__dict__.update(relu=nn.functional.gelu),
-    "conv1 has a weight": lambda b: b.conv1.__dict__.update(weight=b.conv1.weight.detach() * 2),
-    "bn2 has a bias": lambda b: b.bn2.__dict__.update(bias=b.bn2.bias.detach() + 1),
-    "bn1 has a running_mean": lambda b: b.bn1.__dict__.update(running_mean=b.bn1.running_mean + 1),
+}
+SHADOWED_TENSORS: dict[str, Callable[[nn.Module], object]] = {
+    "conv1.weight": lambda b: b.conv1.__dict__.update(weight=b.conv1.weight.detach() * 2),
+    "bn2.bias": lambda b: b.bn2.__dict__.update(bias=b.bn2.bias.detach() + 1),
+    "bn1.running_mean": lambda b: b.bn1.__dict__.update(running_mean=b.bn1.running_mean + 1),
 }
 
 
@@ -99,6 +101,21 @@ def test_attributes_that_hide_parts(what: str, before: bool) -> None:
     assert what in fusedres.report(fusedres.fuse(twin))[0].reason
     with torch.no_grad(), expect_paths(unfused=1):
         assert torch.equal(twin(x), block(x))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
+@pytest.mark.parametrize("what", SHADOWED_TENSORS)
+def test_attributes_that_hide_tensors(what: str, before: bool) -> None:
+    """The fused block finds them first, too, also after it has remembered a call with the hidden tensor."""
+    block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
+    twin = copy.deepcopy(block)
+    if not before:
+        fusedres.fuse(twin)(x)
+    for model in (block, twin):
+        SHADOWED_TENSORS[what](model)
+    fusedres.fuse(twin)
+    with torch.no_grad(), expect_paths(fused_forward=1):
+        torch.testing.assert_close(twin(x), block(x), rtol=1e-9, atol=1e-9)
 
 
 def test_a_class_attribute_that_hides_a_part() -> None:

@@ -125,7 +125,7 @@ def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     required |= {"numpy", "PIL", "typing_extensions"}  # required by torchvision and torch
     required |= {"triton"}  # installed with torch, and imported only when a kernel needs it
     required |= {"tomli"} if extra == "test" else set()  # required by pytest for a Python without tomllib
-    folders = [ROOT / name for name in (folder, "benchmarks", "tests")]
+    folders = [ROOT / name for name in (folder, "benchmarks", "tests", "tests/peers")]
     own = {"fusedres"} | {path.stem for where in folders for path in where.glob("*.py")}
     own |= {path.parent.name for where in folders for path in where.glob("*/__init__.py")}
     files = list((ROOT / folder).rglob("*.py"))

@@ -107,8 +107,10 @@ def _found(attributes: dict[str, Any], registered: str) -> dict[str, Any]:
     DataParallel and FullyShardedDataParallel give modules such attributes for each call.
     """
     tensors: dict[str, Any] = attributes[registered]
-    own = {name: attributes[name] for name in _TENSORS if name in attributes}
-    return tensors | own if own else tensors
+    for name in _TENSORS:
+        if name in attributes:
+            tensors = tensors | {name: attributes[name]}
+    return tensors
 
 
 def _group_of(state: dict[str, Any]) -> Any:

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import compatibility_page as page
 import torch
 import torch.distributed as dist
-from reference import randomize
+from subject import Subject, close
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -29,62 +29,13 @@ from torch.nn.utils import parametrizations, prune
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 
 import fusedres
 from fusedres.autograd import path_counts
 
 HEADING = ("tool", "works fused", "works unfused, and why", "does not work")
 PACKAGES = ("torch", "torchvision", "torchao", "onnx", "onnxscript")
-Values = list[Tensor]
-
-
-class Subject:
-    """A stock model, its fused twin, images, and what the stock model computes."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.stock = ResNet(BasicBlock, [1, 1, 1, 1])
-        self.stock.layer3, self.stock.layer4, self.stock.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 5)
-        randomize(self.stock, 3).double()
-        self.fused = fusedres.fuse(copy.deepcopy(self.stock))
-        self.x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def single(self) -> Subject:
-        """Use float32 and eval mode, for tools that do not know float64."""
-        self.stock, self.fused, self.x = self.stock.float(), self.fused.float(), self.x.float()
-        return self.eval()
-
-    def eval(self) -> Subject:
-        """Put both models into eval mode."""
-        self.stock.eval()
-        self.fused.eval()
-        return self
-
-    def step(self, call: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Compare one training step of the fused model, called in some way, with the stock model's."""
-        got = self.gradients(self.fused, self.fused if call is None else call)
-        for found, expected in zip(got, self.gradients(self.stock, self.stock), strict=True):
-            _close(found, expected)
-
-    def gradients(self, model: nn.Module, call: Callable[[Tensor], Tensor]) -> Values:
-        """Return the output and the gradients of a step."""
-        model.zero_grad()
-        out = call(self.x)
-        out.sin().sum().backward()
-        return [out.detach(), *(p.grad for p in model.parameters())]  # type: ignore[list-item]
-
-    def infer(self, call: Callable[[Tensor], Any] | None = None) -> None:
-        """Compare an inference of the fused model, called in some way, with the stock model's."""
-        self.eval()
-        with torch.no_grad():
-            _close((self.fused if call is None else call)(self.x), self.stock(self.x))
-
-
-def _close(found: Tensor, expected: Tensor) -> None:
-    exact = found.dtype is torch.float64
-    tolerance = 1e-9 if exact else 1e-4
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 class Tool(NamedTuple):
@@ -168,7 +119,7 @@ def _pt2e(subject: Subject) -> str:
         converted = convert_pt2e(prepared)
         move_exported_model_to_eval(converted)
         results.append(converted(subject.x))
-    _close(*results)
+    close(*results)
     return STOCK_PROGRAM
 
 
@@ -211,11 +162,7 @@ def _wrapped(subject: Subject, wrap: Callable[[nn.Module], nn.Module]) -> None:
         wrapped = wrap(subject.fused)
         loss = wrapped(subject.x).sin().sum()
         loss.backward()
-        _close(loss.detach(), subject.stock(subject.x).detach().sin().sum())
-
-
-def _ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
+        close(loss.detach(), subject.stock(subject.x).detach().sin().sum())
 
 
 def _flattened(model: nn.Module, original: bool) -> nn.Module:
@@ -261,7 +208,7 @@ def _functional(subject: Subject) -> None:
     subject.eval()
     found, expected = (grad(loss)(dict(model.named_parameters()), model) for model in (subject.fused, subject.stock))
     for name, value in expected.items():
-        _close(found[name], value)
+        close(found[name], value)
 
 
 def _called_with_others(subject: Subject) -> None:
@@ -270,7 +217,7 @@ def _called_with_others(subject: Subject) -> None:
     expected = subject.gradients(subject.stock, subject.stock)[1:]
     for value, other in zip(parameters.values(), expected, strict=True):
         assert value.grad is not None
-        _close(value.grad, other)
+        close(value.grad, other)
 
 
 def _mapped(subject: Subject) -> None:
@@ -281,7 +228,7 @@ def _forward_mode(subject: Subject) -> None:
     subject.eval()
     direction = torch.randn_like(subject.x)
     found, expected = (jvp(model, (subject.x,), (direction,))[1] for model in (subject.fused, subject.stock))
-    _close(found.detach(), expected.detach())
+    close(found.detach(), expected.detach())
 
 
 def _twice(subject: Subject) -> None:
@@ -290,15 +237,15 @@ def _twice(subject: Subject) -> None:
         x = subject.x[:1, :, :32, :32].double().requires_grad_()
         (first,) = torch.autograd.grad(model.eval()(x).sin().sum(), x, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), x)[0])
-    _close(*results)
+    close(*results)
 
 
-class _Logged(Tensor):
-    """A subclass of Tensor."""
+class _Subclass(Tensor):
+    pass
 
 
 def _subclass(subject: Subject) -> None:
-    subject.step(lambda x: subject.fused(x.as_subclass(_Logged)).as_subclass(Tensor))
+    subject.step(lambda x: subject.fused(x.as_subclass(_Subclass)).as_subclass(Tensor))
 
 
 def _hooked(subject: Subject) -> None:
@@ -355,7 +302,7 @@ TOOLS = (
     Tool("torch.fx", _fx),
     Tool("torchvision's feature extractors", _extracted),
     Tool("torch.profiler, with_flops", _profiled),
-    Tool("DistributedDataParallel", partial(_wrapped, wrap=_ddp)),
+    Tool("DistributedDataParallel", partial(_wrapped, wrap=nn.parallel.DistributedDataParallel)),
     Tool("FullyShardedDataParallel", partial(_wrapped, wrap=partial(_flattened, original=False))),
     Tool("FullyShardedDataParallel, use_orig_params", partial(_wrapped, wrap=partial(_flattened, original=True))),
     Tool("fully_shard", partial(_wrapped, wrap=_sharded)),
