@@ -19,7 +19,8 @@ from fusedres.autograd import PLAIN, ConvBN
 from fusedres.dispatch import LIBRARY
 
 # Ends of reasons that hold only between calls, for which fully_shard and FullyShardedDataParallel gather parameters.
-SHARDED = ("is a DTensor", "is flattened by FullyShardedDataParallel")
+_FLATTENED = "is flattened by FullyShardedDataParallel"
+SHARDED = ("is a DTensor", _FLATTENED)
 ABSENT = object()  # stands for an attribute that a module does not have, not even as None
 _Pair = tuple[int, int]
 Filters = tuple[tuple[nn.Module, ...], ...]  # before each unit, then before the shortcut; none at all: ()
@@ -171,7 +172,7 @@ def _geometry(name: str, raw: RawUnit, not_plain: _Check) -> Any:
         return f"{name}.weight {reason}"
     if weight.dim() != 4:
         if getattr(weight, "_fsdp_flattened", False):
-            return f"{name}.weight is flattened by FullyShardedDataParallel"
+            return f"{name}.weight {_FLATTENED}"
         return f"{name}.weight has {weight.dim()} dimensions, not 4"
     stride, padding, dilation = _as_pair(raw.stride, 1), _as_pair(raw.padding, 0), _as_pair(raw.dilation, 1)
     groups = raw.groups

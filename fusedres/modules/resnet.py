@@ -47,7 +47,6 @@ class FusedStem(Scriptable):
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _base: type[nn.Module] | None = None
-
     _parts: Parts
 
     def stem_parts(self) -> Parts:
@@ -81,9 +80,9 @@ def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
     if isinstance(anatomy, str):
         keep_reason(model, reason)
         return None
-    backend = serving_backend(x.device, options.conv, options.memory)
     if len(anatomy.units) > 1 or parts.maxpool is None:
-        return _run_deep_stem(cls, model, x, anatomy, (backend, parts.maxpool is not None))
+        return _run_deep_stem(cls, model, x, anatomy, parts.maxpool is not None)
+    backend = serving_backend(x.device, options.conv, options.memory)
     given = input_of_call(cls.__name__, x, anatomy, backend, options)
     if isinstance(given, str):
         keep_reason(model, given)
@@ -101,14 +100,12 @@ def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
     return run_stem(x, plan, tensors, recorded)
 
 
-def _run_deep_stem(
-    cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, how: tuple[str | None, bool]
-) -> Tensor | None:
-    """Do the same for a stem of several convolutions, or without a max-pool; how: the backend, and if there is one."""
-    backend, pools = how
+def _run_deep_stem(cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, pools: bool) -> Tensor | None:
+    """Do the same for a stem of several convolutions, or without a max-pool; pools: whether there is one."""
     options, tensors = options_of(model), tuple(tensor for unit in anatomy.units for tensor in unit.tensors)
     written = wants_gradients(x, tensors) or any(unit.settings.update for unit in anatomy.units)
     chained = anatomy._replace(units=anatomy.units[: -1 if pools else None], chained=True)
+    backend = serving_backend(x.device, options.conv, options.memory)
     reason = unverified(anatomy, x.device, options.conv, options.memory)
     if backend is None or reason is not None:
         reason = reason or not_measured(x.device)
