@@ -68,7 +68,7 @@ def sharded(whole: nn.Module, mesh: Any = None) -> nn.Module:
 WRAPPERS: dict[str, Wrap] = {
     "DistributedDataParallel": DistributedDataParallel,
     "FullyShardedDataParallel": partial(flattened, original=False),
-    "FullyShardedDataParallel with original parameters": partial(flattened, original=True),
+    "FullyShardedDataParallel, use_orig_params": partial(flattened, original=True),
     "fully_shard": sharded,
 }
 

@@ -88,17 +88,26 @@ SHADOWED_TENSORS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
-@pytest.mark.parametrize("what", SHADOWS)
-def test_attributes_that_hide_parts(what: str, before: bool) -> None:
-    """Python finds these attributes before the module's parts."""
+def hiding(hide: Callable[[nn.Module], object], before: bool) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Return a stock block and a fused one in which an attribute hides a part, and an input.
+
+    If not before, the fused block has remembered a call with the hidden part.
+    """
     block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
     twin = copy.deepcopy(block)
     if not before:
         fusedres.fuse(twin)(x)
     for model in (block, twin):
-        SHADOWS[what](model)
-    assert what in fusedres.report(fusedres.fuse(twin))[0].reason
+        hide(model)
+    return block, fusedres.fuse(twin), x
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
+@pytest.mark.parametrize("what", SHADOWS)
+def test_attributes_that_hide_parts(what: str, before: bool) -> None:
+    """Python finds these attributes before the module's parts."""
+    block, twin, x = hiding(SHADOWS[what], before)
+    assert what in fusedres.report(twin)[0].reason
     with torch.no_grad(), expect_paths(unfused=1):
         assert torch.equal(twin(x), block(x))
 
@@ -106,14 +115,8 @@ def test_attributes_that_hide_parts(what: str, before: bool) -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
 @pytest.mark.parametrize("what", SHADOWED_TENSORS)
 def test_attributes_that_hide_tensors(what: str, before: bool) -> None:
-    """The fused block finds them first, too, also after it has remembered a call with the hidden tensor."""
-    block, x, _ = stock_case(SMALL, torch.float64, mode="eval")
-    twin = copy.deepcopy(block)
-    if not before:
-        fusedres.fuse(twin)(x)
-    for model in (block, twin):
-        SHADOWED_TENSORS[what](model)
-    fusedres.fuse(twin)
+    """The fused block finds them first, too."""
+    block, twin, x = hiding(SHADOWED_TENSORS[what], before)
     with torch.no_grad(), expect_paths(fused_forward=1):
         torch.testing.assert_close(twin(x), block(x), rtol=1e-9, atol=1e-9)
 

@@ -20,16 +20,14 @@ from typing import NamedTuple
 import compatibility_page as page
 import torch
 import torch.distributed as dist
+from sharded_worker import WRAPPERS
 from subject import Subject, close
 from torch import Tensor, nn
-from torch.distributed import fsdp
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, prune
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock
 
 import fusedres
 from fusedres.autograd import path_counts
@@ -165,20 +163,6 @@ def _wrapped(subject: Subject, wrap: Callable[[nn.Module], nn.Module]) -> None:
         close(loss.detach(), subject.stock(subject.x).detach().sin().sum())
 
 
-def _flattened(model: nn.Module, original: bool) -> nn.Module:
-    policy = ModuleWrapPolicy({BasicBlock})
-    return fsdp.FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=original, device_id=torch.device("cpu")
-    )
-
-
-def _sharded(model: nn.Module) -> nn.Module:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    for block in [child for child in model.modules() if isinstance(child, BasicBlock)]:
-        fsdp.fully_shard(block, mesh=mesh)
-    return fsdp.fully_shard(model, mesh=mesh)
-
-
 def _mutated(subject: Subject) -> None:
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         subject.step()
@@ -302,10 +286,7 @@ TOOLS = (
     Tool("torch.fx", _fx),
     Tool("torchvision's feature extractors", _extracted),
     Tool("torch.profiler, with_flops", _profiled),
-    Tool("DistributedDataParallel", partial(_wrapped, wrap=nn.parallel.DistributedDataParallel)),
-    Tool("FullyShardedDataParallel", partial(_wrapped, wrap=partial(_flattened, original=False))),
-    Tool("FullyShardedDataParallel, use_orig_params", partial(_wrapped, wrap=partial(_flattened, original=True))),
-    Tool("fully_shard", partial(_wrapped, wrap=_sharded)),
+    *(Tool(name, partial(_wrapped, wrap=wrap)) for name, wrap in WRAPPERS.items()),
     Tool("autocast", _autocast),
     Tool("activation checkpointing", _recomputed),
     Tool("saved-tensor hooks (save_on_cpu)", _offloaded),

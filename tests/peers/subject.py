@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import randomize
+from sharded_worker import model
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import fusedres
 
@@ -18,10 +17,7 @@ class Subject:
     """A stock model, its fused twin, images, and what the stock model computes."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.stock = ResNet(BasicBlock, [1, 1, 1, 1])
-        self.stock.layer3, self.stock.layer4, self.stock.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 5)
-        randomize(self.stock, 3).double()
+        self.stock = model()
         self.fused = fusedres.fuse(copy.deepcopy(self.stock))
         self.x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
