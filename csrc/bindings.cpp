@@ -16,6 +16,7 @@
 #include "common/memory.h"
 #include "gram/gram.h"
 #include "one_pass/one_pass.h"
+#include "packed_convolution/packed_convolution.h"
 #include "relu_backward/relu_backward.h"
 #include "shortcut_grad/shortcut_grad.h"
 
@@ -46,6 +47,16 @@ struct OnePassResults {
 
 inline bool read(PyObject* object, OnePassResults& value) {
   return read_tuple(object, value.grad_conv, value.grad_weight, value.quadratic, value.constant);
+}
+
+inline bool read(PyObject* object, WeightStrides& value) {
+  return read_tuple(object, value.out_channel, value.channel, value.row, value.column);
+}
+
+inline bool read(PyObject* object, ConvolutionMap& value) {
+  return read_tuple(object, value.batch, value.height, value.width, value.channels, value.out_channels, value.kernel[0],
+                    value.kernel[1], value.stride[0], value.stride[1], value.padding[0], value.padding[1],
+                    value.dilation[0], value.dilation[1]);
 }
 
 }  // namespace fusedres
@@ -204,6 +215,21 @@ PYBIND11_MODULE(_C, m) {
         params.threads = threads;
         one_pass_scale(params, out);
       },
+      release);
+
+  m.def("packed_size", &packed_size);
+
+  m.def(
+      "pack_weight",
+      [](Address weight, const ConvolutionMap& map, const WeightStrides& strides, Address scale, Address panels) {
+        pack_weight({weight, strides, map, scale, panels});
+      },
+      release);
+
+  m.def(
+      "packed_convolution",
+      [](Address x, const ConvolutionMap& map, Address panels, Address bias, Address shortcut, bool relu, Address out,
+         int threads) { packed_convolution({x, map, panels, bias, shortcut, relu, out, threads}); },
       release);
 
   bind_torch(m);

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import Frozen
-from fusedres.modules import FusedBlock, FusedStem
+from fusedres.modules import FusedBlock, FusedResNet, FusedStem
 from fusedres.modules.anatomy import SHARDED
 from fusedres.modules.classes import (
     base_of,
@@ -22,6 +22,7 @@ from fusedres.modules.classes import (
     stock_class,
 )
 from fusedres.modules.families import has_stem, looks_residual, read, read_network, why_unknown
+from fusedres.modules.frozen_network import FrozenWhole
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.parts import Parts
@@ -181,6 +182,9 @@ def freeze(model: nn.Module) -> nn.Module:
             raise ValueError(f"freeze: {name or 'the block'} must be in eval mode; call model.eval() first")
     for _, block in blocks:
         block.fused_frozen = Frozen()
+    for network in model.modules():
+        if isinstance(network, FusedResNet) and not network.training:
+            network.fused_frozen = FrozenWhole()
     return model
 
 

@@ -48,4 +48,18 @@ void parallel_for(int threads, int64_t count, const Body& body) {
   for (int64_t index = 0; index < count; ++index) body(index);
 }
 
+// The same for tasks that take long. A thread takes the next task when it has finished one.
+template <class Body>
+void parallel_tasks(int threads, int64_t count, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t index = 0; index < count; ++index) body(index);
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t index = 0; index < count; ++index) body(index);
+}
+
 }  // namespace fusedres

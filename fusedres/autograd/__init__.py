@@ -1,7 +1,8 @@
 """Forward and backward of the fused blocks: the order of their ops, and what is saved between the two."""
 
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
-from fusedres.autograd.inference import Frozen, run_frozen
+from fusedres.autograd.frozen import Frozen, FrozenBlock, run_folded, run_frozen
+from fusedres.autograd.frozen_network import FrozenNetwork, fold_linear, fold_stem, run_folded_stem
 from fusedres.autograd.layout import suggests_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
@@ -13,13 +14,19 @@ __all__ = [
     "BlockPlan",
     "ConvBN",
     "Frozen",
+    "FrozenBlock",
+    "FrozenNetwork",
     "Inputs",
     "StemPlan",
     "UncheckedError",
     "are_plain",
     "count_path",
+    "fold_linear",
+    "fold_stem",
     "path_counts",
     "run_block",
+    "run_folded",
+    "run_folded_stem",
     "run_frozen",
     "run_stem",
     "suggests_channels_last",

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fusedres.autograd import BlockPlan, Frozen, UncheckedError, count_path
 from fusedres.dispatch import Way
@@ -15,18 +14,15 @@ from fusedres.modules.calls import input_of_call, keep_reason, options_of, reaso
 from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read
 from fusedres.modules.foreign import Foreign
+from fusedres.modules.freezable import Freezable
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts
 from fusedres.modules.reading import Tensors, read_block, read_input
 from fusedres.modules.remembered import recall, remember
 from fusedres.modules.running import run_filtered, run_plan, run_unfused
-from fusedres.modules.scripting import Scriptable
-
-# Neither copied nor pickled with a block: folded weights, and what the last call left.
-_OF_THIS_BLOCK = ("fused_frozen", "fused_last_reason", "fused_calls")
 
 
-class FusedBlock(Scriptable):
+class FusedBlock(Freezable):
     """Mixin that comes before a torchvision block in the bases: forward runs fused if that is the same computation.
 
     Everything is read from the children once per call. If a part is unusual (`unfused_reason`) or a functorch transform
@@ -87,19 +83,6 @@ class FusedBlock(Scriptable):
         if remembers:
             remember(self, gathered, x, options[:2], *found)
         return run_plan(cls, self, x, *found, options.frozen)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode as torch does; with mode=True, also drop what fusedres.freeze kept."""
-        if mode:
-            self.fused_frozen = None
-        return super().train(mode)
-
-    def __getstate__(self) -> Any:
-        """Return the state without the folded weights: a copy or a pickle of a frozen block is not frozen."""
-        state = self.__dict__ if not hasattr(super(), "__getstate__") else super().__getstate__()
-        if not isinstance(state, dict):  # a subclass has its own __getstate__
-            return state
-        return {name: value for name, value in state.items() if name not in _OF_THIS_BLOCK}
 
 
 class FusedForeignBlock(Foreign, FusedBlock):

@@ -21,10 +21,11 @@ from fusedres.modules.calls import (
 from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read_network
 from fusedres.modules.foreign import UNREAD, Foreign
+from fusedres.modules.freezable import Freezable
+from fusedres.modules.frozen_network import run_frozen_network
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts, UnitPaths
 from fusedres.modules.reading import Input, promoted, read_block, read_input, read_stem
-from fusedres.modules.scripting import Scriptable
 
 _WITH_POOL = Parts((UnitPaths("conv1", "bn1"),), ("relu",), "maxpool").named()
 _WITHOUT_POOL = Parts((UnitPaths("conv1", "bn1"),), ("relu",), identities=("maxpool",)).named()
@@ -35,7 +36,7 @@ def parts_of_resnet(network: nn.Module) -> Parts:
     return _WITHOUT_POOL if type(network._modules.get("maxpool")) is nn.Identity else _WITH_POOL
 
 
-class FusedStem(Scriptable):
+class FusedStem(Freezable):
     """Mixin that runs conv1, bn1, relu and maxpool of a ResNet fused; it comes before the model's class in the bases.
 
     Everything is read from the children once per call.
@@ -161,6 +162,11 @@ class FusedResNet(FusedStem, ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         cls: Any = type(self)
         fused = issubclass(cls, FusedResNet)  # false if another thread called unfuse() just now
+        frozen = self.__dict__.get("fused_frozen")
+        if frozen is not None and fused:
+            whole = run_frozen_network(cls, self, frozen, x)
+            if whole is not None:
+                return whole
         pooled = run_fused_stem(cls, self, x) if fused else None
         if pooled is None:
             count_path("stem_unfused")

@@ -42,5 +42,7 @@ from fusedres.ops.one_pass_tail import one_pass_fold as one_pass_fold
 from fusedres.ops.one_pass_tail import one_pass_products as one_pass_products
 from fusedres.ops.one_pass_tail import one_pass_reduce as one_pass_reduce
 from fusedres.ops.one_pass_tail import one_pass_tail as one_pass_tail
+from fusedres.ops.packed_convolution import pack_weight as pack_weight
+from fusedres.ops.packed_convolution import packed_convolution_out as packed_convolution_out
 from fusedres.ops.relu_backward import relu_backward as relu_backward
 from fusedres.ops.shortcut_grad import shortcut_grad_ as shortcut_grad_

@@ -1,0 +1,157 @@
+"""Convolutions with BatchNorm folded in, for inference: out = relu(scale⊙W * x + shift + S), S a shortcut or nothing.
+
+There are three kinds. `PanelConvolution` is this package's own kernel for float32 on CPUs. `LibraryConvolution` is
+oneDNN's, with a packed weight, and with the ReLU and the sum on its store. `PlainConvolution` is torch's, for every
+other dtype and device, with a pass of this package after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres import _C
+from fusedres.autograd.plan import ConvBN
+from fusedres.ops.launch import launches
+from fusedres.values import ShortcutInput
+
+# Where PanelConvolution was measured to be faster than oneDNN. With AVX-512 the two have not been compared yet.
+_PANEL_ISAS = ("avx2",)
+
+
+class PanelConvolution(NamedTuple):
+    """This package's own kernel (ops.packed_convolution_out)."""
+
+    panels: Tensor
+    bias: Tensor
+    identity: Tensor  # the state of a pass that only applies the ReLU
+    kernel: Sequence[int]
+    unit: ConvBN
+
+    def __call__(
+        self, x: Tensor, shortcut: Tensor | None = None, relu: bool = True, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the result in channels_last: out if it is given."""
+        if out is None:
+            shape = self.unit.output_shape(x.shape, (self.bias.shape[0], x.shape[1], *self.kernel))
+            out = torch.empty(shape, memory_format=torch.channels_last)
+        launch, geometry = launches("cpu"), self.unit.geometry
+        launch.packed_convolution_out(x, self.panels, self.bias, self.kernel, geometry, shortcut, relu, out)
+        return out
+
+
+class LibraryConvolution(NamedTuple):
+    """oneDNN's, through the operators that torch keeps for compiled models."""
+
+    weight: Tensor  # in oneDNN's own layout
+    bias: Tensor
+    identity: Tensor
+    unit: ConvBN
+
+    def __call__(
+        self, x: Tensor, shortcut: Tensor | None = None, relu: bool = True, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the result in channels_last: out if it is given."""
+        unit = self.unit
+        geometry = (unit.padding, unit.stride, unit.dilation, unit.groups)
+        if shortcut is None:
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
+                x, self.weight, self.bias, *geometry, "relu" if relu else "none", [], ""
+            )
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, shortcut, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], ""
+            )
+        return _placed(y, out)
+
+    def onto(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Return the result with a shortcut in the shortcut's own memory."""
+        unit = self.unit
+        geometry = (unit.padding, unit.stride, unit.dilation, unit.groups)
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+            shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], ""
+        )
+        return y
+
+
+class PlainConvolution(NamedTuple):
+    """torch's, and a pass of this package after it."""
+
+    weight: Tensor
+    bias: Tensor
+    identity: Tensor
+    unit: ConvBN
+    backend: str
+
+    def __call__(
+        self, x: Tensor, shortcut: Tensor | None = None, relu: bool = True, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the result in channels_last: out if it is given."""
+        unit = self.unit
+        y = torch.conv2d(x, self.weight, self.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
+        y = y.contiguous(memory_format=torch.channels_last)
+        if shortcut is not None:
+            return add_shortcut(y, self.identity, ShortcutInput(shortcut), self.backend, out)
+        if relu:
+            launches(self.backend).bn_relu_(y, self.identity)
+        return _placed(y, out)
+
+
+FoldedConvolution = PanelConvolution | LibraryConvolution | PlainConvolution
+
+
+def add_shortcut(y: Tensor, state: Tensor, shortcut: ShortcutInput, backend: str, out: Tensor | None) -> Tensor:
+    """Run the add and the last ReLU; the result goes into out if it is given, else into y."""
+    launch = launches(backend)
+    if out is None:
+        launch.bn_add_relu_(y, state, shortcut, False)
+        return y
+    launch.bn_add_relu_out(y, state, shortcut, out)
+    return out
+
+
+def fold(
+    weight: Tensor, state: Tensor, unit: ConvBN, shape: Sequence[int], dtype: torch.dtype, backend: str
+) -> FoldedConvolution:
+    """Fold a BatchNorm with constant statistics into the convolution before it, in float32 or wider; round once.
+
+    Args:
+        state: (4, K), of the BatchNorm.
+        shape: (N, C, H, W) of the input. oneDNN packs weights for inputs of this shape: packed without one, a strided
+            1x1 convolution of a few images took six times as long. Other shapes run too, some of them slower.
+        dtype: of the convolution.
+    """
+    folded = (weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(dtype)
+    bias = state[3].to(dtype)
+    identity = torch.zeros_like(state)
+    identity[1:3] = 1
+    if backend == "cpu" and dtype is torch.float32 and unit.groups == 1 and _C.build_info()["isa_used"] in _PANEL_ISAS:
+        panels = launches(backend).pack_weight(folded, unit.dilation, None)
+        return PanelConvolution(panels, bias, identity, tuple(weight.shape[2:]), unit)
+    if weight.is_cpu and _onednn_packs(dtype):
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, list(shape)
+        )
+        return LibraryConvolution(packed, bias, identity, unit)
+    return PlainConvolution(folded, bias, identity, unit, backend)
+
+
+@cache
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether torch's oneDNN runs convolutions of this dtype on this CPU with packed weights."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype is torch.float32
+
+
+def _placed(y: Tensor, out: Tensor | None) -> Tensor:
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y if out is None else out.copy_(y)

@@ -1,0 +1,63 @@
+"""Convolutions of packed weights in C++ (csrc/packed_convolution)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedres import _C
+from fusedres.kernels.arguments import address
+from fusedres.values import DENSE, Geometry
+
+Map = tuple[int, ...]  # what csrc/bindings.cpp reads as a ConvolutionMap
+
+
+def packed_size(weight: Sequence[int]) -> int:
+    """Return how many elements a weight of this shape (K, C, R, S) has when it is packed."""
+    size: int = _C.packed_size(_weight_map(weight, (1, 1)))
+    return size
+
+
+def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -> Tensor:
+    """See fusedres.ops.packed_convolution."""
+    panels = weight.new_empty(packed_size(weight.shape))
+    _C.pack_weight(
+        weight.data_ptr(), _weight_map(weight.shape, dilation), weight.stride(), address(scale), panels.data_ptr()
+    )
+    return panels
+
+
+def packed_convolution_out(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor,
+    kernel: Sequence[int],
+    geometry: Geometry,
+    shortcut: Tensor | None,
+    with_relu: bool,
+    out: Tensor,
+) -> None:
+    """See fusedres.ops.packed_convolution."""
+    _C.packed_convolution(
+        x.data_ptr(),
+        _map(x.shape, out.shape[1], kernel, geometry),
+        panels.data_ptr(),
+        bias.data_ptr(),
+        address(shortcut),
+        with_relu,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _weight_map(weight: Sequence[int], dilation: Sequence[int]) -> Map:
+    """Return the map of any convolution with a weight of this shape."""
+    k, c, *kernel = weight
+    return _map((0, c, 0, 0), k, kernel, DENSE._replace(dilation=dilation))
+
+
+def _map(x: Sequence[int], out_channels: int, kernel: Sequence[int], geometry: Geometry) -> Map:
+    n, c, h, w = x
+    return n, h, w, c, out_channels, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation

@@ -1,0 +1,83 @@
+"""Convolutions for inference whose weights were folded and packed before: bias, shortcut and ReLU are on the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedres.errors import ShapeError
+from fusedres.ops._arguments import Call, Integers, activation, convolution, dense, strided
+from fusedres.ops._library import op
+from fusedres.ops._shapes import Shape
+from fusedres.values import Geometry
+
+_FLOAT = torch.float32
+
+
+def _size(weight: Sequence[int], backend: str) -> int:
+    """How many elements a weight of this shape has when it is packed for a backend."""
+    if backend == "cpu":
+        from fusedres.kernels.packed_convolution.cpu import packed_size
+
+        return packed_size(weight)
+    k, c, r, s = weight
+    return k * c * r * s
+
+
+@op(
+    "packed_convolution",
+    {
+        "weight": strided("K C R S", _FLOAT, remedy="grouped convolutions are not supported"),
+        "dilation": Integers(2, 1),
+        "scale": dense("K", _FLOAT),
+    },
+)
+def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None = None, *, backend: str) -> Tensor:
+    """scale⊙weight, laid out as packed_convolution_out reads it on this backend, for convolutions of this dilation.
+
+    Returns:
+        a fresh float32 vector. It is only valid in this process: its order depends on the processor.
+    """
+    return weight.new_empty(_size(weight.shape, backend))
+
+
+def _check_panels(call: Call) -> None:
+    wanted = _size([call.scope.sizes[size] for size in "KCRS"], call.backend)
+    if call["panels"].numel() != wanted:
+        remedy = "was it packed by pack_weight for this kernel?"
+        call.fail(ShapeError, "panels", f"have {wanted} elements", call["panels"].numel(), remedy)
+
+
+@op(
+    "packed_convolution",
+    {
+        "x": activation("N C H W", _FLOAT),
+        "bias": dense("K", _FLOAT),
+        "kernel": Integers(2, 1, Shape("R S")),
+        "panels": dense("L", _FLOAT),
+        **convolution("H W", "R S"),
+        "shortcut": activation("N K P Q", _FLOAT),
+        "out": activation("N K P Q", _FLOAT),
+    },
+    writes=("out",),
+    relations=_check_panels,
+)
+def packed_convolution_out(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor,
+    kernel: Sequence[int],
+    geometry: Geometry,
+    shortcut: Tensor | None,
+    with_relu: bool,
+    out: Tensor,
+    *,
+    backend: str,
+) -> None:
+    """relu(conv(x, weight) + bias + shortcut) into out, or the same without the ReLU.
+
+    `kernel` is the height and width of the weight that pack_weight packed into `panels`. Without a shortcut S is 0.
+    NaN passes the ReLU as in torch.
+    """
