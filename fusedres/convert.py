@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import ResNet
 
 from fusedres.autograd import Frozen
-from fusedres.modules import FusedBlock, FusedResNet, FusedStem
+from fusedres.modules import FusedBlock, FusedStem
 from fusedres.modules.anatomy import SHARDED
 from fusedres.modules.classes import (
     base_of,
@@ -22,7 +22,7 @@ from fusedres.modules.classes import (
     stock_class,
 )
 from fusedres.modules.families import has_stem, looks_residual, read, read_network, why_unknown
-from fusedres.modules.frozen_network import FrozenWhole
+from fusedres.modules.frozen_network import FrozenModel
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.parts import Parts
@@ -155,11 +155,13 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Fold the weights of the fused blocks for inference, in place: the caller promises that they no longer change.
+    """Fold the weights of a fused model for inference, in place: the caller promises that they no longer change.
 
     Without freeze, BatchNorm is applied from the current weights at every call, so nothing can be out of date. Frozen
-    blocks fold BatchNorm into the convolutions (in float32 or wider) and rearrange the weights at their next call. They
-    use the result until model.train() drops it. Copies and pickles of a frozen model are not frozen. Calls that need
+    blocks and stems fold BatchNorm into the convolutions (in float32 or wider) and rearrange the weights at their next
+    call. On a CPU, ReLU and shortcut are then part of the convolutions' stores, and a torchvision ResNet runs as a
+    whole, a few images at a time, with its classifier, unless a hook or other code has to see its modules being called.
+    Folds are used until model.train() drops them. Copies and pickles of a frozen model are not frozen. Calls that need
     gradients, and blocks with batch statistics in BatchNorm, run as if they were not frozen.
 
     Args:
@@ -183,8 +185,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for _, block in blocks:
         block.fused_frozen = Frozen()
     for network in model.modules():
-        if isinstance(network, FusedResNet) and not network.training:
-            network.fused_frozen = FrozenWhole()
+        if isinstance(network, FusedStem) and not network.training:
+            network.fused_frozen = FrozenModel()
     return model
 
 

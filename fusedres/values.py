@@ -160,6 +160,17 @@ class Folded(NamedTuple):
     offset: Tensor
 
 
+class Packed(NamedTuple):
+    """A convolution with its BatchNorm folded in, for inference.
+
+    `panels` is the weight as ops.pack_weight lays it out, `bias` is (K,), and `kernel` is (R, S).
+    """
+
+    panels: Tensor
+    bias: Tensor
+    kernel: Sequence[int]
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that values of this dtype are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -8,6 +8,8 @@ import torch
 from op_inputs import activation, state, vector
 from torch import Tensor
 
+from fusedres.kernels.packed_convolution import packed_size
+
 N, C, K, H, W = 2, 9, 10, 6, 5
 _FLOAT = torch.float32
 
@@ -88,6 +90,17 @@ def _inference() -> list[Example]:
     out: Example = {"state": state(K, _FLOAT), "shortcut": _like(N, 4, H, 2 * W, seed=2), "shortcut_state": None}
     normalised = {"shortcut": _like(N, K, 3, W, seed=3), "shortcut_state": state(K, _FLOAT, 7), "shortcut_stride": 1}
     return [_fprop() | out | {"shortcut_stride": 2}, _fprop() | out | normalised]
+
+
+def _packed() -> Example:
+    example: Example = {
+        "x": _like(N, C, H, W),
+        "panels": torch.zeros(packed_size((K, C, 3, 3))),
+        "bias": vector(K),
+        "kernel": [3, 3],
+    }
+    example |= {**_GEOMETRY, "shortcut": _like(N, K, 3, W, seed=2), "with_relu": True}
+    return example | {"out": _like(N, K, 3, W, seed=3)}
 
 
 def _dgrad() -> list[Example]:
@@ -204,6 +217,8 @@ def examples() -> dict[str, list[Example]]:
         "one_pass_reduce": [_reduction() | nothing_more, _reduction() | joined],
         "one_pass_statistics": [statistics | _norm(K)],
         "one_pass_tail": _one_pass_tail(),
+        "pack_weight": [{"weight": _like(K, C, 3, 3), "dilation": [1, 1], "scale": vector(K)}],
+        "packed_convolution_out": [_packed()],
         "relu_backward": [{"grad": one["grad"], "gate": one["gate"]}, {"grad": one["grad"], "gate": two["gate"]}],
         "shortcut_grad_": [
             gradient | {"shortcut_gate": _like(N, C, 3, 3, seed=2)},

@@ -51,13 +51,19 @@ def test_copies_and_files_are_fused_and_independent() -> None:
     again.load_state_dict(twin.state_dict(), strict=True)
 
 
-def test_freezing_leaves_the_stem_as_it_is() -> None:
+def test_a_frozen_stem() -> None:
     model, x, _ = stem(mode="eval")
     twin = twin_of(model)
-    want = twin(x)
-    fusedres.freeze(twin)
-    with torch.no_grad(), expect_paths(stem_forward=1):
-        assert torch.equal(twin(x), want)
+    with torch.no_grad():
+        want = twin(x)
+        fusedres.freeze(twin)
+        with expect_paths(frozen_stem=1):
+            got = twin(x)
+        torch.testing.assert_close(got, want)
+        assert got.stride() == want.stride()
+        twin.train().eval()
+        with expect_paths(stem_forward=1):
+            assert torch.equal(twin(x), want)
 
 
 def test_a_subclass_and_a_forward_on_the_instance_are_left_alone() -> None:

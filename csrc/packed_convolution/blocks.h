@@ -18,8 +18,8 @@ struct DepthBlocks {
 
   bool row_taps;
   int64_t taps;
-  int64_t channels;       // values that one tap reads of a pixel, or of a row of pixels
-  int64_t tap_blocks;     // the taps are divided into these,
+  int64_t channels;        // values that one tap reads of a pixel, or of a row of pixels
+  int64_t tap_blocks;      // the taps are divided into these,
   int64_t channel_blocks;  // or the channels of each tap into these
 
   explicit DepthBlocks(const ConvolutionMap& map)
@@ -34,7 +34,7 @@ struct DepthBlocks {
   int64_t depth() const { return taps * channels; }
 
   struct Block {
-    int64_t first_tap, last_tap;          // last: the first one after the block
+    int64_t first_tap, last_tap;  // last: the first one after the block
     int64_t first_channel, last_channel;
     int64_t before;  // depth of the blocks before this one
 

@@ -1,9 +1,9 @@
 """Forward and backward of the fused blocks: the order of their ops, and what is saved between the two."""
 
-from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.frozen import Frozen, FrozenBlock, run_folded, run_frozen
-from fusedres.autograd.frozen_network import FrozenNetwork, fold_linear, fold_stem, run_folded_stem
-from fusedres.autograd.layout import suggests_channels_last
+from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_linear, fold_stem
+from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
+from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import run_stem
@@ -13,6 +13,7 @@ __all__ = [
     "UNIT_TENSORS",
     "BlockPlan",
     "ConvBN",
+    "FoldedStem",
     "Frozen",
     "FrozenBlock",
     "FrozenNetwork",
@@ -23,10 +24,10 @@ __all__ = [
     "count_path",
     "fold_linear",
     "fold_stem",
+    "in_format",
     "path_counts",
     "run_block",
     "run_folded",
-    "run_folded_stem",
     "run_frozen",
     "run_stem",
     "suggests_channels_last",

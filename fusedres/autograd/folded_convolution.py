@@ -14,22 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres import _C
 from fusedres.autograd.plan import ConvBN
+from fusedres.kernels.packed_convolution import faster_than_onednn
 from fusedres.ops.launch import launches
-from fusedres.values import ShortcutInput
-
-# Where PanelConvolution was measured to be faster than oneDNN. With AVX-512 the two have not been compared yet.
-_PANEL_ISAS = ("avx2",)
+from fusedres.values import Packed, ShortcutInput
 
 
 class PanelConvolution(NamedTuple):
     """This package's own kernel (ops.packed_convolution_out)."""
 
-    panels: Tensor
-    bias: Tensor
+    packed: Packed
     identity: Tensor  # the state of a pass that only applies the ReLU
-    kernel: Sequence[int]
     unit: ConvBN
 
     def __call__(
@@ -37,10 +32,9 @@ class PanelConvolution(NamedTuple):
     ) -> Tensor:
         """Return the result in channels_last: out if it is given."""
         if out is None:
-            shape = self.unit.output_shape(x.shape, (self.bias.shape[0], x.shape[1], *self.kernel))
-            out = torch.empty(shape, memory_format=torch.channels_last)
-        launch, geometry = launches("cpu"), self.unit.geometry
-        launch.packed_convolution_out(x, self.panels, self.bias, self.kernel, geometry, shortcut, relu, out)
+            shape = self.unit.output_shape(x.shape, (self.identity.shape[1], x.shape[1], *self.packed.kernel))
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        launches("cpu").packed_convolution_out(x, self.packed, self.unit.geometry, shortcut, relu, out)
         return out
 
 
@@ -129,9 +123,9 @@ def fold(
     bias = state[3].to(dtype)
     identity = torch.zeros_like(state)
     identity[1:3] = 1
-    if backend == "cpu" and dtype is torch.float32 and unit.groups == 1 and _C.build_info()["isa_used"] in _PANEL_ISAS:
+    if backend == "cpu" and dtype is torch.float32 and unit.groups == 1 and faster_than_onednn():
         panels = launches(backend).pack_weight(folded, unit.dilation, None)
-        return PanelConvolution(panels, bias, identity, tuple(weight.shape[2:]), unit)
+        return PanelConvolution(Packed(panels, bias, tuple(weight.shape[2:])), identity, unit)
     if weight.is_cpu and _onednn_packs(dtype):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
             folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, list(shape)

@@ -11,7 +11,7 @@ from fusedres.autograd.folded_convolution import FoldedConvolution, LibraryConvo
 from fusedres.autograd.forward import unit_state
 from fusedres.autograd.inference import in_parts
 from fusedres.autograd.layout import in_format
-from fusedres.autograd.memory import dense
+from fusedres.autograd.memory import dense, require_memory
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Inputs, Tensors
 from fusedres.ops.launch import launches
 from fusedres.values import ShortcutInput, in_dtype
@@ -67,6 +67,7 @@ def _folded(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> tuple[FoldedCo
 def run_frozen(inputs: Inputs, plan: BlockPlan, frozen: FrozenBlock) -> Tensor:
     """Return relu(F(x) + S(x)) of the folded block; inputs in any memory format."""
     inputs = dense(inputs)
+    require_memory(inputs.x, ())
     y = in_parts(inputs, plan, lambda part, out: run_folded(part, plan, frozen.convolutions, out))
     return in_format(y, plan.channels_last)
 
@@ -92,7 +93,7 @@ def run_folded(
         return last(h, None, True, out)
     if plan.projection is not None:
         entry, owned = convolutions[-1](entry, None, False), True
-    if plan.projection is not None or (plan.pad_stride == 1 and entry.shape[1] == last.bias.shape[0]):
+    if plan.projection is not None or (plan.pad_stride == 1 and entry.shape[1] == last.identity.shape[1]):
         if owned and out is None and isinstance(last, LibraryConvolution):
             return last.onto(h, entry)
         return last(h, entry, True, out)

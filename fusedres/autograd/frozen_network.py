@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedres.autograd.folded_convolution import FoldedConvolution, PanelConvolution, fold
 from fusedres.autograd.frozen import FrozenBlock, run_folded
-from fusedres.autograd.memory import to_channels_last
+from fusedres.autograd.memory import require_memory, to_channels_last
 from fusedres.autograd.plan import BlockPlan, ConvBN, Inputs, StemPlan, Tensors, norm_of
 from fusedres.ops.launch import launches
 from fusedres.values import in_dtype
@@ -23,16 +23,36 @@ _LIBRARY_BYTES = 26 << 20
 _PANEL_BYTES = 13 << 20
 
 
+class FoldedStem(NamedTuple):
+    """A stem's folded convolution, for inputs of one kind, and how many images to run at a time.
+
+    No layer of a ResNet has a larger result than its stem, so this holds for the whole network.
+    """
+
+    kind: tuple[torch.dtype, torch.device, torch.dtype]
+    convolution: FoldedConvolution
+    images: int
+    plan: StemPlan
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return maxpool(relu(BN(conv(x)))); x in any memory format."""
+        require_memory(x, ())
+        y = self.convolution(in_dtype(to_channels_last(x), self.plan.dtype), None, False)
+        pooled: Tensor = launches(self.plan.backend).bn_relu_maxpool(y, self.convolution.identity, False)[0]
+        return pooled
+
+
 class FrozenNetwork(NamedTuple):
     """The folded layers of a ResNet, for inputs of one kind."""
 
-    stem: FoldedConvolution
+    stem: FoldedStem
     blocks: tuple[tuple[BlockPlan, FrozenBlock], ...]
     classifier: FoldedConvolution | Callable[[Tensor], Tensor]
-    dtype: torch.dtype
 
-    def run(self, x: Tensor, images: int) -> Tensor:
-        """Return the scores of a batch; images: how many run at a time."""
+    def run(self, x: Tensor) -> Tensor:
+        """Return the scores of a batch."""
+        require_memory(x, ())
+        images = self.stem.images
         features = [self._features(x[begin : begin + images]) for begin in range(0, x.shape[0], images)]
         joined = features[0] if len(features) == 1 else torch.cat(features)
         if isinstance(self.classifier, FoldedConvolution):
@@ -41,24 +61,14 @@ class FrozenNetwork(NamedTuple):
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the average of the last block's result over its pixels."""
-        h = run_folded_stem(self.stem, in_dtype(to_channels_last(x), self.dtype))
+        h = self.stem.run(x)
         for plan, block in self.blocks:
             h = run_folded(Inputs(h), plan, block.convolutions, None, owned=True)
         return h.mean((2, 3))
 
 
-def run_folded_stem(convolution: FoldedConvolution, x: Tensor) -> Tensor:
-    """Return maxpool(relu(x's convolution)) of a folded stem and a channels_last x."""
-    y = convolution(x, None, False)
-    pooled: Tensor = launches("cpu").bn_relu_maxpool(y, convolution.identity, False)[0]
-    return pooled
-
-
-def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[FoldedConvolution, int]:
-    """Return a stem's folded convolution, and how many images a network with this stem is to run at a time.
-
-    No layer of a ResNet has a larger result than its stem.
-    """
+def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> FoldedStem:
+    """Fold a stem with constant statistics, for inputs like x."""
     weight = tensors[0]
     assert weight is not None
     state = launches(plan.backend).bn_frozen(x[:0].to(plan.dtype), norm_of(tensors, 0, plan.unit))
@@ -68,7 +78,7 @@ def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[FoldedConvol
     folded = fold(weight, state, plan.unit, (images, *x.shape[1:]), plan.dtype, plan.backend)
     if isinstance(folded, PanelConvolution):
         images = max(1, _PANEL_BYTES // size)
-    return folded, images
+    return FoldedStem((x.dtype, x.device, plan.dtype), folded, images, plan)
 
 
 def fold_linear(weight: Tensor, bias: Tensor | None, images: int, dtype: torch.dtype) -> FoldedConvolution:

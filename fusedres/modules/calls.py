@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from fusedres.autograd import Frozen
 from fusedres.backends import automatic
 from fusedres.modules.anatomy import Anatomy
 from fusedres.modules.choice import FASTER_UNFUSED, chosen_way, not_measured, serving_backend
@@ -25,7 +24,7 @@ class Options(NamedTuple):
 
     memory: str
     conv: str
-    frozen: Frozen | None  # None for a stem
+    frozen: Any  # of a block: its Frozen; of a network with a fused stem: its FrozenModel; None: not frozen
 
 
 def options_of(module: nn.Module) -> Options:

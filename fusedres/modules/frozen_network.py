@@ -1,4 +1,7 @@
-"""Runs a frozen torchvision ResNet as a whole, if nothing can see that its modules are not called one by one."""
+"""Runs a frozen torchvision ResNet as a whole, if nothing can see that its modules are not called one by one.
+
+Else, and for other networks, its stem and its blocks run frozen one by one.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ from torch.nn.modules import module as nn_module
 
 from fusedres.autograd import (
     BlockPlan,
+    FoldedStem,
     FrozenBlock,
     FrozenNetwork,
     Inputs,
+    StemPlan,
     count_path,
     fold_linear,
     fold_stem,
     run_folded,
-    run_folded_stem,
 )
 from fusedres.modules.anatomy import anatomy_of
 from fusedres.modules.calls import keep_reason, unusual_input
@@ -25,17 +29,25 @@ from fusedres.modules.choice import serving_backend
 from fusedres.modules.fused_block import FusedBlock, plan_of
 from fusedres.modules.gathering import gather
 from fusedres.modules.genuine import replaced_code, touched
-from fusedres.modules.reading import read_input, read_stem
+from fusedres.modules.reading import Tensors, read_input, read_stem
 from fusedres.ops.launch import direct
 
 _Kind = tuple[Any, ...]  # what the folds depend on besides the weights
 
 
-class FrozenWhole:
-    """What fusedres.freeze leaves on a network."""
+class FrozenModel:
+    """What fusedres.freeze leaves on a network with a fused stem; train() drops it."""
 
     def __init__(self) -> None:
         self.made: _Made | None = None
+        self._stem: FoldedStem | None = None
+
+    def stem(self, x: Tensor, plan: StemPlan, tensors: Tensors) -> FoldedStem:
+        """Return the folded stem for inputs like x."""
+        stem = self._stem
+        if stem is None or stem.kind != (x.dtype, x.device, plan.dtype):
+            stem = self._stem = fold_stem(x, plan, tensors)
+        return stem
 
 
 class _Made(NamedTuple):
@@ -43,7 +55,6 @@ class _Made(NamedTuple):
 
     kind: _Kind
     network: FrozenNetwork | None
-    images: int
     modules: tuple[tuple[nn.Module, type[nn.Module], tuple[nn.Module | None, ...], object], ...]  # the network first
 
     def fits(self, kind: _Kind) -> bool:
@@ -56,7 +67,7 @@ class _Made(NamedTuple):
         )
 
 
-def run_frozen_network(cls: Any, model: Any, frozen: FrozenWhole, x: Tensor) -> Tensor | None:
+def run_frozen_network(cls: Any, model: Any, frozen: FrozenModel, x: Tensor) -> Tensor | None:
     """Return the scores of a FusedResNet of class cls, or None if its modules have to run one by one."""
     if unusual_input(x) is not None or x.dim() != 4 or x.shape[0] == 0 or not x.is_cpu or not direct():
         return None
@@ -76,7 +87,7 @@ def run_frozen_network(cls: Any, model: Any, frozen: FrozenWhole, x: Tensor) -> 
         if folds is not None:
             keep_reason(module, "")
     count_path("frozen_network")
-    return made.network.run(x, made.images)
+    return made.network.run(x)
 
 
 def _observed(cls: Any, made: _Made) -> bool:
@@ -92,12 +103,11 @@ def _observed(cls: Any, made: _Made) -> bool:
 def _make(model: Any, x: Tensor, kind: _Kind) -> _Made:
     modules = tuple((m, type(m), tuple(m._modules.values()), m.__dict__.get("fused_frozen")) for m in model.modules())
     with torch.no_grad():
-        network, images = _folded(model, x) or (None, 0)
-    return _Made(kind, network, images, modules)
+        return _Made(kind, _folded(model, x), modules)
 
 
-def _folded(model: Any, x: Tensor) -> tuple[FrozenNetwork, int] | None:
-    """Return the folded network and how many images it runs at a time, or None if a part of it is not plain.
+def _folded(model: Any, x: Tensor) -> FrozenNetwork | None:
+    """Return the folded network for inputs like x, or None if a part of it is not plain.
 
     Raises:
         ShapeError, DtypeError, RuntimeError: a layer does not fit its input.
@@ -110,12 +120,13 @@ def _folded(model: Any, x: Tensor) -> tuple[FrozenNetwork, int] | None:
     if any(type(layer) is not nn.Sequential for layer in layers) or not _averages(model.avgpool):
         return None
     anatomy = anatomy_of(gathered)
-    found = anatomy if isinstance(anatomy, str) else read_stem(read_input(cls.__name__, x, "cpu", "auto", None), anatomy)
+    given = read_input(cls.__name__, x, "cpu", "auto", None)
+    found = anatomy if isinstance(anatomy, str) else read_stem(given, anatomy)
     if isinstance(found, str) or found[0].unit.batch_statistics:
         return None
     plan, tensors = found
-    stem, images = fold_stem(x, plan, tensors)
-    h = run_folded_stem(stem, x[:images].to(plan.dtype).contiguous(memory_format=torch.channels_last))
+    stem = fold_stem(x, plan, tensors)  # not the one that is kept: it is packed for images of this size
+    h = stem.run(x[: stem.images])
     blocks: list[tuple[BlockPlan, FrozenBlock]] = []
     for block in (block for layer in layers for block in layer):
         block_plan, frozen = _folded_block(block, h) or (None, None)
@@ -126,7 +137,7 @@ def _folded(model: Any, x: Tensor) -> tuple[FrozenNetwork, int] | None:
     classifier = model.fc
     if type(classifier) is nn.Linear:
         classifier = fold_linear(classifier.weight, classifier.bias, x.shape[0], plan.dtype)
-    return FrozenNetwork(stem, tuple(blocks), classifier, plan.dtype), images
+    return FrozenNetwork(stem, tuple(blocks), classifier)
 
 
 def _folded_block(block: nn.Module, h: Tensor) -> tuple[BlockPlan, FrozenBlock] | None:

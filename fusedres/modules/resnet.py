@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from fusedres.autograd import Inputs, count_path, run_block, run_stem, wants_gradients
+from fusedres.autograd import Inputs, count_path, in_format, run_block, run_stem, wants_gradients
 from fusedres.modules.anatomy import Anatomy, anatomy_of
 from fusedres.modules.calls import (
     holds_inference_tensors,
@@ -22,7 +22,7 @@ from fusedres.modules.choice import not_measured, serving_backend, unverified
 from fusedres.modules.families import read_network
 from fusedres.modules.foreign import UNREAD, Foreign
 from fusedres.modules.freezable import Freezable
-from fusedres.modules.frozen_network import run_frozen_network
+from fusedres.modules.frozen_network import FrozenModel, run_frozen_network
 from fusedres.modules.gathering import gather
 from fusedres.modules.parts import Parts, UnitPaths
 from fusedres.modules.reading import Input, promoted, read_block, read_input, read_stem
@@ -98,7 +98,12 @@ def run_fused_stem(cls: Any, model: FusedStem, x: Tensor) -> Tensor | None:
         keep_reason(model, "a tensor was made in inference mode")
         return None
     keep_reason(model, "")
-    return run_stem(x, plan, tensors, recorded)
+    frozen: FrozenModel | None = options.frozen
+    live = recorded or plan.unit.batch_statistics or not x.is_cpu or torch.compiler.is_compiling()
+    if frozen is None or live:
+        return run_stem(x, plan, tensors, recorded)
+    count_path("frozen_stem")
+    return in_format(frozen.stem(x, plan, tensors).run(x), plan.channels_last)
 
 
 def _run_deep_stem(cls: Any, model: FusedStem, x: Tensor, anatomy: Anatomy, pools: bool) -> Tensor | None:

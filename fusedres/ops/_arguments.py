@@ -283,7 +283,7 @@ def wide(shape: str, **options: Any) -> Argument:
     return dense(shape, "wide", **options)
 
 
-def strided(shape: str | None, dtype: str, **options: Any) -> Argument:
+def strided(shape: str | None, dtype: str | torch.dtype, **options: Any) -> Argument:
     """A tensor of any strides."""
     return Argument(None if shape is None else Shape(shape), dtype, "strided", **options)
 

@@ -8,22 +8,13 @@ import torch
 from torch import Tensor
 
 from fusedres.errors import ShapeError
+from fusedres.kernels.packed_convolution import packed_size
 from fusedres.ops._arguments import Call, Integers, activation, convolution, dense, strided
 from fusedres.ops._library import op
 from fusedres.ops._shapes import Shape
-from fusedres.values import Geometry
+from fusedres.values import Geometry, Packed
 
 _FLOAT = torch.float32
-
-
-def _size(weight: Sequence[int], backend: str) -> int:
-    """How many elements a weight of this shape has when it is packed for a backend."""
-    if backend == "cpu":
-        from fusedres.kernels.packed_convolution.cpu import packed_size
-
-        return packed_size(weight)
-    k, c, r, s = weight
-    return k * c * r * s
 
 
 @op(
@@ -40,11 +31,11 @@ def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None = 
     Returns:
         a fresh float32 vector. It is only valid in this process: its order depends on the processor.
     """
-    return weight.new_empty(_size(weight.shape, backend))
+    return weight.new_empty(packed_size(weight.shape))
 
 
 def _check_panels(call: Call) -> None:
-    wanted = _size([call.scope.sizes[size] for size in "KCRS"], call.backend)
+    wanted = packed_size([call.scope.sizes[size] for size in "KCRS"])
     if call["panels"].numel() != wanted:
         remedy = "was it packed by pack_weight for this kernel?"
         call.fail(ShapeError, "panels", f"have {wanted} elements", call["panels"].numel(), remedy)
@@ -66,9 +57,7 @@ def _check_panels(call: Call) -> None:
 )
 def packed_convolution_out(
     x: Tensor,
-    panels: Tensor,
-    bias: Tensor,
-    kernel: Sequence[int],
+    packed: Packed,
     geometry: Geometry,
     shortcut: Tensor | None,
     with_relu: bool,
@@ -76,8 +65,7 @@ def packed_convolution_out(
     *,
     backend: str,
 ) -> None:
-    """relu(conv(x, weight) + bias + shortcut) into out, or the same without the ReLU.
+    """relu(conv(x, weight) + bias + S) into out, or the same without the ReLU.
 
-    `kernel` is the height and width of the weight that pack_weight packed into `panels`. Without a shortcut S is 0.
-    NaN passes the ReLU as in torch.
+    Without a shortcut, S is 0. NaN passes the ReLU as in torch.
     """

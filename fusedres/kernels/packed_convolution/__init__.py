@@ -1,1 +1,24 @@
 """Convolutions of packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from fusedres import _C
+
+
+def packed_size(weight: Sequence[int]) -> int:
+    """Return how many elements a weight of this shape (K, C, R, S) has when it is packed, on every backend."""
+    k, c, r, s = weight
+    size: int = _C.packed_size((0, 0, 0, c, k, r, s, 1, 1, 0, 0, 1, 1))
+    return size
+
+
+@cache
+def faster_than_onednn() -> bool:
+    """Return whether the cpu kernel was measured to be faster than oneDNN's convolutions on processors like this one.
+
+    With AVX-512 the two have not been compared yet.
+    """
+    return bool(_C.build_info()["isa_used"] == "avx2")

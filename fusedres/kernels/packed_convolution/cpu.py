@@ -9,15 +9,10 @@ from torch import Tensor
 
 from fusedres import _C
 from fusedres.kernels.arguments import address
-from fusedres.values import DENSE, Geometry
+from fusedres.kernels.packed_convolution import packed_size
+from fusedres.values import DENSE, Geometry, Packed
 
 Map = tuple[int, ...]  # what csrc/bindings.cpp reads as a ConvolutionMap
-
-
-def packed_size(weight: Sequence[int]) -> int:
-    """Return how many elements a weight of this shape (K, C, R, S) has when it is packed."""
-    size: int = _C.packed_size(_weight_map(weight, (1, 1)))
-    return size
 
 
 def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -> Tensor:
@@ -31,9 +26,7 @@ def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -
 
 def packed_convolution_out(
     x: Tensor,
-    panels: Tensor,
-    bias: Tensor,
-    kernel: Sequence[int],
+    packed: Packed,
     geometry: Geometry,
     shortcut: Tensor | None,
     with_relu: bool,
@@ -42,9 +35,9 @@ def packed_convolution_out(
     """See fusedres.ops.packed_convolution."""
     _C.packed_convolution(
         x.data_ptr(),
-        _map(x.shape, out.shape[1], kernel, geometry),
-        panels.data_ptr(),
-        bias.data_ptr(),
+        _map(x.shape, out.shape[1], packed.kernel, geometry),
+        packed.panels.data_ptr(),
+        packed.bias.data_ptr(),
         address(shortcut),
         with_relu,
         out.data_ptr(),
