@@ -2,6 +2,7 @@
 
     python benchmarks/bench_model.py                      the GPU if there is one, else the CPU
     python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
+    python benchmarks/bench_model.py --phase infer --batch 1 8 32 --rivals
 
 A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are already
 on the device. Variants are interleaved in one process, and timed only if their scores agree with those of eager. Moved
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 import torch
 from common import harness
 from memory_traffic.launched import WAYS
+from suite import cpu_inference
 from suite.models import Work, measure
 from suite.precision import PRECISIONS
 from suite.settings import Settings
@@ -48,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--phase", choices=("both", "train", "infer"), default="both", help="what to measure (default: both)"
     )
-    parser.add_argument("--batch", type=int, help="images per step (default: GPU 64, CPU 8)")
+    parser.add_argument("--batch", type=int, nargs="+", help="images per step (default: GPU 64, CPU 8)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: 224)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     parser.add_argument(
@@ -65,6 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--keep-pages", action="store_true", help="CPU: freed memory stays mapped (glibc)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="CPU: time inference also frozen, with torch.compile (default; freezing), and with onnxruntime and "
+        "OpenVINO if they are installed (pip install '.[rivals]'), each in its own process; says which goals are met",
+    )
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,10 +80,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device: torch sees no CUDA device")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    options.batch = options.batch if options.batch is not None else (64 if on_gpu else 8)
-    for name, least in (("batch", 1), ("rounds", 1), ("size", 32)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name}: must be at least {least}, got {getattr(options, name)}")
+    options.batch = options.batch if options.batch is not None else [64 if on_gpu else 8]
+    for name, value, least in (
+        ("batch", min(options.batch), 1),
+        ("rounds", options.rounds, 1),
+        ("size", options.size, 32),
+    ):
+        if value < least:
+            parser.error(f"--{name}: must be at least {least}, got {value}")
+    if options.rivals and on_gpu:
+        parser.error("--rivals: is for CPUs; gpu_suite.py has the rivals of a GPU")
+    if options.rivals and options.dtype not in cpu_inference.BOUNDS:
+        parser.error(f"--rivals: --dtype must be one of {', '.join(cpu_inference.BOUNDS)}, got {options.dtype}")
     return options
 
 
@@ -85,7 +101,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     megabytes = ["-" if row[key] is None else f"{row[key] / 1e6:,.0f}" for key in MEMORY]
     return [
         row["name"], row["phase"], str(row["shape"][0]), row["variant"], f"{row['images_per_s']:.4g}",
-        f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})", f"{row['percent_of_bound']:.0f}", *megabytes,
+        f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+        "-" if row["percent_of_bound"] is None else f"{row['percent_of_bound']:.0f}", *megabytes,
     ]  # fmt: skip
 
 
@@ -98,28 +115,41 @@ def main(argv: list[str] | None = None) -> int:
     names = ["eager_nchw", *(WAYS if device.type == "cuda" else ("library", "library min"))]
     names += ["compile"] if options.compile else []
     phases = ("train", "infer") if options.phase == "both" else (options.phase,)
-    progress = harness.Progress(len(options.models) * len(phases))
+    cases = [(model, phase, batch) for model in options.models for phase in phases for batch in options.batch]
+    progress = harness.Progress(len(cases))
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings("models", Path(folder), device, tiny=False, until=float("inf"))
         where = settings.where
         print(f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}")
         if note := harness.busy_note(device):
             print(note)
-        for model in options.models:
-            for phase in phases:
-                work = Work(model, phase, options.batch, PRECISIONS[options.dtype], options.size)
-                progress.step(f"{model} {phase}", 0)
-                budget = options.budget / len(options.models) / len(phases)
+        for model, phase, batch in cases:
+            case = f"{model} {phase} batch {batch}"
+            progress.step(case, 0)
+            if options.rivals and phase == "infer":
+                work = cpu_inference.Work(model, batch, options.dtype, options.size)
+                timed, said = cpu_inference.measure(work, cpu_inference.ALL, options.rounds)
+                rows += timed
+                notes += [f"{case}, {note}" for note in said]
+            else:
                 different = [name for name in names if phase == "train" or not name.endswith(" min")]
-                measure(settings, f"{model} {phase} batch {options.batch}", work, different, options.rounds, budget)
-                progress.step(f"{model} {phase}")
+                step = Work(model, phase, batch, PRECISIONS[options.dtype], options.size)
+                measure(settings, case, step, different, options.rounds, options.budget / len(cases))
+            progress.step(case)
         found = settings.journal.rows()
     progress.close()
-    rows = [{key: row.get(key) for key in harness.ROW_KEYS} for row in found if "median_s" in row]
+    rows += [{key: row.get(key) for key in harness.ROW_KEYS} for row in found if "median_s" in row]
     for row in found:
         if "error" in row:
             print(f"{row['name']} {row['phase']} {row['variant']}: {row['error']}", file=sys.stderr)
     harness.print_table(HEADER, [cells(row) for row in rows])
+    for note in notes:
+        print(note)
+    if options.rivals:
+        print()
+        harness.print_table(cpu_inference.GOALS_HEADER, cpu_inference.goals(rows))
     if options.json:
         harness.write_rows(options.json, rows)
     return int(any("error" in row for row in found))

@@ -218,12 +218,12 @@ PYBIND11_MODULE(_C, m) {
       release);
 
   m.def("packed_size", &packed_size);
+  m.def("packed_convolution_is_faster", &packed_convolution_is_faster);
 
   m.def(
       "pack_weight",
-      [](Address weight, const ConvolutionMap& map, const WeightStrides& strides, Address scale, Address panels) {
-        pack_weight({weight, strides, map, scale, panels});
-      },
+      [](Address weight, const ConvolutionMap& map, const WeightStrides& strides, Address scale, Address panels,
+         int threads) { pack_weight({weight, strides, map, scale, panels, threads}); },
       release);
 
   m.def(

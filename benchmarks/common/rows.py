@@ -60,6 +60,9 @@ ROW_KEYS = (
     "bound_s",  # lower bound: the larger of floor_bytes / copy_bytes_per_s and flops / matmul_flops_per_s
     "percent_of_bound",
     "images_per_s",  # only for models
+    "isa",  # instruction sets of a CPU that make a difference
+    "slow_percent",  # of the samples that were taken while a probe said that the machine was slow
+    "page_faults",  # of one call
     "data",  # synthetic: random numbers that are already on the device
 )
 
@@ -70,6 +73,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "driver": _driver() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
+        "isa": None if device.type == "cuda" else _instruction_sets(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -156,6 +160,14 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return f"{platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)"
+
+
+def _instruction_sets() -> str | None:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    except OSError:
+        return None
+    return " ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags) or None
 
 
 def _driver() -> str | None:

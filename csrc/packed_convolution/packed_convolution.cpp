@@ -26,6 +26,10 @@ void pack_weight(const PackWeightParams& p) {
   FUSEDRES_SELECT_ISA(pack_all)(p);
 }
 
+bool packed_convolution_is_faster() {
+  return current_isa() == Isa::kAvx2;
+}
+
 void packed_convolution(const PackedConvolutionParams& p) {
   if (p.map.batch == 0) return;
   require(p.x != nullptr && p.panels != nullptr && p.bias != nullptr && p.out != nullptr, "packed_convolution",

@@ -36,6 +36,7 @@ struct PackWeightParams {
   ConvolutionMap map;  // only the sizes of the weight and the dilation are read
   const float* scale;  // [out_channels], multiplied into the weight; may be null
   float* panels;       // packed_size(map) elements
+  int threads;
 };
 
 // The number of elements of a packed weight. It depends on the instruction set.
@@ -43,6 +44,10 @@ int64_t packed_size(const ConvolutionMap& map);
 
 // Lays a weight out in the order in which packed_convolution reads it.
 void pack_weight(const PackWeightParams& params);
+
+// Whether packed_convolution was measured to be faster than oneDNN on processors like this one. With AVX-512 the two
+// have not been compared yet.
+bool packed_convolution_is_faster();
 
 struct PackedConvolutionParams {
   const float* x;  // [batch, height, width, channels]

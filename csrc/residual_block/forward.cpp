@@ -3,60 +3,17 @@
 #include <utility>
 #include <vector>
 
-#include "bn_add_relu/bn_add_relu.h"
-#include "bn_statistics/bn_statistics.h"
-#include "common/check.h"
 #include "gram/gram.h"
 #include "one_pass/one_pass.h"
 #include "residual_block/launch.h"
 #include "residual_block/residual_block.h"
+#include "residual_block/units.h"
 
 namespace fusedres {
 namespace {
 
 using aten::Shape;
 using aten::Tensor;
-
-// The BatchNorm of a unit, without its data. It uses batch statistics, or the running statistics as constants.
-BnStatisticsParams norm_params(DType dtype, const ConvBn& unit, const UnitTensors& tensors, const Tensor& state,
-                               int threads) {
-  BnStatisticsParams params{};
-  params.dtype = dtype;
-  params.channels = tensors.conv_weight.sizes()[0];
-  params.state = state.data();
-  params.norm.weight = tensors.weight.vector();
-  params.norm.bias = tensors.bias.vector();
-  params.norm.eps = unit.eps;
-  params.threads = threads;
-  if (unit.update || !unit.batch_statistics) {
-    params.norm.running_mean = tensors.running_mean.vector();
-    params.norm.running_var = tensors.running_var.vector();
-  }
-  if (unit.batch_statistics && unit.update) {
-    params.norm.num_batches_tracked = static_cast<int64_t*>(tensors.num_batches_tracked.data());
-  }
-  params.norm.cumulative = unit.cumulative;
-  params.norm.momentum = unit.momentum;
-  return params;
-}
-
-Tensor empty_state(DType dtype, const UnitTensors& tensors) {
-  return aten::empty({4, tensors.conv_weight.sizes()[0]}, aten::torch_dtype(state_dtype(dtype)));
-}
-
-// Returns the (4, C) state of a unit's BatchNorm, computed from y or from the running statistics.
-Tensor unit_state(const Tensor* y, DType dtype, const ConvBn& unit, const UnitTensors& tensors, int threads) {
-  Tensor state = empty_state(dtype, tensors);
-  BnStatisticsParams params = norm_params(dtype, unit, tensors, state, threads);
-  if (!unit.batch_statistics) {
-    bn_frozen(params);
-    return state;
-  }
-  params.x = y->data();
-  params.rows = y->shape().rows();
-  bn_statistics(params);
-  return state;
-}
 
 // Returns the raw convolution of a one-pass unit. Its input is relu(BN(h)) of every stride-th pixel (h itself without a
 // state), centred.
@@ -118,54 +75,6 @@ class KeptStatistics {
   };
   std::vector<Kept> kept_;
 };
-
-struct Shortcut {
-  const Tensor* tensor;
-  const Tensor* state;  // null if it is not normalised
-  int64_t stride;
-};
-
-void tail(const Tensor& y, const Tensor& state, const Shortcut& shortcut, void* out, void* mask, int threads) {
-  const Shape source = shortcut.tensor->shape();
-  bn_add_relu({y.data(),
-               y.dtype(),
-               y.shape().channels,
-               state.data(),
-               shortcut.tensor->data(),
-               {source.batch, source.height, source.width, shortcut.stride},
-               source.channels,
-               shortcut.state == nullptr ? nullptr : shortcut.state->data(),
-               out,
-               static_cast<uint8_t*>(mask),
-               threads});
-}
-
-// Returns the raw convolution of a projection. A strided 1x1 convolution reads every stride-th pixel: these are
-// extracted first.
-Tensor project(const Tensor& x, const ConvBn& unit, const Tensor& weight, int threads) {
-  if (!subsamples(unit)) return aten::convolution(x, weight, unit.convolution);
-  const Tensor source = subsampled(x, unit.convolution.stride[0], threads);
-  return aten::convolution(source, weight, dense(unit.convolution));
-}
-
-// Runs the block on some images, and writes the result to out if it is given.
-Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
-             const std::vector<Tensor>& states, const Tensor* out) {
-  const size_t last = block.last();
-  Tensor h;
-  for (size_t index = 0; index <= last; ++index) {
-    h = aten::convolution(index == 0 ? x : h, tensors[index].conv_weight, block.units[index].convolution);
-    if (index < last) bn_relu_(h, states[index], block.threads);
-  }
-  Tensor projected;
-  Shortcut shortcut{&x, nullptr, block.pad_stride};
-  if (block.projection) {
-    projected = project(x, block.units.back(), tensors.back().conv_weight, block.threads);
-    shortcut = {&projected, &states.back(), 1};
-  }
-  tail(h, states[last], shortcut, out == nullptr ? h.data() : out->data(), nullptr, block.threads);
-  return h;
-}
 
 }  // namespace
 
@@ -277,36 +186,6 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
   }
   statistics.release();
   return result;
-}
-
-Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
-                            int64_t images_at_a_time) {
-  for (const ConvBn& unit : block.units) {
-    require(!unit.batch_statistics, "residual_block_infer", "batch statistics are not supported");
-  }
-  std::vector<Tensor> states;
-  for (size_t index = 0; index < block.units.size(); ++index) {
-    states.push_back(unit_state(nullptr, x.dtype(), block.units[index], tensors[index], block.threads));
-  }
-  const int64_t batch = x.shape().batch;
-  if (images_at_a_time >= batch) return infer(x, block, tensors, states, nullptr);
-  Tensor out;
-  for (int64_t begin = 0; begin < batch; begin += images_at_a_time) {
-    const int64_t count = std::min(images_at_a_time, batch - begin);
-    const Tensor part = aten::images(x, begin, count);
-    if (begin == 0) {
-      // The shape of the result is known after the first part.
-      const Tensor first = infer(part, block, tensors, states, nullptr);
-      Shape shape = first.shape();
-      shape.batch = batch;
-      out = aten::empty_channels_last(shape, first.torch_dtype());
-      aten::copy(aten::images(out, 0, count), first);
-      continue;
-    }
-    const Tensor target = aten::images(out, begin, count);
-    infer(part, block, tensors, states, &target);
-  }
-  return out;
 }
 
 }  // namespace fusedres

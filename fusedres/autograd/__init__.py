@@ -1,6 +1,7 @@
 """Forward and backward of the fused blocks: the order of their ops, and what is saved between the two."""
 
-from fusedres.autograd.frozen import Frozen, FrozenBlock, run_folded, run_frozen
+from fusedres.autograd.folded_block import run_folded
+from fusedres.autograd.frozen import Frozen, FrozenBlock, run_frozen
 from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_linear, fold_stem
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last

@@ -17,7 +17,7 @@ from torch import Tensor
 from fusedres.autograd.plan import ConvBN
 from fusedres.kernels.packed_convolution import faster_than_onednn
 from fusedres.ops.launch import launches
-from fusedres.values import Packed, ShortcutInput
+from fusedres.values import Packed, ShortcutInput, in_dtype
 
 
 class PanelConvolution(NamedTuple):
@@ -119,19 +119,24 @@ def fold(
             1x1 convolution of a few images took six times as long. Other shapes run too, some of them slower.
         dtype: of the convolution.
     """
-    folded = (weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(dtype)
     bias = state[3].to(dtype)
     identity = torch.zeros_like(state)
     identity[1:3] = 1
-    if backend == "cpu" and dtype is torch.float32 and unit.groups == 1 and faster_than_onednn():
-        panels = launches(backend).pack_weight(folded, unit.dilation, None)
+    if uses_panels(unit, dtype, backend):
+        panels = launches(backend).pack_weight(in_dtype(weight.detach(), dtype), unit.dilation, state[2])
         return PanelConvolution(Packed(panels, bias, tuple(weight.shape[2:])), identity, unit)
+    folded = (weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(dtype)
     if weight.is_cpu and _onednn_packs(dtype):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
             folded.contiguous(), unit.padding, unit.stride, unit.dilation, unit.groups, list(shape)
         )
         return LibraryConvolution(packed, bias, identity, unit)
     return PlainConvolution(folded, bias, identity, unit, backend)
+
+
+def uses_panels(unit: ConvBN, dtype: torch.dtype, backend: str) -> bool:
+    """Return whether this package's own kernel runs a convolution of inference."""
+    return backend == "cpu" and dtype is torch.float32 and unit.groups == 1 and faster_than_onednn()
 
 
 @cache

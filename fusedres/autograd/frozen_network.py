@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedres.autograd.folded_block import run_folded
 from fusedres.autograd.folded_convolution import FoldedConvolution, PanelConvolution, fold
-from fusedres.autograd.frozen import FrozenBlock, run_folded
+from fusedres.autograd.frozen import FrozenBlock
 from fusedres.autograd.memory import require_memory, to_channels_last
 from fusedres.autograd.plan import BlockPlan, ConvBN, Inputs, StemPlan, Tensors, norm_of
 from fusedres.ops.launch import launches

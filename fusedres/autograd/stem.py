@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.double_backward import differentiable_stem, refuse_synchronised
+from fusedres.autograd.folded_convolution import uses_panels
 from fusedres.autograd.forward import unit_state
+from fusedres.autograd.frozen_network import fold_stem
 from fusedres.autograd.graph import donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.library_convolution import convolution, convolution_backward
@@ -40,6 +42,9 @@ def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors, recorded: bool) -> Ten
         result: Tensor = StemFunction.apply(x, plan, *tensors)
         return result
     count_path("stem_forward")
+    if not plan.unit.batch_statistics and uses_panels(plan.unit, plan.dtype, plan.backend):
+        require_memory(x, tensors)
+        return in_format(fold_stem(x, plan, tensors).run(x), plan.channels_last)
     return in_format(_forward(to_channels_last(x), plan, tensors, False)[0], plan.channels_last)
 
 

@@ -17,8 +17,5 @@ def packed_size(weight: Sequence[int]) -> int:
 
 @cache
 def faster_than_onednn() -> bool:
-    """Return whether the cpu kernel was measured to be faster than oneDNN's convolutions on processors like this one.
-
-    With AVX-512 the two have not been compared yet.
-    """
-    return bool(_C.build_info()["isa_used"] == "avx2")
+    """Return whether the cpu kernel was measured to be faster than oneDNN's on processors like this one."""
+    return bool(_C.packed_convolution_is_faster())

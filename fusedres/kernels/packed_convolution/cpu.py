@@ -19,7 +19,12 @@ def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -
     """See fusedres.ops.packed_convolution."""
     panels = weight.new_empty(packed_size(weight.shape))
     _C.pack_weight(
-        weight.data_ptr(), _weight_map(weight.shape, dilation), weight.stride(), address(scale), panels.data_ptr()
+        weight.data_ptr(),
+        _weight_map(weight.shape, dilation),
+        weight.stride(),
+        address(scale),
+        panels.data_ptr(),
+        torch.get_num_threads(),
     )
     return panels
 

@@ -1,0 +1,190 @@
+"""Inference of whole models on a CPU against everything that people would pick, each in a process of its own.
+
+The processes take turns. While one runs, the others wait for a line from the parent, so that their threads do not spin
+into its time. Before each sample a probe checks that the machine is about as fast as it has been: virtual machines
+change their speed with their neighbours. A sample that is taken in a slow state all the same is counted in its row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import harness
+
+from suite.cpu_rival import WAYS
+from suite.settings import first_lines
+
+OURS = {"library": {"conv": "library"}, "frozen": {"conv": "auto", "frozen": True}}
+SLOW = 1.15  # a probe that takes longer than this times the fastest one says that the machine is slow
+PATIENCE = 2.0  # seconds to wait for the fast state
+# The largest ‖scores − eager's‖ / ‖eager's‖, both in float32 but for bfloat16.
+BOUNDS = {"float32": 1e-2, "bfloat16": 0.15}
+
+
+class Probe:
+    """Says whether the machine is in its fast state: a product of small matrices on one core."""
+
+    def __init__(self) -> None:
+        self._a = torch.ones(256, 256)
+        self.fastest = min(self._seconds() for _ in range(50))
+
+    def _seconds(self) -> float:
+        begin = time.perf_counter()
+        for _ in range(4):
+            self._a @ self._a
+        return time.perf_counter() - begin
+
+    def is_fast(self) -> bool:
+        """Wait for the fast state for a while; return whether it is there."""
+        until = time.perf_counter() + PATIENCE
+        while True:
+            seconds = min(self._seconds() for _ in range(2))
+            self.fastest = min(self.fastest, seconds)
+            if seconds <= SLOW * self.fastest:
+                return True
+            if time.perf_counter() > until:
+                return False
+            time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and its images."""
+
+    model: str
+    batch: int
+    dtype: str
+    size: int = 224
+
+
+class Rival:
+    """A way of inference in its own process."""
+
+    def __init__(self, way: str, work: Work, threads: int) -> None:
+        command = [sys.executable, "-m", "suite.cpu_rival"]
+        command += [way, work.model, str(work.batch), str(work.size), work.dtype, str(threads)]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which could be full
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        self.faults = 0.0
+        self.told: dict[str, Any] = self._answer()
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"{' '.join(self._process.args[3:])}: {first_lines(self._errors.read()[-900:])}")  # type: ignore[index]
+        return json.loads(line)
+
+    def seconds(self, repeats: int) -> float:
+        """Return the seconds of one call, the average of a few."""
+        print(repeats, file=self._process.stdin, flush=True)
+        seconds, self.faults = self._answer()
+        return float(seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate("")
+        self._errors.close()
+
+
+def measure(work: Work, names: list[str], rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a row for each way that could be timed, and what is to be said about the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of the probe
+    rivals: dict[str, Rival] = {}
+    notes: list[str] = []
+    try:
+        for name in names:
+            rival = Rival(name, work, threads)
+            if "not_here" in rival.told:
+                notes.append(f"{name}: {rival.told['not_here']}")
+            elif not rival.told["off_by"] <= BOUNDS[work.dtype]:
+                notes.append(f"{name}: its scores are off by {rival.told['off_by']:.3g} of eager's norm")
+            else:
+                rivals[name] = rival
+        samples, slow = _samples(rivals, rounds)
+    finally:
+        torch.set_num_threads(threads)
+        for rival in rivals.values():
+            rival.close()
+    where = harness.machine(torch.device("cpu"))
+    rows = []
+    for name, times in samples.items():
+        summary = harness.summarize(times)
+        timed = harness.row(
+            where, summary, op="model", name=work.model, variant=name, phase="infer", dtype=work.dtype,
+            shape=[work.batch, 3, work.size, work.size], memory_format="channels_last", data="synthetic",
+            ratio=harness.ratio_interval(samples["eager"], times, resamples=500).as_dict(),
+            images_per_s=work.batch / summary.median, slow_percent=100 * slow[name] / len(times),
+            page_faults=rivals[name].faults, tf32=False if work.dtype == "float32" else None,
+            backend="cpu" if name in OURS else None, **OURS.get(name, {}),
+        )  # fmt: skip
+        rows.append(timed)
+    return rows, notes
+
+
+def _samples(rivals: dict[str, Rival], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    probe = Probe()
+    repeats = {name: max(1, round(0.2 / rival.seconds(1))) for name, rival in rivals.items()}
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    slow = dict.fromkeys(rivals, 0)
+    order = list(rivals)
+    for turn in range(rounds):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            slow[name] += not probe.is_fast()
+            samples[name].append(rivals[name].seconds(repeats[name]))
+    return samples, slow
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How fast one way is to be against another."""
+
+    ours: str
+    rival: str
+    least: float
+
+
+GOALS = (
+    Goal("frozen", "compile freezing", 1.0),
+    Goal("frozen", "openvino", 0.95),
+    Goal("frozen", "onnxruntime", 0.95),
+    Goal("library", "eager", 1.15),
+)
+GOALS_HEADER = ["model", "batch", "dtype", "goal", "asked", "measured", ""]
+
+
+def goals(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a line for each goal that the rows say something about."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["phase"] == "infer":
+            case = (row["name"], row["shape"][0], row["dtype"])
+            found.setdefault(case, {})[row["variant"]] = row["ratio"]["median"]
+    lines = []
+    for (model, batch, dtype), ratios in found.items():
+        for goal in GOALS:
+            if goal.ours in ratios and goal.rival in ratios:
+                value = ratios[goal.ours] / ratios[goal.rival]
+                verdict = "met" if value >= goal.least else "missed"
+                name = f"{goal.ours} over {goal.rival}"
+                lines.append([model, str(batch), dtype, name, f">= {goal.least:.2f}x", f"{value:.2f}x", verdict])
+    return lines
+
+
+ALL = list(WAYS)
