@@ -163,8 +163,8 @@ def main(argv: list[str] | None = None, fuse: Callable[[nn.Module], nn.Module] |
     """Run the benchmark; stop and return 1 if a fused block disagrees."""
     options = parse(argv)
     started = time.perf_counter()
-    if options.keep_pages and not harness.keep_pages():
-        print("note: --keep-pages has no effect here, as it needs glibc")
+    if options.keep_pages:
+        fusedres.keep_pages()
     settings = BlockSettings(
         torch.device(options.device), DTYPES[options.dtype], options.memory, options.conv, options.backend,
         options.freeze, options.compile, fuse,

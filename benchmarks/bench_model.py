@@ -31,6 +31,8 @@ from suite.models import Work, measure
 from suite.precision import PRECISIONS
 from suite.settings import Settings
 
+import fusedres
+
 HEADER = [
     "model", "phase", "batch", "variant", "images/s", "eager / it (95%)", "% of bound", "peak MB", "saved MB",
     "moved MB",
@@ -110,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 if a variant failed or disagrees."""
     options = parse(argv)
     device = torch.device(options.device)
-    if options.keep_pages and not harness.keep_pages():
-        print("note: --keep-pages has no effect here, as it needs glibc")
+    if options.keep_pages:
+        fusedres.keep_pages()
     names = ["eager_nchw", *(WAYS if device.type == "cuda" else ("library", "library min"))]
     names += ["compile"] if options.compile else []
     phases = ("train", "infer") if options.phase == "both" else (options.phase,)

@@ -29,6 +29,7 @@ from memory_traffic import counting
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+import fusedres
 from fusedres import backends, ops
 from fusedres.values import BnBranch, Gated, Norm, ShortcutGradient, ShortcutInput
 
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     else:
         backend = options.backend
-    kept = device.type == "cpu" and not options.fresh_pages and harness.keep_pages()
+    kept = device.type == "cpu" and not options.fresh_pages and fusedres.keep_pages()
     where = harness.machine(device)
     print(
         f"{where['device']}, torch {where['versions']['torch']}, fusedres {where['versions']['fusedres']}, "

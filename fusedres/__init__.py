@@ -54,6 +54,7 @@ from fusedres._version import __version__
 from fusedres.backends import use_backend
 from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse
 from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ZeroPadShortcut, register
+from fusedres.pages import keep_pages
 
 __all__ = [
     "BlockReport",
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "freeze",
     "fuse",
+    "keep_pages",
     "register",
     "report",
     "unfuse",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import HANG
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -88,28 +85,6 @@ def test_timer_measures_the_run_and_not_the_cleanup(harness, monkeypatch):
     # A budget ends the rounds, but only after the minimal number of rounds.
     assert len(harness.interleave([variant], timer, rounds=50, at_least=7, budget=1.0)["v"]) == 7
     assert len(harness.interleave([variant], timer, rounds=50, at_least=1, budget=60.0)["v"]) in range(8, 13)
-
-
-def test_kept_pages_are_not_faulted_again():
-    code = """
-import resource, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from common import harness
-if not harness.keep_pages():
-    sys.exit(77)
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(25 << 20).fill_(1)  # 100 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(40)))  # the minimum: a small block after the tensor, or a growing heap, adds faults
-"""
-    command = [sys.executable, "-c", code, str(BENCHMARKS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
-    if done.returncode == 77:
-        pytest.skip("the C library has no mallopt")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 40  # otherwise 25,600 pages of 4 KiB or 50 pages of 2 MiB
 
 
 def test_saved_bytes_counts_storages_once(harness):

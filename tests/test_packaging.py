@@ -119,7 +119,7 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("folder", "extra"), [("fusedres", None), ("tests", "test"), ("benchmarks", "bench")])
+@pytest.mark.parametrize(("folder", "extra"), [("fusedres", None), ("tests", "test"), ("benchmarks", "rivals")])
 def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     required = requirement_names(PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []))
     required |= {"numpy", "PIL", "typing_extensions"}  # required by torchvision and torch

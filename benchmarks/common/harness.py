@@ -6,7 +6,6 @@ report its median over all rounds, with a bootstrap interval.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +34,6 @@ __all__ = [
     "copy_variant",
     "interleave",
     "judge",
-    "keep_pages",
     "machine",
     "matmul_rate",
     "peak_bytes",
@@ -87,20 +85,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 15) -> f
     with torch.inference_mode():
         samples = interleave([variant], Timer(device), rounds=rounds, warmup=3)["product"]
     return operations / summarize(samples).median
-
-
-def keep_pages() -> bool:
-    """Make the C library keep freed memory mapped for the rest of the process; return False if it is not glibc.
-
-    Otherwise a large allocation is mapped anew each time, and touching it first costs a page fault for every 4 KiB. On
-    virtual machines these faults can take several times as long as a pass over the memory.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
