@@ -83,6 +83,11 @@ def test_a_batch_runs_a_few_images_at_a_time(kind: str, monkeypatch: pytest.Monk
         got = twin(x)
     assert twin.fused_frozen.made.network.stem.images == 3
     assert_same_scores(got, model, x)
+    twin = frozen(model)
+    with torch.no_grad():
+        twin(x[:1])
+        assert_same_scores(twin(x), model, x)
+    assert twin.fused_frozen.made.network.stem.images == 3  # whatever the first batch was
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -272,6 +277,9 @@ def test_wrong_images_raise_and_an_empty_batch_runs() -> None:
         with pytest.raises(RuntimeError):
             twin(images().double())
         assert twin(images()[:0]).shape == (0, 10)
+        twin.fc.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            frozen(twin)(images())
 
 
 @pytest.mark.parametrize("whole", [True, False])

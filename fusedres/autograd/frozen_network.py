@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.folded_block import run_folded
-from fusedres.autograd.folded_convolution import FoldedConvolution, PanelConvolution, fold
+from fusedres.autograd.folded_convolution import FoldedConvolution, fold, uses_panels
 from fusedres.autograd.frozen import FrozenBlock
 from fusedres.autograd.memory import require_memory, to_channels_last
 from fusedres.autograd.plan import BlockPlan, ConvBN, Inputs, StemPlan, Tensors, norm_of
@@ -75,10 +75,10 @@ def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> FoldedStem:
     state = launches(plan.backend).bn_frozen(x[:0].to(plan.dtype), norm_of(tensors, 0, plan.unit))
     _, k, h, w = plan.unit.output_shape(x.shape, weight.shape)
     size = k * h * w * plan.dtype.itemsize
-    images = min(max(1, _LIBRARY_BYTES // size), x.shape[0])
-    folded = fold(weight, state, plan.unit, (images, *x.shape[1:]), plan.dtype, plan.backend)
-    if isinstance(folded, PanelConvolution):
-        images = max(1, _PANEL_BYTES // size)
+    limit = _PANEL_BYTES if uses_panels(plan.unit, plan.dtype, plan.backend) else _LIBRARY_BYTES
+    images = max(1, limit // size)
+    shape = (min(images, x.shape[0]), *x.shape[1:])
+    folded = fold(weight, state, plan.unit, shape, plan.dtype, plan.backend)
     return FoldedStem((x.dtype, x.device, plan.dtype), folded, images, plan)
 
 

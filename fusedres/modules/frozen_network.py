@@ -136,6 +136,8 @@ def _folded(model: Any, x: Tensor) -> FrozenNetwork | None:
         h = run_folded(Inputs(h), block_plan, frozen.convolutions, None)
     classifier = model.fc
     if type(classifier) is nn.Linear:
+        if classifier.weight.dtype is not plan.dtype and not given.autocast:
+            return None  # the module raises the error
         classifier = fold_linear(classifier.weight, classifier.bias, x.shape[0], plan.dtype)
     return FrozenNetwork(stem, tuple(blocks), classifier)
 
