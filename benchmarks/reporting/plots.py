@@ -183,7 +183,11 @@ def number(value: float) -> str:
 SHOWN = {
     "eager": ("eager PyTorch, channels_last", "#bbbbbb", "black"),
     "compile": ("torch.compile", "#56B4E9", "black"),
+    "compile freezing": ("torch.compile, freezing", "#9AD0F0", "black"),
+    "openvino": ("OpenVINO", "#E8D44D", "black"),
+    "onnxruntime": ("onnxruntime", "#B8A200", "black"),
     "library": ("fused", "#C04F00", "white"),
+    "frozen": ("fused, frozen", "#7A3200", "white"),
     "library min": ('fused, memory="min"', "#0072B2", "white"),
     "fused": ('fused, conv="fused"', "#00795A", "white"),
     "fused min": ('fused, conv="fused", memory="min"', "#CC79A7", "black"),
@@ -224,8 +228,8 @@ def models(rows: list[Row], path: Path) -> None:
     drawn = dict.fromkeys(variant for found in cases.values() for variant in found)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=SHOWN[variant][1]) for variant in SHOWN if variant in drawn]
     labels = [SHOWN[variant][0] for variant in SHOWN if variant in drawn]
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=10, frameon=False)
-    figure.tight_layout(rect=(0, 0.4 / height, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1))
     _save(figure, path, rows)
 
 
