@@ -10,13 +10,14 @@ from fusedres.autograd.folded_block import fold_block, run_folded
 from fusedres.autograd.folded_convolution import add_shortcut, uses_panels
 from fusedres.autograd.forward import Forward, unit_state
 from fusedres.autograd.plan import BlockPlan, Inputs, Tensors
-from fusedres.ops.launch import launches
+from fusedres.ops.launch import direct, launches
 from fusedres.values import Raw, ShortcutInput, in_dtype
 
 
 def infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """Return relu(F(x) + S(x)) if no gradient is wanted and all statistics are constants."""
-    if all(uses_panels(unit, plan.dtype, plan.backend) for unit in plan.all_units):
+    # What observes the ops sees the convolutions as such.
+    if direct() and all(uses_panels(unit, plan.dtype, plan.backend) for unit in plan.all_units):
         folded = fold_block(inputs, plan, tensors)
         return in_parts(inputs, plan, lambda part, out: run_folded(part, plan, folded, out))
     launch = launches(plan.backend)

@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from fusedres.autograd import (
     BlockPlan,
     FoldedStem,
+    Frozen,
     FrozenBlock,
     FrozenNetwork,
     Inputs,
@@ -26,10 +27,10 @@ from fusedres.autograd import (
 from fusedres.modules.anatomy import anatomy_of
 from fusedres.modules.calls import keep_reason, unusual_input
 from fusedres.modules.choice import serving_backend
-from fusedres.modules.fused_block import FusedBlock, plan_of
+from fusedres.modules.fused_block import FusedBlock
 from fusedres.modules.gathering import gather
 from fusedres.modules.genuine import replaced_code, touched
-from fusedres.modules.reading import Tensors, read_input, read_stem
+from fusedres.modules.reading import Tensors, read_block, read_input, read_stem
 from fusedres.ops.launch import direct
 
 _Kind = tuple[Any, ...]  # what the folds depend on besides the weights
@@ -80,7 +81,7 @@ def run_frozen_network(cls: Any, model: Any, frozen: FrozenModel, x: Tensor) -> 
     kind = (x.dtype, autocast, tuple(x.shape[1:]), weight.dtype, weight.device)
     made = frozen.made
     if made is None or not made.fits(kind):
-        made = frozen.made = _make(model, x, kind)
+        made = frozen.made = _make(cls, model, x, kind)
     if made.network is None or _observed(cls, made):
         return None
     for module, *_, folds in made.modules:
@@ -100,19 +101,19 @@ def _observed(cls: Any, made: _Made) -> bool:
     return any(module.training or touched("", module) for module, *_ in made.modules[1:])
 
 
-def _make(model: Any, x: Tensor, kind: _Kind) -> _Made:
+def _make(cls: Any, model: Any, x: Tensor, kind: _Kind) -> _Made:
     modules = tuple((m, type(m), tuple(m._modules.values()), m.__dict__.get("fused_frozen")) for m in model.modules())
     with torch.no_grad():
-        return _Made(kind, _folded(model, x), modules)
+        return _Made(kind, _folded(cls, model, x), modules)
 
 
-def _folded(model: Any, x: Tensor) -> FrozenNetwork | None:
+def _folded(cls: Any, model: Any, x: Tensor) -> FrozenNetwork | None:
     """Return the folded network for inputs like x, or None if a part of it is not plain.
 
     Raises:
         ShapeError, DtypeError, RuntimeError: a layer does not fit its input.
     """
-    cls, layers = type(model), (model.layer1, model.layer2, model.layer3, model.layer4)
+    layers = (model.layer1, model.layer2, model.layer3, model.layer4)
     parts = cls.stem_parts(model)
     gathered = gather(model, cls, parts)
     if isinstance(gathered, str) or len(parts.units) > 1 or parts.maxpool is None:
@@ -144,16 +145,18 @@ def _folded(model: Any, x: Tensor) -> FrozenNetwork | None:
 
 def _folded_block(block: nn.Module, h: Tensor) -> tuple[BlockPlan, FrozenBlock] | None:
     """Return a block's plan for an input like h and its folds, or None if it does not run frozen."""
-    cls: Any = type(block)
-    if not isinstance(block, FusedBlock) or block.fused_frozen is None or cls.forward is not FusedBlock.forward:
+    cls: Any = type(block)  # read once, as another thread may call unfuse() now
+    frozen: Frozen | None = block.__dict__.get("fused_frozen")
+    if frozen is None or not issubclass(cls, FusedBlock) or cls.forward is not FusedBlock.forward:
         return None
-    anatomy = block.anatomy()
+    gathered = gather(block, cls, block.__dict__.get("_parts", cls._parts))
+    anatomy = gathered if isinstance(gathered, str) else anatomy_of(gathered)
     if isinstance(anatomy, str) or anatomy.filters:
         return None
-    plan, tensors = plan_of(block, h, "cpu")
-    if any(unit.batch_statistics for unit in plan.all_units):
+    found = read_block(read_input(cls.__name__, h, "cpu", "auto", None), anatomy, "auto")
+    if isinstance(found, str) or any(unit.batch_statistics for unit in found[0].all_units):
         return None
-    return plan, block.fused_frozen.folded(Inputs(h), plan, tensors)
+    return found[0], frozen.folded(Inputs(h), *found)
 
 
 def _averages(pool: Any) -> bool:
