@@ -5,9 +5,9 @@
     python benchmarks/bench_model.py --phase infer --batch 1 8 32 --rivals
 
 A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are already
-on the device. Variants are interleaved in one process, and timed only if their scores agree with those of eager. Moved
-bytes are counted while operators and kernels run. The bound follows from the traffic model and the measured rates of a
-copy and of a matrix product.
+on the device. Variants are interleaved, in one process except for --rivals, and timed only if their scores agree with
+those of eager. Moved bytes are counted while operators and kernels run. The bound follows from the traffic model and
+the measured rates of a copy and of a matrix product.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=tuple(PRECISIONS),
-        help="half precision runs under autocast (default: GPU bfloat16, CPU float32)",
+        help="half precision runs under autocast, with --rivals without it (default: GPU bfloat16, CPU float32)",
     )
     parser.add_argument("--rounds", type=int, default=12, help="rounds; each times every variant once (default: 12)")
     parser.add_argument(
@@ -92,8 +92,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: must be at least {least}, got {value}")
     if options.rivals and on_gpu:
         parser.error("--rivals: is for CPUs; gpu_suite.py has the rivals of a GPU")
-    if options.rivals and options.dtype not in cpu_inference.BOUNDS:
-        parser.error(f"--rivals: --dtype must be one of {', '.join(cpu_inference.BOUNDS)}, got {options.dtype}")
+    if options.rivals and options.dtype not in cpu_inference.DTYPES:
+        parser.error(f"--rivals: --dtype must be one of {', '.join(cpu_inference.DTYPES)}, got {options.dtype}")
+    if options.rivals and options.keep_pages:
+        parser.error("--rivals: the processes of the rivals do not keep pages; leave out --keep-pages")
     return options
 
 
@@ -129,16 +131,15 @@ def main(argv: list[str] | None = None) -> int:
             print(note)
         for model, phase, batch in cases:
             case = f"{model} {phase} batch {batch}"
+            work = Work(model, phase, batch, PRECISIONS[options.dtype], options.size)
             progress.step(case, 0)
             if options.rivals and phase == "infer":
-                work = cpu_inference.Work(model, batch, options.dtype, options.size)
                 timed, said = cpu_inference.measure(work, cpu_inference.ALL, options.rounds)
                 rows += timed
                 notes += [f"{case}, {note}" for note in said]
             else:
                 different = [name for name in names if phase == "train" or not name.endswith(" min")]
-                step = Work(model, phase, batch, PRECISIONS[options.dtype], options.size)
-                measure(settings, case, step, different, options.rounds, options.budget / len(cases))
+                measure(settings, case, work, different, options.rounds, options.budget / len(cases))
             progress.step(case)
         found = settings.journal.rows()
     progress.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,17 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
     return cpu_inference
 
 
+def work_of(batch: int, dtype: str) -> Any:
+    from suite.models import Work
+    from suite.precision import PRECISIONS
+
+    return Work("resnet18", "infer", batch, PRECISIONS[dtype], 32)
+
+
 def test_ways_are_timed_in_processes_of_their_own(inference: Any) -> None:
     from common.rows import ROW_KEYS
 
-    work = inference.Work("resnet18", 2, "float32", 32)
+    work = work_of(2, "float32")
     rows, notes = inference.measure(work, ["eager", "library", "frozen"], rounds=2)
     assert [row["variant"] for row in rows] == ["eager", "library", "frozen"] and notes == []
     for row in rows:
@@ -35,7 +41,7 @@ def test_ways_are_timed_in_processes_of_their_own(inference: Any) -> None:
 
 
 def test_what_is_missing_or_wrong_is_said(inference: Any) -> None:
-    work = inference.Work("resnet18", 1, "bfloat16", 32)
+    work = work_of(1, "bfloat16")
     if not pytest.importorskip("onnx", reason="a package that may be missing"):
         return
     rows, notes = inference.measure(work, ["eager", "onnxruntime"], rounds=1)
@@ -72,4 +78,5 @@ def test_options(inference: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         bench_model.parse(["--device", "cpu", "--rivals", "--dtype", "float16"])
     assert "--rivals: --dtype must be one of float32, bfloat16" in capsys.readouterr().err
-    assert sys.path[0] == str(BENCHMARKS)
+    with pytest.raises(SystemExit, match="2"):
+        bench_model.parse(["--device", "cpu", "--rivals", "--keep-pages"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import fusedres
-from fusedres.autograd import folded_convolution
+from fusedres.autograd import folded_convolution, path_counts
 
 NHWC = torch.channels_last
 FORMATS = (torch.contiguous_format, NHWC)
@@ -117,6 +118,14 @@ def test_autocast_and_without_by_turns() -> None:
         torch.testing.assert_close(got, eager, rtol=0.05, atol=0.05 * float(eager.abs().max()))
 
 
+@contextmanager
+def module_by_module() -> Iterator[None]:
+    """Assert that no network runs as a whole inside."""
+    before = path_counts["frozen_network"]
+    yield
+    assert path_counts["frozen_network"] == before
+
+
 def with_child_hook(model: Any, fired: list[str]) -> None:
     model.layer3[1].register_forward_hook(lambda *_: fired.append("block"))
 
@@ -161,23 +170,10 @@ def test_what_sees_the_modules_is_called(change: Callable[[Any, list[str]], None
         if called:
             twin(x)
         change(twin, fired)
-        with expect_paths_without("frozen_network"):
+        with module_by_module():
             got = twin(x)
     assert len(fired) == 1
     torch.testing.assert_close(got, model(x).detach(), rtol=1e-4, atol=1e-4)
-
-
-class expect_paths_without:  # noqa: N801 - it is used like a function
-    """Assert that a path is not run."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        self.before = fusedres.autograd.path_counts[self.path]
-
-    def __exit__(self, *_: object) -> None:
-        assert fusedres.autograd.path_counts[self.path] == self.before
 
 
 def test_global_hooks_and_modes_see_the_modules() -> None:
@@ -190,7 +186,7 @@ def test_global_hooks_and_modes_see_the_modules() -> None:
             torch.testing.assert_close(twin(x), want, rtol=1e-4, atol=1e-4)
         finally:
             handle.remove()
-        with FlopCounterMode(display=False) as flops, expect_paths_without("frozen_network"):
+        with FlopCounterMode(display=False) as flops, module_by_module():
             twin(x)
     assert nn.Conv2d in fired and flops.get_total_flops() > 0
 
@@ -200,15 +196,15 @@ def test_gradients_train_and_batch_statistics_run_as_if_not_frozen() -> None:
     twin, x = frozen(model), images()
     with torch.no_grad():
         twin(x)
-    with expect_paths_without("frozen_network"):
+    with module_by_module():
         assert twin(x).requires_grad
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     with expect_paths(**WHOLE):
         assert not twin(x).requires_grad
-    with expect_paths_without("frozen_network"):
+    with module_by_module():
         assert twin(x.clone().requires_grad_()).requires_grad
-    with torch.no_grad(), expect_paths_without("frozen_network"):
+    with torch.no_grad(), module_by_module():
         twin.layer2.train()
         twin.layer2.eval()
         nn.init.constant_(twin.layer2[0].bn1.weight, 0.5)
@@ -220,7 +216,7 @@ def test_gradients_train_and_batch_statistics_run_as_if_not_frozen() -> None:
     twin.train()
     assert twin.fused_frozen is None
     twin.eval()
-    with torch.no_grad(), expect_paths_without("frozen_network"):
+    with torch.no_grad(), module_by_module():
         twin(x)
 
 
@@ -252,7 +248,7 @@ def test_other_ends() -> None:
     model = network()
     model.avgpool = nn.AdaptiveMaxPool2d(1)
     twin, x = frozen(model), images()
-    with torch.no_grad(), expect_paths_without("frozen_network"):
+    with torch.no_grad(), module_by_module():
         torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
 
 

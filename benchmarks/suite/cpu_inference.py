@@ -20,13 +20,13 @@ import torch
 from common import harness
 
 from suite.cpu_rival import WAYS
+from suite.models import BOUNDS, Work
 from suite.settings import first_lines
 
 OURS = {"library": {"conv": "library"}, "frozen": {"conv": "auto", "frozen": True}}
 SLOW = 1.15  # a probe that takes longer than this times the fastest one says that the machine is slow
 PATIENCE = 2.0  # seconds to wait for the fast state
-# The largest ‖scores − eager's‖ / ‖eager's‖, both in float32 but for bfloat16.
-BOUNDS = {"float32": 1e-2, "bfloat16": 0.15}
+DTYPES = ("float32", "bfloat16")  # of the whole model, without autocast
 
 
 class Probe:
@@ -55,22 +55,12 @@ class Probe:
             time.sleep(0.05)
 
 
-@dataclass(frozen=True)
-class Work:
-    """A model and its images."""
-
-    model: str
-    batch: int
-    dtype: str
-    size: int = 224
-
-
 class Rival:
     """A way of inference in its own process."""
 
     def __init__(self, way: str, work: Work, threads: int) -> None:
         command = [sys.executable, "-m", "suite.cpu_rival"]
-        command += [way, work.model, str(work.batch), str(work.size), work.dtype, str(threads)]
+        command += [way, work.model, str(work.batch), str(work.size), work.precision.name, str(threads)]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which could be full
         self._process = subprocess.Popen(
             command,
@@ -113,7 +103,7 @@ def measure(work: Work, names: list[str], rounds: int) -> tuple[list[dict[str, A
             rival = Rival(name, work, threads)
             if "not_here" in rival.told:
                 notes.append(f"{name}: {rival.told['not_here']}")
-            elif not rival.told["off_by"] <= BOUNDS[work.dtype]:
+            elif not rival.told["off_by"] <= BOUNDS[work.precision.name]:
                 notes.append(f"{name}: its scores are off by {rival.told['off_by']:.3g} of eager's norm")
             else:
                 rivals[name] = rival
@@ -127,12 +117,10 @@ def measure(work: Work, names: list[str], rounds: int) -> tuple[list[dict[str, A
     for name, times in samples.items():
         summary = harness.summarize(times)
         timed = harness.row(
-            where, summary, op="model", name=work.model, variant=name, phase="infer", dtype=work.dtype,
-            shape=[work.batch, 3, work.size, work.size], memory_format="channels_last", data="synthetic",
+            where, summary, **work.about, variant=name, memory_format="channels_last", data="synthetic",
             ratio=harness.ratio_interval(samples["eager"], times, resamples=500).as_dict(),
             images_per_s=work.batch / summary.median, slow_percent=100 * slow[name] / len(times),
-            page_faults=rivals[name].faults, tf32=False if work.dtype == "float32" else None,
-            backend="cpu" if name in OURS else None, **OURS.get(name, {}),
+            page_faults=rivals[name].faults, backend="cpu" if name in OURS else None, **OURS.get(name, {}),
         )  # fmt: skip
         rows.append(timed)
     return rows, notes

@@ -7,8 +7,9 @@
 
 namespace fusedres {
 
-// How a convolution's sum over taps and channels is cut into blocks. A block of one panel of weights fits in the first
-// cache, and is multiplied by many pixels while it is there.
+// How a convolution's sum over taps and channels is cut into blocks. A block of one panel of weights fits in the second
+// cache, and is multiplied by many pixels while it is there. Blocks that fit in the first cache were slower: the sums
+// rest in the output more often.
 //
 // A tap is a position in the kernel. If the input has only a few channels, a tap is a whole row of the kernel instead:
 // the pixels that it reads are one run of memory, once the image has its padding.

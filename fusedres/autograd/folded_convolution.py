@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class PanelConvolution(NamedTuple):
         return out
 
 
+_ADD_RELU: tuple[Any, ...] = ("add", 1.0, "relu", [], "")  # of oneDNN's store
+
+
 class LibraryConvolution(NamedTuple):
     """oneDNN's, through the operators that torch keeps for compiled models."""
 
@@ -50,26 +53,22 @@ class LibraryConvolution(NamedTuple):
         self, x: Tensor, shortcut: Tensor | None = None, relu: bool = True, out: Tensor | None = None
     ) -> Tensor:
         """Return the result in channels_last: out if it is given."""
-        unit = self.unit
-        geometry = (unit.padding, unit.stride, unit.dilation, unit.groups)
         if shortcut is None:
-            y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
-                x, self.weight, self.bias, *geometry, "relu" if relu else "none", [], ""
-            )
+            after = "relu" if relu else "none"
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(x, *self._arguments, after, [], "")
         else:
-            y = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, shortcut, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], ""
-            )
+            y = torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, *self._arguments, *_ADD_RELU)
         return _placed(y, out)
 
     def onto(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Return the result with a shortcut in the shortcut's own memory."""
-        unit = self.unit
-        geometry = (unit.padding, unit.stride, unit.dilation, unit.groups)
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
-            shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], ""
-        )
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(shortcut, x, *self._arguments, *_ADD_RELU)
         return y
+
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
+        unit = self.unit
+        return self.weight, self.bias, unit.padding, unit.stride, unit.dilation, unit.groups
 
 
 class PlainConvolution(NamedTuple):

@@ -52,7 +52,7 @@ class FrozenNetwork(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """Return the scores of a batch."""
-        require_memory(x, ())
+        require_memory(x, ())  # torch cannot take a part of images that were freed, and would not name them
         images = self.stem.images
         features = [self._features(x[begin : begin + images]) for begin in range(0, x.shape[0], images)]
         joined = features[0] if len(features) == 1 else torch.cat(features)
