@@ -14,6 +14,7 @@
 #include "bn_statistics/bn_statistics.h"
 #include "common/isa.h"
 #include "common/memory.h"
+#include "conv_wgrad/conv_wgrad.h"
 #include "gram/gram.h"
 #include "one_pass/one_pass.h"
 #include "packed_convolution/packed_convolution.h"
@@ -47,6 +48,18 @@ struct OnePassResults {
 
 inline bool read(PyObject* object, OnePassResults& value) {
   return read_tuple(object, value.grad_conv, value.grad_weight, value.quadratic, value.constant);
+}
+
+// The gradient of a convolution's output, or what it is formed from.
+struct OutputGradient {
+  Address grad;
+  Address gate;
+  Address y;
+  Address coefficients;
+};
+
+inline bool read(PyObject* object, OutputGradient& value) {
+  return read_tuple(object, value.grad, value.gate, value.y, value.coefficients);
 }
 
 inline bool read(PyObject* object, WeightStrides& value) {
@@ -214,6 +227,25 @@ PYBIND11_MODULE(_C, m) {
         params.state = state;
         params.threads = threads;
         one_pass_scale(params, out);
+      },
+      release);
+
+  m.def("conv_wgrad_splits", &conv_wgrad_splits);
+  m.def(
+      "conv_wgrad",
+      [](const OutputGradient& gradient, const Matrix& input, Address input_state, const ConvolutionMap& map,
+         Address partials, int threads) {
+        conv_wgrad({input.dtype, gradient.grad, gradient.gate, gradient.y, gradient.coefficients, input.data,
+                    input_state, map, partials, threads});
+      },
+      release);
+
+  m.def(
+      "conv_wgrad_finalize",
+      [](const Matrix& partials, int64_t splits, const Matrix& grad_weight, const ConvolutionMap& map,
+         const WeightStrides& strides, int threads) {
+        conv_wgrad_finalize(
+            {partials.dtype, partials.data, splits, map, grad_weight.dtype, grad_weight.data, strides, threads});
       },
       release);
 

@@ -12,7 +12,7 @@ from fusedres import ops
 from fusedres.kernels.reference_core import pack_bits
 from fusedres.ops._library import OPS
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "cpu", "triton")
 # (N, C, H, W), K, kernel, stride, padding, dilation
 GEOMETRIES = (
     ((1, 7, 8, 7), 16, 3, 1, 1, 1),

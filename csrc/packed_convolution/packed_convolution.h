@@ -2,33 +2,9 @@
 
 #include <cstdint>
 
+#include "common/convolution_map.h"
+
 namespace fusedres {
-
-// A convolution of a dense NHWC activation, without groups.
-struct ConvolutionMap {
-  int64_t batch;
-  int64_t height;
-  int64_t width;
-  int64_t channels;
-  int64_t out_channels;
-  int64_t kernel[2];
-  int64_t stride[2];
-  int64_t padding[2];
-  int64_t dilation[2];
-
-  int64_t out_size(int axis) const {
-    const int64_t size = axis == 0 ? height : width;
-    return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
-  }
-};
-
-// Of a weight, in elements.
-struct WeightStrides {
-  int64_t out_channel;
-  int64_t channel;
-  int64_t row;
-  int64_t column;
-};
 
 struct PackWeightParams {
   const float* weight;

@@ -5,6 +5,8 @@ C++ cannot check a tensor by its address: the ops check every tensor first, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ RECOMPUTED_GATE = (3, 0)  # the kernel computes BatchNorm's output again from x 
 Vector = tuple[int, int]
 Gate = tuple[int, int]
 Tiles = tuple[int, int, int]
+ConvolutionMap = tuple[int, ...]
 BnBranch = tuple[int, int, bool, int]
 Norm = tuple[Vector, Vector, Vector, Vector, int, bool, float, float]
 
@@ -75,3 +78,15 @@ def norm_of(norm: values.Norm) -> Norm:
         0.0 if norm.momentum is None else norm.momentum,
         norm.eps,
     )
+
+
+def convolution_map(x: Sequence[int], weight: Sequence[int], geometry: values.Geometry) -> ConvolutionMap:
+    """Return the sizes of a convolution of x (N, C, H, W) with a weight (K, C, R, S), and how it moves."""
+    n, c, h, w = x
+    k, _, *kernel = weight
+    return n, h, w, c, k, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation
+
+
+def weight_map(weight: Sequence[int], dilation: Sequence[int] = (1, 1)) -> ConvolutionMap:
+    """Return the same where only the sizes of the weight and the dilation are read."""
+    return convolution_map((0, weight[1], 0, 0), weight, values.DENSE._replace(dilation=dilation))

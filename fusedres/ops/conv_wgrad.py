@@ -56,6 +56,10 @@ def conv_wgrad(gradient: Gradient, input: Raw, kernel: Sequence[int], geometry: 
         from fusedres.kernels.conv_wgrad.configs import plan
 
         splits = plan(gradient, input, kernel).splits
+    elif backend == "cpu":
+        from fusedres.kernels.conv_wgrad import cpu
+
+        splits = cpu.splits(gradient.grad.shape, input.y.shape, kernel, geometry)
     shape = (splits, gradient.grad.shape[1], *kernel, input.y.shape[1])
     return gradient.grad.new_empty(shape, dtype=arithmetic_dtype(gradient.grad.dtype))
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import cache
 
 from fusedres import _C
+from fusedres.kernels.arguments import weight_map
 
 
 def packed_size(weight: Sequence[int]) -> int:
     """Return how many elements a weight of this shape (K, C, R, S) has when it is packed, on every backend."""
-    k, c, r, s = weight
-    size: int = _C.packed_size((0, 0, 0, c, k, r, s, 1, 1, 0, 0, 1, 1))
+    size: int = _C.packed_size(weight_map(weight))
     return size
 
 

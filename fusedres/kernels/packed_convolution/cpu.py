@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.arguments import address
+from fusedres.kernels.arguments import address, convolution_map, weight_map
 from fusedres.kernels.packed_convolution import packed_size
-from fusedres.values import DENSE, Geometry, Packed
-
-Map = tuple[int, ...]  # what csrc/bindings.cpp reads as a ConvolutionMap
+from fusedres.values import Geometry, Packed
 
 
 def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -> Tensor:
@@ -20,7 +18,7 @@ def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -
     panels = weight.new_empty(packed_size(weight.shape))
     _C.pack_weight(
         weight.data_ptr(),
-        _weight_map(weight.shape, dilation),
+        weight_map(weight.shape, dilation),
         weight.stride(),
         address(scale),
         panels.data_ptr(),
@@ -40,7 +38,7 @@ def packed_convolution_out(
     """See fusedres.ops.packed_convolution."""
     _C.packed_convolution(
         x.data_ptr(),
-        _map(x.shape, out.shape[1], packed.kernel, geometry),
+        convolution_map(x.shape, (out.shape[1], x.shape[1], *packed.kernel), geometry),
         packed.panels.data_ptr(),
         packed.bias.data_ptr(),
         address(shortcut),
@@ -48,14 +46,3 @@ def packed_convolution_out(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-def _weight_map(weight: Sequence[int], dilation: Sequence[int]) -> Map:
-    """Return the map of any convolution with a weight of this shape."""
-    k, c, *kernel = weight
-    return _map((0, c, 0, 0), k, kernel, DENSE._replace(dilation=dilation))
-
-
-def _map(x: Sequence[int], out_channels: int, kernel: Sequence[int], geometry: Geometry) -> Map:
-    n, c, h, w = x
-    return n, h, w, c, out_channels, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+
+namespace fusedres {
+
+// A convolution of a dense NHWC activation, without groups.
+struct ConvolutionMap {
+  int64_t batch;
+  int64_t height;
+  int64_t width;
+  int64_t channels;
+  int64_t out_channels;
+  int64_t kernel[2];
+  int64_t stride[2];
+  int64_t padding[2];
+  int64_t dilation[2];
+
+  int64_t out_size(int axis) const {
+    const int64_t size = axis == 0 ? height : width;
+    return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+  }
+
+  int64_t out_pixels() const { return batch * out_size(0) * out_size(1); }
+
+  // Whether each pixel of the output reads the same pixel of the input and no other.
+  bool is_pointwise() const {
+    const auto both = [](const int64_t (&values)[2], int64_t value) {
+      return values[0] == value && values[1] == value;
+    };
+    return both(kernel, 1) && both(stride, 1) && both(padding, 0);
+  }
+};
+
+// Of a weight, in elements.
+struct WeightStrides {
+  int64_t out_channel;
+  int64_t channel;
+  int64_t row;
+  int64_t column;
+};
+
+}  // namespace fusedres
