@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedres
 from fusedres import _C
 from fusedres.autograd import BlockPlan, ConvBN, cpu_passes
+from fusedres.kernels.packed_convolution import faster_than_onednn
 
 ONE_PASS = (
     Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
@@ -180,7 +181,7 @@ UNFUSED = ("batch_norm", "aten::add", "aten::relu", "aten::threshold_backward", 
 
 @pytest.mark.parametrize("memory", ["auto", "min"])
 def test_nothing_unfused_runs(memory: str, served: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a step, torch's profiler sees convolutions and memory, but none of the operators that the kernels replace."""
+    """In a step, torch's profiler sees memory and torch's convolutions, but none of the operators that the kernels replace."""
     monkeypatch.setattr("fusedres.autograd.cpu_passes.direct", lambda: True)  # else a profiler gets the ops one by one
     for case in (*CORE, *ONE_PASS):
         block, x, grad = stock_case(case, memory_format=torch.channels_last)
@@ -189,7 +190,7 @@ def test_nothing_unfused_runs(memory: str, served: dict[str, int], monkeypatch: 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             twin(source).backward(grad)
         names = {event.key for event in profiler.key_averages()}
-        assert any("convolution" in name for name in names), names
+        assert faster_than_onednn() or any("convolution" in name for name in names), names
         assert not {name for name in names if any(each in name for each in UNFUSED)}
     assert served["forward"] == served["backward"] == len(CORE) + len(ONE_PASS)
 

@@ -5,6 +5,7 @@
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
 #include "one_pass/one_pass.h"
 #include "relu_backward/relu_backward.h"
+#include "residual_block/convolution.h"
 #include "residual_block/launch.h"
 #include "residual_block/residual_block.h"
 #include "shortcut_grad/shortcut_grad.h"
@@ -29,14 +30,14 @@ class Backward {
     Tensor grad = one_pass ? tail_one_pass(&grad_projection) : tail(&grad_projection);
     Tensor shortcut;
     if (block_.projection) shortcut = projection(std::move(grad_projection));
-    Tensor h;
+    Tensor room;
     // If the last unit is one-pass, grad is already the gradient of its input.
     for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
       if (!needs_first(index + 1)) return std::move(grads_);
       if (index < last) through_norm(index, grad, GateKind::kRecompute);
-      h = index > 0 ? bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], std::move(h), block_.threads)
-                    : Tensor();
-      grad = convolution(index, block_.units[index].convolution, grad, index > 0 ? h : saved_.x, needs_first(index));
+      const ConvolutionInput input{index > 0 ? saved_.outputs[index - 1] : saved_.x,
+                                   index > 0 ? &saved_.states[index - 1] : nullptr, &room};
+      grad = convolution(index, block_.units[index].convolution, grad, input, needs_first(index));
     }
     if (!needs_first(0)) return std::move(grads_);
     if (!block_.projection) {
@@ -168,7 +169,8 @@ class Backward {
     grads.threads = block_.threads;
     const Tensor scaled = aten::empty({channels, inputs, 1, 1}, dtype);
     one_pass_scale(grads, scaled.data());
-    auto [grad_z, cross] = aten::convolution_backward(d, z, scaled, params, needs_input, inputs > kOnePassNarrow);
+    auto [grad_z, cross] = convolution_backward(d, {z, nullptr, nullptr}, scaled, params,
+                                                {needs_input, inputs > kOnePassNarrow}, block_.threads);
 
     Tensor grad_conv = aten::empty({channels, inputs, 1, 1}, dtype);
     Tensor grad_weight = aten::empty({channels}, dtype);
@@ -186,7 +188,7 @@ class Backward {
     grads.constant = constant.data();
     one_pass_grads(grads);
     if (needs_input) {
-      const Tensor correction = aten::convolution(z, quadratic, params, constant);
+      const Tensor correction = fusedres::convolution(z, quadratic, params, block_.threads, constant);
       add_shortcut(grad_z, correction, {GateKind::kNone, nullptr}, 1);
     }
 
@@ -216,11 +218,11 @@ class Backward {
   }
 
   // Returns the gradient of the input if needed, and writes that of the weight to its slot.
-  Tensor convolution(size_t index, const aten::ConvolutionParams& params, const Tensor& grad, const Tensor& input,
-                     bool need_input) {
+  Tensor convolution(size_t index, const aten::ConvolutionParams& params, const Tensor& grad,
+                     const ConvolutionInput& input, bool need_input) {
     const Tensor& weight = saved_.params[kUnitParams * index];
     auto [grad_input, grad_weight] =
-        aten::convolution_backward(grad, input, weight, params, need_input, saved_.needs[slot(index)]);
+        convolution_backward(grad, input, weight, params, {need_input, saved_.needs[slot(index)]}, block_.threads);
     grads_[slot(index)] = std::move(grad_weight);
     return std::move(grad_input);
   }
@@ -230,9 +232,11 @@ class Backward {
     const ConvBn& unit = block_.units.back();
     const size_t index = block_.units.size() - 1;
     if (block_.one_pass_projection) return grad;
-    if (!subsamples(unit)) return convolution(index, unit.convolution, grad, saved_.x, saved_.needs[0]);
+    if (!subsamples(unit)) {
+      return convolution(index, unit.convolution, grad, {saved_.x, nullptr, nullptr}, saved_.needs[0]);
+    }
     const Tensor source = subsampled(saved_.x, unit.convolution.stride[0], block_.threads);
-    return convolution(index, dense(unit.convolution), grad, source, saved_.needs[0]);
+    return convolution(index, dense(unit.convolution), grad, {source, nullptr, nullptr}, saved_.needs[0]);
   }
 
   void add_shortcut(const Tensor& grad_x, const Tensor& grad, Gate gate, int64_t stride) const {

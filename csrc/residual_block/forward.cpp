@@ -42,7 +42,7 @@ Tensor one_pass(const Tensor& h, const Tensor* h_state, int64_t stride, const Co
   one_pass_statistics({norm, tensors.conv_weight.data(), source.channels, saved->pivot.data(),
                        static_cast<const double*>(saved->total.data()), static_cast<const double*>(matrix.data()),
                        saved->projected.data()});
-  return aten::convolution(z, tensors.conv_weight, dense(unit.convolution));
+  return convolution(z, tensors.conv_weight, dense(unit.convolution), threads);
 }
 
 // Restores the running statistics if a forward fails half-way.
@@ -145,7 +145,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
     if (block.one_pass(index)) {
       out = one_pass(outputs[index - 1], &states[index - 1], 1, unit, tensors[index], threads, &state, &result.last);
     } else {
-      y = aten::convolution(index == 0 ? x : h, tensors[index].conv_weight, unit.convolution);
+      y = convolution(index == 0 ? x : h, tensors[index].conv_weight, unit.convolution, threads);
       state = unit_state(&y, dtype, unit, tensors[index], threads);
     }
     const bool read = index < last && !block.one_pass(index + 1);

@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "common/check.h"
-#include "packed_convolution/packed_convolution.h"
+#include "residual_block/convolution.h"
 #include "residual_block/residual_block.h"
 #include "residual_block/units.h"
 
@@ -33,87 +33,47 @@ Tensor infer_library(const Tensor& x, const ResidualBlock& block, const std::vec
 
 // A unit with the scale of its BatchNorm in its packed weight.
 struct PackedUnit {
-  ConvolutionMap map;  // but for the sizes of the input
-  const Tensor* state;
-  Tensor panels;
+  Panels panels;
+  const float* shift;
 };
 
-PackedUnit pack(const ConvBn& unit, const UnitTensors& tensors, const Tensor& state, int threads) {
-  const int64_t* sizes = tensors.conv_weight.sizes();
-  const int64_t* strides = tensors.conv_weight.strides();
-  const aten::ConvolutionParams& p = unit.convolution;
-  PackedUnit packed{{0,
-                     0,
-                     0,
-                     sizes[1],
-                     sizes[0],
-                     {sizes[2], sizes[3]},
-                     {p.stride[0], p.stride[1]},
-                     {p.padding[0], p.padding[1]},
-                     {p.dilation[0], p.dilation[1]}},
-                    &state,
-                    {}};
-  packed.panels = aten::empty({packed_size(packed.map)}, aten::torch_dtype(DType::kFloat32));
-  const float* scale = static_cast<const float*>(state.data()) + 2 * sizes[0];
-  pack_weight({static_cast<const float*>(tensors.conv_weight.data()),
-               {strides[0], strides[1], strides[2], strides[3]},
-               packed.map,
-               scale,
-               static_cast<float*>(packed.panels.data()),
-               threads});
-  return packed;
-}
-
-// Returns relu(BN(conv(x)) + shortcut), in out if it is given.
-Tensor run(const Tensor& x, const PackedUnit& unit, const Tensor* shortcut, bool relu, const Tensor* out, int threads) {
-  const Shape s = x.shape();
-  ConvolutionMap map = unit.map;
-  map.batch = s.batch;
-  map.height = s.height;
-  map.width = s.width;
-  Tensor result;
-  if (out == nullptr) {
-    result = aten::empty_channels_last({s.batch, map.out_channels, map.out_size(0), map.out_size(1)}, x.torch_dtype());
-    out = &result;
-  }
-  packed_convolution({static_cast<const float*>(x.data()), map, static_cast<const float*>(unit.panels.data()),
-                      static_cast<const float*>(unit.state->data()) + 3 * map.out_channels,
-                      shortcut == nullptr ? nullptr : static_cast<const float*>(shortcut->data()), relu,
-                      static_cast<float*>(out->data()), threads});
-  return result;
+PackedUnit pack_unit(const ConvBn& unit, const UnitTensors& tensors, const Tensor& state, int threads) {
+  const float* scale = static_cast<const float*>(state.data()) + 2 * state.sizes()[1];
+  return {pack(tensors.conv_weight, unit.convolution, scale, threads), scale + state.sizes()[1]};
 }
 
 // Does the same as infer_library with this package's convolutions.
 Tensor infer_packed(const Tensor& x, const ResidualBlock& block, const std::vector<PackedUnit>& units,
                     const Tensor* out) {
   const size_t last = block.last();
+  const int threads = block.threads;
   Tensor h;
   for (size_t index = 0; index < last; ++index) {
-    h = run(index == 0 ? x : h, units[index], nullptr, true, nullptr, block.threads);
+    h = convolution(index == 0 ? x : h, units[index].panels, {units[index].shift, nullptr, true}, threads);
   }
   const Tensor& input = last == 0 ? x : h;
+  const PackedUnit& end = units[last];
   if (block.projection) {
-    const Tensor projected = run(x, units.back(), nullptr, false, nullptr, block.threads);
-    return run(input, units[last], &projected, true, out, block.threads);
+    const Tensor projected = convolution(x, units.back().panels, {units.back().shift}, threads);
+    return convolution(input, end.panels, {end.shift, &projected, true, out}, threads);
   }
-  if (block.pad_stride == 1 && x.shape().channels == units[last].map.out_channels) {
-    return run(input, units[last], &x, true, out, block.threads);
+  const int64_t channels = end.panels.map.out_channels;
+  if (block.pad_stride == 1 && x.shape().channels == channels) {
+    return convolution(input, end.panels, {end.shift, &x, true, out}, threads);
   }
   // A zero-padded shortcut is a pass of its own.
-  Tensor y = run(input, units[last], nullptr, false, nullptr, block.threads);
-  const int64_t channels = units[last].map.out_channels;
+  Tensor y = convolution(input, end.panels, {end.shift}, threads);
   const Tensor identity = aten::empty({4, channels}, y.torch_dtype());
   auto* rows = static_cast<float*>(identity.data());
   std::fill_n(rows, 4 * channels, 0.0f);
   std::fill_n(rows + channels, 2 * channels, 1.0f);
-  tail(y, identity, {&x, nullptr, block.pad_stride}, out == nullptr ? y.data() : out->data(), nullptr, block.threads);
+  tail(y, identity, {&x, nullptr, block.pad_stride}, out == nullptr ? y.data() : out->data(), nullptr, threads);
   return y;
 }
 
 bool packs(const Tensor& x, const ResidualBlock& block) {
-  const auto grouped = [](const ConvBn& unit) { return unit.convolution.groups != 1; };
-  return x.dtype() == DType::kFloat32 && packed_convolution_is_faster() &&
-         std::none_of(block.units.begin(), block.units.end(), grouped);
+  return std::all_of(block.units.begin(), block.units.end(),
+                     [&](const ConvBn& unit) { return has_own_kernels(x, unit.convolution); });
 }
 
 }  // namespace
@@ -130,7 +90,7 @@ Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const s
   std::vector<PackedUnit> units;
   if (packs(x, block)) {
     for (size_t index = 0; index < block.units.size(); ++index) {
-      units.push_back(pack(block.units[index], tensors[index], states[index], block.threads));
+      units.push_back(pack_unit(block.units[index], tensors[index], states[index], block.threads));
     }
   }
   const auto infer = [&](const Tensor& part, const Tensor* out) {

@@ -3,6 +3,7 @@
 #include "aten/aten.h"
 #include "bn_add_relu/bn_add_relu.h"
 #include "bn_statistics/bn_statistics.h"
+#include "residual_block/convolution.h"
 #include "residual_block/launch.h"
 #include "residual_block/residual_block.h"
 
@@ -54,9 +55,9 @@ inline aten::Tensor unit_state(const aten::Tensor* y, DType dtype, const ConvBn&
 // Returns the raw convolution of a projection. A strided 1x1 convolution reads every stride-th pixel: these are
 // extracted first.
 inline aten::Tensor project(const aten::Tensor& x, const ConvBn& unit, const aten::Tensor& weight, int threads) {
-  if (!subsamples(unit)) return aten::convolution(x, weight, unit.convolution);
+  if (!subsamples(unit)) return convolution(x, weight, unit.convolution, threads);
   const aten::Tensor source = subsampled(x, unit.convolution.stride[0], threads);
-  return aten::convolution(source, weight, dense(unit.convolution));
+  return convolution(source, weight, dense(unit.convolution), threads);
 }
 
 struct Shortcut {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import one_pass
-from fusedres.autograd.library_convolution import convolution_backward
+from fusedres.autograd.convolution import convolution_backward
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, Inputs, Saved
 from fusedres.ops.launch import Launches, launches
 from fusedres.values import (
@@ -332,7 +332,7 @@ class Backward:
         return grad
 
     def _convolution(self, index: int, gradient: Gradient, h: Raw, with_input: bool = False) -> Tensor | None:
-        """Put the weight's gradient in its place; with_input: also return the library's gradient of the input."""
+        """Put the weight's gradient in its place; with_input: also return the gradient of the input."""
         unit, slot = self.plan.all_units[index], 1 + UNIT_PARAMS * index
         wanted = self.needs[slot]
         if wanted and unit.own.wgrad:
@@ -341,17 +341,15 @@ class Backward:
             wanted = False
         if not (wanted or with_input):
             return None
-        subsampled = unit.subsamples and index == len(self.plan.units)
-        stride = unit.stride[0] if subsampled else 1
-        if wanted and (h.state is not None or subsampled):
-            z = self.launch.bn_relu(h.y, h.state, None, stride)
-        elif subsampled:  # read for its size and layout alone
-            z = torch.empty_like(h.y[:, :, ::stride, ::stride], memory_format=torch.channels_last)
-        else:
-            z = h.y
         dy = stored(gradient, self.launch).grad
         grad_h, grad_weight = convolution_backward(
-            dy, z, self._weight(index), unit, (with_input, wanted), subsampled=subsampled
+            dy,
+            h,
+            self._weight(index),
+            unit,
+            (with_input, wanted),
+            self.plan.backend,
+            subsampled=unit.subsamples and index == len(self.plan.units),
         )
         parameter = self.params[slot - 1]
         if grad_weight is not None and parameter is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import one_pass
-from fusedres.autograd.library_convolution import convolution
+from fusedres.autograd.convolution import convolution
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, Inputs, Saved, Tensors, norm_of
 from fusedres.autograd.synchronised import synchronised_state
 from fusedres.ops.launch import Launches, direct, launches
@@ -102,7 +102,7 @@ class Forward:
         source = h.y
         if h.state is not None or subsampled:
             source = self.launch.bn_relu(h.y, h.state, None, unit.stride[0] if subsampled else 1)
-        return convolution(source, self.weight(index), unit, subsampled=subsampled)
+        return convolution(source, self.weight(index), unit, self.plan.backend, subsampled=subsampled)
 
     def _conv_bn(self, h: Raw, index: int) -> Branch:
         """Run a convolution, and compute its BatchNorm's state."""
@@ -124,7 +124,7 @@ class Forward:
         if plan.own_convolutions:
             branch, self._products[index] = one_pass.fold(h, unit, weight, norm, self.launch)
         else:
-            branch, self._outputs[index] = one_pass.convolve_centred(h, unit, weight, norm, self.launch)
+            branch, self._outputs[index] = one_pass.convolve_centred(h, unit, weight, norm, plan.backend)
         return branch
 
     def _tail(self, h: Raw, last: Branch, projection: Branch | None, with_mask: bool) -> tuple[Tensor, Tensor]:

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedres.autograd.library_convolution import convolution
+from fusedres.autograd.convolution import convolution
 from fusedres.autograd.plan import Branch, ConvBN, OnePass
 from fusedres.autograd.synchronised import one_pass_state
-from fusedres.ops.launch import Launches
+from fusedres.ops.launch import Launches, launches
 from fusedres.values import Centred, Folded, Gated, Gram, GramState, Norm, Raw, pixel_rows
 
 
-def convolve_centred(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, launch: Launches) -> tuple[Branch, Tensor]:
-    """Return the end of a branch, and the raw convolution of the centred input by the library."""
+def convolve_centred(h: Raw, unit: ConvBN, weight: Tensor, norm: Norm, backend: str) -> tuple[Branch, Tensor]:
+    """Return the end of a branch, and the raw convolution of the centred input as one that stands alone."""
+    launch = launches(backend)
     z, *sums = launch.gram(h.y, h.state, unit.stride[0])
     gram = Gram(*sums)
     if unit.group is None:
         state, projected = launch.one_pass_statistics(weight, gram, pixel_rows(z), norm)
     else:
         state, projected = one_pass_state(gram, pixel_rows(z), unit, weight, norm, launch)
-    y = convolution(z, weight, unit, subsampled=True)
+    y = convolution(z, weight, unit, backend, subsampled=True)
     return Branch(None, state, OnePass(gram.pivot, gram.total, projected)), y
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedres.autograd.convolution import convolution, convolution_backward
 from fusedres.autograd.double_backward import differentiable_stem, refuse_synchronised
 from fusedres.autograd.folded_convolution import uses_panels
 from fusedres.autograd.forward import unit_state
 from fusedres.autograd.frozen_network import fold_stem
 from fusedres.autograd.graph import donate_saved, materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
-from fusedres.autograd.library_convolution import convolution, convolution_backward
 from fusedres.autograd.memory import require_memory, statistics_kept_on_error, to_channels_last
 from fusedres.autograd.plan import UNIT_PARAMS, StemPlan, Tensors, norm_of
 from fusedres.autograd.residual_block import as_saved, count_path
@@ -61,7 +61,7 @@ def _library_conv_bn(source: Tensor, plan: StemPlan, tensors: Tensors) -> tuple[
     """Return the raw convolution and its BatchNorm's state."""
     weight = tensors[0]
     assert weight is not None
-    y = convolution(in_dtype(source, plan.dtype), weight, plan.unit)
+    y = convolution(in_dtype(source, plan.dtype), weight, plan.unit, plan.backend)
     return y, unit_state(y, plan.unit, tensors, 0, launches(plan.backend))
 
 
@@ -165,7 +165,7 @@ def _stored(
         dy, sums = y, launch.bn_relu_maxpool_backward_(*arguments)
     else:
         dy, sums = launch.bn_relu_maxpool_backward(*arguments)
-    return (*convolution_backward(dy, entry, weight, unit, (needs[0], needs[1])), sums)
+    return (*convolution_backward(dy, Raw(entry, None), weight, unit, (needs[0], needs[1]), plan.backend), sums)
 
 
 def _formed_on_load(

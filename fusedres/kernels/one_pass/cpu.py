@@ -1,4 +1,4 @@
-"""One-pass statistics and gradients on the CPU: small products in C++ (csrc/one_pass), large ones in oneDNN.
+"""One-pass statistics and gradients on the CPU: small products in C++ (csrc/one_pass), large ones as convolutions.
 
 In float32, oneDNN's convolutions took half the time of torch.mm for each large product at every ResNet-50 stage
 (two cores, batch 8).
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
+from fusedres.kernels import cpu_convolution
 from fusedres.kernels.arguments import matrix_of, norm_of
 from fusedres.kernels.one_pass import reference
 from fusedres.kernels.shortcut_grad.cpu import shortcut_grad_
-from fusedres.values import Gram, GramState, Norm, ShortcutGradient
+from fusedres.values import DENSE, Gram, GramState, Norm, Raw, ShortcutGradient
 
 
 def one_pass_statistics(conv_weight: Tensor, gram: Gram, count: int, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -54,9 +55,7 @@ def one_pass_backward(
     grad_z: Tensor | None = None
     cross: Tensor | None = None
     if with_input or not narrow:
-        grad_z, cross, _ = torch.ops.aten.convolution_backward(
-            d, z, scaled, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (with_input, not narrow, False)
-        )
+        grad_z, cross = _products(d, z, scaled, with_input, not narrow)
     grad_conv, grad_weight = torch.empty_like(projected), torch.empty_like(sum_d)
     quadratic = torch.empty((in_channels, in_channels, 1, 1), dtype=state.dtype, device=state.device)
     constant = torch.empty(in_channels, dtype=state.dtype, device=state.device)
@@ -74,11 +73,28 @@ def one_pass_backward(
     grad_conv = grad_conv.view(conv_weight.shape).to(conv_weight.dtype)
     if grad_z is None:
         return z.new_empty(0), grad_conv, grad_weight
-    # Not torch.conv2d: autocast would round its result, and the next call needs float32.
-    correction = torch.convolution(z, quadratic, constant, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    if cpu_convolution.is_faster(z):
+        correction = cpu_convolution.convolve(z, quadratic, DENSE, constant)
+    else:
+        # Not torch.conv2d: autocast would round its result, and the next call needs float32.
+        correction = torch.convolution(z, quadratic, constant, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
     grad_z = grad_z.contiguous(memory_format=torch.channels_last)
     shortcut_grad_(grad_z, ShortcutGradient(correction.contiguous(memory_format=torch.channels_last), None))
     return grad_z, grad_conv, grad_weight
+
+
+def _products(
+    d: Tensor, z: Tensor, weight: Tensor, with_input: bool, with_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a 1x1 convolution's input and weight, each None unless wanted."""
+    if not cpu_convolution.is_faster(z):
+        needs = (with_input, with_weight, False)
+        found = torch.ops.aten.convolution_backward(d, z, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
+        return found[0], found[1]
+    return (
+        cpu_convolution.input_gradient(d, weight, DENSE) if with_input else None,
+        cpu_convolution.weight_gradient(d, Raw(z, None), weight, DENSE) if with_weight else None,
+    )
 
 
 def _matrix(conv_weight: Tensor, dtype: torch.dtype) -> Tensor:

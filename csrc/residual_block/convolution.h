@@ -1,0 +1,58 @@
+#pragma once
+
+#include <utility>
+
+#include "aten/aten.h"
+#include "packed_convolution/packed_convolution.h"
+
+// The convolutions of the passes, forward and backward: this package's own where they were measured to be faster, else
+// torch's.
+namespace fusedres {
+
+// Whether this package's kernels take the convolutions of a tensor like x with these settings.
+bool has_own_kernels(const aten::Tensor& x, const aten::ConvolutionParams& params);
+
+// A float32 weight in the order in which packed_convolution reads it.
+struct Panels {
+  ConvolutionMap map;  // but for the sizes of the input
+  aten::Tensor data;
+};
+
+// Packs a weight; its rows are multiplied by `scale` unless that is null.
+Panels pack(const aten::Tensor& weight, const aten::ConvolutionParams& params, const float* scale, int threads);
+
+// What happens to the sums of a packed convolution as they are stored.
+struct Epilogue {
+  const float* bias;
+  const aten::Tensor* shortcut = nullptr;  // is added
+  bool relu = false;
+  const aten::Tensor* out = nullptr;  // where the result goes; null: a fresh tensor
+};
+
+// Returns the result, undefined if it went to `epilogue.out`.
+aten::Tensor convolution(const aten::Tensor& x, const Panels& weight, const Epilogue& epilogue, int threads);
+
+// Returns conv(x) + bias. `bias` may be undefined.
+aten::Tensor convolution(const aten::Tensor& x, const aten::Tensor& weight, const aten::ConvolutionParams& params,
+                         int threads, const aten::Tensor& bias = aten::Tensor());
+
+// What a convolution read: y itself, or with a state relu(BN(y)).
+struct ConvolutionInput {
+  const aten::Tensor& y;
+  const aten::Tensor* state;
+  aten::Tensor* room;  // with a state: memory for relu(BN(y)), used again from call to call
+};
+
+struct ConvolutionNeeds {
+  bool input;
+  bool weight;
+};
+
+// Returns the gradients of what the convolution read (in channels_last) and of the weight, each undefined unless
+// needed.
+std::pair<aten::Tensor, aten::Tensor> convolution_backward(const aten::Tensor& grad, const ConvolutionInput& input,
+                                                           const aten::Tensor& weight,
+                                                           const aten::ConvolutionParams& params,
+                                                           ConvolutionNeeds needs, int threads);
+
+}  // namespace fusedres

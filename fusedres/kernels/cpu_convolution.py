@@ -1,0 +1,50 @@
+"""Convolutions of training on the CPU in this package's kernels: forward, and the gradients of input and weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.kernels.conv_wgrad.cpu import conv_wgrad, conv_wgrad_finalize
+from fusedres.kernels.packed_convolution import faster_than_onednn
+from fusedres.kernels.packed_convolution.cpu import pack_weight, packed_convolution_out
+from fusedres.values import Geometry, Gradient, Packed, Raw
+
+
+def is_faster(x: Tensor, groups: int = 1) -> bool:
+    """Return whether these functions take x, and were measured to be faster than oneDNN on processors like this one."""
+    return x.dtype is torch.float32 and groups == 1 and x.shape[0] > 0 and faster_than_onednn()
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
+    """Return conv(x, weight) + bias for a channels_last x."""
+    out = torch.empty(geometry.output_shape(x.shape, weight.shape), memory_format=torch.channels_last)
+    bias = torch.zeros(weight.shape[0]) if bias is None else bias
+    packed = Packed(pack_weight(weight, geometry.dilation, None), bias, tuple(weight.shape[2:]))
+    packed_convolution_out(x, packed, geometry, None, False, out)
+    return out
+
+
+def has_input_gradient(weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether the gradient of the input is a convolution too, of the output's gradient."""
+    covered = [d * (k - 1) for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)]
+    fits = all(padding <= most for padding, most in zip(geometry.padding, covered, strict=True))
+    return fits and tuple(geometry.stride) == (1, 1)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient of the input if has_input_gradient, for a channels_last grad."""
+    kernel = weight.shape[2:]
+    padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
+    return convolve(grad, weight.flip(2, 3).transpose(0, 1), geometry._replace(padding=padding))
+
+
+def has_weight_gradient(weight: Tensor) -> bool:
+    """Return whether weight_gradient takes a weight: it has to be dense."""
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def weight_gradient(grad: Tensor, h: Raw, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient of the weight, in its layout, for a channels_last grad and h."""
+    partials = conv_wgrad(Gradient(grad), h, tuple(weight.shape[2:]), geometry)
+    return conv_wgrad_finalize([partials], [weight])[0]
