@@ -91,11 +91,10 @@ class Case:
         conv2d(h, weight, None, stride, padding, dilation).backward(dy)
         return weight.grad.permute(0, 2, 3, 1)
 
-    def check(self, partials: Tensor) -> None:
+    def check(self, partials: Tensor, roundings: float = 8.0) -> None:
         want, terms = self.want()
         assert partials.shape[1:] == want.shape and partials.is_contiguous()
         assert partials.dtype is (torch.float64 if self.dtype is torch.float64 else torch.float32)
-        roundings = 8.0
         if self.dtype in (torch.float16, torch.bfloat16) and not self.input_state is self.y is None:
             roundings = 1.1 * EPS[self.dtype] / EPS[torch.float32]  # both operands are rounded to storage
         assert_near("partials", partials.double().sum(0), want, terms, self.dtype, roundings)
@@ -143,6 +142,47 @@ def test_batch_norm_backward_on_load(backend, geometry, h, gate):
 def test_dtypes(backend, dtype, computed):
     case = Case(((2, 19, 9, 7), 24, 3, 2, 1, 1), dtype, **computed)
     case.check(case.run(backend))
+
+
+# More pixels than a block of the cpu kernel, more channels than a task, lines that are longer than a block.
+LARGE = (
+    ((2, 19, 17, 19), 33, 3, 1, 1, 1),
+    ((3, 40, 15, 13), 300, 1, 1, 0, 1),
+    ((2, 3, 40, 37), 20, 7, 2, 3, 1),
+    ((9, 300, 7, 7), 13, 3, 1, 1, 1),
+    ((1, 6, 2, 700), 7, (1, 3), 1, (0, 1), 1),
+    ((2, 3, 3, 700), 7, 3, 2, 1, 1),
+    ((2, 17, 33, 31), 18, 3, 2, 2, 2),
+    ((2, 5, 40, 40), 4, 3, 1, 1, 1),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("h", [False, True])
+@pytest.mark.parametrize("geometry", LARGE, ids=str)
+def test_blocks_of_the_cpu_kernel(geometry, h, dtype):
+    case = Case(geometry, dtype, h=h)
+    case.check(case.run("cpu"), 32)  # hundreds of terms
+
+
+@pytest.mark.parametrize("geometry", LARGE, ids=str)
+def test_threads_of_the_cpu_kernel_do_not_change_a_bit(geometry):
+    case, threads = Case(geometry, torch.float32, h=True), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(case.run("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_small_gradients_of_many_pixels_are_split_on_the_cpu():
+    case = Case(LARGE[-1], torch.float32)
+    partials = case.run("cpu")
+    assert partials.shape[0] > 1
+    case.check(partials)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])

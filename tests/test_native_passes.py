@@ -181,7 +181,7 @@ UNFUSED = ("batch_norm", "aten::add", "aten::relu", "aten::threshold_backward", 
 
 @pytest.mark.parametrize("memory", ["auto", "min"])
 def test_nothing_unfused_runs(memory: str, served: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a step, torch's profiler sees memory and torch's convolutions, but none of the operators that the kernels replace."""
+    """In a step, torch's profiler sees memory and convolutions, but none of the operators that the kernels replace."""
     monkeypatch.setattr("fusedres.autograd.cpu_passes.direct", lambda: True)  # else a profiler gets the ops one by one
     for case in (*CORE, *ONE_PASS):
         block, x, grad = stock_case(case, memory_format=torch.channels_last)

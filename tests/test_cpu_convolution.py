@@ -1,0 +1,79 @@
+"""Whole convolutions in the cpu kernels against autograd in float64: weights of any layout, all geometries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_inputs import CONVOLUTIONS, assert_conv_near, inputs
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusedres.kernels import cpu_convolution
+from fusedres.values import Raw
+
+# A large padding, which no convolution of the gradient can undo; and many channels.
+GEOMETRIES = (
+    *CONVOLUTIONS,
+    (2, 4, 5, 6, 7, (1, 1), (1, 1), (1, 0), (1, 1)),
+    (1, 5, 6, 7, 4, (3, 3), (1, 1), (3, 1), (1, 1)),
+    (2, 70, 9, 8, 97, (3, 3), (1, 1), (0, 1), (1, 1)),
+)
+LAYOUTS = {
+    "channels_last": lambda weight: weight.contiguous(memory_format=torch.channels_last),
+    "contiguous": lambda weight: weight.contiguous(),
+    "slice": lambda weight: torch.stack([weight, weight], dim=-1)[..., 0],
+}
+
+
+class Case:
+    """The operands of one convolution, its gradients in float64, and the sums of their |terms|."""
+
+    def __init__(self, convolution: tuple, layout: str) -> None:
+        self.x, weight, _, self.geometry = inputs("cpu", convolution, torch.float32, False)
+        self.weight = LAYOUTS[layout](weight)
+        shape = self.geometry.output_shape(self.x.shape, weight.shape)
+        generator = torch.Generator().manual_seed(7)
+        self.grad = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+
+    def wanted(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        signed = self._in_float64(self.x, self.weight, self.grad)
+        return signed, self._in_float64(self.x.abs(), self.weight.abs(), self.grad.abs())
+
+    def _in_float64(self, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+        y = F.conv2d(x, weight, None, *self.geometry)
+        return (y.detach(), *torch.autograd.grad(y, (x, weight), grad.double()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("convolution", GEOMETRIES, ids=str)
+def test_forward_and_both_gradients(convolution, layout):
+    case = Case(convolution, layout)
+    (y, grad_x, grad_weight), terms = case.wanted()
+    bias = torch.linspace(-1, 1, len(case.weight))
+    got = cpu_convolution.convolve(case.x, case.weight, case.geometry, bias)
+    assert_conv_near("y", got, y + bias.view(1, -1, 1, 1), terms[0] + bias.abs().view(1, -1, 1, 1), torch.float32)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+    padding, dilation, kernel = case.geometry.padding, case.geometry.dilation, case.weight.shape[2:]
+    turns = tuple(case.geometry.stride) == (1, 1) and all(
+        p <= d * (k - 1) for p, d, k in zip(padding, dilation, kernel, strict=True)
+    )
+    assert cpu_convolution.has_input_gradient(case.weight, case.geometry) is turns
+    if turns:
+        got = cpu_convolution.input_gradient(case.grad, case.weight, case.geometry)
+        assert_conv_near("grad x", got, grad_x, terms[1], torch.float32)
+
+    assert cpu_convolution.has_weight_gradient(case.weight) is (layout != "slice" or case.weight.numel() == 1)
+    if cpu_convolution.has_weight_gradient(case.weight):
+        got = cpu_convolution.weight_gradient(case.grad, Raw(case.x, None), case.weight, case.geometry)
+        assert got.stride() == case.weight.stride()
+        assert_conv_near("grad weight", got, grad_weight, terms[2], torch.float32)
+
+
+def test_what_is_left_to_torch():
+    faster = cpu_convolution.faster_than_onednn()
+    x = torch.zeros(2, 4, 3, 3)
+    assert cpu_convolution.is_faster(x) is faster
+    assert not cpu_convolution.is_faster(x, groups=2)
+    assert not cpu_convolution.is_faster(x[:0]) and not cpu_convolution.is_faster(x.double())
