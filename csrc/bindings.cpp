@@ -250,7 +250,7 @@ PYBIND11_MODULE(_C, m) {
       release);
 
   m.def("packed_size", &packed_size);
-  m.def("packed_convolution_is_faster", &packed_convolution_is_faster);
+  m.def("own_convolutions_are_faster", &own_convolutions_are_faster);
 
   m.def(
       "pack_weight",

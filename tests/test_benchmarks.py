@@ -233,6 +233,32 @@ def test_bench_host_times_each_phase(capsys):
     assert all(float(eager) > 0 and float(fused) > 0 for _, _, eager, fused, *_ in timed)
 
 
+# --- bench_convolution -----------------------------------------------------------------------------------------------
+
+
+def test_bench_convolution_times_each_direction(capsys):
+    import bench_convolution
+
+    bench_convolution.main(["--depth", "18", "--size", "32", "--batch", "1", "--rounds", "1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    timed = {tuple(line[:3]): line for line in lines if line and "x" in (*line, "", "")[1] and line[0][0].isdigit()}
+    # 20 convolutions: the stem's, two in each of eight blocks, three projections, which read every second pixel
+    assert ("3-64", "7x7/2", "32²") in timed and ("64-128", "1x1/1", "4²") in timed
+    assert sum(int(line[3]) for line in timed.values()) == 20 and lines[-1][:2] == ["all", "20"]
+    for line in timed.values():
+        assert [value == "-" for value in line[4:]] == [False, False, False, line[1].endswith("/2"), False, False]
+        assert all(float(value) > 0 for value in line[4:] if value != "-")
+
+
+def test_bench_convolution_refuses_results_that_differ(monkeypatch):
+    import bench_convolution
+
+    right = bench_convolution.cpu_convolution.convolve
+    monkeypatch.setattr(bench_convolution.cpu_convolution, "convolve", lambda *args: 1.001 * right(*args))
+    with pytest.raises(RuntimeError, match="forward differs from torch's"):
+        bench_convolution.main(["--depth", "18", "--size", "32", "--batch", "1", "--rounds", "1"])
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 

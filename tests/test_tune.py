@@ -101,6 +101,37 @@ def test_slower_than_eager_by_more_than_two_percent_is_unfused() -> None:
         assert entry.way == way and entry.eager_over_way == pytest.approx(1 / factor)
 
 
+@pytest.mark.parametrize(("seconds", "way"), [(0.999, Way("cpu")), (1.0, Way("cpu")), (1.001, UNFUSED)])
+def test_a_cpu_stays_unfused_if_eager_is_faster_at_all(
+    seconds: float, way: Way, monkeypatch: pytest.MonkeyPatch, kept: None
+) -> None:
+    found, _ = found_with(
+        monkeypatch, lambda name: 1.0 if name == "eager" else seconds, meta(BasicBlock(8, 8), 8), backend="cpu"
+    )
+    assert found.entry.way == way
+
+
+def test_the_time_is_shared_among_the_cases_and_their_comparisons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: None
+) -> None:
+    budgets: list[float] = []
+
+    def interleaved(variants, timer, *, rounds, budget):
+        budgets.append(budget)
+        return {variant.name: [1.0] * rounds for variant in variants}
+
+    monkeypatch.setattr(ways, "interleave", interleaved)
+    cases = [Case(meta(BasicBlock(8, 8), 8, size), 1, "float32", "infer") for size in (4, 5)]
+    ticks: list[int] = []
+    tuning = Tuning(
+        CPU, "cpu", tmp_path / "table.json", 1000.0, say=lambda line: None, measured=lambda: ticks.append(1)
+    )
+    tuning.run(cases)
+    # Two cases share the time; in inference on a CPU, each compares at its start and at its end.
+    assert budgets == [pytest.approx(250, rel=0.1)] * 2 + [pytest.approx(500, rel=0.1)] * 2
+    assert len(ticks) == 2
+
+
 def test_faster_is_faster_in_four_of_five_rounds() -> None:
     base = [1.0] * 10
     assert faster([0.9] * 8 + [1.1] * 2, base)

@@ -26,7 +26,7 @@ void pack_weight(const PackWeightParams& p) {
   FUSEDRES_SELECT_ISA(pack_all)(p);
 }
 
-bool packed_convolution_is_faster() {
+bool own_convolutions_are_faster() {
   return current_isa() == Isa::kAvx2;
 }
 

@@ -21,9 +21,9 @@ int64_t packed_size(const ConvolutionMap& map);
 // Lays a weight out in the order in which packed_convolution reads it.
 void pack_weight(const PackWeightParams& params);
 
-// Whether packed_convolution was measured to be faster than oneDNN on processors like this one. With AVX-512 the two
-// have not been compared yet.
-bool packed_convolution_is_faster();
+// Whether packed_convolution and conv_wgrad were measured to be faster than oneDNN on processors like this one. With
+// AVX-512 they have not been compared yet.
+bool own_convolutions_are_faster();
 
 struct PackedConvolutionParams {
   const float* x;  // [batch, height, width, channels]

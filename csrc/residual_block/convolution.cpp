@@ -100,7 +100,7 @@ Tensor own_weight_gradient(const Tensor& grad, const ConvolutionInput& input, co
 }  // namespace
 
 bool has_own_kernels(const Tensor& x, const ConvolutionParams& params) {
-  return x.dtype() == DType::kFloat32 && x.shape().batch > 0 && params.groups == 1 && packed_convolution_is_faster();
+  return x.dtype() == DType::kFloat32 && x.shape().batch > 0 && params.groups == 1 && own_convolutions_are_faster();
 }
 
 Panels pack(const Tensor& weight, const ConvolutionParams& params, const float* scale, int threads) {

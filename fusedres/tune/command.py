@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
 from fusedres import dispatch
 from fusedres.backends import backend_for, use_backend
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 HELP = "measure what is fastest on this device, for auto to follow"
 ROUNDS = 15
+MINUTES_ON_CPU = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times every distinct block and stem of torchvision's models on this device: eager, and each fused way that "
         'agrees with eager. fuse()\'s "auto" follows the result in processes that start afterwards. A shape stays '
-        "unfused if its fastest way is slower than eager by more than 2%. The table is in $FUSEDRES_CACHE_DIR, else in "
-        "$XDG_CACHE_HOME/fusedres, else in ~/.cache/fusedres. Each run adds to it; from runs with several backends the "
-        "faster one is kept. Run nothing else on the device at the same time."
+        "unfused if its fastest way is slower than eager (on a GPU: by more than 2%). The table is in "
+        "$FUSEDRES_CACHE_DIR, else in $XDG_CACHE_HOME/fusedres, else in ~/.cache/fusedres. Each run adds to it; from "
+        "runs with several backends the faster one is kept. Run nothing else on the device at the same time."
     )
     parser.add_argument(
-        "--model", nargs="+", default=["resnet50", "resnet18"], help="torchvision's models (default: resnet50 resnet18)"
+        "--model", nargs="+", help="torchvision's models (default: GPU resnet50 resnet18, CPU resnet50)"
     )
     parser.add_argument("--batch", nargs="+", type=int, help="batch sizes (default: GPU 256 64 16, CPU 8)")
     parser.add_argument("--image-size", type=int, default=224, help="height and width of the images (default: 224)")
@@ -60,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the kernels to measure (default: GPU triton, CPU cpu)",
     )
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: a GPU if there is one)")
-    parser.add_argument("--minutes", type=float, help="stop after this time; what was measured by then is written")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="share this time among the shapes, and stop after it; what was measured by then is written "
+        f"(default: GPU no limit, CPU {MINUTES_ON_CPU} for each model)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file instead")
 
 
@@ -91,12 +99,13 @@ def main(options: argparse.Namespace) -> int:
             backend_for(device)
     except RuntimeError as error:  # the backend does not serve this device
         raise ValueError(f"tune: --backend {backend}: {error}") from error
+    models = options.model or (["resnet50", "resnet18"] if on_gpu else ["resnet50"])
     cases = [
         Case(subject, batch, dtype, phase)
         for dtype in options.dtype or ["bfloat16" if on_gpu else "float32"]
         for batch in options.batch or ([256, 64, 16] if on_gpu else [8])
         for phase in options.phase
-        for subject in subjects(options.model, options.image_size)
+        for subject in subjects(models, options.image_size)
     ]
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise ValueError("tune: --backend triton needs Triton; install it")
@@ -105,16 +114,24 @@ def main(options: argparse.Namespace) -> int:
         writable(path)
     except (OSError, ValueError) as error:  # ValueError: the path has no file name
         raise ValueError(f"tune: {path} must be a file that can be written, got {error}; choose --out") from error
-    seconds = 60 * options.minutes if options.minutes else None
+    minutes = options.minutes or (None if on_gpu else MINUTES_ON_CPU * len(models))
+    seconds = None if minutes is None else 60 * minutes
     print(f"{name}, backend {backend}; writing {path}", flush=True)
     print(f"{'':<52}     eager ms  over fused  way", flush=True)
-    tuning = Tuning(device, backend, path, seconds=seconds)
-    try:
-        tuning.run(cases)
-    except KeyboardInterrupt:
-        tuning.finish(len(cases))
-        raise
-    return tuning.finish(len(cases))
+    # The bar is on stderr, and only on a terminal; lines pass above it.
+    with tqdm(total=len(cases), unit="shape", leave=False, disable=None) as bar:
+        tuning = Tuning(device, backend, path, seconds=seconds, say=lambda line: _print(bar, line), measured=bar.update)
+        try:
+            tuning.run(cases)
+        except KeyboardInterrupt:
+            tuning.finish(len(cases))
+            raise
+        return tuning.finish(len(cases))
+
+
+def _print(bar: tqdm, line: str) -> None:
+    bar.write(line)
+    sys.stdout.flush()
 
 
 def _device(name: str | None) -> torch.device:
@@ -137,8 +154,10 @@ class Tuning:
         rounds: int = ROUNDS,
         tile_sizes: bool = True,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
+        measured: Callable[[], object] = lambda: None,
     ) -> None:
-        self.device, self.backend, self.path, self.rounds, self.say = device, backend, path, rounds, say
+        self.device, self.backend, self.path, self.rounds = device, backend, path, rounds
+        self.say, self.measured = say, measured  # called for each line, and after each case
         self.until = time.monotonic() + seconds if seconds else None
         self.entries: dict[Shape, Entry] = {}
         self.left_out: list[str] = []  # the ways and cases that were left out, and why
@@ -159,13 +178,15 @@ class Tuning:
 
     def run(self, cases: Sequence[Case]) -> None:
         """Measure the cases, first those that the file does not have, until the time is over."""
-        for case in sorted(cases, key=lambda case: case.shape in self.known):
+        ordered = sorted(cases, key=lambda case: case.shape in self.known)
+        for done, case in enumerate(ordered):
             if self.left() <= 0:
                 break
+            share = self.left() / (len(ordered) - done)
             installed = dispatch.table(self.device)
             found = None
             try:
-                found = self._found(case)
+                found = self._found(case, share)
             except Exception as error:  # mostly out of memory: other cases may fit
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -175,14 +196,15 @@ class Tuning:
                 dispatch.install(self.device, installed)
             if found is not None:
                 self._keep(case, found)
+            self.measured()
 
     def _tile_sizes(self) -> Configs:
         from fusedres.tune.configs import Configs  # imports Triton
 
         return Configs(self.device, self.rounds, self.left, self.configs)
 
-    def _found(self, case: Case) -> Found:
-        """Measure a case."""
+    def _found(self, case: Case, seconds: float) -> Found:
+        """Measure a case in about this many seconds."""
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
         bench = Bench(case, self.device, self.backend)
@@ -192,7 +214,7 @@ class Tuning:
                 self._leave_out(wrong)
             self._sizes.wrong.clear()
             self.configs = self._sizes.found
-        found = fastest(bench, self.configs, self._timer, self.rounds)
+        found = fastest(bench, self.configs, self._timer, self.rounds, seconds)
         for wrong in found.wrong:
             self._leave_out(f"{case}: {wrong}")
         return found

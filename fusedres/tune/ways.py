@@ -31,7 +31,9 @@ DTYPES = {
 }
 # Bounds of ‖fused − eager‖ / ‖eager‖ for gradients; in low precision, rounding flips masks near 0.
 BOUNDS = {"float32": 1e-2, "tf32": 0.15, "bfloat16": 0.3, "float16": 0.15, "float64": 1e-7}
-SLOWER = 0.98  # a shape stays unfused if eager's time / that of the fastest way is below this
+# A shape stays unfused if eager's time / that of the fastest way is below this.
+SLOWER = 0.98
+SLOWER_ON_CPU = 1.0  # CPUs run fused without a table: what a table says there is never slower than eager
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ def faster(candidate: Sequence[float], than: Sequence[float]) -> bool:
     return ratios[len(ratios) // 5] > 1
 
 
-def settle(best: Way, eager: Sequence[float], seconds: Sequence[float]) -> Entry:
-    """Return the entry of a shape; best: its fastest way, which took `seconds`; unfused if eager is over 2% faster."""
+def settle(best: Way, eager: Sequence[float], seconds: Sequence[float], slower: float = SLOWER) -> Entry:
+    """Return the entry of a shape; best: its fastest way, which took `seconds`; unfused if it is slower than eager.
+
+    slower: the ratio eager / best from which on it is not.
+    """
     found = ratio(eager, seconds)
-    return Entry(best if found >= SLOWER else UNFUSED, found)
+    return Entry(best if found >= slower else UNFUSED, found)
 
 
 class Bench:
@@ -229,10 +234,16 @@ class Found:
     wrong: list[str]  # the ways that were left out, and why
 
 
-def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int) -> Found:
-    """Find the fastest way: start from the faster of the library's and our convolutions, keep each faster change."""
+def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int, budget: float = float("inf")) -> Found:
+    """Find the fastest way: start from the faster of the library's and our convolutions, keep each faster change.
+
+    Args:
+        rounds: of each comparison.
+        budget: seconds for all comparisons; if they are over, a comparison ends after five rounds.
+    """
     eager = bench.results(bench.stock)
     wrong: list[str] = []
+    share = budget / (2 + len(bench.changes()))
 
     def right(way: Way) -> bool:
         try:
@@ -254,7 +265,7 @@ def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int) ->
         variants = [bench.variant("eager", bench.stock, None)]
         variants += [bench.variant(str(way), bench.fused, bench.table(way, configs)) for way in ways]
         with bench.around():
-            return list(interleave(variants, timer, rounds=rounds).values())
+            return list(interleave(variants, timer, rounds=rounds, budget=share).values())
 
     starts = [way for way in bench.starts() if right(way)]
     if not starts:
@@ -267,4 +278,5 @@ def fastest(bench: Bench, configs: dict[str, str], timer: Timer, rounds: int) ->
             _, seconds, changed = timed(best, candidate)
             best = candidate if faster(changed, seconds) else best
     at_eager, seconds = timed(best)
-    return Found(settle(best, at_eager, seconds), median(at_eager), wrong)
+    slower = SLOWER_ON_CPU if bench.device.type == "cpu" else SLOWER
+    return Found(settle(best, at_eager, seconds, slower), median(at_eager), wrong)

@@ -17,5 +17,5 @@ def packed_size(weight: Sequence[int]) -> int:
 
 @cache
 def faster_than_onednn() -> bool:
-    """Return whether the cpu kernel was measured to be faster than oneDNN's on processors like this one."""
-    return bool(_C.packed_convolution_is_faster())
+    """Return whether this cpu kernel and conv_wgrad's were measured to be faster than oneDNN on processors like this."""
+    return bool(_C.own_convolutions_are_faster())
