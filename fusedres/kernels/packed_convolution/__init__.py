@@ -17,5 +17,5 @@ def packed_size(weight: Sequence[int]) -> int:
 
 @cache
 def faster_than_onednn() -> bool:
-    """Return whether this cpu kernel and conv_wgrad's were measured to be faster than oneDNN on processors like this."""
+    """Return whether this cpu kernel and conv_wgrad's were measured to be faster than oneDNN on such a processor."""
     return bool(_C.own_convolutions_are_faster())
