@@ -251,6 +251,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("packed_size", &packed_size);
   m.def("own_convolutions_are_faster", &own_convolutions_are_faster);
+  m.attr("MANY_PIXELS") = kManyPixels;
+  m.attr("MANY_PIXELS_BACKWARD") = kManyPixelsBackward;
 
   m.def(
       "pack_weight",

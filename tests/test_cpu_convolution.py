@@ -73,7 +73,8 @@ def test_forward_and_both_gradients(convolution, layout):
 
 def test_what_is_left_to_torch():
     faster = cpu_convolution.faster_than_onednn()
-    x = torch.zeros(2, 4, 3, 3)
-    assert cpu_convolution.is_faster(x) is faster
-    assert not cpu_convolution.is_faster(x, groups=2)
-    assert not cpu_convolution.is_faster(x[:0]) and not cpu_convolution.is_faster(x.double())
+    assert cpu_convolution.is_faster(torch.float32, 1, 48, cpu_convolution.MANY_PIXELS) is faster
+    assert not cpu_convolution.is_faster(torch.float32, 1, 47, cpu_convolution.MANY_PIXELS)
+    assert not cpu_convolution.is_faster(torch.float32, 2, 999, 48)
+    assert not cpu_convolution.is_faster(torch.float64, 1, 999, 48)
+    assert cpu_convolution.MANY_PIXELS > 0 and cpu_convolution.MANY_PIXELS_BACKWARD > 0  # empty batches too

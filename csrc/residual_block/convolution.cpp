@@ -99,8 +99,8 @@ Tensor own_weight_gradient(const Tensor& grad, const ConvolutionInput& input, co
 
 }  // namespace
 
-bool has_own_kernels(const Tensor& x, const ConvolutionParams& params) {
-  return x.dtype() == DType::kFloat32 && x.shape().batch > 0 && params.groups == 1 && own_convolutions_are_faster();
+bool prefers_own(const Tensor& x, const ConvolutionParams& params, int64_t pixels, int64_t many) {
+  return x.dtype() == DType::kFloat32 && params.groups == 1 && pixels >= many && own_convolutions_are_faster();
 }
 
 Panels pack(const Tensor& weight, const ConvolutionParams& params, const float* scale, int threads) {
@@ -125,7 +125,8 @@ Tensor convolution(const Tensor& x, const Panels& weight, const Epilogue& epilog
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params, int threads,
                    const Tensor& bias) {
-  if (!has_own_kernels(x, params)) return aten::convolution(x, weight, params, bias);
+  const int64_t pixels = convolved_shape(x.shape(), weight, params).rows();
+  if (!prefers_own(x, params, pixels, kManyPixels)) return aten::convolution(x, weight, params, bias);
   const Tensor none = bias.defined() ? Tensor() : zeros(weight.sizes()[0]);
   const auto* start = static_cast<const float*>(bias.defined() ? bias.data() : none.data());
   return convolution(x, pack(weight, params, nullptr, threads), {start}, threads);
@@ -133,7 +134,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParam
 
 std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const ConvolutionInput& input, const Tensor& weight,
                                                const ConvolutionParams& params, ConvolutionNeeds needs, int threads) {
-  const bool own = has_own_kernels(grad, params);
+  const bool own = prefers_own(grad, params, grad.shape().rows(), kManyPixelsBackward);
   Tensor grad_weight, grad_input;
   if (own && needs.weight && is_dense(weight)) {
     grad_weight = own_weight_gradient(grad, input, weight, params, threads);

@@ -9,8 +9,9 @@
 // torch's.
 namespace fusedres {
 
-// Whether this package's kernels take the convolutions of a tensor like x with these settings.
-bool has_own_kernels(const aten::Tensor& x, const aten::ConvolutionParams& params);
+// Whether this package's kernels take the convolutions of a tensor like x with these settings, and are faster for so
+// many pixels of the output.
+bool prefers_own(const aten::Tensor& x, const aten::ConvolutionParams& params, int64_t pixels, int64_t many);
 
 // A float32 weight in the order in which packed_convolution reads it.
 struct Panels {

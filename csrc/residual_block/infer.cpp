@@ -12,13 +12,13 @@ namespace {
 using aten::Shape;
 using aten::Tensor;
 
-// Runs the block on some images with torch's convolutions, and writes the result to out if it is given.
-Tensor infer_library(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
-                     const std::vector<Tensor>& states, const Tensor* out) {
+// Runs the block on some images with a pass after each convolution, and writes the result to out if it is given.
+Tensor infer_in_passes(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
+                       const std::vector<Tensor>& states, const Tensor* out) {
   const size_t last = block.last();
   Tensor h;
   for (size_t index = 0; index <= last; ++index) {
-    h = aten::convolution(index == 0 ? x : h, tensors[index].conv_weight, block.units[index].convolution);
+    h = convolution(index == 0 ? x : h, tensors[index].conv_weight, block.units[index].convolution, block.threads);
     if (index < last) bn_relu_(h, states[index], block.threads);
   }
   Tensor projected;
@@ -42,7 +42,7 @@ PackedUnit pack_unit(const ConvBn& unit, const UnitTensors& tensors, const Tenso
   return {pack(tensors.conv_weight, unit.convolution, scale, threads), scale + state.sizes()[1]};
 }
 
-// Does the same as infer_library with this package's convolutions.
+// Does the same as infer_in_passes with this package's convolutions.
 Tensor infer_packed(const Tensor& x, const ResidualBlock& block, const std::vector<PackedUnit>& units,
                     const Tensor* out) {
   const size_t last = block.last();
@@ -71,9 +71,13 @@ Tensor infer_packed(const Tensor& x, const ResidualBlock& block, const std::vect
   return y;
 }
 
-bool packs(const Tensor& x, const ResidualBlock& block) {
+bool packs(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
+  Shape shape = x.shape();
+  for (size_t index = 0; index <= block.last(); ++index) {
+    shape = convolved_shape(shape, tensors[index].conv_weight, block.units[index].convolution);
+  }
   return std::all_of(block.units.begin(), block.units.end(),
-                     [&](const ConvBn& unit) { return has_own_kernels(x, unit.convolution); });
+                     [&](const ConvBn& unit) { return prefers_own(x, unit.convolution, shape.rows(), kManyPixels); });
 }
 
 }  // namespace
@@ -88,13 +92,13 @@ Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const s
     states.push_back(unit_state(nullptr, x.dtype(), block.units[index], tensors[index], block.threads));
   }
   std::vector<PackedUnit> units;
-  if (packs(x, block)) {
+  if (packs(x, block, tensors)) {
     for (size_t index = 0; index < block.units.size(); ++index) {
       units.push_back(pack_unit(block.units[index], tensors[index], states[index], block.threads));
     }
   }
   const auto infer = [&](const Tensor& part, const Tensor* out) {
-    return units.empty() ? infer_library(part, block, tensors, states, out) : infer_packed(part, block, units, out);
+    return units.empty() ? infer_in_passes(part, block, tensors, states, out) : infer_packed(part, block, units, out);
   };
   const int64_t batch = x.shape().batch;
   if (images_at_a_time >= batch) return infer(x, nullptr);

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedres.autograd.plan import ConvBN
 from fusedres.kernels import cpu_convolution
 from fusedres.ops.launch import direct, launches
-from fusedres.values import Geometry, Raw
+from fusedres.values import Geometry, Raw, pixel_rows
 
 _DENSE = (1, 1)
 
@@ -21,11 +21,12 @@ def convolution(h: Tensor, weight: Tensor, unit: ConvBN, backend: str, *, subsam
     """Return conv(h) in h's dtype and channels_last; subsampled: h has only the pixels that the stride takes."""
     if weight.dtype is not h.dtype:
         weight = weight.to(h.dtype)
-    if _runs_own(h, unit, backend):
-        return cpu_convolution.convolve(h, weight, _geometry(unit, subsampled))
-    stride = _DENSE if subsampled else unit.stride
+    geometry = _geometry(unit, subsampled)
+    n, _, p, q = geometry.output_shape(h.shape, weight.shape)
+    if prefers_own(unit, h.dtype, backend, n * p * q):
+        return cpu_convolution.convolve(h, weight, geometry)
     # Not torch.convolution: profilers count the operations of conv2d.
-    y = torch.conv2d(h, weight, None, stride, unit.padding, unit.dilation, unit.groups)
+    y = torch.conv2d(h, weight, None, geometry.stride, geometry.padding, geometry.dilation, unit.groups)
     if not y.is_contiguous(memory_format=torch.channels_last):
         y = y.contiguous(memory_format=torch.channels_last)
     return y
@@ -54,7 +55,8 @@ def convolution_backward(
         return None, None
     same = weight if weight.dtype is grad.dtype else weight.to(grad.dtype)
     stride = unit.stride[0] if subsampled else 1
-    own, geometry = _runs_own(grad, unit, backend), _geometry(unit, subsampled)
+    geometry = _geometry(unit, subsampled)
+    own = prefers_own(unit, grad.dtype, backend, pixel_rows(grad), cpu_convolution.MANY_PIXELS_BACKWARD)
     own_weight = own and needs_weight and cpu_convolution.has_weight_gradient(same)
     own_input = own and needs_input and cpu_convolution.has_input_gradient(same, geometry)
     source = h
@@ -75,9 +77,14 @@ def convolution_backward(
     return grad_h, grad_weight
 
 
-def _runs_own(x: Tensor, unit: ConvBN, backend: str) -> bool:
-    """Whether this package's kernels run; what observes the ops sees torch's convolutions."""
-    return backend == "cpu" and direct() and cpu_convolution.is_faster(x, unit.groups)
+def prefers_own(
+    unit: ConvBN, dtype: torch.dtype, backend: str, pixels: int, many: int = cpu_convolution.MANY_PIXELS
+) -> bool:
+    """Return whether this package's kernels run; what observes the ops sees torch's convolutions.
+
+    pixels: of the output; see cpu_convolution.is_faster.
+    """
+    return backend == "cpu" and direct() and cpu_convolution.is_faster(dtype, unit.groups, pixels, many)
 
 
 def _geometry(unit: ConvBN, subsampled: bool) -> Geometry:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from fusedres.autograd.convolution import prefers_own
 from fusedres.autograd.folded_block import fold_block, run_folded
-from fusedres.autograd.folded_convolution import add_shortcut, uses_panels
+from fusedres.autograd.folded_convolution import add_shortcut
 from fusedres.autograd.forward import Forward, unit_state
-from fusedres.autograd.plan import BlockPlan, Inputs, Tensors
-from fusedres.ops.launch import direct, launches
+from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Inputs, Tensors
+from fusedres.ops.launch import launches
 from fusedres.values import Raw, ShortcutInput, in_dtype
 
 
 def infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """Return relu(F(x) + S(x)) if no gradient is wanted and all statistics are constants."""
-    # What observes the ops sees the convolutions as such.
-    if direct() and all(uses_panels(unit, plan.dtype, plan.backend) for unit in plan.all_units):
+    shape: Sequence[int] = inputs.x.shape
+    for index, unit in enumerate(plan.units):
+        weight = tensors[index * UNIT_TENSORS]
+        assert weight is not None
+        shape = unit.output_shape(shape, weight.shape)
+    pixels = shape[0] * shape[2] * shape[3]
+    if all(prefers_own(unit, plan.dtype, plan.backend, pixels) for unit in plan.all_units):
         folded = fold_block(inputs, plan, tensors)
         return in_parts(inputs, plan, lambda part, out: run_folded(part, plan, folded, out))
     launch = launches(plan.backend)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres import _C
 from fusedres.kernels.conv_wgrad.cpu import conv_wgrad, conv_wgrad_finalize
 from fusedres.kernels.packed_convolution import faster_than_onednn
 from fusedres.kernels.packed_convolution.cpu import pack_weight, packed_convolution_out
 from fusedres.values import Geometry, Gradient, Packed, Raw
 
+# From how many pixels of the output on these functions are faster where oneDNN is slower at all: forward, backward.
+MANY_PIXELS: int = _C.MANY_PIXELS
+MANY_PIXELS_BACKWARD: int = _C.MANY_PIXELS_BACKWARD
 
-def is_faster(x: Tensor, groups: int = 1) -> bool:
-    """Return whether these functions take x, and were measured to be faster than oneDNN on processors like this one."""
-    return x.dtype is torch.float32 and groups == 1 and x.shape[0] > 0 and faster_than_onednn()
+
+def is_faster(dtype: torch.dtype, groups: int, pixels: int, many: int) -> bool:
+    """Return whether these functions take such convolutions, and were measured to be faster than oneDNN there.
+
+    Args:
+        pixels: of the output, in all images.
+        many: MANY_PIXELS or MANY_PIXELS_BACKWARD.
+    """
+    return dtype is torch.float32 and groups == 1 and pixels >= many and faster_than_onednn()
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
