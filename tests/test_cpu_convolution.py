@@ -73,8 +73,11 @@ def test_forward_and_both_gradients(convolution, layout):
 
 def test_what_is_left_to_torch():
     faster = cpu_convolution.faster_than_onednn()
-    assert cpu_convolution.is_faster(torch.float32, 1, 48, cpu_convolution.MANY_PIXELS) is faster
-    assert not cpu_convolution.is_faster(torch.float32, 1, 47, cpu_convolution.MANY_PIXELS)
-    assert not cpu_convolution.is_faster(torch.float32, 2, 999, 48)
-    assert not cpu_convolution.is_faster(torch.float64, 1, 999, 48)
+    weight, many = torch.zeros(4, 4, 3, 3), cpu_convolution.MANY_PIXELS
+    assert many == 48
+    assert cpu_convolution.is_faster(weight, 1, (3, 4, 4, 4), many) is faster
+    assert not cpu_convolution.is_faster(weight, 1, (1, 4, 6, 7), many)  # too few pixels
+    assert not cpu_convolution.is_faster(weight, 1, (99, 4, 2, 9), many)  # an image smaller than the kernel
+    assert not cpu_convolution.is_faster(weight, 2, (9, 4, 4, 4), many)
+    assert not cpu_convolution.is_faster(weight.double(), 1, (9, 4, 4, 4), many)
     assert cpu_convolution.MANY_PIXELS > 0 and cpu_convolution.MANY_PIXELS_BACKWARD > 0  # empty batches too

@@ -25,8 +25,8 @@ void pack_weight(const PackWeightParams& params);
 // AVX-512 they have not been compared yet.
 bool own_convolutions_are_faster();
 
-// From how many pixels of the output on that holds, where the weight is packed at every call, and for gradients. Below,
-// oneDNN reads the weight in fewer passes.
+// From how many pixels of the output on that holds where the weight is packed at every call, and for gradients. Below,
+// packing takes longer than it saves.
 constexpr int64_t kManyPixels = 48;
 constexpr int64_t kManyPixelsBackward = 100;
 

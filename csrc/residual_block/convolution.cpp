@@ -99,8 +99,9 @@ Tensor own_weight_gradient(const Tensor& grad, const ConvolutionInput& input, co
 
 }  // namespace
 
-bool prefers_own(const Tensor& x, const ConvolutionParams& params, int64_t pixels, int64_t many) {
-  return x.dtype() == DType::kFloat32 && params.groups == 1 && pixels >= many && own_convolutions_are_faster();
+bool prefers_own(const Tensor& weight, const ConvolutionParams& params, const Shape& out, int64_t many) {
+  if (weight.dtype() != DType::kFloat32 || params.groups != 1 || !own_convolutions_are_faster()) return false;
+  return out.rows() >= many && out.height >= weight.sizes()[2] && out.width >= weight.sizes()[3];
 }
 
 Panels pack(const Tensor& weight, const ConvolutionParams& params, const float* scale, int threads) {
@@ -125,8 +126,8 @@ Tensor convolution(const Tensor& x, const Panels& weight, const Epilogue& epilog
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params, int threads,
                    const Tensor& bias) {
-  const int64_t pixels = convolved_shape(x.shape(), weight, params).rows();
-  if (!prefers_own(x, params, pixels, kManyPixels)) return aten::convolution(x, weight, params, bias);
+  const Shape out = convolved_shape(x.shape(), weight, params);
+  if (!prefers_own(weight, params, out, kManyPixels)) return aten::convolution(x, weight, params, bias);
   const Tensor none = bias.defined() ? Tensor() : zeros(weight.sizes()[0]);
   const auto* start = static_cast<const float*>(bias.defined() ? bias.data() : none.data());
   return convolution(x, pack(weight, params, nullptr, threads), {start}, threads);
@@ -134,7 +135,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParam
 
 std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const ConvolutionInput& input, const Tensor& weight,
                                                const ConvolutionParams& params, ConvolutionNeeds needs, int threads) {
-  const bool own = prefers_own(grad, params, grad.shape().rows(), kManyPixelsBackward);
+  const bool own = prefers_own(weight, params, grad.shape(), kManyPixelsBackward);
   Tensor grad_weight, grad_input;
   if (own && needs.weight && is_dense(weight)) {
     grad_weight = own_weight_gradient(grad, input, weight, params, threads);

@@ -9,9 +9,11 @@
 // torch's.
 namespace fusedres {
 
-// Whether this package's kernels take the convolutions of a tensor like x with these settings, and are faster for so
-// many pixels of the output.
-bool prefers_own(const aten::Tensor& x, const aten::ConvolutionParams& params, int64_t pixels, int64_t many);
+// Whether this package's kernels take the convolutions of this weight, and are faster for an output of this shape: it
+// must have `many` pixels (kManyPixels or kManyPixelsBackward), and each image as many as the kernel. On smaller images
+// most taps are outside, and these kernels multiply by their zeros.
+bool prefers_own(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& out,
+                 int64_t many);
 
 // A float32 weight in the order in which packed_convolution reads it.
 struct Panels {

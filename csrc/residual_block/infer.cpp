@@ -73,11 +73,13 @@ Tensor infer_packed(const Tensor& x, const ResidualBlock& block, const std::vect
 
 bool packs(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
   Shape shape = x.shape();
-  for (size_t index = 0; index <= block.last(); ++index) {
-    shape = convolved_shape(shape, tensors[index].conv_weight, block.units[index].convolution);
+  for (size_t index = 0; index < block.units.size(); ++index) {
+    const Tensor& weight = tensors[index].conv_weight;
+    const aten::ConvolutionParams& params = block.units[index].convolution;
+    shape = convolved_shape(index > block.last() ? x.shape() : shape, weight, params);
+    if (!prefers_own(weight, params, shape, kManyPixels)) return false;
   }
-  return std::all_of(block.units.begin(), block.units.end(),
-                     [&](const ConvBn& unit) { return prefers_own(x, unit.convolution, shape.rows(), kManyPixels); });
+  return true;
 }
 
 }  // namespace

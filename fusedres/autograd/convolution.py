@@ -6,13 +6,15 @@ On a GPU, a plan says which convolutions are this package's own; they have Batch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fusedres.autograd.plan import ConvBN
 from fusedres.kernels import cpu_convolution
 from fusedres.ops.launch import direct, launches
-from fusedres.values import Geometry, Raw, pixel_rows
+from fusedres.values import Geometry, Raw
 
 _DENSE = (1, 1)
 
@@ -22,8 +24,7 @@ def convolution(h: Tensor, weight: Tensor, unit: ConvBN, backend: str, *, subsam
     if weight.dtype is not h.dtype:
         weight = weight.to(h.dtype)
     geometry = _geometry(unit, subsampled)
-    n, _, p, q = geometry.output_shape(h.shape, weight.shape)
-    if prefers_own(unit, h.dtype, backend, n * p * q):
+    if prefers_own(weight, unit, backend, geometry.output_shape(h.shape, weight.shape)):
         return cpu_convolution.convolve(h, weight, geometry)
     # Not torch.convolution: profilers count the operations of conv2d.
     y = torch.conv2d(h, weight, None, geometry.stride, geometry.padding, geometry.dilation, unit.groups)
@@ -56,7 +57,7 @@ def convolution_backward(
     same = weight if weight.dtype is grad.dtype else weight.to(grad.dtype)
     stride = unit.stride[0] if subsampled else 1
     geometry = _geometry(unit, subsampled)
-    own = prefers_own(unit, grad.dtype, backend, pixel_rows(grad), cpu_convolution.MANY_PIXELS_BACKWARD)
+    own = prefers_own(same, unit, backend, grad.shape, cpu_convolution.MANY_PIXELS_BACKWARD)
     own_weight = own and needs_weight and cpu_convolution.has_weight_gradient(same)
     own_input = own and needs_input and cpu_convolution.has_input_gradient(same, geometry)
     source = h
@@ -78,13 +79,16 @@ def convolution_backward(
 
 
 def prefers_own(
-    unit: ConvBN, dtype: torch.dtype, backend: str, pixels: int, many: int = cpu_convolution.MANY_PIXELS
+    weight: Tensor, unit: ConvBN, backend: str, out: Sequence[int], many: int = cpu_convolution.MANY_PIXELS
 ) -> bool:
     """Return whether this package's kernels run; what observes the ops sees torch's convolutions.
 
-    pixels: of the output; see cpu_convolution.is_faster.
+    Args:
+        weight: in the dtype of the convolution.
+        out: the shape of the output.
+        many: see cpu_convolution.is_faster.
     """
-    return backend == "cpu" and direct() and cpu_convolution.is_faster(dtype, unit.groups, pixels, many)
+    return backend == "cpu" and direct() and cpu_convolution.is_faster(weight, unit.groups, out, many)
 
 
 def _geometry(unit: ConvBN, subsampled: bool) -> Geometry:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.plan import ConvBN
+from fusedres.kernels.cpu_convolution import is_covered
 from fusedres.kernels.packed_convolution import faster_than_onednn
 from fusedres.ops.launch import launches
 from fusedres.values import Packed, ShortcutInput, in_dtype
@@ -121,7 +122,7 @@ def fold(
     bias = state[3].to(dtype)
     identity = torch.zeros_like(state)
     identity[1:3] = 1
-    if uses_panels(unit, dtype, backend):
+    if uses_panels(unit, dtype, backend) and is_covered(unit.output_shape(shape, weight.shape), weight.shape):
         panels = launches(backend).pack_weight(in_dtype(weight.detach(), dtype), unit.dilation, state[2])
         return PanelConvolution(Packed(panels, bias, tuple(weight.shape[2:])), identity, unit)
     folded = (weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(dtype)

@@ -17,13 +17,7 @@ from fusedres.values import Raw, ShortcutInput, in_dtype
 
 def infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """Return relu(F(x) + S(x)) if no gradient is wanted and all statistics are constants."""
-    shape: Sequence[int] = inputs.x.shape
-    for index, unit in enumerate(plan.units):
-        weight = tensors[index * UNIT_TENSORS]
-        assert weight is not None
-        shape = unit.output_shape(shape, weight.shape)
-    pixels = shape[0] * shape[2] * shape[3]
-    if all(prefers_own(unit, plan.dtype, plan.backend, pixels) for unit in plan.all_units):
+    if _prefers_own(inputs, plan, tensors):
         folded = fold_block(inputs, plan, tensors)
         return in_parts(inputs, plan, lambda part, out: run_folded(part, plan, folded, out))
     launch = launches(plan.backend)
@@ -32,6 +26,19 @@ def infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> Tensor:
     if plan.own_convolutions:
         return _infer(inputs, plan, tensors, states, None)
     return in_parts(inputs, plan, lambda part, out: _infer(part, plan, tensors, states, out))
+
+
+def _prefers_own(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> bool:
+    """Return whether this package's kernels run all convolutions, with weights that are packed in this call."""
+    shape: Sequence[int] = inputs.x.shape
+    for index, unit in enumerate(plan.all_units):
+        weight = tensors[index * UNIT_TENSORS]
+        assert weight is not None
+        source = inputs.shortcut.shape if index == len(plan.units) else shape
+        shape = unit.output_shape(source, weight.shape)
+        if weight.dtype is not plan.dtype or not prefers_own(weight, unit, plan.backend, shape):
+            return False
+    return True
 
 
 def in_parts(inputs: Inputs, plan: BlockPlan, run: Callable[[Inputs, Tensor | None], Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,24 @@ MANY_PIXELS: int = _C.MANY_PIXELS
 MANY_PIXELS_BACKWARD: int = _C.MANY_PIXELS_BACKWARD
 
 
-def is_faster(dtype: torch.dtype, groups: int, pixels: int, many: int) -> bool:
-    """Return whether these functions take such convolutions, and were measured to be faster than oneDNN there.
+def is_faster(weight: Tensor, groups: int, out: Sequence[int], many: int) -> bool:
+    """Return whether these functions take a weight's convolutions, and were measured to be faster than oneDNN there.
 
     Args:
-        pixels: of the output, in all images.
+        out: the shape of the output.
         many: MANY_PIXELS or MANY_PIXELS_BACKWARD.
     """
-    return dtype is torch.float32 and groups == 1 and pixels >= many and faster_than_onednn()
+    if weight.dtype is not torch.float32 or groups != 1 or not faster_than_onednn():
+        return False
+    return out[0] * out[2] * out[3] >= many and is_covered(out, weight.shape)
+
+
+def is_covered(out: Sequence[int], weight: Sequence[int]) -> bool:
+    """Return whether images of an output are as large as the kernel.
+
+    On smaller ones most taps are outside, and these kernels multiply by their zeros.
+    """
+    return out[2] >= weight[2] and out[3] >= weight[3]
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from fusedres.kernels import cpu_convolution
 from fusedres.kernels.arguments import matrix_of, norm_of
 from fusedres.kernels.one_pass import reference
 from fusedres.kernels.shortcut_grad.cpu import shortcut_grad_
-from fusedres.values import DENSE, Gram, GramState, Norm, Raw, ShortcutGradient, pixel_rows
+from fusedres.values import DENSE, Gram, GramState, Norm, Raw, ShortcutGradient
 
 
 def one_pass_statistics(conv_weight: Tensor, gram: Gram, count: int, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def one_pass_backward(
     grad_conv = grad_conv.view(conv_weight.shape).to(conv_weight.dtype)
     if grad_z is None:
         return z.new_empty(0), grad_conv, grad_weight
-    if cpu_convolution.is_faster(z.dtype, 1, pixel_rows(z), cpu_convolution.MANY_PIXELS):
+    if cpu_convolution.is_faster(quadratic, 1, z.shape, cpu_convolution.MANY_PIXELS):
         correction = cpu_convolution.convolve(z, quadratic, DENSE, constant)
     else:
         # Not torch.conv2d: autocast would round its result, and the next call needs float32.
@@ -87,7 +87,7 @@ def _products(
     d: Tensor, z: Tensor, weight: Tensor, with_input: bool, with_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of a 1x1 convolution's input and weight, each None unless wanted."""
-    if not cpu_convolution.is_faster(z.dtype, 1, pixel_rows(z), cpu_convolution.MANY_PIXELS_BACKWARD):
+    if not cpu_convolution.is_faster(weight, 1, z.shape, cpu_convolution.MANY_PIXELS_BACKWARD):
         needs = (with_input, with_weight, False)
         found = torch.ops.aten.convolution_backward(d, z, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
         return found[0], found[1]
