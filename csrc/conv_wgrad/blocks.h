@@ -15,7 +15,7 @@ namespace fusedres {
 // the pixels that it reads are one run of the packed input.
 struct PixelBlocks {
   static constexpr int64_t kPixels = 256;
-  static constexpr int64_t kFewChannels = 16;
+  static constexpr int64_t kFewChannels = 4;
 
   ConvolutionMap map;  // a pointwise convolution as one line of all pixels
   int64_t out_height, out_width, pixels;
@@ -50,8 +50,9 @@ struct BlockLines {
   // Neighbouring pixels of one line of the output.
   struct Run {
     int64_t count;
-    int64_t output;  // the first one, counted from the begin of the block
-    int64_t input;   // the packed pixel that the first tap reads for it
+    int64_t output;       // the first one, counted from the begin of the block
+    int64_t input;        // the packed pixel that the first tap reads for it
+    int64_t row, column;  // of the first one, in its image
   };
 
   int64_t begin, end;            // pixels of the output
@@ -80,11 +81,35 @@ struct BlockLines {
       for (int64_t y = row; y <= last_row; ++y) {
         const int64_t column = pixel % width, next = std::min(end, (pixel / width + 1) * width);
         const int64_t input = packed + (y - row) * map.stride[0] * length + (column - first) * map.stride[1];
-        runs.push_back({next - pixel, pixel - begin, input});
+        runs.push_back({next - pixel, pixel - begin, input, y, column});
         pixel = next;
       }
       packed += lines * length;
     }
+  }
+
+  // The runs of the pixels for which a tap is inside of the image: what is outside must not meet an infinite gradient.
+  std::vector<Run> inside(const PixelBlocks& blocks, int64_t tap) const {
+    const ConvolutionMap& map = blocks.map;
+    const int64_t line = blocks.row_taps ? tap : tap / map.kernel[1];
+    const int64_t place = blocks.row_taps ? 0 : tap % map.kernel[1];
+    const int64_t shift = place * map.dilation[1] - map.padding[1], stride = map.stride[1];
+    std::vector<Run> found;
+    for (Run run : runs) {
+      const int64_t y = run.row * map.stride[0] + line * map.dilation[0] - map.padding[0];
+      if (y < 0 || y >= map.height) continue;
+      if (!blocks.row_taps) {
+        const int64_t first = std::max(run.column, shift < 0 ? (-shift + stride - 1) / stride : 0);
+        const int64_t room = map.width - shift;  // columns x with x·stride < room are inside
+        const int64_t last = std::min(run.column + run.count, room > 0 ? (room + stride - 1) / stride : 0);
+        if (first >= last) continue;
+        run.output += first - run.column;
+        run.input += (first - run.column) * stride;
+        run.count = last - first;
+      }
+      found.push_back(run);
+    }
+    return found;
   }
 };
 

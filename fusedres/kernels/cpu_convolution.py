@@ -40,8 +40,9 @@ def is_covered(out: Sequence[int], weight: Sequence[int]) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
     """Return conv(x, weight) + bias for a channels_last x."""
-    out = torch.empty(geometry.output_shape(x.shape, weight.shape), memory_format=torch.channels_last)
-    bias = torch.zeros(weight.shape[0]) if bias is None else bias
+    shape = geometry.output_shape(x.shape, weight.shape)
+    out = torch.empty(shape, device=x.device, memory_format=torch.channels_last)
+    bias = torch.zeros(weight.shape[0], device=x.device) if bias is None else bias
     packed = Packed(pack_weight(weight, geometry.dilation, None), bias, tuple(weight.shape[2:]))
     packed_convolution_out(x, packed, geometry, None, False, out)
     return out
