@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import fusedres
-from fusedres.autograd import folded_convolution, path_counts
+from fusedres.autograd import path_counts
+from fusedres.kernels import cpu_convolution
 
 NHWC = torch.channels_last
 FORMATS = (torch.contiguous_format, NHWC)
@@ -57,7 +58,7 @@ def assert_same_scores(got: Tensor, model: nn.Module, x: Tensor) -> None:
 @pytest.fixture(params=["panels", "onednn"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with each kind of folded convolution."""
-    monkeypatch.setattr(folded_convolution, "faster_than_onednn", lambda: request.param == "panels")
+    monkeypatch.setattr(cpu_convolution, "faster_than_onednn", lambda: request.param == "panels")
     return request.param
 
 

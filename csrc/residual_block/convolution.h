@@ -11,7 +11,7 @@ namespace fusedres {
 
 // Whether this package's kernels take the convolutions of this weight, and are faster for an output of this shape: it
 // must have `many` pixels (kManyPixels or kManyPixelsBackward), and each image as many as the kernel. On smaller images
-// most taps are outside, and these kernels multiply by their zeros.
+// most taps are outside, and packed_convolution multiplies by their zeros.
 bool prefers_own(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& out,
                  int64_t many);
 

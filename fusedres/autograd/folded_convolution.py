@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.plan import ConvBN
-from fusedres.kernels.cpu_convolution import is_covered
-from fusedres.kernels.packed_convolution import faster_than_onednn
+from fusedres.kernels.cpu_convolution import is_covered, takes
 from fusedres.ops.launch import launches
 from fusedres.values import Packed, ShortcutInput, in_dtype
 
@@ -136,7 +135,7 @@ def fold(
 
 def uses_panels(unit: ConvBN, dtype: torch.dtype, backend: str) -> bool:
     """Return whether this package's own kernel runs a convolution of inference."""
-    return backend == "cpu" and dtype is torch.float32 and unit.groups == 1 and faster_than_onednn()
+    return backend == "cpu" and takes(dtype, unit.groups)
 
 
 @cache

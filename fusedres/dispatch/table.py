@@ -239,7 +239,7 @@ def _way(data: Any) -> Way:
         raise ValueError(f"one_pass is {_short(one_pass)}")
     way = Way(backend, _directions(data["1x1"]), _directions(data["larger"]), one_pass)
     if backend == "cpu" and (any(way.pixelwise) or any(way.larger)):
-        raise ValueError("the cpu backend has no products of its own")
+        raise ValueError("the cpu backend has no products to choose: the instruction set decides")
     return way
 
 

@@ -25,15 +25,19 @@ def is_faster(weight: Tensor, groups: int, out: Sequence[int], many: int) -> boo
         out: the shape of the output.
         many: MANY_PIXELS or MANY_PIXELS_BACKWARD.
     """
-    if weight.dtype is not torch.float32 or groups != 1 or not faster_than_onednn():
-        return False
-    return out[0] * out[2] * out[3] >= many and is_covered(out, weight.shape)
+    few = out[0] * out[2] * out[3] < many
+    return takes(weight.dtype, groups) and not few and is_covered(out, weight.shape)
+
+
+def takes(dtype: torch.dtype, groups: int) -> bool:
+    """Return whether these kernels take such convolutions, and were measured to be faster here at all."""
+    return dtype is torch.float32 and groups == 1 and faster_than_onednn()
 
 
 def is_covered(out: Sequence[int], weight: Sequence[int]) -> bool:
     """Return whether images of an output are as large as the kernel.
 
-    On smaller ones most taps are outside, and these kernels multiply by their zeros.
+    On smaller ones most taps are outside, and packed_convolution multiplies by their zeros.
     """
     return out[2] >= weight[2] and out[3] >= weight[3]
 
