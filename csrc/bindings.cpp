@@ -251,19 +251,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("packed_size", &packed_size);
   m.def("own_convolutions_are_faster", &own_convolutions_are_faster);
+  m.def("takes_winograd", &takes_winograd);
+  m.def("winograd_is_faster", &winograd_is_faster);
   m.attr("MANY_PIXELS") = kManyPixels;
   m.attr("MANY_PIXELS_BACKWARD") = kManyPixelsBackward;
 
   m.def(
       "pack_weight",
       [](Address weight, const ConvolutionMap& map, const WeightStrides& strides, Address scale, Address panels,
-         int threads) { pack_weight({weight, strides, map, scale, panels, threads}); },
+         int threads, bool winograd) { pack_weight({weight, strides, map, scale, panels, threads, winograd}); },
       release);
 
   m.def(
       "packed_convolution",
       [](Address x, const ConvolutionMap& map, Address panels, Address bias, Address shortcut, bool relu, Address out,
-         int threads) { packed_convolution({x, map, panels, bias, shortcut, relu, out, threads}); },
+         int threads, bool winograd) {
+        packed_convolution({x, map, panels, bias, shortcut, relu, out, threads, winograd});
+      },
       release);
 
   bind_torch(m);

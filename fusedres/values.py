@@ -163,12 +163,14 @@ class Folded(NamedTuple):
 class Packed(NamedTuple):
     """A convolution with its BatchNorm folded in, for inference.
 
-    `panels` is the weight as ops.pack_weight lays it out, `bias` is (K,), and `kernel` is (R, S).
+    `panels` is the weight as ops.pack_weight lays it out, for Winograd's algorithm if `winograd`; `bias` is (K,), and
+    `kernel` is (R, S).
     """
 
     panels: Tensor
     bias: Tensor
     kernel: Sequence[int]
+    winograd: bool = False
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

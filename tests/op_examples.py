@@ -95,9 +95,10 @@ def _inference() -> list[Example]:
 def _packed() -> Example:
     example: Example = {
         "x": _like(N, C, H, W),
-        "panels": torch.zeros(packed_size((K, C, 3, 3))),
+        "panels": torch.zeros(packed_size((K, C, 3, 3), False)),
         "bias": vector(K),
         "kernel": [3, 3],
+        "winograd": False,
     }
     example |= {**_GEOMETRY, "shortcut": _like(N, K, 3, W, seed=2), "with_relu": True}
     return example | {"out": _like(N, K, 3, W, seed=3)}
@@ -217,7 +218,7 @@ def examples() -> dict[str, list[Example]]:
         "one_pass_reduce": [_reduction() | nothing_more, _reduction() | joined],
         "one_pass_statistics": [statistics | _norm(K)],
         "one_pass_tail": _one_pass_tail(),
-        "pack_weight": [{"weight": _like(K, C, 3, 3), "dilation": [1, 1], "scale": vector(K)}],
+        "pack_weight": [{"weight": _like(K, C, 3, 3), "dilation": [1, 1], "scale": vector(K), "winograd": False}],
         "packed_convolution_out": [_packed()],
         "relu_backward": [{"grad": one["grad"], "gate": one["gate"]}, {"grad": one["grad"], "gate": two["gate"]}],
         "shortcut_grad_": [

@@ -25,11 +25,11 @@ struct ConvolutionMap {
 
   // Whether each pixel of the output reads the same pixel of the input and no other.
   bool is_pointwise() const {
-    const auto both = [](const int64_t (&values)[2], int64_t value) {
-      return values[0] == value && values[1] == value;
-    };
     return both(kernel, 1) && both(stride, 1) && both(padding, 0);
   }
+
+  // Whether a pair of numbers has this value for both axes.
+  static bool both(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
 };
 
 // Of a weight, in elements.

@@ -9,6 +9,7 @@
 #include "common/gate.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "packed_convolution/blocks.h"
 
 #define FUSEDRES_KERNEL_FILE "packed_convolution/kernel.inc"
@@ -16,14 +17,32 @@
 
 namespace fusedres {
 
-int64_t packed_size(const ConvolutionMap& map) {
+int64_t packed_size(const ConvolutionMap& map, bool winograd) {
   const int64_t panel = FUSEDRES_SELECT_ISA(panel_size)();
-  return (map.out_channels + panel - 1) / panel * panel * DepthBlocks(map).depth();
+  const int64_t depth = winograd ? kPositions * map.channels : DepthBlocks(map).depth();
+  return (map.out_channels + panel - 1) / panel * panel * depth;
 }
 
 void pack_weight(const PackWeightParams& p) {
   require(p.weight != nullptr && p.panels != nullptr, "pack_weight", "null pointer");
+  if (p.winograd) {
+    require(takes_winograd(p.map), "pack_weight", "Winograd's algorithm does not take this convolution");
+    return FUSEDRES_SELECT_ISA(pack_winograd)(p);
+  }
   FUSEDRES_SELECT_ISA(pack_all)(p);
+}
+
+bool takes_winograd(const ConvolutionMap& map) {
+  return map.both(map.kernel, 3) && map.both(map.stride, 1) && map.both(map.dilation, 1) &&
+         map.channels >= DepthBlocks::kFewChannels;
+}
+
+bool winograd_is_faster(const ConvolutionMap& map, bool packed_before) {
+  if (!takes_winograd(map) || !own_convolutions_are_faster()) return false;
+  // In products of the weight's channels: nine for a pixel, and for a tile sixteen and some to transform it.
+  constexpr int64_t kTile = 18, kPacking = 1200, kStreaming = 100;
+  const int64_t tiles = map.batch * ((map.out_size(0) + 1) / 2) * ((map.out_size(1) + 1) / 2);
+  return 9 * map.out_pixels() - kTile * tiles > (packed_before ? kStreaming : kPacking);
 }
 
 bool own_convolutions_are_faster() {
@@ -36,6 +55,10 @@ void packed_convolution(const PackedConvolutionParams& p) {
           "null pointer");
   require(p.shortcut != p.out, "packed_convolution", "the shortcut must not be the result's memory");
   require(p.map.out_size(0) > 0 && p.map.out_size(1) > 0, "packed_convolution", "the kernel does not fit");
+  if (p.winograd) {
+    require(takes_winograd(p.map), "packed_convolution", "Winograd's algorithm does not take this convolution");
+    return FUSEDRES_SELECT_ISA(convolve_winograd)(p);
+  }
   FUSEDRES_SELECT_ISA(convolve_all)(p);
 }
 

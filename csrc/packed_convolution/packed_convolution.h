@@ -11,12 +11,13 @@ struct PackWeightParams {
   WeightStrides strides;
   ConvolutionMap map;  // only the sizes of the weight and the dilation are read
   const float* scale;  // [out_channels], multiplied into the weight; may be null
-  float* panels;       // packed_size(map) elements
+  float* panels;       // packed_size(map, winograd) elements
   int threads;
+  bool winograd = false;  // for packed_convolution by Winograd's algorithm
 };
 
 // The number of elements of a packed weight. It depends on the instruction set.
-int64_t packed_size(const ConvolutionMap& map);
+int64_t packed_size(const ConvolutionMap& map, bool winograd);
 
 // Lays a weight out in the order in which packed_convolution reads it.
 void pack_weight(const PackWeightParams& params);
@@ -30,6 +31,12 @@ bool own_convolutions_are_faster();
 constexpr int64_t kManyPixels = 48;
 constexpr int64_t kManyPixelsBackward = 100;
 
+// Whether packed_convolution can run a convolution by Winograd's algorithm: 3x3 taps side by side, and not few channels.
+bool takes_winograd(const ConvolutionMap& map);
+
+// Whether it can, and was measured to be faster so, with a weight that was packed before or is packed in the same call.
+bool winograd_is_faster(const ConvolutionMap& map, bool packed_before);
+
 struct PackedConvolutionParams {
   const float* x;  // [batch, height, width, channels]
   ConvolutionMap map;
@@ -39,6 +46,7 @@ struct PackedConvolutionParams {
   bool relu;
   float* out;  // [batch, out height, out width, out_channels]
   int threads;
+  bool winograd = false;  // how the weight was packed
 };
 
 // out = relu(conv(x, weight) + bias + shortcut), without the ReLU if `relu` is false.

@@ -39,8 +39,9 @@ WeightStrides strides_of(const Tensor& weight) {
 
 Panels packed(const float* weight, const WeightStrides& strides, const ConvolutionMap& map, const float* scale,
               int threads) {
-  Panels panels{map, aten::empty({packed_size(map)}, aten::torch_dtype(DType::kFloat32))};
-  pack_weight({weight, strides, map, scale, static_cast<float*>(panels.data.data()), threads});
+  const bool winograd = winograd_is_faster(map, false);
+  Panels panels{map, winograd, aten::empty({packed_size(map, winograd)}, aten::torch_dtype(DType::kFloat32))};
+  pack_weight({weight, strides, map, scale, static_cast<float*>(panels.data.data()), threads, winograd});
   return panels;
 }
 
@@ -66,7 +67,7 @@ bool turns(const ConvolutionParams& params, const Tensor& weight) {
 Tensor own_input_gradient(const Tensor& grad, const Tensor& weight, const ConvolutionParams& params, int threads) {
   const ConvolutionMap map = weight_map(weight, params);
   const WeightStrides strides = strides_of(weight);
-  ConvolutionMap turned = map;
+  ConvolutionMap turned = with_input(map, grad.shape());
   std::swap(turned.channels, turned.out_channels);
   for (int axis = 0; axis < 2; ++axis) {
     turned.padding[axis] = map.dilation[axis] * (map.kernel[axis] - 1) - map.padding[axis];
@@ -104,9 +105,10 @@ bool prefers_own(const Tensor& weight, const ConvolutionParams& params, const Sh
   return out.rows() >= many && out.height >= weight.sizes()[2] && out.width >= weight.sizes()[3];
 }
 
-Panels pack(const Tensor& weight, const ConvolutionParams& params, const float* scale, int threads) {
-  return packed(static_cast<const float*>(weight.data()), strides_of(weight), weight_map(weight, params), scale,
-                threads);
+Panels pack(const Tensor& weight, const ConvolutionParams& params, const Shape& input, const float* scale,
+            int threads) {
+  const ConvolutionMap map = with_input(weight_map(weight, params), input);
+  return packed(static_cast<const float*>(weight.data()), strides_of(weight), map, scale, threads);
 }
 
 Tensor convolution(const Tensor& x, const Panels& weight, const Epilogue& epilogue, int threads) {
@@ -120,7 +122,7 @@ Tensor convolution(const Tensor& x, const Panels& weight, const Epilogue& epilog
   const Tensor* shortcut = epilogue.shortcut;
   packed_convolution({static_cast<const float*>(x.data()), map, static_cast<const float*>(weight.data.data()),
                       epilogue.bias, shortcut == nullptr ? nullptr : static_cast<const float*>(shortcut->data()),
-                      epilogue.relu, static_cast<float*>(out.data()), threads});
+                      epilogue.relu, static_cast<float*>(out.data()), threads, weight.winograd});
   return result;
 }
 
@@ -130,7 +132,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParam
   if (!prefers_own(weight, params, out, kManyPixels)) return aten::convolution(x, weight, params, bias);
   const Tensor none = bias.defined() ? Tensor() : zeros(weight.sizes()[0]);
   const auto* start = static_cast<const float*>(bias.defined() ? bias.data() : none.data());
-  return convolution(x, pack(weight, params, nullptr, threads), {start}, threads);
+  return convolution(x, pack(weight, params, x.shape(), nullptr, threads), {start}, threads);
 }
 
 std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const ConvolutionInput& input, const Tensor& weight,

@@ -17,12 +17,14 @@ bool prefers_own(const aten::Tensor& weight, const aten::ConvolutionParams& para
 
 // A float32 weight in the order in which packed_convolution reads it.
 struct Panels {
-  ConvolutionMap map;  // but for the sizes of the input
+  ConvolutionMap map;  // the sizes of the input are those that it was packed for, and others may follow
+  bool winograd;
   aten::Tensor data;
 };
 
-// Packs a weight; its rows are multiplied by `scale` unless that is null.
-Panels pack(const aten::Tensor& weight, const aten::ConvolutionParams& params, const float* scale, int threads);
+// Packs a weight for inputs like this; its rows are multiplied by `scale` unless that is null.
+Panels pack(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& input,
+            const float* scale, int threads);
 
 // What happens to the sums of a packed convolution as they are stored.
 struct Epilogue {

@@ -37,9 +37,10 @@ struct PackedUnit {
   const float* shift;
 };
 
-PackedUnit pack_unit(const ConvBn& unit, const UnitTensors& tensors, const Tensor& state, int threads) {
+PackedUnit pack_unit(const ConvBn& unit, const UnitTensors& tensors, const Shape& input, const Tensor& state,
+                     int threads) {
   const float* scale = static_cast<const float*>(state.data()) + 2 * state.sizes()[1];
-  return {pack(tensors.conv_weight, unit.convolution, scale, threads), scale + state.sizes()[1]};
+  return {pack(tensors.conv_weight, unit.convolution, input, scale, threads), scale + state.sizes()[1]};
 }
 
 // Does the same as infer_in_passes with this package's convolutions.
@@ -71,13 +72,22 @@ Tensor infer_packed(const Tensor& x, const ResidualBlock& block, const std::vect
   return y;
 }
 
-bool packs(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
-  Shape shape = x.shape();
+// The shapes of the units' inputs.
+std::vector<Shape> unit_inputs(const Shape& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
+  std::vector<Shape> inputs;
+  Shape shape = x;
+  for (size_t index = 0; index < block.units.size(); ++index) {
+    inputs.push_back(index > block.last() ? x : shape);
+    shape = convolved_shape(inputs.back(), tensors[index].conv_weight, block.units[index].convolution);
+  }
+  return inputs;
+}
+
+bool packs(const std::vector<Shape>& inputs, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
   for (size_t index = 0; index < block.units.size(); ++index) {
     const Tensor& weight = tensors[index].conv_weight;
     const aten::ConvolutionParams& params = block.units[index].convolution;
-    shape = convolved_shape(index > block.last() ? x.shape() : shape, weight, params);
-    if (!prefers_own(weight, params, shape, kManyPixels)) return false;
+    if (!prefers_own(weight, params, convolved_shape(inputs[index], weight, params), kManyPixels)) return false;
   }
   return true;
 }
@@ -94,9 +104,12 @@ Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const s
     states.push_back(unit_state(nullptr, x.dtype(), block.units[index], tensors[index], block.threads));
   }
   std::vector<PackedUnit> units;
-  if (packs(x, block, tensors)) {
+  if (packs(unit_inputs(x.shape(), block, tensors), block, tensors)) {
+    Shape part = x.shape();
+    part.batch = std::min(part.batch, images_at_a_time);
+    const std::vector<Shape> inputs = unit_inputs(part, block, tensors);
     for (size_t index = 0; index < block.units.size(); ++index) {
-      units.push_back(pack_unit(block.units[index], tensors[index], states[index], block.threads));
+      units.push_back(pack_unit(block.units[index], tensors[index], inputs[index], states[index], block.threads));
     }
   }
   const auto infer = [&](const Tensor& part, const Tensor* out) {

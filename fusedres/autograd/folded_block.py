@@ -11,8 +11,10 @@ from fusedres.ops.launch import launches
 from fusedres.values import ShortcutInput, in_dtype
 
 
-def fold_block(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> tuple[FoldedConvolution, ...]:
-    """Fold every unit of a block with constant statistics."""
+def fold_block(
+    inputs: Inputs, plan: BlockPlan, tensors: Tensors, *, frozen: bool
+) -> tuple[FoldedConvolution, ...]:
+    """Fold every unit of a block with constant statistics; frozen: for many calls."""
     found: list[FoldedConvolution] = []
     launch = launches(plan.backend)
     images = min(plan.infer_images, inputs.x.shape[0])
@@ -24,7 +26,7 @@ def fold_block(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> tuple[Folde
         weight = tensors[UNIT_TENSORS * index]
         assert weight is not None
         state = unit_state(example, unit, tensors, index, launch)
-        found.append(fold(weight, state, unit, shape, plan.dtype, plan.backend))
+        found.append(fold(weight, state, unit, shape, plan.dtype, plan.backend, frozen=frozen))
         shape = unit.output_shape(shape, weight.shape)
     return tuple(found)
 

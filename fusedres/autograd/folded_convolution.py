@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedres.autograd.plan import ConvBN
 from fusedres.kernels.cpu_convolution import is_covered, takes
+from fusedres.kernels.packed_convolution import winograd_is_faster
 from fusedres.ops.launch import launches
 from fusedres.values import Packed, ShortcutInput, in_dtype
 
@@ -108,7 +109,14 @@ def add_shortcut(y: Tensor, state: Tensor, shortcut: ShortcutInput, backend: str
 
 
 def fold(
-    weight: Tensor, state: Tensor, unit: ConvBN, shape: Sequence[int], dtype: torch.dtype, backend: str
+    weight: Tensor,
+    state: Tensor,
+    unit: ConvBN,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    frozen: bool,
 ) -> FoldedConvolution:
     """Fold a BatchNorm with constant statistics into the convolution before it, in float32 or wider; round once.
 
@@ -117,13 +125,15 @@ def fold(
         shape: (N, C, H, W) of the input. oneDNN packs weights for inputs of this shape: packed without one, a strided
             1x1 convolution of a few images took six times as long. Other shapes run too, some of them slower.
         dtype: of the convolution.
+        frozen: the result is used for many calls.
     """
     bias = state[3].to(dtype)
     identity = torch.zeros_like(state)
     identity[1:3] = 1
     if uses_panels(unit, dtype, backend) and is_covered(unit.output_shape(shape, weight.shape), weight.shape):
-        panels = launches(backend).pack_weight(in_dtype(weight.detach(), dtype), unit.dilation, state[2])
-        return PanelConvolution(Packed(panels, bias, tuple(weight.shape[2:])), identity, unit)
+        winograd = winograd_is_faster(shape, weight.shape, unit.geometry, packed_before=frozen)
+        panels = launches(backend).pack_weight(in_dtype(weight.detach(), dtype), unit.dilation, state[2], winograd)
+        return PanelConvolution(Packed(panels, bias, tuple(weight.shape[2:]), winograd), identity, unit)
     folded = (weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(dtype)
     if weight.is_cpu and _onednn_packs(dtype):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(

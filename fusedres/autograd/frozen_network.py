@@ -78,7 +78,7 @@ def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> FoldedStem:
     limit = _PANEL_BYTES if uses_panels(plan.unit, plan.dtype, plan.backend) else _LIBRARY_BYTES
     images = max(1, limit // size)
     shape = (min(images, x.shape[0]), *x.shape[1:])
-    folded = fold(weight, state, plan.unit, shape, plan.dtype, plan.backend)
+    folded = fold(weight, state, plan.unit, shape, plan.dtype, plan.backend, frozen=False)
     return FoldedStem((x.dtype, x.device, plan.dtype), folded, images, plan)
 
 
@@ -88,4 +88,4 @@ def fold_linear(weight: Tensor, bias: Tensor | None, images: int, dtype: torch.d
     state[1:3] = 1
     if bias is not None:
         state[3] = bias.detach()
-    return fold(weight[:, :, None, None], state, _DENSE, (images, weight.shape[1], 1, 1), dtype, "cpu")
+    return fold(weight[:, :, None, None], state, _DENSE, (images, weight.shape[1], 1, 1), dtype, "cpu", frozen=True)

@@ -18,7 +18,7 @@ from fusedres.values import Raw, ShortcutInput, in_dtype
 def infer(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> Tensor:
     """Return relu(F(x) + S(x)) if no gradient is wanted and all statistics are constants."""
     if _prefers_own(inputs, plan, tensors):
-        folded = fold_block(inputs, plan, tensors)
+        folded = fold_block(inputs, plan, tensors, frozen=False)
         return in_parts(inputs, plan, lambda part, out: run_folded(part, plan, folded, out))
     launch = launches(plan.backend)
     entry = in_dtype(inputs.x[:0], plan.dtype)

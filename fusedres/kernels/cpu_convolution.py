@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedres import _C
 from fusedres.kernels.conv_wgrad.cpu import conv_wgrad, conv_wgrad_finalize
-from fusedres.kernels.packed_convolution import faster_than_onednn
+from fusedres.kernels.packed_convolution import faster_than_onednn, winograd_is_faster
 from fusedres.kernels.packed_convolution.cpu import pack_weight, packed_convolution_out
 from fusedres.values import Geometry, Gradient, Packed, Raw
 
@@ -47,7 +47,9 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None 
     shape = geometry.output_shape(x.shape, weight.shape)
     out = torch.empty(shape, device=x.device, memory_format=torch.channels_last)
     bias = torch.zeros(weight.shape[0], device=x.device) if bias is None else bias
-    packed = Packed(pack_weight(weight, geometry.dilation, None), bias, tuple(weight.shape[2:]))
+    winograd = winograd_is_faster(x.shape, weight.shape, geometry, packed_before=False)
+    panels = pack_weight(weight, geometry.dilation, None, winograd)
+    packed = Packed(panels, bias, tuple(weight.shape[2:]), winograd)
     packed_convolution_out(x, packed, geometry, None, False, out)
     return out
 

@@ -13,9 +13,9 @@ from fusedres.kernels.packed_convolution import packed_size
 from fusedres.values import Geometry, Packed
 
 
-def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -> Tensor:
+def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None, winograd: bool) -> Tensor:
     """See fusedres.ops.packed_convolution."""
-    panels = weight.new_empty(packed_size(weight.shape))
+    panels = weight.new_empty(packed_size(weight.shape, winograd))
     _C.pack_weight(
         weight.data_ptr(),
         weight_map(weight.shape, dilation),
@@ -23,6 +23,7 @@ def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -
         address(scale),
         panels.data_ptr(),
         torch.get_num_threads(),
+        winograd,
     )
     return panels
 
@@ -45,4 +46,5 @@ def packed_convolution_out(
         with_relu,
         out.data_ptr(),
         torch.get_num_threads(),
+        packed.winograd,
     )

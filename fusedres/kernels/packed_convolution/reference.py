@@ -12,9 +12,9 @@ from fusedres.kernels.packed_convolution import packed_size
 from fusedres.values import Geometry, Packed
 
 
-def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None) -> Tensor:
+def pack_weight(weight: Tensor, dilation: Sequence[int], scale: Tensor | None, winograd: bool) -> Tensor:
     """See fusedres.ops.packed_convolution."""
-    panels = weight.new_zeros(packed_size(weight.shape))
+    panels = weight.new_zeros(packed_size(weight.shape, winograd))
     panels[: weight.numel()] = (weight if scale is None else weight * scale.view(-1, 1, 1, 1)).flatten()
     return panels
 
@@ -28,7 +28,7 @@ def packed_convolution_out(
     out: Tensor,
 ) -> None:
     """See fusedres.ops.packed_convolution."""
-    panels, bias, kernel = packed
+    panels, bias, kernel, _ = packed
     shape = (bias.shape[0], x.shape[1], *kernel)
     weight = panels[: math.prod(shape)].view(shape)
     y = F.conv2d(x, weight, bias, list(geometry.stride), list(geometry.padding), list(geometry.dilation))
