@@ -265,9 +265,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "packed_convolution",
       [](Address x, const ConvolutionMap& map, Address panels, Address bias, Address shortcut, bool relu, Address out,
-         int threads, bool winograd) {
-        packed_convolution({x, map, panels, bias, shortcut, relu, out, threads, winograd});
-      },
+         int threads,
+         bool winograd) { packed_convolution({x, map, panels, bias, shortcut, relu, out, threads, winograd}); },
       release);
 
   bind_torch(m);

@@ -24,9 +24,7 @@ struct ConvolutionMap {
   int64_t out_pixels() const { return batch * out_size(0) * out_size(1); }
 
   // Whether each pixel of the output reads the same pixel of the input and no other.
-  bool is_pointwise() const {
-    return both(kernel, 1) && both(stride, 1) && both(padding, 0);
-  }
+  bool is_pointwise() const { return both(kernel, 1) && both(stride, 1) && both(padding, 0); }
 
   // Whether a pair of numbers has this value for both axes.
   static bool both(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }

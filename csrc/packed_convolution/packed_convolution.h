@@ -31,7 +31,8 @@ bool own_convolutions_are_faster();
 constexpr int64_t kManyPixels = 48;
 constexpr int64_t kManyPixelsBackward = 100;
 
-// Whether packed_convolution can run a convolution by Winograd's algorithm: 3x3 taps side by side, and not few channels.
+// Whether packed_convolution can run a convolution by Winograd's algorithm: 3x3 taps side by side, and not few
+// channels.
 bool takes_winograd(const ConvolutionMap& map);
 
 // Whether it can, and was measured to be faster so, with a weight that was packed before or is packed in the same call.

@@ -11,9 +11,7 @@ from fusedres.ops.launch import launches
 from fusedres.values import ShortcutInput, in_dtype
 
 
-def fold_block(
-    inputs: Inputs, plan: BlockPlan, tensors: Tensors, *, frozen: bool
-) -> tuple[FoldedConvolution, ...]:
+def fold_block(inputs: Inputs, plan: BlockPlan, tensors: Tensors, *, frozen: bool) -> tuple[FoldedConvolution, ...]:
     """Fold every unit of a block with constant statistics; frozen: for many calls."""
     found: list[FoldedConvolution] = []
     launch = launches(plan.backend)
