@@ -1,10 +1,10 @@
 """Times each convolution of a ResNet on the CPU: torch's against this package's own, forward and both gradients.
 
-    python benchmarks/bench_convolution.py                       ResNet-50 at batch 8; takes about two minutes
+    python benchmarks/bench_convolution.py                       ResNet-50 at batch 8; takes about three minutes
     python benchmarks/bench_convolution.py --depth 18 --batch 32 --rounds 9
 
 The columns are torch's milliseconds and the ratio torch / own for the forward pass, the input's gradient and the
-weight's. All tensors are float32 and channels_last. Both take turns; a time is the median over rounds, a ratio the
+weight's, and how the largest error of own forward passes compares with torch's, both against float64. All tensors are float32 and channels_last. Both take turns; a time is the median over rounds, a ratio the
 median of the ratios. The time to pack a weight counts for own. Where own has no kernel (the input's gradient of a
 strided convolution) there is a dash. The last line weights each convolution by how often the network has it. Fused
 blocks take own convolutions where this table says that they are faster, decided once for an instruction set
@@ -33,6 +33,7 @@ from fusedres.values import Geometry, Raw
 
 DIRECTIONS = ("forward", "grad input", "grad weight")
 HEADER = ["convolution", "count", *(column for each in DIRECTIONS for column in (f"{each} ms", "torch / own"))]
+HEADER.append("error own / torch")
 
 
 @dataclass
@@ -87,6 +88,12 @@ class Operands:
         if not cpu_convolution.has_input_gradient(self.weight, self.geometry):
             del found["grad input"]
         return found
+
+    def error_ratio(self) -> float:
+        """Return the largest error of the own forward pass, divided by that of torch's."""
+        exact = torch.conv2d(self.x.double(), self.weight.double(), None, *self.geometry)
+        own, library = (float((each()["forward"]() - exact).abs().max()) for each in (self.own, self.torch))
+        return own / library
 
 
 def convolutions(depth: int, size: int) -> Counter[Convolution]:
@@ -149,17 +156,18 @@ def main(argv: list[str] | None = None) -> None:
             f"{shape.in_channels}-{shape.out_channels} {shape.kernel}x{shape.kernel}/{shape.stride} {shape.in_size}²"
         ]
         line.append(str(count))
-        for direction, (library, own) in measure(Operands.of(shape, options.batch), options.rounds).items():
+        operands = Operands.of(shape, options.batch)
+        for direction, (library, own) in measure(operands, options.rounds).items():
             seconds = harness.summarize(library).median
             ratio = harness.ratio_interval(library, own).median if own else None
             line += [f"{1e3 * seconds:.2f}", "-" if ratio is None else f"{ratio:.2f}"]
             totals[direction][0] += count * seconds
             totals[direction][1] += count * seconds / (ratio or 1)
-        lines.append(line)
+        lines.append([*line, f"{operands.error_ratio():.2f}"])
     ends = [
         text for of_torch, of_own in totals.values() for text in (f"{1e3 * of_torch:.1f}", f"{of_torch / of_own:.2f}")
     ]
-    lines.append(["all", str(sum(convolutions(options.depth, options.size).values())), *ends])
+    lines.append(["all", str(sum(convolutions(options.depth, options.size).values())), *ends, ""])
     machine = harness.machine(torch.device("cpu"))
     print(f"{machine['device']}, {machine['isa']}, torch {torch.__version__}, float32, batch {options.batch}")
     if note := harness.busy_note(torch.device("cpu")):

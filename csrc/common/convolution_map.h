@@ -26,9 +26,18 @@ struct ConvolutionMap {
   // Whether each pixel of the output reads the same pixel of the input and no other.
   bool is_pointwise() const { return both(kernel, 1) && both(stride, 1) && both(padding, 0); }
 
+  // Whether it has 3x3 taps side by side, as Winograd's algorithms need them.
+  bool is_dense_3x3() const { return both(kernel, 3) && both(stride, 1) && both(dilation, 1); }
+
+  // The number of 2x2 tiles of the output.
+  int64_t out_tiles() const { return batch * ((out_size(0) + 1) / 2) * ((out_size(1) + 1) / 2); }
+
   // Whether a pair of numbers has this value for both axes.
   static bool both(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
 };
+
+// The products of Winograd's algorithms for a tile of 4x4 pixels and a channel, for 3x3 taps.
+constexpr int kWinogradPositions = 16;
 
 // Of a weight, in elements.
 struct WeightStrides {

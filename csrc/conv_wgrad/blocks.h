@@ -130,8 +130,9 @@ struct WgradTasks {
     return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks.count() / kBlocks, 1));
   }
 
-  // Groups are multiples of a tile's sides, but for the last ones.
-  WgradTasks(const PixelBlocks& blocks, int64_t tile_rows, int64_t tile_columns, int threads)
+  // Groups are multiples of a tile's sides, but for the last ones. `sums` is how many there are for an out channel and
+  // a column.
+  WgradTasks(const PixelBlocks& blocks, int64_t sums, int64_t tile_rows, int64_t tile_columns, int threads)
       : splits(splits_of(blocks)) {
     const auto rounded = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
     const auto groups = [](int64_t size, int64_t group) { return (size + group - 1) / group; };
@@ -140,7 +141,7 @@ struct WgradTasks {
     // A packed value of the gradient is read once for each column and tap, one of the input once for each row, and for
     // the taps that reach it.
     const int64_t ratio = blocks.map.stride[0] * blocks.map.stride[1];
-    while (most_rows * most_columns * blocks.taps > kSums) {
+    while (most_rows * most_columns * sums > kSums) {
       if (most_rows >= ratio * most_columns && most_rows > 2 * tile_rows)
         most_rows /= 2;
       else if (most_columns > tile_columns)

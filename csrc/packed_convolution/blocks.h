@@ -55,7 +55,4 @@ struct DepthBlocks {
   }
 };
 
-// The products that Winograd's algorithm has for a tile and a channel.
-constexpr int kPositions = 16;
-
 }  // namespace fusedres

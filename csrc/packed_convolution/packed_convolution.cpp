@@ -19,7 +19,7 @@ namespace fusedres {
 
 int64_t packed_size(const ConvolutionMap& map, bool winograd) {
   const int64_t panel = FUSEDRES_SELECT_ISA(panel_size)();
-  const int64_t depth = winograd ? kPositions * map.channels : DepthBlocks(map).depth();
+  const int64_t depth = winograd ? kWinogradPositions * map.channels : DepthBlocks(map).depth();
   return (map.out_channels + panel - 1) / panel * panel * depth;
 }
 
@@ -33,16 +33,14 @@ void pack_weight(const PackWeightParams& p) {
 }
 
 bool takes_winograd(const ConvolutionMap& map) {
-  return map.both(map.kernel, 3) && map.both(map.stride, 1) && map.both(map.dilation, 1) &&
-         map.channels >= DepthBlocks::kFewChannels;
+  return map.is_dense_3x3() && map.channels >= DepthBlocks::kFewChannels;
 }
 
 bool winograd_is_faster(const ConvolutionMap& map, bool packed_before) {
   if (!takes_winograd(map) || !own_convolutions_are_faster()) return false;
   // In products of the weight's channels: nine for a pixel, and for a tile sixteen and some to transform it.
   constexpr int64_t kTile = 18, kPacking = 1200, kStreaming = 100;
-  const int64_t tiles = map.batch * ((map.out_size(0) + 1) / 2) * ((map.out_size(1) + 1) / 2);
-  return 9 * map.out_pixels() - kTile * tiles > (packed_before ? kStreaming : kPacking);
+  return 9 * map.out_pixels() - kTile * map.out_tiles() > (packed_before ? kStreaming : kPacking);
 }
 
 bool own_convolutions_are_faster() {
