@@ -4,10 +4,11 @@
     python benchmarks/bench_convolution.py --depth 18 --batch 32 --rounds 9
 
 The columns are torch's milliseconds and the ratio torch / own for the forward pass, the input's gradient and the
-weight's, and how the largest error of own forward passes compares with torch's, both against float64. All tensors are float32 and channels_last. Both take turns; a time is the median over rounds, a ratio the
-median of the ratios. The time to pack a weight counts for own. Where own has no kernel (the input's gradient of a
-strided convolution) there is a dash. The last line weights each convolution by how often the network has it. Fused
-blocks take own convolutions where this table says that they are faster, decided once for an instruction set
+weight's, and how the largest error of own forward passes compares with torch's, both against float64. All tensors are
+float32 and channels_last. Both take turns; a time is the median over rounds, a ratio the median of the ratios. The time
+to pack a weight counts for own. Where own has no kernel (the input's gradient of a strided convolution) there is a
+dash. The last line weights each convolution by how often the network has it. Fused blocks take own convolutions where
+this table says that they are faster, decided once for an instruction set
 (csrc/packed_convolution/packed_convolution.cpp).
 """
 
