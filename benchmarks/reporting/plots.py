@@ -229,7 +229,10 @@ def models(rows: list[Row], path: Path) -> None:
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=SHOWN[variant][1]) for variant in SHOWN if variant in drawn]
     labels = [SHOWN[variant][0] for variant in SHOWN if variant in drawn]
     figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), fontsize=10, frameon=False)
-    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1))
+    limits = max((axis.get_ylim() for axis in (speed, memory)), key=lambda ends: abs(ends[0] - ends[1]))
+    for axis in (speed, memory):
+        axis.set_ylim(limits)  # all bars are equally thick
+    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1 - 0.1 / height))
     _save(figure, path, rows)
 
 
