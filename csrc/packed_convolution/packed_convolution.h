@@ -13,7 +13,7 @@ struct PackWeightParams {
   const float* scale;  // [out_channels], multiplied into the weight; may be null
   float* panels;       // packed_size(map, winograd) elements
   int threads;
-  bool winograd = false;  // for packed_convolution by Winograd's algorithm
+  bool winograd;  // for packed_convolution by Winograd's algorithm
 };
 
 // The number of elements of a packed weight. It depends on the instruction set.
@@ -47,7 +47,7 @@ struct PackedConvolutionParams {
   bool relu;
   float* out;  // [batch, out height, out width, out_channels]
   int threads;
-  bool winograd = false;  // how the weight was packed
+  bool winograd;  // how the weight was packed
 };
 
 // out = relu(conv(x, weight) + bias + shortcut), without the ReLU if `relu` is false.
