@@ -1,6 +1,6 @@
 """Times each convolution of a ResNet on the CPU: torch's against this package's own, forward and both gradients.
 
-    python benchmarks/bench_convolution.py                       ResNet-50 at batch 8; takes about three minutes
+    python benchmarks/bench_convolution.py                       ResNet-50 at batch 8; takes a minute or two
     python benchmarks/bench_convolution.py --depth 18 --batch 32 --rounds 9
 
 The columns are torch's milliseconds and the ratio torch / own for the forward pass, the input's gradient and the
