@@ -6,6 +6,9 @@
 #error "define FUSEDRES_KERNEL_FILE before including common/for_each_isa.h"
 #endif
 
+#include <type_traits>
+#include <utility>
+
 #define FUSEDRES_LANE_BYTES 16
 #define FUSEDRES_HAS_AVX2 0
 #define FUSEDRES_HAS_AVX512 0
