@@ -31,7 +31,17 @@ from torch.utils._pytree import tree_map_only
 
 import fusedres
 from fusedres import backends, ops
-from fusedres.values import BnBranch, Gated, Norm, ShortcutGradient, ShortcutInput
+from fusedres.values import (
+    Activation,
+    BnBranch,
+    Gated,
+    Norm,
+    ShortcutGradient,
+    ShortcutInput,
+    TailCoefficients,
+    TailNeeds,
+    TailTerm,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SIZES = (56, 28, 14, 7)
@@ -50,6 +60,15 @@ ARITHMETIC = {
     "bn_relu_backward_": 14,  # the mask of ReLU is computed again, twice
     "relu_backward": 1,
     "shortcut_grad_": 1,
+    "gated_tail highway": 26,  # a sigmoid takes about 20
+    "gated_tail SiLU before the add": 24,
+    "gated_tail squeeze-and-excitation": 5,
+    "gated_tail_reduce highway": 33,
+    "gated_tail_reduce SiLU before the add": 30,
+    "gated_tail_reduce squeeze-and-excitation": 6,
+    "gated_tail_apply highway": 36,
+    "gated_tail_apply SiLU before the add": 30,
+    "gated_tail_apply squeeze-and-excitation": 8,
 }
 
 
@@ -115,9 +134,50 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
         Op("shortcut_grad_", "", "backward", {"grad_x": activation(), "grad": grad}, lambda b, a: ops.shortcut_grad_(
             a["grad_x"], ShortcutGradient(a["grad"], bits), backend=b)),
     ]  # fmt: skip
+    factor = torch.rand((batch, channels), generator=source).to(device, s.dtype)
+    tails = {
+        "highway": (lambda a: (TailTerm(a["x"], None, None, a["logits"]), TailTerm(a["shortcut"]),
+                               Activation("relu", None, True), True), None),
+        "SiLU before the add": (lambda a: (TailTerm(a["x"], s), TailTerm(a["shortcut"]),
+                                           Activation("silu", None, True), False), None),
+        "squeeze-and-excitation": (lambda a: (TailTerm(a["x"], s, factor), TailTerm(a["shortcut"]),
+                                              Activation("relu"), False), bits),
+    }  # fmt: skip
+    for variant, (tail, mask) in tails.items():
+        found += gated_tails(variant, tail, mask, {"x": x, "shortcut": shortcut}, grad, s)
     for op in found:
         op.flops = x.numel() * (channels + 4 if op.op == "gram" else ARITHMETIC[str(op)])
     return found
+
+
+def gated_tails(
+    variant: str,
+    tail: Callable[[dict[str, Any]], tuple[Any, ...]],
+    mask: Tensor | None,
+    read: dict[str, Tensor],
+    grad: Tensor,
+    state: Tensor,
+) -> list[Op]:
+    """Return the three passes of a gated tail; backward reads only what its equation needs."""
+    if variant == "highway":
+        read = read | {"logits": torch.randn_like(grad)}
+    normalised = tail(read)[0].state is not None
+    coefficients = TailCoefficients(state if normalised else None, None)
+    needs = TailNeeds(True, variant != "SiLU before the add", variant == "highway")
+    backward = {"grad": grad} | (read if variant == "highway" else {"x": read["x"]})
+
+    def unread(arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the tail with the gradient in the place of a shortcut that backward does not read."""
+        return tail({"shortcut": arguments["grad"]} | arguments)
+
+    return [
+        Op("gated_tail", variant, "forward", read, lambda b, a: ops.gated_tail(
+            *tail(a), mask is not None, backend=b)),
+        Op("gated_tail_reduce", variant, "backward", backward, lambda b, a: ops.gated_tail_reduce(
+            Gated(a["grad"], mask), *unread(a), backend=b)),
+        Op("gated_tail_apply", variant, "backward", backward, lambda b, a: ops.gated_tail_apply(
+            Gated(a["grad"], mask), *unread(a), coefficients, needs, backend=b)),
+    ]  # fmt: skip
 
 
 def disagreement(op: Op, backend: str) -> str | None:

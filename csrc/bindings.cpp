@@ -15,6 +15,7 @@
 #include "common/isa.h"
 #include "common/memory.h"
 #include "conv_wgrad/conv_wgrad.h"
+#include "gated_tail/gated_tail.h"
 #include "gram/gram.h"
 #include "one_pass/one_pass.h"
 #include "packed_convolution/packed_convolution.h"
@@ -25,6 +26,20 @@ namespace fusedres {
 
 inline bool read(PyObject* object, BnBranch& value) {
   return read_tuple(object, value.x, value.state, value.batch_statistics, value.grad_x);
+}
+
+inline bool read(PyObject* object, TailTerm& value) {
+  return read_tuple(object, value.x, value.state, value.factor, value.per_sample, value.logits, value.coefficients,
+                    value.grad_x, value.grad_logits);
+}
+
+inline bool read(PyObject* object, GatedTailParams& value) {
+  int64_t threads;
+  if (!read_tuple(object, value.dtype, value.batch, value.pixels, value.channels, value.branch, value.shortcut,
+                  value.activation, value.before_add, value.slope, value.coupled, threads))
+    return false;
+  value.threads = static_cast<int>(threads);
+  return true;
 }
 
 // What one_pass_statistics leaves for the backward.
@@ -149,6 +164,22 @@ PYBIND11_MODULE(_C, m) {
         if (reduce) bn_add_relu_backward_reduce(params);
         if (elementwise) bn_add_relu_backward_elementwise(params);
       },
+      release);
+
+  m.def(
+      "gated_tail", [](const GatedTailParams& params, Address out, Address mask) { gated_tail(params, {out, mask}); },
+      release);
+
+  m.def(
+      "gated_tail_reduce",
+      [](const GatedTailParams& params, Address grad, Address mask, bool slope_wanted, Address sums) {
+        gated_tail_reduce(params, {grad, mask}, slope_wanted, sums);
+      },
+      release);
+
+  m.def(
+      "gated_tail_apply",
+      [](const GatedTailParams& params, Address grad, Address mask) { gated_tail_apply(params, {grad, mask}); },
       release);
 
   m.def(

@@ -173,6 +173,49 @@ class Packed(NamedTuple):
     winograd: bool = False
 
 
+class Activation(NamedTuple):
+    """An activation of a residual tail: of the sum, or of the branch before the add.
+
+    `kind` is one of ACTIVATIONS. "leaky_relu" is z where z > 0, else slope·z, with `slope` (C,) in the arithmetic type:
+    LeakyReLU and PReLU. "gelu" is the exact one.
+    """
+
+    kind: str = "identity"
+    slope: Tensor | None = None
+    before_add: bool = False
+
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "hardswish", "gelu")
+
+
+class TailTerm(NamedTuple):
+    """A term of a residual tail: factor ⊙ σ(logits) ⊙ x, with BatchNorm(x) for x if there is a state.
+
+    `factor` is (1, C), or (N, C) with a row for each sample, in the arithmetic type; `logits` are like x. At most one
+    of the two is given; None is 1.
+    """
+
+    x: Tensor
+    state: Tensor | None = None
+    factor: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class TailCoefficients(NamedTuple):
+    """The coefficients a, c1, μ, k (4, C) of the BatchNorms of a tail's terms, see Gradient; None without one."""
+
+    branch_coefficients: Tensor | None
+    shortcut_coefficients: Tensor | None
+
+
+class TailNeeds(NamedTuple):
+    """Which gradients of a residual tail are to be written."""
+
+    needs_branch: bool
+    needs_shortcut: bool
+    needs_logits: bool
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that values of this dtype are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -147,6 +147,35 @@ def _products() -> Example:
     return example | {"total": vector(C, torch.float64)}
 
 
+def _gated_tails() -> list[Example]:
+    """Arguments of gated_tail: a coupled gate, and every kind of factor under a leaky ReLU with its mask."""
+    terms = ("branch", "shortcut")
+    nothing = dict.fromkeys([f"{term}_{field}" for term in terms for field in ("state", "factor", "logits")])
+    both = {"branch": _like(N, C, H, W), "shortcut": _like(N, C, H, W, seed=1)} | nothing
+    highway = {"branch_state": state(C, _FLOAT), "branch_logits": _like(N, C, H, W, seed=2), "coupled": True}
+    highway |= {"kind": "silu", "slope": None, "before_add": True}
+    scaled = {"branch_factor": _rows(N, C), "shortcut_factor": _rows(1, C), "shortcut_state": state(C, _FLOAT, 1)}
+    scaled |= {"kind": "leaky_relu", "slope": vector(C), "before_add": False, "coupled": False}
+    return [both | highway, both | scaled]
+
+
+def _gated_tail_gradients() -> tuple[list[Example], list[Example]]:
+    """Arguments of gated_tail_reduce and gated_tail_apply."""
+    highway, scaled = _gated_tails()
+    highway |= {"grad": _like(N, C, H, W, seed=5), "gate": None}
+    scaled |= {"grad": _like(N, C, H, W, seed=5), "gate": _bits(C)}
+    needs: Example = {"needs_branch": True, "needs_shortcut": True}
+    applied = [
+        highway
+        | needs
+        | {"branch_coefficients": state(C, _FLOAT), "shortcut_coefficients": None, "needs_logits": True},
+        scaled
+        | needs
+        | {"branch_coefficients": None, "shortcut_coefficients": state(C, _FLOAT), "needs_logits": False},
+    ]
+    return [example | {"with_slope": False} for example in (highway, scaled)], applied
+
+
 def examples() -> dict[str, list[Example]]:
     """One or more right calls of every op, with fresh tensors."""
     x, wide = {"x": _like(N, C, H, W), "state": state(C, _FLOAT)}, torch.float64
@@ -166,7 +195,11 @@ def examples() -> dict[str, list[Example]]:
     gradient = {"grad_x": _like(N, 4, H, W), "shortcut": _like(N, C, 3, 3, seed=1), "shortcut_stride": 2}
     nothing_more = {"x": None, "x_pivot": None, "x_stride": 1}
     joined = {"x": _like(N, 7, 3, 3), "x_pivot": vector(7), "x_stride": 1}
+    reduced_tails, applied_tails = _gated_tail_gradients()
     return {
+        "gated_tail": [example | {"with_mask": not example["before_add"]} for example in _gated_tails()],
+        "gated_tail_reduce": reduced_tails,
+        "gated_tail_apply": applied_tails,
         "bn_add_relu": _tail() + _tail(torch.bfloat16),
         "bn_add_relu_": _tail(),
         "bn_add_relu_out": [

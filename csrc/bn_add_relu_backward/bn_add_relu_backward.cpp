@@ -1,6 +1,7 @@
 #include "bn_add_relu_backward/bn_add_relu_backward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "common/bits.h"
@@ -8,6 +9,7 @@
 #include "common/gate.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "gated_tail/gated_tail.h"
 
 #define FUSEDRES_KERNEL_FILE "bn_add_relu_backward/kernel.inc"
 #include "common/for_each_isa.h"
@@ -23,12 +25,32 @@ void check(const BnAddReluBackwardParams& p, const char* op) {
           "null gate");
 }
 
+TailTerm term_of(const BnBranch& branch) {
+  TailTerm term;
+  term.x = branch.x;
+  term.state = branch.state;
+  term.grad_x = branch.grad_x;
+  return term;
+}
+
+GatedTailParams tail_of(const BnAddReluBackwardParams& p) {
+  GatedTailParams tail{};
+  tail.dtype = p.dtype;
+  tail.batch = 1;
+  tail.pixels = p.rows;
+  tail.channels = p.channels;
+  tail.branch = term_of(p.branch);
+  tail.shortcut = term_of(p.shortcut);
+  tail.threads = p.threads;
+  return tail;
+}
+
 }  // namespace
 
 void bn_add_relu_backward_reduce(const BnAddReluBackwardParams& p) {
   if (p.rows == 0) return;
   check(p, "bn_add_relu_backward_reduce");
-  FUSEDRES_SELECT_ISA(backward<true>)(p);
+  FUSEDRES_SELECT_ISA(backward<true>)(p, tail_of(p), {p.grad, p.gate.data});
 }
 
 void bn_add_relu_backward_elementwise(const BnAddReluBackwardParams& p) {
@@ -36,7 +58,7 @@ void bn_add_relu_backward_elementwise(const BnAddReluBackwardParams& p) {
   check(p, "bn_add_relu_backward_elementwise");
   require(p.branch.grad_x != nullptr && (p.shortcut.x == nullptr || p.shortcut.grad_x != nullptr),
           "bn_add_relu_backward_elementwise", "null gradient");
-  FUSEDRES_SELECT_ISA(backward<false>)(p);
+  FUSEDRES_SELECT_ISA(backward<false>)(p, tail_of(p), {p.grad, p.gate.data});
 }
 
 }  // namespace fusedres

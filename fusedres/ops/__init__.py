@@ -33,6 +33,9 @@ from fusedres.ops.conv_weights import conv_weights as conv_weights
 from fusedres.ops.conv_wgrad import conv_wgrad as conv_wgrad
 from fusedres.ops.conv_wgrad import conv_wgrad_finalize as conv_wgrad_finalize
 from fusedres.ops.empty_batch import empty_batch as empty_batch
+from fusedres.ops.gated_tail import gated_tail as gated_tail
+from fusedres.ops.gated_tail import gated_tail_apply as gated_tail_apply
+from fusedres.ops.gated_tail import gated_tail_reduce as gated_tail_reduce
 from fusedres.ops.gram import gram as gram
 from fusedres.ops.gram import gram_statistics as gram_statistics
 from fusedres.ops.one_pass import one_pass_backward as one_pass_backward

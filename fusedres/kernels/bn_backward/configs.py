@@ -22,8 +22,13 @@ def row_tile(rows: int, channels: int) -> int:
 
 @lru_cache(1024)  # more shapes than a run has
 def reduction(rows: int, channels: int, itemsize: int) -> Sequence[Config]:
-    """Return candidates for a kernel that sums row tiles of (M, C), with 16 or 32 bytes per thread and operand."""
-    size = row_tile(rows, channels)
+    """Return candidates for a kernel that sums row tiles of (M, C)."""
+    return reduction_of(row_tile(rows, channels), channels, itemsize)
+
+
+@lru_cache(1024)
+def reduction_of(size: int, channels: int, itemsize: int) -> Sequence[Config]:
+    """Return candidates for a kernel that sums tiles of `size` rows, with 16 or 32 bytes per thread and operand."""
     if INTERPRETED:
         tiles = [Config({"BLOCK_M": size // 2, "BLOCK_C": _interpreted(channels)})]
     else:

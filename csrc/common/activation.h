@@ -1,0 +1,8 @@
+#pragma once
+
+namespace fusedres {
+
+// The activations of a residual block's tail; fusedres/kernels/arguments.py uses the same numbers.
+enum class Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kHardswish = 4, kGelu = 5 };
+
+}  // namespace fusedres
