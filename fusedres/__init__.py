@@ -53,7 +53,7 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # `python -m fusedres`: Python is st
 from fusedres._version import __version__
 from fusedres.backends import use_backend
 from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse
-from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ZeroPadShortcut, register
+from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ResidualTail, ZeroPadShortcut, register
 from fusedres.pages import keep_pages
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedResNet",
     "Report",
+    "ResidualTail",
     "ZeroPadShortcut",
     "__version__",
     "freeze",

@@ -3,6 +3,7 @@
 from fusedres.autograd.folded_block import run_folded
 from fusedres.autograd.frozen import Frozen, FrozenBlock, run_frozen
 from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_linear, fold_stem
+from fusedres.autograd.gated_tail import TailPlan, TermNorm, TermTensors, run_tail
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
@@ -20,6 +21,9 @@ __all__ = [
     "FrozenNetwork",
     "Inputs",
     "StemPlan",
+    "TailPlan",
+    "TermNorm",
+    "TermTensors",
     "UncheckedError",
     "are_plain",
     "count_path",
@@ -31,6 +35,7 @@ __all__ = [
     "run_folded",
     "run_frozen",
     "run_stem",
+    "run_tail",
     "suggests_channels_last",
     "wants_gradients",
 ]

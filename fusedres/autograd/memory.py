@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 import torch
@@ -45,18 +45,24 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.is_meta or tensor.untyped_storage().nbytes() >= needed_bytes(tensor)
 
 
+def statistics_kept_on_error(tensors: Sequence[Tensor | None], units: Sequence[ConvBN]) -> AbstractContextManager[None]:
+    """Restore the running statistics of the units if a forward fails after it has updated them."""
+    updated: list[Tensor | None] = []
+    for index, unit in enumerate(units):
+        if unit.update:
+            updated += tensors[index * UNIT_TENSORS + UNIT_PARAMS : (index + 1) * UNIT_TENSORS]
+    return kept_on_error(updated)
+
+
 @contextmanager
-def statistics_kept_on_error(tensors: Sequence[Tensor | None], units: Sequence[ConvBN]) -> Iterator[None]:
-    """Restore the running statistics if a forward fails after it has updated them (out of memory, for example).
+def kept_on_error(updated: Sequence[Tensor | None]) -> Iterator[None]:
+    """Restore these tensors if what runs inside fails (out of memory, for example).
 
     This is for the CPU. On a GPU the copies would cost launches, so updated statistics stay updated, as in torch.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     if not torch.compiler.is_compiling():
-        for index, unit in enumerate(units):
-            if unit.update:
-                running = tensors[index * UNIT_TENSORS + UNIT_PARAMS : (index + 1) * UNIT_TENSORS]
-                kept += [(tensor, tensor.clone()) for tensor in running if tensor is not None and tensor.is_cpu]
+        kept = [(tensor, tensor.clone()) for tensor in updated if tensor is not None and tensor.is_cpu]
     try:
         yield
     except BaseException:

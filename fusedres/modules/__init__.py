@@ -6,6 +6,7 @@ from fusedres.modules.families import register
 from fusedres.modules.fused_block import FusedBlock
 from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.shortcut import ZeroPadShortcut
+from fusedres.modules.tail import ResidualTail
 
 __all__ = [
     "FusedBasicBlock",
@@ -13,6 +14,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedResNet",
     "FusedStem",
+    "ResidualTail",
     "ZeroPadShortcut",
     "register",
 ]
