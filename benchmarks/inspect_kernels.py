@@ -302,7 +302,9 @@ def main(argv: list[str] | None = None) -> int:
         "--kernel", nargs="*", default=("",), help="only kernels with one of these texts in their names (default: all)"
     )
     parser.add_argument(
-        "--blocks", default="all", help="blocks that run: a name or pattern of common/blocks.py, or stem (default: all)"
+        "--blocks",
+        default="all",
+        help="what runs: a name or pattern of common/blocks.py, stem, or tails (default: all)",
     )
     parser.add_argument(
         "--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (default: all)"

@@ -163,6 +163,7 @@ def waits_as_compiled_and_forced() -> list[list[int]]:
 def main(wide: str, narrow: str) -> None:
     """Inspect the first launch of every kernel by block `wide`, and of every kernel with a product by `narrow`."""
     rows = inspect_kernels.inspect_launches(first_of(wide), limit=1)
+    rows += inspect_kernels.inspect_launches(candidates.launches_of(candidates.cases("tails").values()), limit=1)
     products = {row.kernel for row in rows if row.dot}
     rows += inspect_kernels.inspect_launches(first_of(narrow, products), limit=1)
     written = {name: inspect_kernels.inspect_function(run, arch=90)[0] for name, run in PRODUCTS.items()}

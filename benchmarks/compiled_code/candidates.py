@@ -1,4 +1,4 @@
-"""Every Triton kernel that ResNet-18 and ResNet-50 launch, with every candidate config, as Triton would compile it.
+"""Every Triton kernel that ResNet-18, ResNet-50 and the gated tails launch, with every candidate config, as compiled.
 
 Blocks and ops run on meta tensors, where a launch is only recorded, so no GPU is needed.
 """
@@ -17,6 +17,7 @@ import torch
 import triton
 from common.blocks import select
 from common.networks import Block, Stem
+from compiled_code import tails
 from memory_traffic.launched import WAYS, CountLaunched, build, mixed_precision
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -172,11 +173,13 @@ def cases(
     dtype: torch.dtype = torch.bfloat16,
     mixed: bool = False,
 ) -> dict[str, Callable[[], None]]:
-    """Return name → a function that runs a block of ResNet-18 or 50, or the stem, in training and inference.
+    """Return name → a function that runs a block of ResNet-18 or 50, the stem, or a gated tail, forward and backward.
+
+    Blocks and the stem also run in inference.
 
     mixed: run as under autocast to `dtype`; otherwise all tensors have this dtype.
     """
-    chosen: dict[str, Block | Stem] = {} if blocks == "stem" else dict(select([blocks]))
+    chosen: dict[str, Block | Stem] = {} if blocks in ("stem", "tails") else dict(select([blocks]))
     if blocks in ("all", "stem"):
         chosen["stem"] = Stem()
 
@@ -188,7 +191,8 @@ def cases(
             with torch.inference_mode():
                 module.eval()(x)
 
-    return {f"{name}, {way}": lambda w=what, y=way: step(w, y) for name, what in chosen.items() for way in ways}
+    found = {f"{name}, {way}": lambda w=what, y=way: step(w, y) for name, what in chosen.items() for way in ways}
+    return found | (tails.steps(batch, dtype) if blocks in ("all", "tails") else {})
 
 
 def launches_of(runs: Collection[Callable[[], Any]], arch: int = 90, kernels: Sequence[str] = ("",)) -> list[Launch]:
