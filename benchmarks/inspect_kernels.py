@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--blocks",
         default="all",
-        help="what runs: a name or pattern of common/blocks.py, stem, or tails (default: all)",
+        help="what runs: a name or pattern of common/blocks.py, stem, tails (default: all)",
     )
     parser.add_argument(
         "--ways", nargs="*", choices=tuple(WAYS), default=tuple(WAYS), help="how blocks run (default: all)"

@@ -17,7 +17,6 @@ import torch
 import triton
 from common.blocks import select
 from common.networks import Block, Stem
-from compiled_code import tails
 from memory_traffic.launched import WAYS, CountLaunched, build, mixed_precision
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -27,6 +26,7 @@ from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusedres
+from compiled_code import tails
 from fusedres.kernels.conv_fprop.configs import DescriptorConfig
 from fusedres.kernels.triton_core import launch as launching
 from fusedres.kernels.triton_core.launch import H100, Config, Gpu, Launch, Problem, choosing, record_launches
