@@ -53,7 +53,17 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # `python -m fusedres`: Python is st
 from fusedres._version import __version__
 from fusedres.backends import use_backend
 from fusedres.convert import BlockReport, Report, freeze, fuse, report, unfuse
-from fusedres.modules import FusedBasicBlock, FusedBottleneck, FusedResNet, ResidualTail, ZeroPadShortcut, register
+from fusedres.modules import (
+    FusedBasicBlock,
+    FusedBottleneck,
+    FusedResNet,
+    Highway,
+    HighwayConv2d,
+    HighwayLinear,
+    ResidualTail,
+    ZeroPadShortcut,
+    register,
+)
 from fusedres.pages import keep_pages
 
 __all__ = [
@@ -61,6 +71,9 @@ __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
     "FusedResNet",
+    "Highway",
+    "HighwayConv2d",
+    "HighwayLinear",
     "Report",
     "ResidualTail",
     "ZeroPadShortcut",

@@ -4,6 +4,7 @@ from fusedres.modules.basic_block import FusedBasicBlock
 from fusedres.modules.bottleneck import FusedBottleneck
 from fusedres.modules.families import register
 from fusedres.modules.fused_block import FusedBlock
+from fusedres.modules.highway import Highway, HighwayConv2d, HighwayLinear
 from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.shortcut import ZeroPadShortcut
 from fusedres.modules.tail import ResidualTail
@@ -14,6 +15,9 @@ __all__ = [
     "FusedBottleneck",
     "FusedResNet",
     "FusedStem",
+    "Highway",
+    "HighwayConv2d",
+    "HighwayLinear",
     "ResidualTail",
     "ZeroPadShortcut",
     "register",
