@@ -15,6 +15,7 @@
 namespace fusedres::portable {
 namespace {
 #include "common/lanes.inc"
+#include "common/walks.inc"
 #include FUSEDRES_KERNEL_FILE
 }  // namespace
 }  // namespace fusedres::portable
@@ -36,6 +37,7 @@ namespace {
 namespace fusedres::avx2 {
 namespace {
 #include "common/lanes.inc"
+#include "common/walks.inc"
 #include FUSEDRES_KERNEL_FILE
 }  // namespace
 }  // namespace fusedres::avx2
@@ -61,6 +63,7 @@ namespace {
 namespace fusedres::avx512 {
 namespace {
 #include "common/lanes.inc"
+#include "common/walks.inc"
 #include FUSEDRES_KERNEL_FILE
 }  // namespace
 }  // namespace fusedres::avx512

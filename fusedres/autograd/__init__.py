@@ -3,12 +3,13 @@
 from fusedres.autograd.folded_block import run_folded
 from fusedres.autograd.frozen import Frozen, FrozenBlock, run_frozen
 from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_linear, fold_stem
-from fusedres.autograd.gated_tail import TailPlan, TermNorm, TermTensors, run_tail
+from fusedres.autograd.gated_tail import run_tail
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import run_stem
+from fusedres.autograd.tail_plan import TailPlan, TermNorm, TermTensors
 
 __all__ = [
     "PLAIN",

@@ -56,9 +56,10 @@ def refuse_synchronised(what: str, units: Sequence[ConvBN]) -> None:
 def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return the tensors as views: a gradient with respect to one leaves out how others were computed from it.
 
-    For example, x depends on the weights if the same block ran before.
+    For example, x depends on the weights if the same block ran before. Not view_as: it changes the strides of a batch
+    of one image, which torch's BatchNorm then differentiates wrongly.
     """
-    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    return [None if tensor is None else torch.ops.aten.alias(tensor) for tensor in tensors]
 
 
 def _gradients(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
-from fusedres.autograd import TailPlan, TermNorm, TermTensors, count_path, run_tail, wants_gradients
+from fusedres.autograd import TailPlan, TermNorm, TermTensors, are_plain, count_path, run_tail, wants_gradients
 from fusedres.backends import backend_for
 from fusedres.errors import DtypeError, ShapeError
-from fusedres.modules.calls import unusual_input
+from fusedres.modules.calls import holds_inference_tensors, unusual_input
 from fusedres.modules.genuine import touched
 from fusedres.ops._sizes import FLOATING
 from fusedres.values import arithmetic_dtype
@@ -21,7 +21,15 @@ GATES = ("scale", "logits", "coupled")
 _Norm = nn.Module | None
 NormTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 ABSENT: NormTensors = (None, None, None, None, None)
-_PLAIN = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.GELU: "gelu"}
+_KINDS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.PReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.GELU: "gelu",
+}
 
 
 class ResidualTail(nn.Module):
@@ -78,40 +86,56 @@ class ResidualTail(nn.Module):
         self, branch: Tensor, shortcut: Tensor | None = None, scale: Tensor | None = None, carry: Tensor | None = None
     ) -> Tensor:
         """Return the tail's output; see the class."""
-        self._check(branch, shortcut, scale, carry)
         reason = self.unfused_reason(branch, shortcut, scale, carry)
         if reason is not None:
             count_path("tail_unfused")
             return self._unfused(branch, shortcut, scale, carry)
         return self._fused(branch, shortcut, scale, carry)
 
-    def unfused_reason(self, *tensors: Tensor | None) -> str | None:
-        """Return why torch's own operators run for these tensors, or None if the tail is fused."""
-        branch = tensors[0]
+    def unfused_reason(
+        self, branch: Tensor, shortcut: Tensor | None = None, scale: Tensor | None = None, carry: Tensor | None = None
+    ) -> str | None:
+        """Return why torch's own operators run for these tensors, or None if the tail is fused.
+
+        Raises: see the class.
+        """
+        tensors = (branch, shortcut, scale, carry)
+        if any(isinstance(tensor, fx.Proxy) for tensor in tensors):
+            return "torch.fx was tracing"
+        self._check(*tensors)
         for tensor in tensors:
             reason = None if tensor is None else unusual_input(tensor)
             if reason is not None:
                 return reason
         if torch.compiler.is_compiling():
             return "torch.compile fuses torch's operators itself"
-        if nn_module._has_any_global_hook():
-            return "a global module hook is registered"
-        for name in ("norm", "shortcut_norm", "activation"):
-            module = getattr(self, name)
-            reason = None if module is None else touched(name, module)
-            if reason is not None:
-                return reason
-        assert branch is not None
-        for norm, x in ((self.norm, branch), (self.shortcut_norm, tensors[1])):
-            reason = None if norm is None or x is None else _reason_of_norm(norm, x)
-            if reason is not None:
-                return reason
-        if activation_kind(self.activation) is None:
-            return f"there is no kernel for {self.activation}"
+        if any(tensor is not None and tensor.device != branch.device for tensor in tensors):
+            return "the tensors are on several devices"
         if branch.numel() == 0:
             return "the batch was empty"
         if backend_for(branch.device) is None:
             return f"nothing was measured on {branch.device.type}"
+        return self._reason_of_modules(branch, shortcut) or self._reason_of_inference(*tensors)
+
+    def _reason_of_modules(self, branch: Tensor, shortcut: Tensor | None) -> str | None:
+        if nn_module._has_any_global_hook():
+            return "a global module hook is registered"
+        for name, x in (("norm", branch), ("shortcut_norm", shortcut)):
+            norm = getattr(self, name)
+            reason = None if norm is None or x is None else touched(name, norm) or reason_of_norm(norm, x)
+            if reason is not None:
+                return reason
+        if self.activation is None:
+            return None
+        return touched("activation", self.activation) or reason_of_activation(self.activation, branch)
+
+    def _reason_of_inference(self, branch: Tensor, *others: Tensor | None) -> str | None:
+        """Return that torch refuses to save or to write tensors that were made in inference mode, if it does."""
+        held = [branch, *others, *self.parameters(), *self.buffers()]
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in held)
+        written = any(norm is not None and norm.training for norm in (self.norm, self.shortcut_norm))
+        if holds_inference_tensors(branch, tuple(held), recorded or written):
+            return "a tensor was made in inference mode"
         return None
 
     def _check(self, branch: Tensor, shortcut: Tensor | None, scale: Tensor | None, carry: Tensor | None) -> None:
@@ -119,10 +143,14 @@ class ResidualTail(nn.Module):
         shape = tuple(branch.shape)
         if len(shape) not in (2, 4):
             raise ShapeError(f"ResidualTail: branch must have shape (N, C, H, W) or (N, C), got {shape}")
-        if branch.dtype not in FLOATING:
-            raise DtypeError(
-                f"ResidualTail: branch must be float32, float64, bfloat16 or float16, got {branch.dtype}; convert it"
-            )
+        for name, tensor in (("branch", branch), ("shortcut", shortcut), ("scale", scale), ("carry", carry)):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise DtypeError(f"ResidualTail: {name} must be a tensor, got a {type(tensor).__name__}")
+            if tensor is not None and tensor.dtype not in FLOATING:
+                raise DtypeError(
+                    f"ResidualTail: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; "
+                    "convert it first"
+                )
         if shortcut is not None and tuple(shortcut.shape) != shape:
             raise ShapeError(
                 f"ResidualTail: shortcut must have shape {shape} like branch, got {tuple(shortcut.shape)}; subsample "
@@ -171,72 +199,94 @@ class ResidualTail(nn.Module):
         dtype = branch.dtype
         for tensor in whole:
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-        flat = branch.dim() == 2
-
-        def image(tensor: Tensor | None) -> Tensor | None:
-            tensor = None if tensor is None else tensor.to(dtype)
-            return tensor[:, :, None, None] if flat and tensor is not None else tensor
-
         terms, norms = [], []
         for x, norm, gate in ((branch, self.norm, scale), (shortcut, self.shortcut_norm, carry)):
-            settings, vectors = (None, ABSENT) if norm is None or x is None else _norm_of(norm)
+            settings, vectors = (None, ABSENT) if norm is None or x is None else norm_of(norm)
             factor = logits = None
             if gate is not None and self.gate == "scale":
                 factor = _factor(gate, branch, dtype)
             else:
-                logits = image(gate)
-            terms.append(TermTensors(image(x), *vectors, factor, logits))
+                logits = None if gate is None else gate.to(dtype)
+            terms.append(TermTensors(None if x is None else x.to(dtype), *vectors, factor, logits))
             norms.append(settings)
-        kind = activation_kind(self.activation)
+        kind = "identity" if self.activation is None else _KINDS[type(self.activation)]
         slope = _slope(self.activation, branch.shape[1], branch.device, arithmetic_dtype(dtype))
         backend = backend_for(branch.device)
-        assert kind is not None and backend is not None
+        assert backend is not None
         plan = TailPlan(
             (norms[0], norms[1]), shortcut is not None, kind, self.before_add, self.gate == "coupled", backend
         )
         tensors = (*terms[0], *terms[1], slope)
-        out = run_tail(plan, tensors, wants_gradients(branch, tensors))
-        return out.flatten(1) if flat else out
+        return run_tail(plan, tensors, wants_gradients(branch, tensors))
 
 
-def _reason_of_norm(norm: Any, x: Tensor) -> str | None:
+# The forwards that a fused tail does not call.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.BatchNorm2d, nn.BatchNorm1d, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.ReLU, nn.SiLU, nn.Hardswish,
+                 nn.GELU)
+}  # fmt: skip
+
+
+def reason_of_norm(norm: Any, x: Tensor) -> str | None:
+    """Return why a norm of x runs unfused, or None."""
+    name = type(norm).__name__
     if type(norm) not in (nn.BatchNorm2d, nn.BatchNorm1d):
-        return f"there is no kernel for {type(norm).__name__}"
+        return f"there is no kernel for {name}"
+    if type(norm).forward is not _FORWARDS[type(norm)]:
+        return f"{name}.forward is replaced"
     if (type(norm) is nn.BatchNorm1d) != (x.dim() == 2):
-        return f"{type(norm).__name__} does not take {x.dim()} dimensions"
-    known = next((v for v in (norm.weight, norm.running_mean) if v is not None), None)
-    if known is not None and known.numel() != x.shape[1]:
-        return f"{type(norm).__name__} has {known.numel()} features"
-    settings, vectors = _norm_of(norm)
+        return f"{name} does not take {x.dim()} dimensions"
+    settings, vectors = norm_of(norm)
     if settings.batch_statistics and x.numel() == x.shape[1]:
         return "a batch of one value for each channel has no variance"
+    if (vectors[2] is None) != (vectors[3] is None) or not settings.eps > 0:
+        return f"{name} has one running statistic of two, or an eps of 0"
     for vector in vectors[:4]:
-        if vector is not None and (vector.device != x.device or vector.dtype not in FLOATING):
-            return f"{type(norm).__name__} has a tensor of {vector.dtype} on {vector.device}"
+        if vector is not None and not _is_vector(vector, x):
+            return f"{name} has a tensor that is no plain vector of {x.shape[1]} numbers on {x.device}"
+    batches = vectors[4]
+    if batches is not None and (batches.dtype is not torch.int64 or batches.numel() != 1 or batches.device != x.device):
+        return f"{name} counts its batches in {batches.dtype} on {batches.device}"
     return None
 
 
-def _norm_of(norm: Any) -> tuple[TermNorm, NormTensors]:
+def _is_vector(vector: Tensor, x: Tensor) -> bool:
+    """Return whether a tensor is a dense vector with a number for each channel of x."""
+    plain = are_plain(vector) and vector.dim() == 1 and vector.is_contiguous() and vector.numel() == x.shape[1]
+    return plain and vector.device == x.device and vector.dtype in FLOATING
+
+
+def norm_of(norm: Any) -> tuple[TermNorm, NormTensors]:
     """Return the settings of a BatchNorm, and its tensors."""
-    batch_statistics = norm.training or norm.running_mean is None or norm.running_var is None
+    batch_statistics = norm.training or (norm.running_mean is None and norm.running_var is None)
     update = norm.training and norm.track_running_stats and norm.running_mean is not None
     vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
     return TermNorm(batch_statistics, update, norm.momentum, norm.eps), vectors
 
 
-def activation_kind(module: nn.Module | None) -> str | None:
-    """Return the kind of a module of values.ACTIVATIONS, None if it is none of them."""
-    if type(module) in (nn.LeakyReLU, nn.PReLU):
-        return "leaky_relu"
-    if type(module) is nn.GELU and module.approximate != "none":
+def reason_of_activation(module: Any, x: Tensor) -> str | None:
+    """Return why an activation of x runs unfused, or None."""
+    name = type(module).__name__
+    if type(module) not in _KINDS or (type(module) is nn.GELU and module.approximate != "none"):
+        return f"there is no kernel for {module}"
+    if type(module).forward is not _FORWARDS[type(module)]:
+        return f"{name}.forward is replaced"
+    if type(module) is not nn.PReLU:
         return None
-    return "identity" if module is None else _PLAIN.get(type(module))
+    weight = module.weight
+    if not are_plain(weight) or weight.numel() not in (1, x.shape[1]) or weight.device != x.device:
+        return f"{name} has no plain weight of 1 or {x.shape[1]} numbers on {x.device}"
+    if torch.is_autocast_enabled(x.device.type):
+        return f"autocast chooses the dtype of {name}"
+    return None
 
 
-def _slope(module: nn.Module | None, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    if isinstance(module, nn.PReLU):
-        return module.weight.to(dtype).expand(channels).contiguous()
-    if isinstance(module, nn.LeakyReLU):
+def _slope(module: Any, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    if type(module) is nn.PReLU:
+        weight: Tensor = module.weight
+        return weight.to(dtype).expand(channels).contiguous()
+    if type(module) is nn.LeakyReLU:
         return torch.full((channels,), module.negative_slope, device=device, dtype=dtype)
     return None
 

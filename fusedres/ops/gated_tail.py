@@ -125,7 +125,14 @@ def _check_gradient(call: Call) -> None:
         call.fail(ValueError, "gate", "be None but for a ReLU or leaky ReLU after the add", "a tensor", remedy)
 
 
-@op("gated_tail", _GRADIENT, relations=_check_gradient)
+def _check_slope(call: Call) -> None:
+    _check_gradient(call)
+    if call["with_slope"] and (call["kind"] != "leaky_relu" or call["gate"] is not None):
+        remedy = "its gradient is a sum of the activation's argument, which a mask does not have"
+        call.fail(ValueError, "with_slope", "be False but for a leaky ReLU without a gate", "True", remedy)
+
+
+@op("gated_tail", _GRADIENT, relations=_check_slope)
 def gated_tail_reduce(
     gated: Gated,
     branch: TailTerm,

@@ -47,7 +47,7 @@ def activation_grad(z, grad, slope_ptr, columns, C, KIND: tl.constexpr):
     if KIND == "silu":
         grad = grad * tl.sigmoid(z) * (1 + z * tl.sigmoid(-z))
     if KIND == "hardswish":
-        grad = grad * tl.where(z <= -3, 0.0, tl.where(z < 3, z / 3 + 0.5, 1.0))
+        grad = grad * tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, z / 3 + 0.5))
     if KIND == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         grad = grad * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density)

@@ -1,0 +1,101 @@
+"""A gated residual tail by torch's own operators, and its gradients that can be differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres.autograd.tail_plan import TERM, States, TailPlan, TermNorm, TermTensors, as_image, split
+from fusedres.kernels.reference_core import unpack_bits
+
+
+def composite(plan: TailPlan, tensors: Sequence[Tensor | None], states: States | None = None) -> Tensor:
+    """Return the tail by torch's own operators.
+
+    With states, running statistics are neither read nor updated: a constant state says what they were.
+    """
+    branch, shortcut, slope = split(tensors)
+    value = _composite_term(branch, plan.norms[0], None if states is None else states[0])
+    if plan.before_add:
+        value = _activated(value, plan.kind, slope)
+    gate = None if branch.logits is None else branch.logits.sigmoid()
+    total = _scaled(value, branch.factor, gate)
+    if plan.has_shortcut:
+        other = None if shortcut.logits is None else shortcut.logits.sigmoid()
+        if plan.coupled and gate is not None:
+            other = 1 - gate
+        added = _composite_term(shortcut, plan.norms[1], None if states is None else states[1])
+        total = total + _scaled(added, shortcut.factor, other)
+    return total if plan.before_add else _activated(total, plan.kind, slope)
+
+
+def _composite_term(tensors: TermTensors, norm: TermNorm | None, state: Tensor | None) -> Tensor:
+    x, weight, bias = tensors[:3]
+    assert x is not None
+    if norm is None:
+        return x
+    if state is not None and not norm.batch_statistics:
+        normalised = (x.to(state.dtype) - state[0].view(1, -1, 1, 1)) * state[1].view(1, -1, 1, 1)
+        for parameter, apply in ((weight, torch.mul), (bias, torch.add)):
+            if parameter is not None:
+                normalised = apply(normalised, parameter.to(state.dtype).view(1, -1, 1, 1))
+        return normalised.to(x.dtype)
+    mean, var = (tensors.running_mean, tensors.running_var) if state is None else (None, None)
+    momentum = norm.momentum or 0.0
+    if state is None and norm.update and tensors.num_batches_tracked is not None:
+        tensors.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / float(tensors.num_batches_tracked)
+    if norm.batch_statistics and not norm.update:
+        mean = var = None
+    return F.batch_norm(x, mean, var, weight, bias, norm.batch_statistics, momentum, norm.eps)
+
+
+def _scaled(value: Tensor, factor: Tensor | None, gate: Tensor | None) -> Tensor:
+    if factor is not None:
+        value = value * factor.to(value.dtype)[:, :, None, None]
+    return value if gate is None else value * gate
+
+
+def _activated(z: Tensor, kind: str, slope: Tensor | None) -> Tensor:
+    if slope is not None:
+        return F.prelu(z, slope.to(z.dtype))
+    return z if kind == "identity" else getattr(F, kind)(z)
+
+
+def differentiable_tail(
+    plan: TailPlan,
+    tensors: Sequence[Tensor | None],
+    states: States,
+    mask: Tensor | None,
+    grad_out: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return gradients that can be differentiated again, of what was saved.
+
+    An x that was not saved is not in any gradient: zeros take its place.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Not view_as: it changes the strides of a batch of one image, which torch's BatchNorm differentiates wrongly.
+        given = [None if tensor is None else torch.ops.aten.alias(tensor) for tensor in tensors]
+        for index, present in ((0, True), (TERM, plan.has_shortcut)):
+            if present and given[index] is None:
+                given[index] = torch.zeros_like(grad_out).requires_grad_()
+        inputs = [tensor for tensor, need in zip(given, needs, strict=True) if need and tensor is not None]
+        for index in (0, TERM - 1, TERM, 2 * TERM - 1):
+            tensor = given[index]
+            given[index] = None if tensor is None else as_image(tensor)
+        grad_out = as_image(grad_out)
+        if mask is None:
+            out = composite(plan, given, states)
+        else:
+            z = composite(plan._replace(kind="identity"), [*given[:-1], None], states)
+            slope = given[-1]
+            closed = torch.zeros_like(z) if slope is None else z * slope.to(z.dtype).view(1, -1, 1, 1)
+            out = torch.where(unpack_bits(mask, z.shape[1]), z, closed)
+        found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))
+    return [next(found) if need else None for need in needs]
