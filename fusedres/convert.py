@@ -28,6 +28,7 @@ from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.parts import Parts
 from fusedres.modules.resnet import FusedForeignStem
 from fusedres.modules.scripting import restore
+from fusedres.modules.tail import ResidualTail
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
@@ -196,8 +197,8 @@ def report(model: nn.Module) -> Report:
     A block is not fused if its parts are unusual, if code that it would bypass was replaced, if a batch of images would
     raise an error, or if its last input ran unfused (a tensor subclass, a transform of torch.func). The report has no
     input, so it does not ask the table of measured choices, which may also leave a shape unfused (see `fuse`).
-    A ResNet's stem has the name "<name> stem" and the kind "stem". Modules of unknown classes that have the looks of a
-    residual block have a row too: its reason says whether `register` would help.
+    A ResNet's stem has the name "<name> stem" and the kind "stem". Each ResidualTail has a row. Modules of unknown
+    classes that have the looks of a residual block have a row too: its reason says whether `register` would help.
 
     Raises:
         TypeError: model is not a module.
@@ -209,7 +210,10 @@ def report(model: nn.Module) -> Report:
     for name, block in model.named_modules():
         restore(block)
         base = _base(block)
-        if base is None:
+        if isinstance(block, ResidualTail):
+            reason = block.standing_reason() or _last_reason(block)
+            rows.append(BlockReport(name or "(model)", "ResidualTail", reason is None, reason or ""))
+        elif base is None:
             if looks_residual(block) and (inside is None or not name.startswith(inside)):
                 inside = f"{name}." if name else ""
                 rows.append(BlockReport(name or "(model)", type(block).__name__, False, why_unknown(block)))
@@ -262,10 +266,16 @@ def _reason(block: nn.Module) -> str | None:
     if method is not None:
         return _has_its_own(cls, method)
     found: str | None = block.unfused_reason() if isinstance(block, FusedBlock) else block.stem_unfused_reason()  # type: ignore[operator]
-    last = block.__dict__.get("fused_last_reason")  # "" if the last call ran fused
     if found is not None and found.endswith(SHARDED):
-        return None if last == "" else f"{found}: fused where it is gathered for a call"
-    return found or (f"its last input ran unfused: {last}" if last else None)
+        fused = block.__dict__.get("fused_last_reason") == ""
+        return None if fused else f"{found}: fused where it is gathered for a call"
+    return found or _last_reason(block)
+
+
+def _last_reason(block: nn.Module) -> str | None:
+    """Return why the last input of a block ran unfused, or None."""
+    last = block.__dict__.get("fused_last_reason")  # "" if the last call ran fused
+    return f"its last input ran unfused: {last}" if last else None
 
 
 def _unreadable(block: nn.Module) -> str | None:

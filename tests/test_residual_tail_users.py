@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fusedres import ResidualTail
+import fusedres
+from fusedres import HighwayConv2d, ResidualTail
 from fusedres.autograd import path_counts
 
 SHAPE = (2, 4, 3, 3)
@@ -183,3 +184,15 @@ def test_copies_and_pickles():
     for other in (copy.deepcopy(tail), pickle.loads(pickle.dumps(tail))):
         assert torch.equal(other(y, x), want)
     assert list(tail.state_dict()) == [*(f"norm.{k}" for k in tail.norm.state_dict()), "activation.weight"]
+
+
+def test_report_has_a_row_for_each_tail():
+    model = nn.Sequential(HighwayConv2d(4), ResidualTail(nn.InstanceNorm2d(4)), ResidualTail(nn.BatchNorm2d(4)))
+    model[0](torch.randn(SHAPE))
+    model[2](torch.randn(0, 4, 3, 3), torch.randn(0, 4, 3, 3))
+    rows = [tuple(row) for row in fusedres.report(model)]
+    assert rows == [
+        ("0.tail", "ResidualTail", True, ""),
+        ("1", "ResidualTail", False, "there is no kernel for InstanceNorm2d"),
+        ("2", "ResidualTail", False, "its last input ran unfused: the batch was empty"),
+    ]

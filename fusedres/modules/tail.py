@@ -11,7 +11,7 @@ from torch.nn.modules import module as nn_module
 from fusedres.autograd import TailPlan, TermNorm, TermTensors, are_plain, count_path, run_tail, wants_gradients
 from fusedres.backends import backend_for
 from fusedres.errors import DtypeError, ShapeError
-from fusedres.modules.calls import holds_inference_tensors, unusual_input
+from fusedres.modules.calls import holds_inference_tensors, keep_reason, unusual_input
 from fusedres.modules.genuine import touched
 from fusedres.ops._sizes import FLOATING
 from fusedres.values import arithmetic_dtype
@@ -87,6 +87,7 @@ class ResidualTail(nn.Module):
     ) -> Tensor:
         """Return the tail's output; see the class."""
         reason = self.unfused_reason(branch, shortcut, scale, carry)
+        keep_reason(self, reason or "")
         if reason is not None:
             count_path("tail_unfused")
             return self._unfused(branch, shortcut, scale, carry)
@@ -117,12 +118,19 @@ class ResidualTail(nn.Module):
             return f"nothing was measured on {branch.device.type}"
         return self._reason_of_modules(branch, shortcut) or self._reason_of_inference(*tensors)
 
-    def _reason_of_modules(self, branch: Tensor, shortcut: Tensor | None) -> str | None:
+    def standing_reason(self) -> str | None:
+        """Return why no input runs fused, or None."""
+        return self._reason_of_modules(None, None)
+
+    def _reason_of_modules(self, branch: Tensor | None, shortcut: Tensor | None) -> str | None:
+        """Return why a norm or the activation runs unfused, for these inputs or, without a branch, for any, or None."""
         if nn_module._has_any_global_hook():
             return "a global module hook is registered"
         for name, x in (("norm", branch), ("shortcut_norm", shortcut)):
             norm = getattr(self, name)
-            reason = None if norm is None or x is None else touched(name, norm) or reason_of_norm(norm, x)
+            if norm is None or (x is None and branch is not None):
+                continue
+            reason = touched(name, norm) or reason_of_norm(norm, x)
             if reason is not None:
                 return reason
         if self.activation is None:
@@ -228,13 +236,15 @@ _FORWARDS = {
 }  # fmt: skip
 
 
-def reason_of_norm(norm: Any, x: Tensor) -> str | None:
-    """Return why a norm of x runs unfused, or None."""
+def reason_of_norm(norm: Any, x: Tensor | None) -> str | None:
+    """Return why a norm of x, or of any x for None, runs unfused, or None."""
     name = type(norm).__name__
     if type(norm) not in (nn.BatchNorm2d, nn.BatchNorm1d):
         return f"there is no kernel for {name}"
     if type(norm).forward is not _FORWARDS[type(norm)]:
         return f"{name}.forward is replaced"
+    if x is None:
+        return None
     if (type(norm) is nn.BatchNorm1d) != (x.dim() == 2):
         return f"{name} does not take {x.dim()} dimensions"
     settings, vectors = norm_of(norm)
@@ -265,14 +275,14 @@ def norm_of(norm: Any) -> tuple[TermNorm, NormTensors]:
     return TermNorm(batch_statistics, update, norm.momentum, norm.eps), vectors
 
 
-def reason_of_activation(module: Any, x: Tensor) -> str | None:
-    """Return why an activation of x runs unfused, or None."""
+def reason_of_activation(module: Any, x: Tensor | None) -> str | None:
+    """Return why an activation of x, or of any x for None, runs unfused, or None."""
     name = type(module).__name__
     if type(module) not in _KINDS or (type(module) is nn.GELU and module.approximate != "none"):
         return f"there is no kernel for {module}"
     if type(module).forward is not _FORWARDS[type(module)]:
         return f"{name}.forward is replaced"
-    if type(module) is not nn.PReLU:
+    if type(module) is not nn.PReLU or x is None:
         return None
     weight = module.weight
     if not are_plain(weight) or weight.numel() not in (1, x.shape[1]) or weight.device != x.device:
