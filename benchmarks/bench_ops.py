@@ -166,17 +166,18 @@ def gated_tails(
     needs = TailNeeds(True, variant != "SiLU before the add", variant == "highway")
     backward = {"grad": grad} | (read if variant == "highway" else {"x": read["x"]})
 
-    def unread(arguments: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the tail with the gradient in the place of a shortcut that backward does not read."""
-        return tail({"shortcut": arguments["grad"]} | arguments)
+    def backward_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the tail as backward takes it: the gradient stands for a shortcut that is only written, not read."""
+        branch, shortcut, *others = tail({"shortcut": arguments["grad"]} | arguments)
+        return (branch, shortcut if needs.needs_shortcut else None, *others)
 
     return [
         Op("gated_tail", variant, "forward", read, lambda b, a: ops.gated_tail(
             *tail(a), mask is not None, backend=b)),
         Op("gated_tail_reduce", variant, "backward", backward, lambda b, a: ops.gated_tail_reduce(
-            Gated(a["grad"], mask), *unread(a), backend=b)),
+            Gated(a["grad"], mask), *backward_of(a), backend=b)),
         Op("gated_tail_apply", variant, "backward", backward, lambda b, a: ops.gated_tail_apply(
-            Gated(a["grad"], mask), *unread(a), coefficients, needs, backend=b)),
+            Gated(a["grad"], mask), *backward_of(a), coefficients, needs, backend=b)),
     ]  # fmt: skip
 
 

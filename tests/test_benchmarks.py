@@ -159,6 +159,15 @@ def test_bench_ops_measures_every_op(tmp_path, capsys, harness):
         "relu_backward": (2, 1),
         "gram": (2, 0),
         "shortcut_grad_": (3, 1),
+        "gated_tail highway": (4, 0),
+        "gated_tail_reduce highway": (4, 0),
+        "gated_tail_apply highway": (7, 0),
+        "gated_tail SiLU before the add": (3, 0),
+        "gated_tail_reduce SiLU before the add": (2, 0),
+        "gated_tail_apply SiLU before the add": (3, 0),
+        "gated_tail squeeze-and-excitation": (3, 1),
+        "gated_tail_reduce squeeze-and-excitation": (2, 1),
+        "gated_tail_apply squeeze-and-excitation": (4, 1),
     }
     assert {f"{r['op']} {r['variant']}".strip() for r in rows} == passes.keys()
     for r in rows:
