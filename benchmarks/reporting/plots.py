@@ -157,7 +157,7 @@ def roofline(rows: list[Row], path: Path) -> None:
     axis.set_ylabel("achieved FLOP/s")
     axis.grid(color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
-    axis.set_title(f"Roofline: {_about(rows)}, {rows[0]['dtype']}, largest measured ceilings", fontsize=10)
+    figure.suptitle(f"Roofline: {_about(rows)}, {rows[0]['dtype']}, largest measured ceilings", fontsize=10)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7.5, frameon=False)
     figure.tight_layout()
     _save(figure, path, rows)
