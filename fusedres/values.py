@@ -215,6 +215,21 @@ class TailNeeds(NamedTuple):
     needs_shortcut: bool
     needs_logits: bool
 
+    def written(self, branch: TailTerm, shortcut: TailTerm | None) -> tuple[bool, bool, bool, bool]:
+        """Return whether the gradients of the branch's x and logits, and of the shortcut's, are written."""
+        shortcut_logits = None if shortcut is None else shortcut.logits
+        of_branch = (self.needs_branch, self.needs_logits and branch.logits is not None)
+        return (*of_branch, self.needs_shortcut, self.needs_logits and shortcut_logits is not None)
+
+
+TAIL_SUMS = 6  # rows of the sums of ops.gated_tail_reduce
+
+
+def tail_groups(branch: TailTerm, shortcut: TailTerm | None) -> int:
+    """Return how many groups of rows of a residual tail have factors of their own: 1, or one for each sample."""
+    factors = (branch.factor, None if shortcut is None else shortcut.factor)
+    return max(1, *(1 if factor is None else factor.shape[0] for factor in factors))
+
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that values of this dtype are computed in: float64 for float64, else float32."""

@@ -83,7 +83,7 @@ def test_several_devices_raise_as_in_torch():
         lambda: ResidualTail(gate="coupled")(y, y, torch.empty(SHAPE, device="meta")),
         lambda: ResidualTail(activation=nn.PReLU(device="meta"))(y, y),
     ):
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError):
             call()
 
 
@@ -165,7 +165,7 @@ def test_autocast_chooses_the_dtype_of_prelu():
         assert tail(y, x).dtype is _unfused(tail, y, x).dtype
 
 
-def test_compiled_and_scripted_tails_run_torchs_operators():
+def test_compiled_tails_run_torchs_operators():
     tail = ResidualTail(nn.BatchNorm2d(4), activation=nn.ReLU())
     plain = copy.deepcopy(tail)
     y, x = torch.randn(SHAPE), torch.randn(SHAPE)

@@ -12,13 +12,10 @@ from fusedres.autograd.tail_plan import TERM, States, TailPlan, TermNorm, TermTe
 from fusedres.kernels.reference_core import unpack_bits
 
 
-def composite(plan: TailPlan, tensors: Sequence[Tensor | None], states: States | None = None) -> Tensor:
-    """Return the tail by torch's own operators.
-
-    With states, running statistics are neither read nor updated: a constant state says what they were.
-    """
+def composite(plan: TailPlan, tensors: Sequence[Tensor | None], states: States) -> Tensor:
+    """Return the tail; running statistics are neither read nor updated, as the states say what they were."""
     branch, shortcut, slope = split(tensors)
-    value = _composite_term(branch, plan.norms[0], None if states is None else states[0])
+    value = _composite_term(branch, plan.norms[0], states[0])
     if plan.before_add:
         value = _activated(value, plan.kind, slope)
     gate = None if branch.logits is None else branch.logits.sigmoid()
@@ -27,7 +24,7 @@ def composite(plan: TailPlan, tensors: Sequence[Tensor | None], states: States |
         other = None if shortcut.logits is None else shortcut.logits.sigmoid()
         if plan.coupled and gate is not None:
             other = 1 - gate
-        added = _composite_term(shortcut, plan.norms[1], None if states is None else states[1])
+        added = _composite_term(shortcut, plan.norms[1], states[1])
         total = total + _scaled(added, shortcut.factor, other)
     return total if plan.before_add else _activated(total, plan.kind, slope)
 
@@ -35,23 +32,15 @@ def composite(plan: TailPlan, tensors: Sequence[Tensor | None], states: States |
 def _composite_term(tensors: TermTensors, norm: TermNorm | None, state: Tensor | None) -> Tensor:
     x, weight, bias = tensors[:3]
     assert x is not None
-    if norm is None:
+    if norm is None or state is None:
         return x
-    if state is not None and not norm.batch_statistics:
-        normalised = (x.to(state.dtype) - state[0].view(1, -1, 1, 1)) * state[1].view(1, -1, 1, 1)
-        for parameter, apply in ((weight, torch.mul), (bias, torch.add)):
-            if parameter is not None:
-                normalised = apply(normalised, parameter.to(state.dtype).view(1, -1, 1, 1))
-        return normalised.to(x.dtype)
-    mean, var = (tensors.running_mean, tensors.running_var) if state is None else (None, None)
-    momentum = norm.momentum or 0.0
-    if state is None and norm.update and tensors.num_batches_tracked is not None:
-        tensors.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1 / float(tensors.num_batches_tracked)
-    if norm.batch_statistics and not norm.update:
-        mean = var = None
-    return F.batch_norm(x, mean, var, weight, bias, norm.batch_statistics, momentum, norm.eps)
+    if norm.batch_statistics:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
+    normalised = (x.to(state.dtype) - state[0].view(1, -1, 1, 1)) * state[1].view(1, -1, 1, 1)
+    for parameter, apply in ((weight, torch.mul), (bias, torch.add)):
+        if parameter is not None:
+            normalised = apply(normalised, parameter.to(state.dtype).view(1, -1, 1, 1))
+    return normalised.to(x.dtype)
 
 
 def _scaled(value: Tensor, factor: Tensor | None, gate: Tensor | None) -> Tensor:

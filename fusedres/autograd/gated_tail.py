@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.composite_tail import differentiable_tail
-from fusedres.autograd.graph import are_plain, materialized, needs_composite, used_gradients
+from fusedres.autograd.graph import materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
-from fusedres.autograd.memory import has_memory, kept_on_error, to_channels_last
+from fusedres.autograd.memory import has_memory, kept_on_error, refuse, to_channels_last
 from fusedres.autograd.residual_block import count_path
+from fusedres.autograd.saved import check_each
 from fusedres.autograd.tail_plan import TERM, States, TailPlan, TermNorm, TermTensors, as_image, split
 from fusedres.ops.launch import Launches, launches
 from fusedres.values import Activation, Gated, Norm, TailCoefficients, TailNeeds, TailTerm, in_dtype, pixel_rows
@@ -81,8 +82,7 @@ def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) 
     launch = launches(plan.backend)
     _require_memory(tensors)
     branch, shortcut, slope = split(tensors)
-    x = to_channels_last(as_image(_x_of(tensors)))
-    s = None if shortcut.x is None else to_channels_last(as_image(shortcut.x))
+    first, second = _terms(plan, tensors, (None, None))
     updated = [
         tensor
         for term, norm in zip((branch, shortcut), plan.norms, strict=True)
@@ -90,15 +90,13 @@ def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) 
         for tensor in term[3:6]
     ]
     with kept_on_error(updated):
-        states = (
-            _state(x, branch, plan.norms[0], launch),
-            None if s is None else _state(s, shortcut, plan.norms[1], launch),
-        )
-        terms = _terms(plan, tensors, states)
+        first = first._replace(state=_state(first.x, branch, plan.norms[0], launch))
+        if second is not None:
+            second = second._replace(state=_state(second.x, shortcut, plan.norms[1], launch))
         activation = Activation(plan.kind, slope, plan.before_add)
-        out, mask = launch.gated_tail(*terms, activation, plan.coupled, with_mask)
+        out, mask = launch.gated_tail(first, second, activation, plan.coupled, with_mask)
     count_path("tail_forward")
-    return out, mask, states
+    return out, mask, (first.state, None if second is None else second.state)
 
 
 def _require_memory(tensors: Sequence[Tensor | None]) -> None:
@@ -107,10 +105,7 @@ def _require_memory(tensors: Sequence[Tensor | None]) -> None:
     names = [f"{term}'s {field}" for term in ("branch", "shortcut") for field in TermTensors._fields]
     for name, tensor in zip([*names, "slope"], tensors, strict=True):
         if tensor is not None and not has_memory(tensor):
-            raise RuntimeError(
-                f"residual tail: {name} must have memory for its shape {tuple(tensor.shape)}, got a storage of "
-                f"{tensor.untyped_storage().nbytes()} bytes; allocate it before the call (it was freed or resized)"
-            )
+            refuse(name, tensor, "residual tail")
 
 
 def _reads(plan: TailPlan, needs: Sequence[bool], with_mask: bool) -> tuple[bool, bool]:
@@ -145,7 +140,7 @@ class GatedTailFunction(torch.autograd.Function):
             kept[first + 3 : first + 6] = [None] * 3  # running statistics: the state holds what backward needs
         saved = (*kept, *states, mask if with_mask else None)
         ctx.plan, ctx.layouts = plan, [None if tensor is None else _layout(tensor) for tensor in tensors]
-        ctx.saved = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.device) for tensor in saved]
+        ctx.saved = [None if tensor is None else (tensor.dtype, tensor.shape) for tensor in saved]
         ctx.save_for_backward(*saved)
         return _like_input(out, *_layout(_x_of(tensors)))
 
@@ -160,7 +155,7 @@ class GatedTailFunction(torch.autograd.Function):
             *tensors, branch_state, shortcut_state, mask = saved
             return (None, *differentiable_tail(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs))
         count_path("tail_backward")
-        *tensors, branch_state, shortcut_state, mask = _checked(saved, ctx.saved)
+        *tensors, branch_state, shortcut_state, mask = _checked(saved, ctx.saved, grad_out.device)
         grad_out = materialized(grad_out)
         grads = _Backward(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs).run()
         for index in (0, TERM - 1, TERM, 2 * TERM - 1):
@@ -171,21 +166,11 @@ class GatedTailFunction(torch.autograd.Function):
         return (None, *grads)
 
 
-def _checked(saved: Sequence[Any], kinds: Sequence[Any]) -> list[Tensor | None]:
+def _checked(saved: Sequence[Any], kinds: Sequence[Any], device: torch.device) -> list[Tensor | None]:
     """Return saved tensors as kernels read them; raise if one is not what was saved, as hooks may return others."""
-    found: list[Tensor | None] = []
-    for tensor, kind in zip(saved, kinds, strict=True):
-        if kind is None:
-            found.append(None)
-            continue
-        if not are_plain(tensor) or (tensor.dtype, tensor.shape, tensor.device) != kind or not has_memory(tensor):
-            raise RuntimeError(
-                f"backward of a residual tail: a saved tensor must be {kind[0]} of shape {tuple(kind[1])} on {kind[2]} "
-                f"and in memory, got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, a "
-                f"{type(tensor).__name__}, or without its memory; hooks on saved tensors must return what was packed"
-            )
-        found.append(tensor if tensor.dim() == 4 else tensor.contiguous())
-    return found
+    found = [("a saved tensor", t, *kind) for t, kind in zip(saved, kinds, strict=True) if kind is not None]
+    check_each("backward of a residual tail", device, found)
+    return [tensor if tensor is None or tensor.dim() == 4 else tensor.contiguous() for tensor in saved]
 
 
 class _Backward:
@@ -206,7 +191,7 @@ class _Backward:
         self.branch, self.shortcut, slope = split(tensors)
         self.slope = slope
         terms = _terms(plan, tensors, states, grad)
-        self.gated = Gated(grad, None if mask is None else mask)
+        self.gated = Gated(grad, mask)
         self.activation = Activation(plan.kind, slope, plan.before_add)
         self.terms: tuple[TailTerm, TailTerm | None] = (terms[0], terms[1] if self._uses_shortcut(terms[1]) else None)
         self.grads: list[Tensor | None] = [None] * len(needs)

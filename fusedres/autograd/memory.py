@@ -20,7 +20,7 @@ def to_channels_last(x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     if not torch.compiler.is_compiling() and not has_memory(x):
-        _refuse("x", x)  # torch's own conversion would read it
+        refuse("x", x)  # torch's own conversion would read it
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -36,8 +36,7 @@ def require_memory(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
         return
     for index, tensor in enumerate((x, *tensors)):
         if tensor is not None and not has_memory(tensor):
-            name = "x" if index == 0 else f"a unit's {_NAMES[(index - 1) % UNIT_TENSORS]}"
-            _refuse(name, tensor)
+            refuse("x" if index == 0 else f"a unit's {_NAMES[(index - 1) % UNIT_TENSORS]}", tensor)
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -72,8 +71,9 @@ def kept_on_error(updated: Sequence[Tensor | None]) -> Iterator[None]:
         raise
 
 
-def _refuse(name: str, tensor: Tensor) -> NoReturn:
+def refuse(name: str, tensor: Tensor, what: str = "fused block") -> NoReturn:
+    """Raise that a tensor of a call has no memory."""
     raise RuntimeError(
-        f"fused block: {name} must have memory for its shape {tuple(tensor.shape)}, got a storage of "
+        f"{what}: {name} must have memory for its shape {tuple(tensor.shape)}, got a storage of "
         f"{tensor.untyped_storage().nbytes()} bytes; allocate it before the call (it was freed or resized)"
     )

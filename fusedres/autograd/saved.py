@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,24 +12,24 @@ from fusedres.autograd.memory import has_memory
 from fusedres.autograd.plan import UNIT_PARAMS, BlockPlan, Branch, ConvBN, Inputs, Saved
 from fusedres.values import arithmetic_dtype, mask_shape
 
-_Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
+Found = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
 
 
 def check_saved(
     saved: Saved, grad_out: Tensor, inputs: Inputs, params: Sequence[Tensor | None], plan: BlockPlan
 ) -> None:
     """Raise if a saved tensor lost its memory, or has another dtype, shape or device than the one that was saved."""
-    _check("backward of a fused block", grad_out.device, _of_block(saved, grad_out, inputs, params, plan))
+    check_each("backward of a fused block", grad_out.device, _of_block(saved, grad_out, inputs, params, plan))
 
 
 def check_saved_stem(
     saved: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], unit: ConvBN
 ) -> None:
     """Check a stem's argmax, raw output and state in the same way."""
-    _check("backward of a fused stem", grad_out.device, _of_stem(saved, grad_out, x, params, unit))
+    check_each("backward of a fused stem", grad_out.device, _of_stem(saved, grad_out, x, params, unit))
 
 
-def _check(what: str, device: torch.device, found: Iterator[_Found]) -> None:
+def check_each(what: str, device: torch.device, found: Iterable[Found]) -> None:
     """Check one tensor after the other, as what the later ones must be follows from the earlier ones."""
     compiling = torch.compiler.is_compiling()
     for name, tensor, dtype, shape in found:
@@ -42,13 +42,13 @@ def _check(what: str, device: torch.device, found: Iterator[_Found]) -> None:
             )
 
 
-def _images(name: str, x: Tensor) -> _Found:
+def _images(name: str, x: Tensor) -> Found:
     """Return the check of a batch of floating-point images of any size."""
     dtype = x.dtype if x.dtype.is_floating_point else torch.float32
     return name, x, dtype, tuple(x.shape) if x.dim() == 4 else (-1, -1, -1, -1)
 
 
-def _weight(index: int, weight: Tensor, channels: int, unit: ConvBN) -> _Found:
+def _weight(index: int, weight: Tensor, channels: int, unit: ConvBN) -> Found:
     kernel = tuple(weight.shape[2:]) if weight.dim() == 4 else (-1, -1)
     kernel = (1, 1) if unit.pixelwise else kernel
     return (
@@ -59,7 +59,7 @@ def _weight(index: int, weight: Tensor, channels: int, unit: ConvBN) -> _Found:
     )
 
 
-def _vectors(params: Sequence[Tensor | None], channels: int) -> Iterator[_Found]:
+def _vectors(params: Sequence[Tensor | None], channels: int) -> Iterator[Found]:
     for vector in params[1:UNIT_PARAMS]:
         if vector is not None:
             yield "a norm's parameter", vector, vector.dtype, (channels,)
@@ -67,7 +67,7 @@ def _vectors(params: Sequence[Tensor | None], channels: int) -> Iterator[_Found]
 
 def _of_block(
     saved: Saved, grad_out: Tensor, inputs: Inputs, params: Sequence[Tensor | None], plan: BlockPlan
-) -> Iterator[_Found]:
+) -> Iterator[Found]:
     """Yield every saved tensor with what it must be, which follows from the shapes of the inputs and the weights."""
     x, other = inputs.x, inputs.shortcut
     yield _images("x", x)
@@ -96,7 +96,7 @@ def _of_block(
 
 def _of_branch(
     owner: str, branch: Branch, dtype: torch.dtype, channels: int, shape: tuple[int, int, int, int]
-) -> Iterator[_Found]:
+) -> Iterator[Found]:
     """Yield what is saved of a convolution with this many input channels and this output shape."""
     wide = arithmetic_dtype(dtype)
     yield f"{owner} state", branch.state, wide, (4, shape[1])
@@ -113,7 +113,7 @@ def _of_branch(
 
 def _of_stem(
     saved: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, x: Tensor, params: Sequence[Tensor | None], unit: ConvBN
-) -> Iterator[_Found]:
+) -> Iterator[Found]:
     argmax, y, state = saved
     weight = params[0]
     assert weight is not None

@@ -31,6 +31,7 @@ from fusedres.ops._arguments import Call, Rows, activation, bits, wide
 from fusedres.ops._library import op
 from fusedres.values import (
     ACTIVATIONS,
+    TAIL_SUMS,
     Activation,
     Gated,
     TailCoefficients,
@@ -38,9 +39,8 @@ from fusedres.values import (
     TailTerm,
     arithmetic_dtype,
     mask_shape,
+    tail_groups,
 )
-
-SUMS = 6
 
 _TERMS: Rows = {
     "branch": activation("N C H W"),
@@ -102,12 +102,6 @@ def gated_tail(
     return out, out.new_empty(mask_shape(out) if with_mask else (0,), dtype=torch.uint8)
 
 
-def _groups(branch: TailTerm, shortcut: TailTerm | None) -> int:
-    """Return how many groups of rows have sums of their own."""
-    factors = [branch.factor, None if shortcut is None else shortcut.factor]
-    return max([1, *(factor.shape[0] for factor in factors if factor is not None)])
-
-
 def _tiles(x: Tensor, groups: int, backend: str) -> int:
     if backend != "triton":
         return 1
@@ -164,8 +158,8 @@ def gated_tail_reduce(
         The third and fourth are 0 where the shortcut has neither state nor factor, the fifth but for a factor and an
         activation before the add, the last without with_slope.
     """
-    groups = _groups(branch, shortcut)
-    shape = (groups, _tiles(branch.x, groups, backend), SUMS, branch.x.shape[1])
+    groups = tail_groups(branch, shortcut)
+    shape = (groups, _tiles(branch.x, groups, backend), TAIL_SUMS, branch.x.shape[1])
     return branch.x.new_empty(shape, dtype=arithmetic_dtype(branch.x.dtype))
 
 
@@ -204,12 +198,6 @@ def gated_tail_apply(
         the gradients of the branch's x and logits, and of the shortcut's; empty ones where they are not needed or there
         is no such tensor.
     """
-    x, empty = branch.x, branch.x.new_empty(0)
-    like = torch.empty_like(x, memory_format=torch.channels_last)
-    with_logits = (branch.logits is not None, shortcut is not None and shortcut.logits is not None)
-    return (
-        like if tail_needs.needs_branch else empty,
-        torch.empty_like(like) if tail_needs.needs_logits and with_logits[0] else empty.clone(),
-        torch.empty_like(like) if tail_needs.needs_shortcut else empty.clone(),
-        torch.empty_like(like) if tail_needs.needs_logits and with_logits[1] else empty.clone(),
-    )
+    x, written = branch.x, tail_needs.written(branch, shortcut)
+    like = [torch.empty_like(x, memory_format=torch.channels_last) if each else x.new_empty(0) for each in written]
+    return like[0], like[1], like[2], like[3]

@@ -10,6 +10,7 @@ from fusedres.kernels.arguments import DTYPE_CODE, address
 from fusedres.kernels.cpu_core import empty_like
 from fusedres.values import (
     ACTIVATIONS,
+    TAIL_SUMS,
     Activation,
     Gated,
     TailCoefficients,
@@ -17,10 +18,10 @@ from fusedres.values import (
     TailTerm,
     arithmetic_dtype,
     mask_shape,
+    tail_groups,
 )
 
 _KIND_CODE = {kind: code for code, kind in enumerate(ACTIVATIONS)}  # those of csrc/common/activation.h
-_SUMS = 6
 
 _Term = tuple[int, int, int, bool, int, int, int, int]
 _NO_TERM: _Term = (0, 0, 0, False, 0, 0, 0, 0)
@@ -76,8 +77,7 @@ def gated_tail_reduce(
 ) -> Tensor:
     """See fusedres.ops.gated_tail."""
     x, terms = branch.x, (_term(branch), _term(shortcut))
-    groups = x.shape[0] if any(term[3] for term in terms) else 1
-    shape = (groups, 1, _SUMS, x.shape[1])
+    shape = (tail_groups(branch, shortcut), 1, TAIL_SUMS, x.shape[1])
     dtype = arithmetic_dtype(x.dtype)
     sums = (x.new_empty if x.numel() else x.new_zeros)(shape, dtype=dtype)
     tail = _tail(x, *terms, activation, coupled)
@@ -95,16 +95,10 @@ def gated_tail_apply(
     tail_needs: TailNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See fusedres.ops.gated_tail."""
-    x, (needs_branch, needs_shortcut, needs_logits) = branch.x, tail_needs
-    shortcut_logits = None if shortcut is None else shortcut.logits
-    wanted = (
-        needs_branch,
-        needs_logits and branch.logits is not None,
-        needs_shortcut,
-        needs_logits and shortcut_logits is not None,
-    )
-    grads = [empty_like(x) if needed else x.new_empty(0) for needed in wanted]
-    at = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
+    x = branch.x
+    written = tail_needs.written(branch, shortcut)
+    grads = [empty_like(x) if needed else x.new_empty(0) for needed in written]
+    at = [grad if needed else None for grad, needed in zip(grads, written, strict=True)]
     of_branch, of_shortcut = tail_coefficients
     tail = _tail(x, _term(branch, of_branch, *at[:2]), _term(shortcut, of_shortcut, *at[2:]), activation, coupled)
     _C.gated_tail_apply(tail, gated.grad.data_ptr(), address(gated.gate))

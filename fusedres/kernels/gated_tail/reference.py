@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedres.kernels.reference_core import affine, pack_bits, per_channel, unpack_bits
-from fusedres.values import Activation, Gated, TailCoefficients, TailNeeds, TailTerm, arithmetic_dtype
+from fusedres.values import Activation, Gated, TailCoefficients, TailNeeds, TailTerm, arithmetic_dtype, tail_groups
 
 _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -144,8 +144,7 @@ def gated_tail_reduce(
         products[5] = found.of_slope
     nothing = torch.zeros_like(found.q[:, :, 0, 0])
     sums = torch.stack([nothing if product is None else product.sum((2, 3)) for product in products], 1)  # (N, 6, C)
-    factors = [branch.factor, None if shortcut is None else shortcut.factor]
-    if not any(factor is not None and factor.shape[0] == sums.shape[0] for factor in factors):
+    if tail_groups(branch, shortcut) == 1:
         sums = sums.sum(0, keepdim=True)
     return sums[:, None].contiguous()
 

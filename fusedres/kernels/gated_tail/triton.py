@@ -15,13 +15,17 @@ from fusedres.kernels.gated_tail.triton_kernels import (
     gated_tail_reduce_kernel,
 )
 from fusedres.kernels.triton_core.launch import Config, ceil_div, choose, launch, loop_bound
-from fusedres.values import Activation, Gated, TailCoefficients, TailNeeds, TailTerm, arithmetic_dtype, mask_shape
-
-
-def _groups(branch: TailTerm, shortcut: TailTerm | None) -> int:
-    """Return how many groups of rows have factors of their own."""
-    factors = [branch.factor, None if shortcut is None else shortcut.factor]
-    return max([1, *(factor.shape[0] for factor in factors if factor is not None)])
+from fusedres.values import (
+    TAIL_SUMS,
+    Activation,
+    Gated,
+    TailCoefficients,
+    TailNeeds,
+    TailTerm,
+    arithmetic_dtype,
+    mask_shape,
+    tail_groups,
+)
 
 
 def _stride(factor: Tensor | None) -> int:
@@ -35,7 +39,7 @@ def _arguments(
     x, state, factor, logits = branch
     s, s_state, s_factor, s_logits = shortcut or (None, None, None, None)
     n, c, h, w = x.shape
-    rows = n * h * w // _groups(branch, shortcut)
+    rows = n * h * w // tail_groups(branch, shortcut)
     return {
         "x_ptr": x,
         "state_ptr": state,
@@ -87,13 +91,13 @@ def gated_tail_reduce(
     with_slope: bool,
 ) -> Tensor:
     """See fusedres.ops.gated_tail."""
-    x, groups = branch.x, _groups(branch, shortcut)
+    x, groups = branch.x, tail_groups(branch, shortcut)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     tile = configs.row_tile(rows, groups, channels)
     candidates = configs.reduction(tile, channels, x.element_size())
     config = choose(candidates)
     arguments = _arguments(branch, shortcut, activation, coupled, tile)
-    sums = x.new_zeros((groups, arguments["tiles"], 6, channels), dtype=arithmetic_dtype(x.dtype))
+    sums = x.new_zeros((groups, arguments["tiles"], TAIL_SUMS, channels), dtype=arithmetic_dtype(x.dtype))
     more = {
         "grad_ptr": gated.grad,
         "mask_ptr": gated.gate,
@@ -115,14 +119,9 @@ def gated_tail_apply(
     tail_needs: TailNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See fusedres.ops.gated_tail."""
-    x, shortcut_logits = branch.x, None if shortcut is None else shortcut.logits
-    wanted = (
-        tail_needs.needs_branch,
-        tail_needs.needs_logits and branch.logits is not None,
-        tail_needs.needs_shortcut,
-        tail_needs.needs_logits and shortcut_logits is not None,
-    )
-    grads = [torch.empty_like(x) if needed else x.new_empty(0) for needed in wanted]
+    x = branch.x
+    written = tail_needs.written(branch, shortcut)
+    grads = [torch.empty_like(x) if needed else x.new_empty(0) for needed in written]
     names = ("out_ptr", "out_logits_ptr", "out_shortcut_ptr", "out_shortcut_logits_ptr")
     candidates = configs.elementwise(x.shape[1], x.element_size())
     config = choose(candidates)
@@ -132,7 +131,7 @@ def gated_tail_apply(
         "mask_ptr": gated.gate,
         "coefficients_ptr": tail_coefficients.branch_coefficients,
         "shortcut_coefficients_ptr": tail_coefficients.shortcut_coefficients,
-        **{name: grad if needed else None for name, grad, needed in zip(names, grads, wanted, strict=True)},
+        **{name: grad if needed else None for name, grad, needed in zip(names, grads, written, strict=True)},
     }
     launch(gated_tail_apply_kernel, _grid(arguments, x, config), arguments | more, config, candidates)
     return grads[0], grads[1], grads[2], grads[3]
