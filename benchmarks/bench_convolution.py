@@ -9,7 +9,7 @@ float32 and channels_last. Both take turns; a time is the median over rounds, a 
 to pack a weight counts for own. Where own has no kernel (the input's gradient of a strided convolution) there is a
 dash. The last line weights each convolution by how often the network has it. Fused blocks take own convolutions where
 this table says that they are faster, decided once for an instruction set
-(csrc/packed_convolution/packed_convolution.cpp).
+(csrc/packed_convolution/choice.cpp).
 """
 
 from __future__ import annotations

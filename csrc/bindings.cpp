@@ -18,6 +18,7 @@
 #include "gated_tail/gated_tail.h"
 #include "gram/gram.h"
 #include "one_pass/one_pass.h"
+#include "packed_convolution/choice.h"
 #include "packed_convolution/packed_convolution.h"
 #include "relu_backward/relu_backward.h"
 #include "shortcut_grad/shortcut_grad.h"
@@ -281,11 +282,10 @@ PYBIND11_MODULE(_C, m) {
       release);
 
   m.def("packed_size", &packed_size);
-  m.def("own_convolutions_are_faster", &own_convolutions_are_faster);
+  m.def("own_is_faster",
+        [](const ConvolutionMap& map, int purpose) { return own_is_faster(map, static_cast<Purpose>(purpose)); });
   m.def("takes_winograd", &takes_winograd);
   m.def("winograd_is_faster", &winograd_is_faster);
-  m.attr("MANY_PIXELS") = kManyPixels;
-  m.attr("MANY_PIXELS_BACKWARD") = kManyPixelsBackward;
 
   m.def(
       "pack_weight",

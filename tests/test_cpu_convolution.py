@@ -8,8 +8,10 @@ from conv_inputs import CONVOLUTIONS, assert_conv_near, inputs
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedres import _C
 from fusedres.kernels import cpu_convolution
-from fusedres.values import Raw
+from fusedres.kernels.cpu_convolution import Purpose
+from fusedres.values import Geometry, Raw
 
 # A large padding, which no convolution of the gradient can undo; and many channels.
 GEOMETRIES = (
@@ -71,13 +73,33 @@ def test_forward_and_both_gradients(convolution, layout):
         assert_conv_near("grad weight", got, grad_weight, terms[2], torch.float32)
 
 
-def test_what_is_left_to_torch():
-    faster = cpu_convolution.faster_than_onednn()
-    weight, many = torch.zeros(4, 4, 3, 3), cpu_convolution.MANY_PIXELS
-    assert many == 48
-    assert cpu_convolution.is_faster(weight, 1, (3, 4, 4, 4), many) is faster
-    assert not cpu_convolution.is_faster(weight, 1, (1, 4, 6, 7), many)  # too few pixels
-    assert not cpu_convolution.is_faster(weight, 1, (99, 4, 2, 9), many)  # an image smaller than the kernel
-    assert not cpu_convolution.is_faster(weight, 2, (9, 4, 4, 4), many)
-    assert not cpu_convolution.is_faster(weight.double(), 1, (9, 4, 4, 4), many)
-    assert cpu_convolution.MANY_PIXELS > 0 and cpu_convolution.MANY_PIXELS_BACKWARD > 0  # empty batches too
+ISA = _C.build_info()["isa_used"]
+DENSE_3X3 = Geometry((1, 1), (1, 1), (1, 1))
+
+
+def is_faster(x, weight, purpose, geometry=DENSE_3X3, dtype=torch.float32, groups=1):
+    return cpu_convolution.is_faster(x, weight, geometry, dtype, groups, purpose)
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_what_is_left_to_torch(purpose):
+    assert is_faster((8, 64, 56, 56), (64, 64, 3, 3), purpose) is (ISA != "portable")
+    assert not is_faster((0, 64, 56, 56), (64, 64, 3, 3), purpose) or purpose is Purpose.FROZEN
+    assert not is_faster((99, 64, 2, 9), (64, 64, 3, 3), purpose)  # an image smaller than the kernel
+    assert not is_faster((8, 128, 56, 56), (64, 64, 3, 3), purpose, groups=2)
+    assert not is_faster((8, 64, 56, 56), (64, 64, 3, 3), purpose, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_pointwise_and_strided_convolutions_are_onednns_with_avx512(purpose):
+    """oneDNN's products cannot be beaten there, but the gradients of weights read BatchNorm's input as it is."""
+    own = ISA == "avx2" or (ISA == "avx512" and purpose is Purpose.WEIGHT_GRADIENT)
+    pointwise, strided = Geometry((1, 1), (0, 0), (1, 1)), DENSE_3X3._replace(stride=(2, 2))
+    assert is_faster((8, 64, 56, 56), (256, 64, 1, 1), purpose, pointwise) is own
+    assert is_faster((8, 128, 56, 56), (128, 128, 3, 3), purpose, strided) is own
+
+
+def test_few_pixels_do_not_pay_for_packing():
+    for purpose in (Purpose.FORWARD, Purpose.INPUT_GRADIENT, Purpose.WEIGHT_GRADIENT):
+        assert not is_faster((1, 64, 6, 7), (64, 64, 3, 3), purpose)
+    assert is_faster((1, 64, 8, 8), (64, 64, 3, 3), Purpose.FROZEN) is (ISA != "portable")

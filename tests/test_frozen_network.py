@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import fusedres
-from fusedres.autograd import path_counts
+from fusedres.autograd import folded_convolution, path_counts
 from fusedres.kernels import cpu_convolution
 
 NHWC = torch.channels_last
@@ -55,10 +55,15 @@ def assert_same_scores(got: Tensor, model: nn.Module, x: Tensor) -> None:
     assert error <= bound, f"error {error}, allowed {bound}"
 
 
-@pytest.fixture(params=["panels", "onednn"])
+@pytest.fixture(params=["measured", "panels", "onednn"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with each kind of folded convolution."""
-    monkeypatch.setattr(cpu_convolution, "faster_than_onednn", lambda: request.param == "panels")
+
+    def is_faster(x: Any, weight: Any, geometry: Any, dtype: torch.dtype, groups: int, purpose: Any) -> bool:
+        return request.param == "panels" and cpu_convolution.takes(dtype, groups)
+
+    if request.param != "measured":
+        monkeypatch.setattr(folded_convolution, "is_faster", is_faster)
     return request.param
 
 

@@ -110,3 +110,15 @@ def test_rows_have_all_keys_and_no_others(harness, tmp_path):
     assert json.loads((tmp_path / "rows.json").read_text())[1]["ratio"] == {"median": None}
     with pytest.raises(ValueError, match="missing or unknown"):
         harness.write_rows(tmp_path / "rows.json", [{"op": "x"}])
+
+
+def test_a_cpu_has_a_ceiling_in_every_precision(tmp_path, monkeypatch):
+    """A training step in bfloat16 on a CPU once ended in a KeyError."""
+    from suite import ceilings
+    from suite.precision import PRECISIONS
+    from suite.settings import Settings
+
+    monkeypatch.setattr(ceilings, "matmul_rate", lambda device, dtype, rounds: float(dtype.itemsize))
+    settings = Settings("models", tmp_path, torch.device("cpu"), True, math.inf)
+    for precision in PRECISIONS.values():
+        assert settings.ceilings_of(precision)["matmul_flops_per_s"] == precision.dtype.itemsize

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedres
 from fusedres import _C
 from fusedres.autograd import BlockPlan, ConvBN, cpu_passes
-from fusedres.kernels.packed_convolution import faster_than_onednn
 
 ONE_PASS = (
     Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
@@ -29,6 +28,13 @@ ONE_PASS = (
     Case("bottleneck", "projection", 4, 4, 2, 6, 9, 11),
     Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows for a one-pass projection
     Case("basic", "projection", 4, 8, 2, 4, 9, 11),
+)
+MANY_PIXELS = (  # enough for Winograd's algorithm, beside convolutions that may be torch's
+    Case("basic", "identity", 32, 32, 1, 2, 24, 24),
+    Case("basic", "projection", 24, 32, 2, 2, 48, 46),
+    Case("basic", "zeropad", 24, 32, 2, 2, 48, 46),
+    Case("bottleneck", "projection", 32, 16, 1, 2, 24, 24),
+    Case("bottleneck", "identity", 64, 16, 1, 2, 24, 24),
 )
 PASSES = ("forward", "infer", "backward")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,6 +143,27 @@ def test_inference_some_images_at_a_time(
     assert frozen.stride() == got.stride()
 
 
+@pytest.mark.parametrize("case", MANY_PIXELS, ids=label)
+def test_own_convolutions_beside_torchs(
+    case: Case, served: dict[str, int], in_python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x, grad = stock_case(case, memory_format=torch.channels_last)
+    trust(block, x)
+    expected = in_python(run, fused_twin(block), x, grad)
+    assert_same(run(fused_twin(block), x, grad), expected)
+    eager = run(block, x, grad)
+    for name, value in expected.items():
+        torch.testing.assert_close(value, eager[name], rtol=1e-3, atol=1e-3, msg=name)
+    twin = fused_twin(block).eval()
+    for images in (1, 2):
+        monkeypatch.setattr("fusedres.modules.reading.images_at_a_time", lambda x, shape, images=images: images)
+        with torch.no_grad():
+            expected, got, eager = in_python(twin, x), twin(x), block.eval()(x)
+        assert torch.equal(got, expected)
+        torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-4)
+    assert served == {"forward": 1, "infer": 2, "backward": 1}
+
+
 def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python: Callable[..., Any]) -> None:
     """Each parameter and x alone, all but one, and some pairs: exactly the wanted gradients are computed."""
     for case in CORE:
@@ -190,7 +217,7 @@ def test_nothing_unfused_runs(memory: str, served: dict[str, int], monkeypatch: 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             twin(source).backward(grad)
         names = {event.key for event in profiler.key_averages()}
-        assert faster_than_onednn() or any("convolution" in name for name in names), names
+        assert _C.build_info()["isa_used"] == "avx2" or any("convolution" in name for name in names), names
         assert not {name for name in names if any(each in name for each in UNFUSED)}
     assert served["forward"] == served["backward"] == len(CORE) + len(ONE_PASS)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from common.harness import copy_bandwidth, matmul_rate
 
-from suite.precision import PRECISIONS
+from suite.precision import PRECISIONS, Precision
 
 CEILINGS = ("copy_bytes_per_s", "matmul_flops_per_s")
 
@@ -18,14 +18,20 @@ def measure_ceilings(device: torch.device, tiny: bool) -> dict[str, Any]:
     tiny: few rounds, for a run on toy shapes.
     """
     on_gpu = device.type == "cuda"
-    rounds = 20 if on_gpu else 2 if tiny else 10
-    rates = {}
-    for precision in PRECISIONS.values():
-        if on_gpu or precision.dtype == torch.float32:
-            with precision.switched():
-                rates[precision.name] = matmul_rate(device, precision.dtype, rounds)
+    wanted = [precision for precision in PRECISIONS.values() if on_gpu or precision.name == "float32"]
+    rates = {precision.name: rate_of(device, precision, tiny) for precision in wanted}
     return {
-        "copy_bytes_per_s": copy_bandwidth(device, rounds),
+        "copy_bytes_per_s": copy_bandwidth(device, _rounds(device, tiny)),
         "matmul_flops_per_s": rates["bfloat16" if on_gpu else "float32"],
         "matmul_by_precision": rates,
     }
+
+
+def rate_of(device: torch.device, precision: Precision, tiny: bool) -> float:
+    """Return operations per second of a large product in this precision."""
+    with precision.switched():
+        return matmul_rate(device, precision.dtype, _rounds(device, tiny))
+
+
+def _rounds(device: torch.device, tiny: bool) -> int:
+    return 20 if device.type == "cuda" else 2 if tiny else 10

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from common import harness
 
-from suite.ceilings import CEILINGS, measure_ceilings
+from suite.ceilings import CEILINGS, measure_ceilings, rate_of
 from suite.journal import Journal
 from suite.precision import Precision
 
@@ -71,6 +71,8 @@ class Settings:
     def ceilings_of(self, precision: Precision) -> dict[str, float]:
         """Return copy_bytes_per_s, and matmul_flops_per_s for products in this precision."""
         rates = self.ceilings["matmul_by_precision"]
+        if precision.name not in rates:  # a CPU's, in another one than float32
+            rates[precision.name] = rate_of(self.device, precision, self.tiny)
         return {name: self.ceilings[name] for name in CEILINGS} | {"matmul_flops_per_s": rates[precision.name]}
 
     def row(self, case: str, **fields: Any) -> None:

@@ -11,6 +11,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "packed_convolution/blocks.h"
+#include "packed_convolution/choice.h"
 
 #define FUSEDRES_KERNEL_FILE "packed_convolution/kernel.inc"
 #include "common/for_each_isa.h"
@@ -30,21 +31,6 @@ void pack_weight(const PackWeightParams& p) {
     return FUSEDRES_SELECT_ISA(pack_winograd)(p);
   }
   FUSEDRES_SELECT_ISA(pack_all)(p);
-}
-
-bool takes_winograd(const ConvolutionMap& map) {
-  return map.is_dense_3x3() && map.channels >= DepthBlocks::kFewChannels;
-}
-
-bool winograd_is_faster(const ConvolutionMap& map, bool packed_before) {
-  if (!takes_winograd(map) || !own_convolutions_are_faster()) return false;
-  // In products of the weight's channels: nine for a pixel, and for a tile sixteen and some to transform it.
-  constexpr int64_t kTile = 18, kPacking = 1200, kStreaming = 100;
-  return 9 * map.out_pixels() - kTile * map.out_tiles() > (packed_before ? kStreaming : kPacking);
-}
-
-bool own_convolutions_are_faster() {
-  return current_isa() == Isa::kAvx2;
 }
 
 void packed_convolution(const PackedConvolutionParams& p) {

@@ -64,19 +64,16 @@ bool turns(const ConvolutionParams& params, const Tensor& weight) {
   return true;
 }
 
-Tensor own_input_gradient(const Tensor& grad, const Tensor& weight, const ConvolutionParams& params, int threads) {
-  const ConvolutionMap map = weight_map(weight, params);
+Tensor own_input_gradient(const Tensor& grad, const Shape& input, const Tensor& weight, const ConvolutionParams& params,
+                          int threads) {
+  const ConvolutionMap map = with_input(weight_map(weight, params), input);
   const WeightStrides strides = strides_of(weight);
-  ConvolutionMap turned = with_input(map, grad.shape());
-  std::swap(turned.channels, turned.out_channels);
-  for (int axis = 0; axis < 2; ++axis) {
-    turned.padding[axis] = map.dilation[axis] * (map.kernel[axis] - 1) - map.padding[axis];
-  }
+  const ConvolutionMap back = turned(map);
   const float* last = static_cast<const float*>(weight.data()) + (map.kernel[0] - 1) * strides.row +
                       (map.kernel[1] - 1) * strides.column;
   const Panels panels =
-      packed(last, {strides.channel, strides.out_channel, -strides.row, -strides.column}, turned, nullptr, threads);
-  const Tensor bias = zeros(turned.out_channels);
+      packed(last, {strides.channel, strides.out_channel, -strides.row, -strides.column}, back, nullptr, threads);
+  const Tensor bias = zeros(back.out_channels);
   return convolution(grad, panels, {static_cast<const float*>(bias.data())}, threads);
 }
 
@@ -100,9 +97,12 @@ Tensor own_weight_gradient(const Tensor& grad, const ConvolutionInput& input, co
 
 }  // namespace
 
-bool prefers_own(const Tensor& weight, const ConvolutionParams& params, const Shape& out, int64_t many) {
-  if (weight.dtype() != DType::kFloat32 || params.groups != 1 || !own_convolutions_are_faster()) return false;
-  return out.rows() >= many && out.height >= weight.sizes()[2] && out.width >= weight.sizes()[3];
+bool takes_own(const Tensor& weight, const ConvolutionParams& params) {
+  return weight.dtype() == DType::kFloat32 && params.groups == 1;
+}
+
+bool prefers_own(const Tensor& weight, const ConvolutionParams& params, const Shape& input, Purpose purpose) {
+  return takes_own(weight, params) && own_is_faster(with_input(weight_map(weight, params), input), purpose);
 }
 
 Panels pack(const Tensor& weight, const ConvolutionParams& params, const Shape& input, const float* scale,
@@ -128,8 +128,7 @@ Tensor convolution(const Tensor& x, const Panels& weight, const Epilogue& epilog
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params, int threads,
                    const Tensor& bias) {
-  const Shape out = convolved_shape(x.shape(), weight, params);
-  if (!prefers_own(weight, params, out, kManyPixels)) return aten::convolution(x, weight, params, bias);
+  if (!prefers_own(weight, params, x.shape(), Purpose::kForward)) return aten::convolution(x, weight, params, bias);
   const Tensor none = bias.defined() ? Tensor() : zeros(weight.sizes()[0]);
   const auto* start = static_cast<const float*>(bias.defined() ? bias.data() : none.data());
   return convolution(x, pack(weight, params, x.shape(), nullptr, threads), {start}, threads);
@@ -137,14 +136,14 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParam
 
 std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const ConvolutionInput& input, const Tensor& weight,
                                                const ConvolutionParams& params, ConvolutionNeeds needs, int threads) {
-  const bool own = prefers_own(weight, params, grad.shape(), kManyPixelsBackward);
+  const Shape shape = input.y.shape();
   Tensor grad_weight, grad_input;
-  if (own && needs.weight && is_dense(weight)) {
+  if (needs.weight && is_dense(weight) && prefers_own(weight, params, shape, Purpose::kWeightGradient)) {
     grad_weight = own_weight_gradient(grad, input, weight, params, threads);
     needs.weight = false;
   }
-  if (own && needs.input && turns(params, weight)) {
-    grad_input = own_input_gradient(grad, weight, params, threads);
+  if (needs.input && turns(params, weight) && prefers_own(weight, params, shape, Purpose::kInputGradient)) {
+    grad_input = own_input_gradient(grad, shape, weight, params, threads);
     needs.input = false;
   }
   const Tensor* source = &input.y;  // of which only the shape is read if the weight's gradient is not needed

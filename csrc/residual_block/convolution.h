@@ -3,17 +3,19 @@
 #include <utility>
 
 #include "aten/aten.h"
+#include "packed_convolution/choice.h"
 #include "packed_convolution/packed_convolution.h"
 
 // The convolutions of the passes, forward and backward: this package's own where they were measured to be faster, else
 // torch's.
 namespace fusedres {
 
-// Whether this package's kernels take the convolutions of this weight, and are faster for an output of this shape: it
-// must have `many` pixels (kManyPixels or kManyPixelsBackward), and each image as many as the kernel. On smaller images
-// most taps are outside, and packed_convolution multiplies by their zeros.
-bool prefers_own(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& out,
-                 int64_t many);
+// Whether this package's kernels take a convolution of this weight: of float32, and without groups.
+bool takes_own(const aten::Tensor& weight, const aten::ConvolutionParams& params);
+
+// Whether they do, and are faster for an input of this shape.
+bool prefers_own(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& input,
+                 Purpose purpose);
 
 // A float32 weight in the order in which packed_convolution reads it.
 struct Panels {

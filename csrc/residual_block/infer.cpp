@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -12,84 +14,90 @@ namespace {
 using aten::Shape;
 using aten::Tensor;
 
-// Runs the block on some images with a pass after each convolution, and writes the result to out if it is given.
-Tensor infer_in_passes(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
-                       const std::vector<Tensor>& states, const Tensor* out) {
-  const size_t last = block.last();
-  Tensor h;
-  for (size_t index = 0; index <= last; ++index) {
-    h = convolution(index == 0 ? x : h, tensors[index].conv_weight, block.units[index].convolution, block.threads);
-    if (index < last) bn_relu_(h, states[index], block.threads);
-  }
-  Tensor projected;
-  Shortcut shortcut{&x, nullptr, block.pad_stride};
-  if (block.projection) {
-    projected = project(x, block.units.back(), tensors.back().conv_weight, block.threads);
-    shortcut = {&projected, &states.back(), 1};
-  }
-  tail(h, states[last], shortcut, out == nullptr ? h.data() : out->data(), nullptr, block.threads);
-  return h;
-}
+// A convolution and its BatchNorm.
+struct Unit {
+  Tensor state;
+  // With this package's convolution: the scale is in the packed weight, and the shift is added as the sums are stored.
+  std::optional<Panels> panels;
 
-// A unit with the scale of its BatchNorm in its packed weight.
-struct PackedUnit {
-  Panels panels;
-  const float* shift;
+  const float* shift() const { return static_cast<const float*>(state.data()) + 3 * state.sizes()[1]; }
 };
 
-PackedUnit pack_unit(const ConvBn& unit, const UnitTensors& tensors, const Shape& input, const Tensor& state,
-                     int threads) {
-  const float* scale = static_cast<const float*>(state.data()) + 2 * state.sizes()[1];
-  return {pack(tensors.conv_weight, unit.convolution, input, scale, threads), scale + state.sizes()[1]};
-}
-
-// Does the same as infer_in_passes with this package's convolutions.
-Tensor infer_packed(const Tensor& x, const ResidualBlock& block, const std::vector<PackedUnit>& units,
-                    const Tensor* out) {
-  const size_t last = block.last();
-  const int threads = block.threads;
-  Tensor h;
-  for (size_t index = 0; index < last; ++index) {
-    h = convolution(index == 0 ? x : h, units[index].panels, {units[index].shift, nullptr, true}, threads);
-  }
-  const Tensor& input = last == 0 ? x : h;
-  const PackedUnit& end = units[last];
-  if (block.projection) {
-    const Tensor projected = convolution(x, units.back().panels, {units.back().shift}, threads);
-    return convolution(input, end.panels, {end.shift, &projected, true, out}, threads);
-  }
-  const int64_t channels = end.panels.map.out_channels;
-  if (block.pad_stride == 1 && x.shape().channels == channels) {
-    return convolution(input, end.panels, {end.shift, &x, true, out}, threads);
-  }
-  // A zero-padded shortcut is a pass of its own.
-  Tensor y = convolution(input, end.panels, {end.shift}, threads);
-  const Tensor identity = aten::empty({4, channels}, y.torch_dtype());
-  auto* rows = static_cast<float*>(identity.data());
-  std::fill_n(rows, 4 * channels, 0.0f);
-  std::fill_n(rows + channels, 2 * channels, 1.0f);
-  tail(y, identity, {&x, nullptr, block.pad_stride}, out == nullptr ? y.data() : out->data(), nullptr, threads);
+// The tail of a raw convolution y with its state, in out if it is given, else in y.
+Tensor finish(Tensor y, const Tensor& state, const Shortcut& shortcut, const Tensor* out, int threads) {
+  tail(y, state, shortcut, out == nullptr ? y.data() : out->data(), nullptr, threads);
   return y;
 }
 
-// The shapes of the units' inputs.
-std::vector<Shape> unit_inputs(const Shape& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
-  std::vector<Shape> inputs;
-  Shape shape = x;
-  for (size_t index = 0; index < block.units.size(); ++index) {
-    inputs.push_back(index > block.last() ? x : shape);
-    shape = convolved_shape(inputs.back(), tensors[index].conv_weight, block.units[index].convolution);
-  }
-  return inputs;
+Tensor identity_state(const Tensor& y) {
+  const int64_t channels = y.shape().channels;
+  Tensor state = aten::empty({4, channels}, y.torch_dtype());
+  auto* rows = static_cast<float*>(state.data());
+  std::fill_n(rows, 4 * channels, 0.0f);
+  std::fill_n(rows + channels, 2 * channels, 1.0f);
+  return state;
 }
 
-bool packs(const std::vector<Shape>& inputs, const ResidualBlock& block, const std::vector<UnitTensors>& tensors) {
-  for (size_t index = 0; index < block.units.size(); ++index) {
+// Runs the last convolution, the projection and the tail. The result goes to out if it is given.
+Tensor end_block(const Tensor& x, const Tensor& h, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
+                 const std::vector<Unit>& units, const Tensor* out) {
+  const int threads = block.threads;
+  const Unit& last = units[block.last()];
+  if (!last.panels) {
+    Tensor y = convolution(h, tensors[block.last()].conv_weight, block.units[block.last()].convolution, threads);
+    if (!block.projection) return finish(std::move(y), last.state, {&x, nullptr, block.pad_stride}, out, threads);
+    const Tensor projected = project(x, block.units.back(), tensors.back().conv_weight, threads);
+    return finish(std::move(y), last.state, {&projected, &units.back().state, 1}, out, threads);
+  }
+  if (block.projection) {
+    const Tensor projected = convolution(x, *units.back().panels, {units.back().shift()}, threads);
+    return convolution(h, *last.panels, {last.shift(), &projected, true, out}, threads);
+  }
+  if (block.pad_stride == 1 && x.shape().channels == last.panels->map.out_channels) {
+    return convolution(h, *last.panels, {last.shift(), &x, true, out}, threads);
+  }
+  Tensor y = convolution(h, *last.panels, {last.shift()}, threads);
+  const Tensor identity = identity_state(y);
+  return finish(std::move(y), identity, {&x, nullptr, block.pad_stride}, out, threads);
+}
+
+// Runs the block on some images, and writes the result to out if it is given.
+Tensor infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
+             const std::vector<Unit>& units, const Tensor* out) {
+  const size_t last = block.last();
+  Tensor h;
+  for (size_t index = 0; index < last; ++index) {
+    const Tensor& input = index == 0 ? x : h;
+    const Unit& unit = units[index];
+    if (unit.panels) {
+      h = convolution(input, *unit.panels, {unit.shift(), nullptr, true}, block.threads);
+    } else {
+      h = convolution(input, tensors[index].conv_weight, block.units[index].convolution, block.threads);
+      bn_relu_(h, unit.state, block.threads);
+    }
+  }
+  return end_block(x, last == 0 ? x : h, block, tensors, units, out);
+}
+
+// Packs the weights of the convolutions that are faster so, for a batch like x. The projection does as the last
+// convolution, whose sums it is added to.
+void pack_units(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
+                std::vector<Unit>* units) {
+  Shape shape = x.shape();
+  const auto pack_unit = [&](size_t index, const Shape& input) {
+    Unit& unit = (*units)[index];
+    const auto* scale = static_cast<const float*>(unit.state.data()) + 2 * unit.state.sizes()[1];
+    unit.panels = pack(tensors[index].conv_weight, block.units[index].convolution, input, scale, block.threads);
+  };
+  for (size_t index = 0; index <= block.last(); ++index) {
     const Tensor& weight = tensors[index].conv_weight;
     const aten::ConvolutionParams& params = block.units[index].convolution;
-    if (!prefers_own(weight, params, convolved_shape(inputs[index], weight, params), kManyPixels)) return false;
+    const bool follows = index < block.last() || !block.projection ||
+                         takes_own(tensors.back().conv_weight, block.units.back().convolution);
+    if (follows && prefers_own(weight, params, shape, Purpose::kForward)) pack_unit(index, shape);
+    shape = convolved_shape(shape, weight, params);
   }
-  return true;
+  if (block.projection && (*units)[block.last()].panels) pack_unit(block.units.size() - 1, x.shape());
 }
 
 }  // namespace
@@ -99,31 +107,20 @@ Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const s
   for (const ConvBn& unit : block.units) {
     require(!unit.batch_statistics, "residual_block_infer", "batch statistics are not supported");
   }
-  std::vector<Tensor> states;
+  std::vector<Unit> units;
   for (size_t index = 0; index < block.units.size(); ++index) {
-    states.push_back(unit_state(nullptr, x.dtype(), block.units[index], tensors[index], block.threads));
+    units.push_back({unit_state(nullptr, x.dtype(), block.units[index], tensors[index], block.threads), {}});
   }
-  std::vector<PackedUnit> units;
-  if (packs(unit_inputs(x.shape(), block, tensors), block, tensors)) {
-    Shape part = x.shape();
-    part.batch = std::min(part.batch, images_at_a_time);
-    const std::vector<Shape> inputs = unit_inputs(part, block, tensors);
-    for (size_t index = 0; index < block.units.size(); ++index) {
-      units.push_back(pack_unit(block.units[index], tensors[index], inputs[index], states[index], block.threads));
-    }
-  }
-  const auto infer = [&](const Tensor& part, const Tensor* out) {
-    return units.empty() ? infer_in_passes(part, block, tensors, states, out) : infer_packed(part, block, units, out);
-  };
+  pack_units(x, block, tensors, &units);
   const int64_t batch = x.shape().batch;
-  if (images_at_a_time >= batch) return infer(x, nullptr);
+  if (images_at_a_time >= batch) return infer(x, block, tensors, units, nullptr);
   Tensor out;
   for (int64_t begin = 0; begin < batch; begin += images_at_a_time) {
     const int64_t count = std::min(images_at_a_time, batch - begin);
     const Tensor part = aten::images(x, begin, count);
     if (begin == 0) {
       // The shape of the result is known after the first part.
-      const Tensor first = infer(part, nullptr);
+      const Tensor first = infer(part, block, tensors, units, nullptr);
       Shape shape = first.shape();
       shape.batch = batch;
       out = aten::empty_channels_last(shape, first.torch_dtype());
@@ -131,7 +128,7 @@ Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const s
       continue;
     }
     const Tensor target = aten::images(out, begin, count);
-    infer(part, &target);
+    infer(part, block, tensors, units, &target);
   }
   return out;
 }

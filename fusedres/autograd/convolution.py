@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedres.autograd.plan import ConvBN
 from fusedres.kernels import cpu_convolution
+from fusedres.kernels.cpu_convolution import Purpose
 from fusedres.ops.launch import direct, launches
 from fusedres.values import Geometry, Raw
 
@@ -24,7 +25,7 @@ def convolution(h: Tensor, weight: Tensor, unit: ConvBN, backend: str, *, subsam
     if weight.dtype is not h.dtype:
         weight = weight.to(h.dtype)
     geometry = _geometry(unit, subsampled)
-    if prefers_own(weight, unit, backend, geometry.output_shape(h.shape, weight.shape)):
+    if prefers_own(h.shape, weight, geometry, unit.groups, backend, Purpose.FORWARD):
         return cpu_convolution.convolve(h, weight, geometry)
     # Not torch.convolution: profilers count the operations of conv2d.
     y = torch.conv2d(h, weight, None, geometry.stride, geometry.padding, geometry.dilation, unit.groups)
@@ -57,14 +58,17 @@ def convolution_backward(
     same = weight if weight.dtype is grad.dtype else weight.to(grad.dtype)
     stride = unit.stride[0] if subsampled else 1
     geometry = _geometry(unit, subsampled)
-    own = prefers_own(same, unit, backend, grad.shape, cpu_convolution.MANY_PIXELS_BACKWARD)
-    own_weight = own and needs_weight and cpu_convolution.has_weight_gradient(same)
-    own_input = own and needs_input and cpu_convolution.has_input_gradient(same, geometry)
     source = h
     if stride != 1:
         # Without the weight's gradient it is read for its size and layout alone.
         size = torch.empty_like(h.y[:, :, ::stride, ::stride], memory_format=torch.channels_last)
         source = Raw(launches(backend).bn_relu(h.y, h.state, None, stride) if needs_weight else size, None)
+
+    def is_own(purpose: Purpose) -> bool:
+        return prefers_own(source.y.shape, same, geometry, unit.groups, backend, purpose)
+
+    own_weight = needs_weight and cpu_convolution.has_weight_gradient(same) and is_own(Purpose.WEIGHT_GRADIENT)
+    own_input = needs_input and cpu_convolution.has_input_gradient(same, geometry) and is_own(Purpose.INPUT_GRADIENT)
     grad_h = cpu_convolution.input_gradient(grad, same, geometry) if own_input else None
     grad_weight = cpu_convolution.weight_gradient(grad, source, same, geometry) if own_weight else None
     missing = needs_input and not own_input, needs_weight and not own_weight
@@ -79,16 +83,17 @@ def convolution_backward(
 
 
 def prefers_own(
-    weight: Tensor, unit: ConvBN, backend: str, out: Sequence[int], many: int = cpu_convolution.MANY_PIXELS
+    x: Sequence[int], weight: Tensor, geometry: Geometry, groups: int, backend: str, purpose: Purpose
 ) -> bool:
     """Return whether this package's kernels run; what observes the ops sees torch's convolutions.
 
     Args:
+        x: the shape of the input.
         weight: in the dtype of the convolution.
-        out: the shape of the output.
-        many: see cpu_convolution.is_faster.
     """
-    return backend == "cpu" and direct() and cpu_convolution.is_faster(weight, unit.groups, out, many)
+    if backend != "cpu" or not direct():
+        return False
+    return cpu_convolution.is_faster(x, weight.shape, geometry, weight.dtype, groups, purpose)
 
 
 def _geometry(unit: ConvBN, subsampled: bool) -> Geometry:

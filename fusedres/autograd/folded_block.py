@@ -7,12 +7,13 @@ from torch import Tensor
 from fusedres.autograd.folded_convolution import FoldedConvolution, LibraryConvolution, add_shortcut, fold
 from fusedres.autograd.forward import unit_state
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Inputs, Tensors
+from fusedres.kernels.cpu_convolution import Purpose
 from fusedres.ops.launch import launches
 from fusedres.values import ShortcutInput, in_dtype
 
 
-def fold_block(inputs: Inputs, plan: BlockPlan, tensors: Tensors, *, frozen: bool) -> tuple[FoldedConvolution, ...]:
-    """Fold every unit of a block with constant statistics; frozen: for many calls."""
+def fold_block(inputs: Inputs, plan: BlockPlan, tensors: Tensors) -> tuple[FoldedConvolution, ...]:
+    """Fold every unit of a block with constant statistics, for many calls."""
     found: list[FoldedConvolution] = []
     launch = launches(plan.backend)
     images = min(plan.infer_images, inputs.x.shape[0])
@@ -24,7 +25,7 @@ def fold_block(inputs: Inputs, plan: BlockPlan, tensors: Tensors, *, frozen: boo
         weight = tensors[UNIT_TENSORS * index]
         assert weight is not None
         state = unit_state(example, unit, tensors, index, launch)
-        found.append(fold(weight, state, unit, shape, plan.dtype, plan.backend, frozen=frozen))
+        found.append(fold(weight, state, unit, shape, plan.dtype, plan.backend, purpose=Purpose.FROZEN))
         shape = unit.output_shape(shape, weight.shape)
     return tuple(found)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.plan import ConvBN
-from fusedres.kernels.cpu_convolution import is_covered, takes
+from fusedres.kernels.cpu_convolution import Purpose, is_faster
 from fusedres.kernels.packed_convolution import winograd_is_faster
 from fusedres.ops.launch import launches
 from fusedres.values import Packed, ShortcutInput, in_dtype
@@ -116,7 +116,7 @@ def fold(
     dtype: torch.dtype,
     backend: str,
     *,
-    frozen: bool,
+    purpose: Purpose,
 ) -> FoldedConvolution:
     """Fold a BatchNorm with constant statistics into the convolution before it, in float32 or wider; round once.
 
@@ -125,15 +125,11 @@ def fold(
         shape: (N, C, H, W) of the input. oneDNN packs weights for inputs of this shape: packed without one, a strided
             1x1 convolution of a few images took six times as long. Other shapes run too, some of them slower.
         dtype: of the convolution.
-        frozen: the result is used for many calls.
+        purpose: FROZEN if the result is used for many calls, else FORWARD.
     """
-    bias = state[3].to(dtype)
-    identity = torch.zeros_like(state)
-    identity[1:3] = 1
-    if uses_panels(unit, dtype, backend) and is_covered(unit.output_shape(shape, weight.shape), weight.shape):
-        winograd = winograd_is_faster(shape, weight.shape, unit.geometry, packed_before=frozen)
-        panels = launches(backend).pack_weight(in_dtype(weight.detach(), dtype), unit.dilation, state[2], winograd)
-        return PanelConvolution(Packed(panels, bias, tuple(weight.shape[2:]), winograd), identity, unit)
+    if uses_panels(shape, weight, unit, dtype, backend, purpose):
+        return fold_panels(weight, state, unit, shape, backend, purpose)
+    bias, identity = state[3].to(dtype), _identity_of(state)
     folded = (weight.detach().to(state.dtype) * state[2].view(-1, 1, 1, 1)).to(dtype)
     if weight.is_cpu and _onednn_packs(dtype):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
@@ -143,9 +139,29 @@ def fold(
     return PlainConvolution(folded, bias, identity, unit, backend)
 
 
-def uses_panels(unit: ConvBN, dtype: torch.dtype, backend: str) -> bool:
-    """Return whether this package's own kernel runs a convolution of inference."""
-    return backend == "cpu" and takes(dtype, unit.groups)
+def uses_panels(
+    shape: Sequence[int], weight: Tensor, unit: ConvBN, dtype: torch.dtype, backend: str, purpose: Purpose
+) -> bool:
+    """Return whether this package's own kernel runs a convolution of inference; shape: of the input."""
+    if backend != "cpu":
+        return False
+    return is_faster(shape, weight.shape, unit.geometry, dtype, unit.groups, purpose)
+
+
+def fold_panels(
+    weight: Tensor, state: Tensor, unit: ConvBN, shape: Sequence[int], backend: str, purpose: Purpose
+) -> PanelConvolution:
+    """Fold as `fold` does, for this package's own kernel."""
+    winograd = winograd_is_faster(shape, weight.shape, unit.geometry, packed_before=purpose is Purpose.FROZEN)
+    panels = launches(backend).pack_weight(in_dtype(weight.detach(), state.dtype), unit.dilation, state[2], winograd)
+    packed = Packed(panels, state[3].clone(), tuple(weight.shape[2:]), winograd)
+    return PanelConvolution(packed, _identity_of(state), unit)
+
+
+def _identity_of(state: Tensor) -> Tensor:
+    identity = torch.zeros_like(state)
+    identity[1:3] = 1
+    return identity
 
 
 @cache

@@ -36,7 +36,7 @@ class Frozen:
         """The folds for inputs like these."""
         block, kind = self._block, (inputs.x.dtype, inputs.x.device, plan.dtype)
         if block is None or block.kind != kind:
-            block = self._block = FrozenBlock(kind, fold_block(inputs, plan, tensors, frozen=True))
+            block = self._block = FrozenBlock(kind, fold_block(inputs, plan, tensors))
         return block
 
     def part(self, index: int) -> Frozen:

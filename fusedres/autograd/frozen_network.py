@@ -13,6 +13,7 @@ from fusedres.autograd.folded_convolution import FoldedConvolution, fold, uses_p
 from fusedres.autograd.frozen import FrozenBlock
 from fusedres.autograd.memory import require_memory, to_channels_last
 from fusedres.autograd.plan import BlockPlan, ConvBN, Inputs, StemPlan, Tensors, norm_of
+from fusedres.kernels.cpu_convolution import Purpose
 from fusedres.ops.launch import launches
 from fusedres.values import in_dtype
 
@@ -75,10 +76,11 @@ def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> FoldedStem:
     state = launches(plan.backend).bn_frozen(x[:0].to(plan.dtype), norm_of(tensors, 0, plan.unit))
     _, k, h, w = plan.unit.output_shape(x.shape, weight.shape)
     size = k * h * w * plan.dtype.itemsize
-    limit = _PANEL_BYTES if uses_panels(plan.unit, plan.dtype, plan.backend) else _LIBRARY_BYTES
+    panels = uses_panels(x.shape, weight, plan.unit, plan.dtype, plan.backend, purpose=Purpose.FORWARD)
+    limit = _PANEL_BYTES if panels else _LIBRARY_BYTES
     images = max(1, limit // size)
     shape = (min(images, x.shape[0]), *x.shape[1:])
-    folded = fold(weight, state, plan.unit, shape, plan.dtype, plan.backend, frozen=False)
+    folded = fold(weight, state, plan.unit, shape, plan.dtype, plan.backend, purpose=Purpose.FORWARD)
     return FoldedStem((x.dtype, x.device, plan.dtype), folded, images, plan)
 
 
@@ -88,4 +90,5 @@ def fold_linear(weight: Tensor, bias: Tensor | None, images: int, dtype: torch.d
     state[1:3] = 1
     if bias is not None:
         state[3] = bias.detach()
-    return fold(weight[:, :, None, None], state, _DENSE, (images, weight.shape[1], 1, 1), dtype, "cpu", frozen=True)
+    shape = (images, weight.shape[1], 1, 1)
+    return fold(weight[:, :, None, None], state, _DENSE, shape, dtype, "cpu", purpose=Purpose.FROZEN)

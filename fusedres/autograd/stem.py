@@ -29,6 +29,7 @@ from fusedres.autograd.plan import UNIT_PARAMS, StemPlan, Tensors, norm_of
 from fusedres.autograd.residual_block import as_saved, count_path
 from fusedres.autograd.saved import check_saved_stem
 from fusedres.autograd.synchronised import through_synchronised_norm
+from fusedres.kernels.cpu_convolution import Purpose
 from fusedres.ops.launch import direct, launches
 from fusedres.values import BnBranch, BnGradient, NormState, Pooled, Raw, in_dtype, pixel_rows
 
@@ -42,10 +43,16 @@ def run_stem(x: Tensor, plan: StemPlan, tensors: Tensors, recorded: bool) -> Ten
         result: Tensor = StemFunction.apply(x, plan, *tensors)
         return result
     count_path("stem_forward")
-    if not plan.unit.batch_statistics and direct() and uses_panels(plan.unit, plan.dtype, plan.backend):
+    if not plan.unit.batch_statistics and direct() and _uses_panels(x, plan, tensors):
         require_memory(x, tensors)
         return in_format(fold_stem(x, plan, tensors).run(x), plan.channels_last)
     return in_format(_forward(to_channels_last(x), plan, tensors, False)[0], plan.channels_last)
+
+
+def _uses_panels(x: Tensor, plan: StemPlan, tensors: Tensors) -> bool:
+    weight = tensors[0]
+    assert weight is not None
+    return uses_panels(x.shape, weight, plan.unit, plan.dtype, plan.backend, Purpose.FORWARD)
 
 
 def _forward(source: Tensor, plan: StemPlan, tensors: Tensors, with_argmax: bool) -> tuple[Tensor, ...]:

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from fusedres import _C
+from fusedres.kernels.arguments import convolution_map
 from fusedres.kernels.conv_wgrad.cpu import conv_wgrad, conv_wgrad_finalize
-from fusedres.kernels.packed_convolution import faster_than_onednn, winograd_is_faster
+from fusedres.kernels.packed_convolution import winograd_is_faster
 from fusedres.kernels.packed_convolution.cpu import pack_weight, packed_convolution_out
 from fusedres.values import Geometry, Gradient, Packed, Raw
 
-# From how many pixels of the output on these functions are faster where oneDNN is slower at all: forward, backward.
-MANY_PIXELS: int = _C.MANY_PIXELS
-MANY_PIXELS_BACKWARD: int = _C.MANY_PIXELS_BACKWARD
+
+class Purpose(IntEnum):
+    """What a convolution is run for (csrc/packed_convolution/choice.h)."""
+
+    FROZEN = 0  # a forward pass whose weight was packed before
+    FORWARD = 1
+    INPUT_GRADIENT = 2
+    WEIGHT_GRADIENT = 3
 
 
-def is_faster(weight: Tensor, groups: int, out: Sequence[int], many: int) -> bool:
-    """Return whether these functions take a weight's convolutions, and were measured to be faster than oneDNN there.
+def is_faster(
+    x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype, groups: int, purpose: Purpose
+) -> bool:
+    """Return whether these kernels take a convolution, and were measured to be faster than oneDNN on such a processor.
 
     Args:
-        out: the shape of the output.
-        many: MANY_PIXELS or MANY_PIXELS_BACKWARD.
+        x: the shape of the forward pass's input (N, C, H, W), weight: (K, C, R, S).
     """
-    few = out[0] * out[2] * out[3] < many
-    return takes(weight.dtype, groups) and not few and is_covered(out, weight.shape)
+    return takes(dtype, groups) and bool(_C.own_is_faster(convolution_map(x, weight, geometry), purpose))
 
 
 def takes(dtype: torch.dtype, groups: int) -> bool:
-    """Return whether these kernels take such convolutions, and were measured to be faster here at all."""
-    return dtype is torch.float32 and groups == 1 and faster_than_onednn()
-
-
-def is_covered(out: Sequence[int], weight: Sequence[int]) -> bool:
-    """Return whether images of an output are as large as the kernel.
-
-    On smaller ones most taps are outside, and packed_convolution multiplies by their zeros.
-    """
-    return out[2] >= weight[2] and out[3] >= weight[3]
+    """Return whether these kernels take such convolutions."""
+    return dtype is torch.float32 and groups == 1
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:

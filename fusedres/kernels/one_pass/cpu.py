@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedres import _C
 from fusedres.kernels import cpu_convolution
 from fusedres.kernels.arguments import matrix_of, norm_of
+from fusedres.kernels.cpu_convolution import Purpose
 from fusedres.kernels.one_pass import reference
 from fusedres.kernels.shortcut_grad.cpu import shortcut_grad_
 from fusedres.values import DENSE, Gram, GramState, Norm, Raw, ShortcutGradient
@@ -73,7 +74,7 @@ def one_pass_backward(
     grad_conv = grad_conv.view(conv_weight.shape).to(conv_weight.dtype)
     if grad_z is None:
         return z.new_empty(0), grad_conv, grad_weight
-    if cpu_convolution.is_faster(quadratic, 1, z.shape, cpu_convolution.MANY_PIXELS):
+    if _prefers_own(z, quadratic, Purpose.FORWARD):
         correction = cpu_convolution.convolve(z, quadratic, DENSE, constant)
     else:
         # Not torch.conv2d: autocast would round its result, and the next call needs float32.
@@ -87,14 +88,19 @@ def _products(
     d: Tensor, z: Tensor, weight: Tensor, with_input: bool, with_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of a 1x1 convolution's input and weight, each None unless wanted."""
-    if not cpu_convolution.is_faster(weight, 1, z.shape, cpu_convolution.MANY_PIXELS_BACKWARD):
-        needs = (with_input, with_weight, False)
+    own_input = with_input and _prefers_own(z, weight, Purpose.INPUT_GRADIENT)
+    own_weight = with_weight and _prefers_own(z, weight, Purpose.WEIGHT_GRADIENT)
+    grad_input = cpu_convolution.input_gradient(d, weight, DENSE) if own_input else None
+    grad_weight = cpu_convolution.weight_gradient(d, Raw(z, None), weight, DENSE) if own_weight else None
+    needs = (with_input and not own_input, with_weight and not own_weight, False)
+    if any(needs):
         found = torch.ops.aten.convolution_backward(d, z, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
-        return found[0], found[1]
-    return (
-        cpu_convolution.input_gradient(d, weight, DENSE) if with_input else None,
-        cpu_convolution.weight_gradient(d, Raw(z, None), weight, DENSE) if with_weight else None,
-    )
+        return grad_input if own_input else found[0], grad_weight if own_weight else found[1]
+    return grad_input, grad_weight
+
+
+def _prefers_own(z: Tensor, weight: Tensor, purpose: Purpose) -> bool:
+    return cpu_convolution.is_faster(z.shape, weight.shape, DENSE, weight.dtype, 1, purpose)
 
 
 def _matrix(conv_weight: Tensor, dtype: torch.dtype) -> Tensor:

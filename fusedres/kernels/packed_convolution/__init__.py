@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 from fusedres import _C
 from fusedres.kernels.arguments import convolution_map, weight_map
@@ -28,9 +27,3 @@ def winograd_is_faster(x: Sequence[int], weight: Sequence[int], geometry: Geomet
         packed_before: the time to pack the weight does not count.
     """
     return bool(_C.winograd_is_faster(convolution_map(x, weight, geometry), packed_before))
-
-
-@cache
-def faster_than_onednn() -> bool:
-    """Return whether this cpu kernel and conv_wgrad's were measured to be faster than oneDNN on such a processor."""
-    return bool(_C.own_convolutions_are_faster())

@@ -1,0 +1,70 @@
+#include "packed_convolution/choice.h"
+
+#include <utility>
+
+#include "common/isa.h"
+#include "packed_convolution/blocks.h"
+
+namespace fusedres {
+namespace {
+
+// With fewer pixels of the output, packing the weight at every call takes longer than it saves.
+constexpr int64_t kFewPixels = 48;
+constexpr int64_t kFewPixelsBackward = 100;
+
+// On smaller images most taps are outside, and packed_convolution multiplies by their zeros.
+bool is_covered(const ConvolutionMap& map) {
+  return map.out_size(0) >= map.kernel[0] && map.out_size(1) >= map.kernel[1];
+}
+
+bool has_many_pixels(const ConvolutionMap& map, Purpose purpose) {
+  if (purpose == Purpose::kFrozen) return true;
+  return map.out_pixels() >= (purpose == Purpose::kForward ? kFewPixels : kFewPixelsBackward);
+}
+
+// With AVX-512, oneDNN's products are as fast as the processor allows. Winograd's algorithm is faster because it needs
+// fewer of them. oneDNN's gradients of 3x3 weights run at half of that speed; those of 1x1 weights do not, but need
+// relu(BN(y)) in memory, which conv_wgrad computes on load.
+bool is_faster_with_avx512(const ConvolutionMap& map, Purpose purpose) {
+  switch (purpose) {
+    case Purpose::kFrozen:
+    case Purpose::kForward:
+      return winograd_is_faster(map, purpose == Purpose::kFrozen);
+    case Purpose::kInputGradient:
+      return ConvolutionMap::both(map.stride, 1) && winograd_is_faster(turned(map), false);
+    case Purpose::kWeightGradient:
+      return map.channels >= DepthBlocks::kFewChannels;
+  }
+  return false;
+}
+
+}  // namespace
+
+bool own_is_faster(const ConvolutionMap& map, Purpose purpose) {
+  if (current_isa() == Isa::kPortable || !is_covered(map) || !has_many_pixels(map, purpose)) return false;
+  return current_isa() == Isa::kAvx2 || is_faster_with_avx512(map, purpose);
+}
+
+bool takes_winograd(const ConvolutionMap& map) {
+  return map.is_dense_3x3() && map.channels >= DepthBlocks::kFewChannels;
+}
+
+bool winograd_is_faster(const ConvolutionMap& map, bool packed_before) {
+  if (!takes_winograd(map) || current_isa() == Isa::kPortable) return false;
+  // In products of the weight's channels: nine for a pixel, and for a tile sixteen and some to transform it.
+  constexpr int64_t kTile = 18, kPacking = 1200, kStreaming = 100;
+  return 9 * map.out_pixels() - kTile * map.out_tiles() > (packed_before ? kStreaming : kPacking);
+}
+
+ConvolutionMap turned(const ConvolutionMap& map) {
+  ConvolutionMap result = map;
+  result.height = map.out_size(0);
+  result.width = map.out_size(1);
+  std::swap(result.channels, result.out_channels);
+  for (int axis = 0; axis < 2; ++axis) {
+    result.padding[axis] = map.dilation[axis] * (map.kernel[axis] - 1) - map.padding[axis];
+  }
+  return result;
+}
+
+}  // namespace fusedres
