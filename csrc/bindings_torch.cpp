@@ -60,8 +60,9 @@ py::list objects_of(std::vector<Tensor> tensors) {
 enum UnitField { kStride, kPadding, kDilation, kGroups, kPixelwise, kBatchStatistics, kUpdate, kMomentum, kEps };
 const std::vector<std::string> kUnitFields = {"stride",           "padding", "dilation", "groups", "pixelwise",
                                               "batch_statistics", "update",  "momentum", "eps"};
-enum PlanField { kUnits, kProjection, kPadStride, kOnePass, kInferImages };
-const std::vector<std::string> kPlanFields = {"units", "projection", "pad_stride", "one_pass", "infer_images"};
+enum PlanField { kUnits, kProjection, kPadStride, kOnePass, kRecompute, kInferImages };
+const std::vector<std::string> kPlanFields = {"units",    "projection", "pad_stride",
+                                              "one_pass", "recompute",  "infer_images"};
 
 py::handle field(const py::handle& tuple, int index) {
   return PyTuple_GET_ITEM(tuple.ptr(), index);
@@ -112,6 +113,9 @@ ResidualBlock block_of(const py::tuple& plan, int threads) {
   const py::handle one_pass = field(plan, kOnePass);
   result.one_pass_last = flag(field(one_pass, 0));
   result.one_pass_projection = result.projection && flag(field(one_pass, 1));
+  const py::handle recompute = field(plan, kRecompute);
+  result.recompute_last = flag(field(recompute, 0));
+  result.recompute_projection = result.projection && flag(field(recompute, 1));
   result.threads = threads;
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return result;

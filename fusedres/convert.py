@@ -84,8 +84,8 @@ def fuse(
         model: any module; every residual block of a known class, and every network that begins with a stem, is
             switched, model itself included.
         filter: filter(name, module) → bool selects the blocks, and the networks to get a fused stem; None: all.
-        memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass); "auto": do this
-            only if it was measured faster.
+        memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass; in 16 bits on a CPU
+            it is computed again in backward); "auto": do this only if it was measured faster.
         conv: which convolutions run. "library": torch's. "fused": this package's, with BatchNorm and ReLU applied as
             they load and store; not on the cpu backend, and in a stem only if it was measured faster there. "auto": for
             each product the one that was measured faster, see above; without measurements the library's.

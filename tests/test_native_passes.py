@@ -370,7 +370,7 @@ def test_a_torch_without_the_functions_runs_in_python(monkeypatch: pytest.Monkey
 def test_the_core_checks_what_it_is_given() -> None:
     assert cpu_passes._connected()
     unit = ConvBN((1, 1), (1, 1), (1, 1), 1, False, True, True, 0.1, 1e-5)
-    plan = BlockPlan((unit, unit), None, 1, (False, False), 1, torch.float32, "cpu")
+    plan = BlockPlan((unit, unit), None, 1, (False, False), (False, False), 1, torch.float32, "cpu")
     x = torch.zeros(2, 8, 4, 4).to(memory_format=torch.channels_last)
     tensors = (torch.zeros(8, 8, 3, 3), None, None, None, None, None) * 2
     with pytest.raises(ValueError, match="expected six tensors for each unit"):

@@ -8,6 +8,7 @@
 #include "residual_block/convolution.h"
 #include "residual_block/launch.h"
 #include "residual_block/residual_block.h"
+#include "residual_block/units.h"
 #include "shortcut_grad/shortcut_grad.h"
 
 namespace fusedres {
@@ -26,6 +27,9 @@ class Backward {
   std::vector<Tensor> run() {
     const size_t last = block_.last();
     Tensor grad_projection;
+    for (size_t index = last; index < block_.units.size(); ++index) {
+      if (block_.recomputes(index)) saved_.outputs[index] = recompute(index);
+    }
     const bool one_pass = block_.one_pass_last || block_.one_pass_projection;
     Tensor grad = one_pass ? tail_one_pass(&grad_projection) : tail(&grad_projection);
     Tensor shortcut;
@@ -75,11 +79,21 @@ class Backward {
     if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = std::move(sum);
   }
 
-  // A branch that enters the last ReLU. Its gradient overwrites the raw output if that is donated.
+  // Returns the raw output of the last unit or of the projection once more.
+  Tensor recompute(size_t index) const {
+    const Tensor& weight = saved_.params[kUnitParams * index];
+    const ConvBn& unit = block_.units[index];
+    if (index > block_.last()) return project(saved_.x, unit, weight, block_.threads);
+    if (index == 0) return fusedres::convolution(saved_.x, weight, unit.convolution, block_.threads);
+    const Tensor h = bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], Tensor(), block_.threads);
+    return fusedres::convolution(h, weight, unit.convolution, block_.threads);
+  }
+
+  // A branch that enters the last ReLU. Its gradient overwrites the raw output if that is donated or was recomputed.
   BnBranch branch(size_t index, Tensor* grad) {
     Tensor& y = saved_.outputs[index];
     const void* x = y.data();
-    *grad = saved_.donated ? std::move(y) : aten::empty_like(y);
+    *grad = saved_.donated || block_.recomputes(index) ? std::move(y) : aten::empty_like(y);
     return {x, saved_.states[index].data(), grad->data(), block_.units[index].batch_statistics};
   }
 
@@ -87,7 +101,7 @@ class Backward {
   Tensor tail(Tensor* grad_projection) {
     const size_t last = block_.last();
     const size_t end = block_.units.size() - 1;
-    const Shape shape = saved_.outputs[last].shape();
+    const Shape shape = saved_.grad_out.shape();
     const Tensor sums = empty_sums(last);
     Tensor grad;
     BnAddReluBackwardParams params{};
@@ -286,7 +300,7 @@ bool serves_unit(const ResidualBlock& block, const ResidualBlockBackward& saved,
     if (!matches(one_pass.pivot, state, {input.channels})) return false;
     if (!matches(one_pass.total, aten::torch_dtype(DType::kFloat64), {input.channels})) return false;
     if (!matches(one_pass.projected, state, {channels, input.channels})) return false;
-  } else {
+  } else if (!block.recomputes(index)) {
     const Tensor& y = saved.outputs[index];
     if (!y.defined() || y.torch_dtype() != dtype || !y.is_channels_last() || !y.in_memory()) return false;
     if (!(y.shape() == *output)) return false;

@@ -150,6 +150,7 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
     }
     const bool read = index < last && !block.one_pass(index + 1);
     h = read ? bn_relu_of(y, state, std::move(h), threads) : Tensor();
+    if (block.recomputes(index)) out = std::move(y);
     outputs.push_back(std::move(y));
     states.push_back(std::move(state));
   }
@@ -163,20 +164,23 @@ ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock
       projected = one_pass(x, nullptr, stride, unit, tensors.back(), threads, &state, &result.projection);
       outputs.emplace_back();
     } else {
-      outputs.push_back(project(x, unit, tensors.back().conv_weight, threads));
-      state = unit_state(&outputs.back(), dtype, unit, tensors.back(), threads);
+      Tensor y = project(x, unit, tensors.back().conv_weight, threads);
+      state = unit_state(&y, dtype, unit, tensors.back(), threads);
+      if (block.recompute_projection) projected = std::move(y);
+      outputs.push_back(std::move(y));
     }
     states.push_back(std::move(state));
-    shortcut = {block.one_pass_projection ? &projected : &outputs.back(), &states.back(), 1};
+    shortcut = {projected.defined() ? &projected : &outputs.back(), &states.back(), 1};
   }
 
-  const Tensor& y = block.one_pass_last ? out : outputs[last];
+  const Tensor& y = out.defined() ? out : outputs[last];
   const Shape shape = y.shape();
   result.mask = aten::empty({shape.batch, shape.height, shape.width, (shape.channels + 7) / 8}, aten::torch_uint8());
-  if (block.one_pass_last) {
+  // The result takes the memory of a raw output that is not saved, if there is one.
+  if (out.defined()) {
     tail(y, states[last], shortcut, y.data(), result.mask.data(), threads);
     result.out = std::move(out);
-  } else if (block.one_pass_projection) {
+  } else if (projected.defined()) {
     tail(projected, states.back(), {&y, &states[last], 1}, projected.data(), result.mask.data(), threads);
     result.out = std::move(projected);
   } else {

@@ -34,10 +34,15 @@ struct ResidualBlock {
   int64_t pad_stride;        // of an identity or zero-padded shortcut
   bool one_pass_last;        // the statistics of the last unit are computed before its convolution
   bool one_pass_projection;  // those of the projection
+  bool recompute_last;       // the last unit's convolution runs again in backward instead of saving its output
+  bool recompute_projection;
   int threads;
 
   size_t last() const { return units.size() - 1 - (projection ? 1 : 0); }
   bool one_pass(size_t index) const { return index == last() ? one_pass_last : index > last() && one_pass_projection; }
+  bool recomputes(size_t index) const {
+    return index == last() ? recompute_last : index > last() && recompute_projection;
+  }
 };
 
 // What a one-pass unit saves instead of the output of its convolution.
@@ -59,7 +64,7 @@ struct UnitTensors {
 struct ResidualBlockForward {
   aten::Tensor out;
   aten::Tensor mask;                  // packed bits of the last ReLU
-  std::vector<aten::Tensor> outputs;  // raw outputs of the convolutions in the units' order; undefined if one-pass
+  std::vector<aten::Tensor> outputs;  // raw outputs of the convolutions in the units' order; undefined if not saved
   std::vector<aten::Tensor> states;   // (4, C) of the BatchNorms
   OnePass last;
   OnePass projection;

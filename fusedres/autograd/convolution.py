@@ -34,6 +34,15 @@ def convolution(h: Tensor, weight: Tensor, unit: ConvBN, backend: str, *, subsam
     return y
 
 
+def convolution_of(h: Raw, weight: Tensor, unit: ConvBN, backend: str, *, projects: bool) -> Tensor:
+    """Return conv(h.y), with a state conv(relu(BN(h.y))); projects: the unit is a projection."""
+    subsampled = unit.subsamples and projects
+    source = h.y
+    if h.state is not None or subsampled:
+        source = launches(backend).bn_relu(h.y, h.state, None, unit.stride[0] if subsampled else 1)
+    return convolution(source, weight, unit, backend, subsampled=subsampled)
+
+
 def convolution_backward(
     grad: Tensor,
     h: Raw,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import one_pass
-from fusedres.autograd.convolution import convolution
+from fusedres.autograd.convolution import convolution_of
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, Branch, ConvBN, Inputs, Saved, Tensors, norm_of
 from fusedres.autograd.synchronised import synchronised_state
 from fusedres.ops.launch import Launches, direct, launches
@@ -58,7 +58,7 @@ class Forward:
         self.entry = in_dtype(inputs.x, plan.dtype)
         self.shortcut_entry = self.entry if inputs.other is None else in_dtype(inputs.other, plan.dtype)
         self.weights = own_weights(plan, tensors, self.launch)
-        # What one-pass units leave for the tail: their raw outputs, or their folded products that are still to run.
+        # What the ends leave for the tail and do not save: raw outputs, or folded products that are still to run.
         self._outputs: dict[int, Tensor] = {}
         self._products: dict[int, Folded] = {}
 
@@ -98,11 +98,8 @@ class Forward:
         if unit.own.fprop:
             y: Tensor = self.launch.conv_fprop(h, self.weight(index), unit.geometry, False)[0]
             return y
-        subsampled = unit.subsamples and index == len(self.plan.units)
-        source = h.y
-        if h.state is not None or subsampled:
-            source = self.launch.bn_relu(h.y, h.state, None, unit.stride[0] if subsampled else 1)
-        return convolution(source, self.weight(index), unit, self.plan.backend, subsampled=subsampled)
+        projects = index == len(self.plan.units)
+        return convolution_of(h, self.weight(index), unit, self.plan.backend, projects=projects)
 
     def _conv_bn(self, h: Raw, index: int) -> Branch:
         """Run a convolution, and compute its BatchNorm's state."""
@@ -117,7 +114,11 @@ class Forward:
         """Run the end of a branch: an ordinary convolution, or a one-pass unit."""
         plan = self.plan
         if not plan.is_one_pass(index):
-            return self._conv_bn(h, index)
+            branch = self._conv_bn(h, index)
+            if not plan.recomputes(index) or branch.y is None:
+                return branch
+            self._outputs[index] = branch.y
+            return Branch(None, branch.state)
         unit, weight = plan.all_units[index], self.tensors[index * UNIT_TENSORS]
         assert weight is not None
         norm = norm_of(self.tensors, index, unit)

@@ -66,6 +66,7 @@ class BlockPlan(NamedTuple):
     projection: ConvBN | None
     pad_stride: int  # stride of an identity or zero-padded shortcut
     one_pass: tuple[bool, bool]  # last unit, projection: statistics before the convolution
+    recompute: tuple[bool, bool]  # the same two: their convolution runs again in backward, and its output is not saved
     infer_images: int  # images that inference takes through the whole block at a time
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else the input's
     backend: str
@@ -94,6 +95,11 @@ class BlockPlan(NamedTuple):
         """Whether a unit computes its statistics before its convolution runs."""
         last = len(self.units) - 1
         return index >= last and self.one_pass[index - last]
+
+    def recomputes(self, index: int) -> bool:
+        """Whether a unit's convolution runs again in backward."""
+        last = len(self.units) - 1
+        return index >= last and self.recompute[index - last]
 
 
 class StemPlan(NamedTuple):
@@ -125,7 +131,7 @@ class OnePass(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """The end of a branch: the raw convolution output (None where one-pass), its state, its one-pass tensors."""
+    """The end of a branch: the raw convolution output (None if it is not saved), its state, its one-pass tensors."""
 
     y: Tensor | None
     state: Tensor

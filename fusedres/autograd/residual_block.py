@@ -5,7 +5,8 @@ For units F_1 … F_n of convolution + BatchNorm and a shortcut S (He et al. 201
     h_0 = x;  y_i = conv_i(h_{i-1});  h_i = relu(BN_i(y_i)) for i < n;  out = relu(BN_n(y_n) + S(x))
 
 Saved: x, the raw y_i, each BatchNorm's (4, C) state, and one bit per element for the last ReLU. The h_i are recomputed
-in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y.
+in backward. A one-pass unit (ops.one_pass) saves W·Cov and two vectors instead of its y; others may run their
+convolution again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fusedres.autograd.inference import infer
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import dense, require_memory, statistics_kept_on_error
 from fusedres.autograd.plan import UNIT_PARAMS, UNIT_TENSORS, BlockPlan, Inputs, Saved, Tensors
+from fusedres.autograd.recompute import with_outputs
 from fusedres.autograd.saved import check_saved
 from fusedres.autograd.synchronised_backward import SynchronisedBackward
 
@@ -167,7 +169,11 @@ def _backward(
     saved = Saved.of([mask, *(as_saved(tensor) for tensor in rest)], plan)
     check_saved(saved, grad_out, inputs, params, plan)
     passes = SynchronisedBackward if plan.synchronised else Backward
-    run = passes(grad_out, inputs, plan, params, saved, needs, donated).run
+
+    def run() -> list[Tensor | None]:
+        whole = with_outputs(saved, inputs, plan, params)
+        return passes(grad_out, inputs, plan, params, whole, needs, donated).run()
+
     kind = x.device.type
     if torch.compiler.is_compiling() or x.is_meta or not torch.is_autocast_enabled(kind):
         return run()

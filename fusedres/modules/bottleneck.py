@@ -21,7 +21,7 @@ class FusedBottleneck(FusedBlock, Bottleneck):
 
     Saved for backward: x, the raw convolution outputs, and one bit per element. With memory="min" the outputs of conv3
     and the projection, the largest tensors, are not saved if there are at least 16 rows per input channel
-    (ops.one_pass).
+    (ops.one_pass); in 16 bits on a CPU they are computed again in backward.
 
     Raises:
         ValueError, TypeError, RuntimeError: wrong channels, shape, dtype or device; nothing is updated then.

@@ -159,16 +159,17 @@ def own_products(conv: str, backend: str, groups: int, kernel: tuple[int, int], 
     return _OWN if conv == "fused" else LIBRARY
 
 
-def one_pass_units(
+def unsaved_ends(
     wanted: bool,
     units: list[ConvBN],
     projection: ConvBN | None,
     tensors: list[Tensor | None],
     shape: tuple[int, int, int, int],
 ) -> tuple[bool, bool]:
-    """Return whether the last unit and the projection compute their statistics before the convolution (ops.one_pass).
+    """Return whether the last unit and the projection do not save their convolution's output.
 
-    The last unit can with stride 1 only: its gradient reaches every pixel of its input.
+    They compute their statistics before the convolution (ops.one_pass), which the last unit can with stride 1 only, as
+    its gradient reaches every pixel of its input; or run the convolution again in backward.
 
     wanted: memory="min" asks for it, or the measured way has it. "auto" does not use it otherwise: on two cores at
     batch 8, a Bottleneck's training step took 0.95 to 1.08 of the ordinary time at 56x56 and 28x28.

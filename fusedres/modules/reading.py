@@ -12,7 +12,7 @@ from fusedres.autograd import BlockPlan, ConvBN, StemPlan, suggests_channels_las
 from fusedres.dispatch import LIBRARY, Way
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.modules.anatomy import Anatomy, Unit, ZeroPad
-from fusedres.modules.choice import images_at_a_time, one_pass_units, own_products
+from fusedres.modules.choice import images_at_a_time, own_products, unsaved_ends
 from fusedres.ops._sizes import FLOATING
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -98,10 +98,12 @@ def read_block(given: Input, anatomy: Anatomy, memory: str) -> tuple[BlockPlan, 
             f"{op}: the shortcut must have shape {shape} like the residual branch, got {reached}; "
             "give the block a downsample (1x1 convolution + BatchNorm, or ZeroPadShortcut) that reaches it"
         )
-    wants_one_pass = _wants_one_pass(given, memory) and not anatomy.chained
-    one_pass = one_pass_units(wants_one_pass, units, projection, tensors, shape)
+    ends = unsaved_ends(_saves_less(given, memory) and not anatomy.chained, units, projection, tensors, shape)
+    one_pass, recompute = (_NEITHER, ends) if _recomputes(given) else (ends, _NEITHER)
     images = images_at_a_time(x, shape)
-    plan = BlockPlan(tuple(units), projection, pad_stride, one_pass, images, given.dtype, given.backend, channels_last)
+    plan = BlockPlan(
+        tuple(units), projection, pad_stride, one_pass, recompute, images, given.dtype, given.backend, channels_last
+    )
     if given.other is not None or anatomy.chained:
         plan = plan._replace(reads="none" if anatomy.chained else "other", in_cpp=False)
     elif anatomy.synchronised:
@@ -119,7 +121,18 @@ def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors] | str:
     return StemPlan(found.unit, given.dtype, given.backend, found.channels_last), found.tensors
 
 
-def _wants_one_pass(given: Input, memory: str) -> bool:
+_NEITHER = (False, False)
+
+
+def _recomputes(given: Input) -> bool:
+    """Return whether an output that is not saved is computed again, instead of its statistics before it (one-pass).
+
+    On a CPU that takes less time in 16 bits: one-pass gradients need products in float32.
+    """
+    return given.backend == "cpu" and given.dtype.itemsize == 2
+
+
+def _saves_less(given: Input, memory: str) -> bool:
     return memory == "min" or (given.way is not None and given.way.one_pass and given.conv == "auto")
 
 
