@@ -282,8 +282,9 @@ PYBIND11_MODULE(_C, m) {
       release);
 
   m.def("packed_size", &packed_size);
-  m.def("own_is_faster",
-        [](const ConvolutionMap& map, int purpose) { return own_is_faster(map, static_cast<Purpose>(purpose)); });
+  m.def("fastest_method", [](const ConvolutionMap& map, int dtype, int purpose) {
+    return static_cast<int>(fastest_method(map, static_cast<DType>(dtype), static_cast<Purpose>(purpose)));
+  });
   m.def("takes_winograd", &takes_winograd);
   m.def("winograd_is_faster", &winograd_is_faster);
 

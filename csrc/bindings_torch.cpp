@@ -151,7 +151,7 @@ std::vector<UnitTensors> unit_tensors_of(const py::tuple& tensors, const Residua
 py::object forward(const py::object& x, const py::tuple& plan, const py::tuple& tensors, int threads) {
   const ResidualBlock block = block_of(plan, threads);
   const Tensor source = tensor_of(x.ptr());
-  const std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
+  std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
   if (!serves(source, block, units)) return py::none();
   ResidualBlockForward result;
   {
@@ -178,7 +178,7 @@ py::object forward(const py::object& x, const py::tuple& plan, const py::tuple& 
 py::object infer(const py::object& x, const py::tuple& plan, const py::tuple& tensors, int threads) {
   const ResidualBlock block = block_of(plan, threads);
   const Tensor source = tensor_of(x.ptr());
-  const std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
+  std::vector<UnitTensors> units = unit_tensors_of(tensors, block);
   if (!serves(source, block, units)) return py::none();
   const int64_t images = integer(field(plan, kInferImages));
   std::vector<Tensor> result;

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,36 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[half] += 120
             Image.fromarray(pixels).save(root / label / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count how often each pass is served in C++."""
+    from fusedres.autograd import cpu_passes
+
+    counts = dict.fromkeys(("forward", "infer", "backward"), 0)
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found = function(*args)
+            counts[name] += found is not None
+            return found
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(cpu_passes, name, counted(name, getattr(cpu_passes, name)))
+    return counts
+
+
+@pytest.fixture
+def in_python(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return a function that runs another function with the passes in Python."""
+    from fusedres.autograd import cpu_passes
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_passes, "_serves", lambda x, plan: False)
+            return function(*args)
+
+    return call

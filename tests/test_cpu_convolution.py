@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conv_inputs import CONVOLUTIONS, assert_conv_near, inputs
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedres import _C
 from fusedres.kernels import cpu_convolution
-from fusedres.kernels.cpu_convolution import Purpose
+from fusedres.kernels.cpu_convolution import Method, Purpose
 from fusedres.values import Geometry, Raw
 
 # A large padding, which no convolution of the gradient can undo; and many channels.
@@ -97,6 +99,29 @@ def test_pointwise_and_strided_convolutions_are_onednns_with_avx512(purpose):
     pointwise, strided = Geometry((1, 1), (0, 0), (1, 1)), DENSE_3X3._replace(stride=(2, 2))
     assert is_faster((8, 64, 56, 56), (256, 64, 1, 1), purpose, pointwise) is own
     assert is_faster((8, 128, 56, 56), (128, 128, 3, 3), purpose, strided) is own
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="says what the processor supports")
+def test_products_in_bfloat16():
+    """Products of matrices run where oneDNN would reorder a large weight for few pixels, or form a slow gradient."""
+    supported = ISA == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    pointwise = Geometry((1, 1), (0, 0), (1, 1))
+
+    def is_product(x, weight, purpose, geometry):
+        found = cpu_convolution.fastest_method(x, weight, geometry, torch.bfloat16, 1, purpose)
+        assert found in (Method.PRODUCT, Method.LIBRARY) and (supported or found is Method.LIBRARY)
+        return found is Method.PRODUCT
+
+    for x, weight, geometry, products in (
+        ((8, 512, 7, 7), (2048, 512, 1, 1), pointwise, set(Purpose) - {Purpose.FROZEN}),
+        ((8, 256, 14, 14), (1024, 256, 1, 1), pointwise, {Purpose.WEIGHT_GRADIENT}),
+        ((8, 64, 56, 56), (256, 64, 1, 1), pointwise, set()),
+        ((8, 512, 7, 7), (512, 512, 3, 3), DENSE_3X3, {Purpose.WEIGHT_GRADIENT}),
+        ((8, 256, 14, 14), (256, 256, 3, 3), DENSE_3X3, set()),
+        ((0, 512, 7, 7), (2048, 512, 1, 1), pointwise, set()),
+    ):
+        found = {purpose for purpose in Purpose if is_product(x, weight, purpose, geometry)}
+        assert found == (products if supported else set())
 
 
 def test_few_pixels_do_not_pay_for_packing():

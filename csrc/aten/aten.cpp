@@ -31,6 +31,7 @@ using Error = int32_t;
   X(empty_strided, Error, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))            \
   X(clone, Error, (Handle, Handle*))                                                                                \
   X(copy_, Error, (Handle, Handle, int32_t))                                                                        \
+  X(cpu_mm_out, Error, (Handle, Handle, Handle))                                                                    \
   X(cpu_convolution, Error,                                                                                         \
     (Handle, Handle, Handle*, const int64_t*, int64_t, const int64_t*, int64_t, const int64_t*, int64_t, int32_t,   \
      const int64_t*, int64_t, int64_t, Handle*))                                                                    \
@@ -281,6 +282,16 @@ void copy(const Tensor& target, const Tensor& source) {
   check(torch.call.copy_(target.get(), source.get(), 0), "copy_");
 }
 
+Tensor converted(const Tensor& tensor, int32_t dtype) {
+  Tensor result = empty_strided(tensor.dim(), tensor.sizes(), tensor.strides(), dtype);
+  copy(result, tensor);
+  return result;
+}
+
+Tensor in_dtype(Tensor tensor, int32_t dtype) {
+  return tensor.torch_dtype() == dtype ? std::move(tensor) : converted(tensor, dtype);
+}
+
 Tensor to_channels_last(Tensor tensor) {
   if (tensor.is_channels_last()) return tensor;
   Tensor result = empty_channels_last(tensor.shape(), tensor.torch_dtype());
@@ -300,6 +311,20 @@ Tensor images(const Tensor& x, int64_t begin, int64_t count) {
   const int64_t sizes[4] = {count, s.channels, s.height, s.width};
   const int64_t strides[4] = {image, 1, s.channels * s.width, s.channels};
   return view(x, 4, sizes, strides, begin * image);
+}
+
+Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+  return view(tensor, 2, sizes, strides, 0);
+}
+
+Tensor transposed(const Tensor& tensor, int64_t rows, int64_t columns) {
+  const int64_t sizes[2] = {columns, rows}, strides[2] = {1, columns};
+  return view(tensor, 2, sizes, strides, 0);
+}
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  check(torch.call.cpu_mm_out(out.get(), a.get(), b.get()), "mm_out");
 }
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& p, const Tensor& bias) {

@@ -78,9 +78,18 @@ Tensor empty_channels_last(const Shape& shape, int32_t torch_dtype);  // in huge
 Tensor empty_like(const Tensor& tensor);  // the tensor must be dense and have four dimensions
 Tensor clone(const Tensor& tensor);
 void copy(const Tensor& target, const Tensor& source);
+Tensor converted(const Tensor& tensor, int32_t torch_dtype);
+Tensor in_dtype(Tensor tensor, int32_t torch_dtype);           // returns the tensor itself if it has the dtype
 Tensor to_channels_last(Tensor tensor);                        // returns the tensor itself if it is channels_last
 Tensor row(const Tensor& matrix, int64_t index);               // a view of a contiguous matrix
 Tensor images(const Tensor& x, int64_t begin, int64_t count);  // a view of a channels_last tensor
+
+// Views of the elements of a dense tensor as a matrix: row by row, and the transpose of that.
+Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns);
+Tensor transposed(const Tensor& tensor, int64_t rows, int64_t columns);
+
+// Torch's product of matrices: out = a·b.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b);
 
 struct ConvolutionParams {
   int64_t stride[2];

@@ -41,4 +41,16 @@ const char* isa_name(Isa isa) {
   }
 }
 
+bool multiplies_bfloat16() {
+#if FUSEDRES_X86
+  static const bool found = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+  }();
+  return found && current_isa() == Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
 }  // namespace fusedres

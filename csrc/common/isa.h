@@ -18,6 +18,7 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa best_isa();     // what the processor supports
 Isa current_isa();  // best_isa() unless FUSEDRES_ISA=portable|avx2|avx512 asks for a lower one
 const char* isa_name(Isa isa);
+bool multiplies_bfloat16();  // whether the processor has instructions for products of bfloat16
 
 // Picks the function for the current instruction set.
 template <class F>

@@ -38,11 +38,28 @@ bool is_faster_with_avx512(const ConvolutionMap& map, Purpose purpose) {
   return false;
 }
 
-}  // namespace
-
+// Whether this package's kernel is faster than oneDNN's in float32.
 bool own_is_faster(const ConvolutionMap& map, Purpose purpose) {
   if (current_isa() == Isa::kPortable || !is_covered(map) || !has_many_pixels(map, purpose)) return false;
   return current_isa() == Isa::kAvx2 || is_faster_with_avx512(map, purpose);
+}
+
+// Whether a product of matrices is faster than oneDNN's convolution in bfloat16. It needs no reordered weight, which
+// shows if the weight is large and the pixels are few, and oneDNN's gradients of weights are slow.
+bool product_is_faster(const ConvolutionMap& map, Purpose purpose) {
+  constexpr int64_t kManyRows = 8192, kWeightsARow = 640, kWeightsAGatheredRow = 100;
+  const int64_t rows = map.out_pixels(), weights = map.channels * map.out_channels;
+  if (!multiplies_bfloat16() || !is_covered(map) || rows == 0 || purpose == Purpose::kFrozen) return false;
+  if (purpose != Purpose::kWeightGradient) return map.is_pointwise() && weights >= kWeightsARow * rows;
+  return map.is_pointwise() ? rows <= kManyRows : weights >= kWeightsAGatheredRow * rows;
+}
+
+}  // namespace
+
+Method fastest_method(const ConvolutionMap& map, DType dtype, Purpose purpose) {
+  if (dtype == DType::kFloat32 && own_is_faster(map, purpose)) return Method::kOwn;
+  if (dtype == DType::kBFloat16 && product_is_faster(map, purpose)) return Method::kProduct;
+  return Method::kLibrary;
 }
 
 bool takes_winograd(const ConvolutionMap& map) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/convolution_map.h"
+#include "common/dtype.h"
 
 namespace fusedres {
 
@@ -12,10 +13,15 @@ enum class Purpose : int {
   kWeightGradient = 3,
 };
 
-// Whether this package's kernels (packed_convolution; for gradients of weights conv_wgrad) were measured to be faster
-// than oneDNN's on a processor like this one, for a float32 convolution without groups. The map is that of the forward
-// pass. benchmarks/bench_convolution.py measures it.
-bool own_is_faster(const ConvolutionMap& map, Purpose purpose);
+enum class Method : int {
+  kLibrary = 0,  // oneDNN's convolution
+  kOwn = 1,      // packed_convolution; for gradients of weights conv_wgrad
+  kProduct = 2,  // torch's product of matrices
+};
+
+// How a convolution without groups was measured to be fastest on a processor like this one. The map is that of the
+// forward pass. benchmarks/bench_convolution.py measures it.
+Method fastest_method(const ConvolutionMap& map, DType dtype, Purpose purpose);
 
 // Whether packed_convolution can run a convolution by Winograd's algorithm: 3x3 taps side by side, and not few
 // channels.

@@ -22,7 +22,7 @@ constexpr size_t kUnitParams = 3;  // conv weight, BN weight, BN bias
 class Backward {
  public:
   Backward(const ResidualBlock& block, ResidualBlockBackward& saved)
-      : block_(block), saved_(saved), grads_(saved.needs.size()) {}
+      : block_(block), saved_(saved), grads_(saved.needs.size()), rounded_(block.units.size()) {}
 
   std::vector<Tensor> run() {
     const size_t last = block_.last();
@@ -75,18 +75,32 @@ class Backward {
 
   // Sets the gradients of BatchNorm's weight (row `dot` of the sums, Σd·x̂) and of its bias (sum, Σd).
   void set_norm_grads(size_t index, const Tensor& sums, int64_t dot, Tensor sum) {
-    if (saved_.needs[slot(index) + 1]) grads_[slot(index) + 1] = aten::row(sums, dot);
-    if (saved_.needs[slot(index) + 2]) grads_[slot(index) + 2] = std::move(sum);
+    if (saved_.needs[slot(index) + 1]) set_grad(slot(index) + 1, aten::row(sums, dot));
+    if (saved_.needs[slot(index) + 2]) set_grad(slot(index) + 2, std::move(sum));
+  }
+
+  // Sets the gradient of a parameter, in its dtype. A BatchNorm without this parameter has no dtype for it.
+  void set_grad(size_t slot, Tensor grad) {
+    const Tensor& parameter = saved_.params[slot - 1];
+    grads_[slot] = parameter.defined() ? aten::in_dtype(std::move(grad), parameter.torch_dtype()) : std::move(grad);
+  }
+
+  // The weight of a unit's convolution, rounded to the dtype of x.
+  const Tensor& weight(size_t index) {
+    const Tensor& given = saved_.params[kUnitParams * index];
+    const int32_t dtype = saved_.x.torch_dtype();
+    if (given.torch_dtype() == dtype) return given;
+    if (!rounded_[index].defined()) rounded_[index] = aten::converted(given, dtype);
+    return rounded_[index];
   }
 
   // Returns the raw output of the last unit or of the projection once more.
-  Tensor recompute(size_t index) const {
-    const Tensor& weight = saved_.params[kUnitParams * index];
+  Tensor recompute(size_t index) {
     const ConvBn& unit = block_.units[index];
-    if (index > block_.last()) return project(saved_.x, unit, weight, block_.threads);
-    if (index == 0) return fusedres::convolution(saved_.x, weight, unit.convolution, block_.threads);
+    if (index > block_.last()) return project(saved_.x, unit, weight(index), block_.threads);
+    if (index == 0) return fusedres::convolution(saved_.x, weight(index), unit.convolution, block_.threads);
     const Tensor h = bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], Tensor(), block_.threads);
-    return fusedres::convolution(h, weight, unit.convolution, block_.threads);
+    return fusedres::convolution(h, weight(index), unit.convolution, block_.threads);
   }
 
   // A branch that enters the last ReLU. Its gradient overwrites the raw output if that is donated or was recomputed.
@@ -234,10 +248,9 @@ class Backward {
   // Returns the gradient of the input if needed, and writes that of the weight to its slot.
   Tensor convolution(size_t index, const aten::ConvolutionParams& params, const Tensor& grad,
                      const ConvolutionInput& input, bool need_input) {
-    const Tensor& weight = saved_.params[kUnitParams * index];
-    auto [grad_input, grad_weight] =
-        convolution_backward(grad, input, weight, params, {need_input, saved_.needs[slot(index)]}, block_.threads);
-    grads_[slot(index)] = std::move(grad_weight);
+    const ConvolutionNeeds needs{need_input, saved_.needs[slot(index)]};
+    auto [grad_input, grad_weight] = convolution_backward(grad, input, weight(index), params, needs, block_.threads);
+    if (needs.weight) set_grad(slot(index), std::move(grad_weight));
     return std::move(grad_input);
   }
 
@@ -268,6 +281,7 @@ class Backward {
   const ResidualBlock& block_;
   ResidualBlockBackward& saved_;
   std::vector<Tensor> grads_;
+  std::vector<Tensor> rounded_;  // weights
 };
 
 }  // namespace
@@ -289,7 +303,9 @@ bool serves_unit(const ResidualBlock& block, const ResidualBlockBackward& saved,
   const ConvBn& unit = block.units[index];
   const Tensor& weight = saved.params[kUnitParams * index];
   if (!is_sound(unit)) return false;
-  if (!weight.defined() || weight.torch_dtype() != dtype || weight.dim() != 4 || !weight.in_memory()) return false;
+  // Parameters have the dtype of x or, if that has 16 bits, may have float32, which is then the dtype of the state too.
+  const auto fits = [&](int32_t found) { return found == dtype || found == state; };
+  if (!weight.defined() || !fits(weight.torch_dtype()) || weight.dim() != 4 || !weight.in_memory()) return false;
   const int64_t channels = weight.sizes()[0];
   if (unit.pixelwise && (weight.sizes()[2] != 1 || weight.sizes()[3] != 1)) return false;
   if (weight.sizes()[1] * unit.convolution.groups != input.channels) return false;
@@ -308,7 +324,7 @@ bool serves_unit(const ResidualBlock& block, const ResidualBlockBackward& saved,
   if (!matches(saved.states[index], state, {4, channels})) return false;
   for (size_t i = 1; i < kUnitParams; ++i) {
     const Tensor& vector = saved.params[kUnitParams * index + i];
-    if (vector.defined() && !matches(vector, state, {channels})) return false;
+    if (vector.defined() && !matches(vector, state, {channels}) && !matches(vector, dtype, {channels})) return false;
   }
   return true;
 }

@@ -4,6 +4,7 @@
 
 #include "conv_wgrad/conv_wgrad.h"
 #include "residual_block/launch.h"
+#include "residual_block/product.h"
 
 namespace fusedres {
 namespace {
@@ -101,8 +102,9 @@ bool takes_own(const Tensor& weight, const ConvolutionParams& params) {
   return weight.dtype() == DType::kFloat32 && params.groups == 1;
 }
 
-bool prefers_own(const Tensor& weight, const ConvolutionParams& params, const Shape& input, Purpose purpose) {
-  return takes_own(weight, params) && own_is_faster(with_input(weight_map(weight, params), input), purpose);
+Method method_for(const Tensor& weight, const ConvolutionParams& params, const Shape& input, Purpose purpose) {
+  if (params.groups != 1) return Method::kLibrary;
+  return fastest_method(with_input(weight_map(weight, params), input), weight.dtype(), purpose);
 }
 
 Panels pack(const Tensor& weight, const ConvolutionParams& params, const Shape& input, const float* scale,
@@ -128,7 +130,9 @@ Tensor convolution(const Tensor& x, const Panels& weight, const Epilogue& epilog
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const ConvolutionParams& params, int threads,
                    const Tensor& bias) {
-  if (!prefers_own(weight, params, x.shape(), Purpose::kForward)) return aten::convolution(x, weight, params, bias);
+  const Method method = method_for(weight, params, x.shape(), Purpose::kForward);
+  if (method == Method::kProduct && !bias.defined() && weight.is_matrix()) return product(x, weight);
+  if (method != Method::kOwn) return aten::convolution(x, weight, params, bias);
   const Tensor none = bias.defined() ? Tensor() : zeros(weight.sizes()[0]);
   const auto* start = static_cast<const float*>(bias.defined() ? bias.data() : none.data());
   return convolution(x, pack(weight, params, x.shape(), nullptr, threads), {start}, threads);
@@ -138,18 +142,30 @@ std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Convolu
                                                const ConvolutionParams& params, ConvolutionNeeds needs, int threads) {
   const Shape shape = input.y.shape();
   Tensor grad_weight, grad_input;
-  if (needs.weight && is_dense(weight) && prefers_own(weight, params, shape, Purpose::kWeightGradient)) {
+  if (needs.input) {
+    const Method method = method_for(weight, params, shape, Purpose::kInputGradient);
+    if (method == Method::kOwn && turns(params, weight)) {
+      grad_input = own_input_gradient(grad, shape, weight, params, threads);
+    } else if (method == Method::kProduct && weight.is_matrix()) {
+      grad_input = product_input_gradient(grad, weight);
+    }
+  }
+  const Method method =
+      needs.weight && is_dense(weight) ? method_for(weight, params, shape, Purpose::kWeightGradient) : Method::kLibrary;
+  if (method == Method::kOwn) {
     grad_weight = own_weight_gradient(grad, input, weight, params, threads);
     needs.weight = false;
   }
-  if (needs.input && turns(params, weight) && prefers_own(weight, params, shape, Purpose::kInputGradient)) {
-    grad_input = own_input_gradient(grad, shape, weight, params, threads);
-    needs.input = false;
-  }
+  needs.input = needs.input && !grad_input.defined();
   const Tensor* source = &input.y;  // of which only the shape is read if the weight's gradient is not needed
   if (needs.weight && input.state != nullptr) {
     *input.room = bn_relu_of(input.y, *input.state, std::move(*input.room), threads);
     source = input.room;
+  }
+  if (method == Method::kProduct) {
+    grad_weight =
+        product_weight_gradient(grad, *source, weight, with_input(weight_map(weight, params), shape), threads);
+    needs.weight = false;
   }
   auto found = aten::convolution_backward(grad, *source, weight, params, needs.input, needs.weight);
   return {needs.input ? std::move(found.first) : std::move(grad_input),

@@ -13,9 +13,9 @@ namespace fusedres {
 // Whether this package's kernels take a convolution of this weight: of float32, and without groups.
 bool takes_own(const aten::Tensor& weight, const aten::ConvolutionParams& params);
 
-// Whether they do, and are faster for an input of this shape.
-bool prefers_own(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& input,
-                 Purpose purpose);
+// How a convolution of this weight is fastest for an input of this shape.
+Method method_for(const aten::Tensor& weight, const aten::ConvolutionParams& params, const aten::Shape& input,
+                  Purpose purpose);
 
 // A float32 weight in the order in which packed_convolution reads it.
 struct Panels {

@@ -80,12 +80,15 @@ class KeptStatistics {
 namespace {
 
 // Whether the passes accept the tensors of a unit with an input of shape `input`. Writes the shape of its output to
-// `output`. All tensors of a BatchNorm must have one dtype: that of the convolution, or float32 after a 16-bit
-// convolution.
+// `output`. The weight and all tensors of a BatchNorm must have the dtype of the input, or float32 if that has 16 bits.
 bool serves_unit(const ConvBn& unit, const UnitTensors& tensors, int32_t dtype, const Shape& input, Shape* output) {
   const Tensor& weight = tensors.conv_weight;
   if (!is_sound(unit)) return false;
-  if (!weight.defined() || weight.torch_dtype() != dtype || weight.dim() != 4 || !weight.in_memory()) return false;
+  const bool wide = dtype == aten::torch_dtype(DType::kFloat32) || dtype == aten::torch_dtype(DType::kFloat64);
+  const auto fits = [&](int32_t found) {
+    return found == dtype || (!wide && found == aten::torch_dtype(DType::kFloat32));
+  };
+  if (!weight.defined() || !fits(weight.torch_dtype()) || weight.dim() != 4 || !weight.in_memory()) return false;
   const int64_t channels = weight.sizes()[0];
   if (unit.pixelwise && (weight.sizes()[2] != 1 || weight.sizes()[3] != 1)) return false;
   if (weight.sizes()[1] * unit.convolution.groups != input.channels || channels % unit.convolution.groups != 0) {
@@ -100,8 +103,7 @@ bool serves_unit(const ConvBn& unit, const UnitTensors& tensors, int32_t dtype, 
     if ((norm != -1 && found != norm) || !vector->is_vector(channels) || !vector->in_memory()) return false;
     norm = found;
   }
-  const bool wide = dtype == aten::torch_dtype(DType::kFloat32) || dtype == aten::torch_dtype(DType::kFloat64);
-  if (norm != -1 && norm != dtype && (wide || norm != aten::torch_dtype(DType::kFloat32))) return false;
+  if (norm != -1 && !fits(norm)) return false;
   const Tensor& batches = tensors.num_batches_tracked;
   if (batches.defined() && (batches.torch_dtype() != aten::torch_int64() || batches.dim() != 0)) return false;
   return batches.in_memory();
@@ -130,7 +132,8 @@ bool serves(const Tensor& x, const ResidualBlock& block, const std::vector<UnitT
 }
 
 ResidualBlockForward residual_block_forward(const Tensor& x, const ResidualBlock& block,
-                                            const std::vector<UnitTensors>& tensors) {
+                                            std::vector<UnitTensors>& tensors) {
+  round_weights(x, tensors);
   const DType dtype = x.dtype();
   const size_t last = block.last();
   const int threads = block.threads;

@@ -94,7 +94,7 @@ void pack_units(const Tensor& x, const ResidualBlock& block, const std::vector<U
     const aten::ConvolutionParams& params = block.units[index].convolution;
     const bool follows = index < block.last() || !block.projection ||
                          takes_own(tensors.back().conv_weight, block.units.back().convolution);
-    if (follows && prefers_own(weight, params, shape, Purpose::kForward)) pack_unit(index, shape);
+    if (follows && method_for(weight, params, shape, Purpose::kForward) == Method::kOwn) pack_unit(index, shape);
     shape = convolved_shape(shape, weight, params);
   }
   if (block.projection && (*units)[block.last()].panels) pack_unit(block.units.size() - 1, x.shape());
@@ -102,8 +102,9 @@ void pack_units(const Tensor& x, const ResidualBlock& block, const std::vector<U
 
 }  // namespace
 
-Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors,
+Tensor residual_block_infer(const Tensor& x, const ResidualBlock& block, std::vector<UnitTensors>& tensors,
                             int64_t images_at_a_time) {
+  round_weights(x, tensors);
   for (const ConvBn& unit : block.units) {
     require(!unit.batch_statistics, "residual_block_infer", "batch statistics are not supported");
   }

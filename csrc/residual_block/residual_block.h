@@ -70,17 +70,17 @@ struct ResidualBlockForward {
   OnePass projection;
 };
 
-// Whether the passes below accept these tensors: x and the convolution weights have one dtype, x is channels_last, and
-// the dtype is float32 if a unit is one-pass.
+// Whether the passes below accept these tensors: x is channels_last, the convolution weights have its dtype, or float32
+// if x has 16 bits, and the dtype is float32 if a unit is one-pass.
 bool serves(const aten::Tensor& x, const ResidualBlock& block, const std::vector<UnitTensors>& tensors);
 
-// Computes relu(F(x) + S(x)), and what its backward needs.
+// Computes relu(F(x) + S(x)), and what its backward needs. The weights are rounded to the dtype of x.
 ResidualBlockForward residual_block_forward(const aten::Tensor& x, const ResidualBlock& block,
-                                            const std::vector<UnitTensors>& tensors);
+                                            std::vector<UnitTensors>& tensors);
 
 // Computes the same with constant statistics, some images at a time, and keeps nothing for backward.
-aten::Tensor residual_block_infer(const aten::Tensor& x, const ResidualBlock& block,
-                                  const std::vector<UnitTensors>& tensors, int64_t images_at_a_time);
+aten::Tensor residual_block_infer(const aten::Tensor& x, const ResidualBlock& block, std::vector<UnitTensors>& tensors,
+                                  int64_t images_at_a_time);
 
 struct ResidualBlockBackward {
   aten::Tensor grad_out;

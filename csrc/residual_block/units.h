@@ -10,6 +10,11 @@
 // What the passes of training and of inference share: BatchNorm's state, the projection, the tail.
 namespace fusedres {
 
+// Rounds the convolutions' weights to the dtype of x.
+inline void round_weights(const aten::Tensor& x, std::vector<UnitTensors>& tensors) {
+  for (UnitTensors& unit : tensors) unit.conv_weight = aten::in_dtype(std::move(unit.conv_weight), x.torch_dtype());
+}
+
 // The BatchNorm of a unit, without its data. It uses batch statistics, or the running statistics as constants.
 inline BnStatisticsParams norm_params(DType dtype, const ConvBn& unit, const UnitTensors& tensors,
                                       const aten::Tensor& state, int threads) {

@@ -1,4 +1,6 @@
-"""The convolutions between the passes: torch's, or on a CPU this package's own where those were measured to be faster.
+"""The convolutions between the passes: torch's, or on a CPU what was measured to be faster.
+
+That is this package's own in float32, and torch's product of matrices in bfloat16.
 
 On a GPU, a plan says which convolutions are this package's own; they have BatchNorm on their load and store
 (ops.conv_fprop and its gradients), and do not come here.
@@ -11,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedres.autograd import product
 from fusedres.autograd.plan import ConvBN
 from fusedres.kernels import cpu_convolution
-from fusedres.kernels.cpu_convolution import Purpose
+from fusedres.kernels.cpu_convolution import Method, Purpose
 from fusedres.ops.launch import direct, launches
 from fusedres.values import Geometry, Raw
 
@@ -25,8 +28,11 @@ def convolution(h: Tensor, weight: Tensor, unit: ConvBN, backend: str, *, subsam
     if weight.dtype is not h.dtype:
         weight = weight.to(h.dtype)
     geometry = _geometry(unit, subsampled)
-    if prefers_own(h.shape, weight, geometry, unit.groups, backend, Purpose.FORWARD):
+    method = method_for(h.shape, weight, geometry, unit.groups, backend, Purpose.FORWARD)
+    if method is Method.OWN:
         return cpu_convolution.convolve(h, weight, geometry)
+    if method is Method.PRODUCT:
+        return product.product(h, weight)
     # Not torch.convolution: profilers count the operations of conv2d.
     y = torch.conv2d(h, weight, None, geometry.stride, geometry.padding, geometry.dilation, unit.groups)
     if not y.is_contiguous(memory_format=torch.channels_last):
@@ -73,36 +79,45 @@ def convolution_backward(
         size = torch.empty_like(h.y[:, :, ::stride, ::stride], memory_format=torch.channels_last)
         source = Raw(launches(backend).bn_relu(h.y, h.state, None, stride) if needs_weight else size, None)
 
-    def is_own(purpose: Purpose) -> bool:
-        return prefers_own(source.y.shape, same, geometry, unit.groups, backend, purpose)
+    def method(purpose: Purpose) -> Method:
+        return method_for(source.y.shape, same, geometry, unit.groups, backend, purpose)
 
-    own_weight = needs_weight and cpu_convolution.has_weight_gradient(same) and is_own(Purpose.WEIGHT_GRADIENT)
-    own_input = needs_input and cpu_convolution.has_input_gradient(same, geometry) and is_own(Purpose.INPUT_GRADIENT)
-    grad_h = cpu_convolution.input_gradient(grad, same, geometry) if own_input else None
-    grad_weight = cpu_convolution.weight_gradient(grad, source, same, geometry) if own_weight else None
-    missing = needs_input and not own_input, needs_weight and not own_weight
+    grad_h: Tensor | None = None
+    grad_weight: Tensor | None = None
+    of_input = method(Purpose.INPUT_GRADIENT) if needs_input else Method.LIBRARY
+    if of_input is Method.OWN and cpu_convolution.has_input_gradient(same, geometry):
+        grad_h = cpu_convolution.input_gradient(grad, same, geometry)
+    elif of_input is Method.PRODUCT:
+        grad_h = product.input_gradient(grad, same)
+    dense = needs_weight and cpu_convolution.has_weight_gradient(same)
+    of_weight = method(Purpose.WEIGHT_GRADIENT) if dense else Method.LIBRARY
+    if of_weight is Method.OWN:
+        grad_weight = cpu_convolution.weight_gradient(grad, source, same, geometry)
+    elif needs_weight and source.state is not None:
+        source = Raw(launches(backend).bn_relu(source.y, source.state, None, 1), None)
+    if of_weight is Method.PRODUCT:
+        grad_weight = product.weight_gradient(grad, source.y, same, geometry)
+    missing = needs_input and grad_h is None, needs_weight and grad_weight is None
     if any(missing):
-        if missing[1] and source.state is not None:
-            source = Raw(launches(backend).bn_relu(source.y, source.state, None, 1), None)
         found = _library_backward(grad, source.y, same, unit, geometry, missing)
-        grad_h, grad_weight = grad_h if own_input else found[0], grad_weight if own_weight else found[1]
+        grad_h, grad_weight = found[0] if missing[0] else grad_h, found[1] if missing[1] else grad_weight
     if grad_weight is not None and grad_weight.dtype is not weight.dtype:
         grad_weight = grad_weight.to(weight.dtype)
     return grad_h, grad_weight
 
 
-def prefers_own(
+def method_for(
     x: Sequence[int], weight: Tensor, geometry: Geometry, groups: int, backend: str, purpose: Purpose
-) -> bool:
-    """Return whether this package's kernels run; what observes the ops sees torch's convolutions.
+) -> Method:
+    """Return how a convolution runs; what observes the ops sees torch's convolutions.
 
     Args:
         x: the shape of the input.
         weight: in the dtype of the convolution.
     """
     if backend != "cpu" or not direct():
-        return False
-    return cpu_convolution.is_faster(x, weight.shape, geometry, weight.dtype, groups, purpose)
+        return Method.LIBRARY
+    return cpu_convolution.fastest_method(x, weight.shape, geometry, weight.dtype, groups, purpose)
 
 
 def _geometry(unit: ConvBN, subsampled: bool) -> Geometry:

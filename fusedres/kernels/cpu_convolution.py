@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.arguments import convolution_map
+from fusedres.kernels.arguments import DTYPE_CODE, convolution_map
 from fusedres.kernels.conv_wgrad.cpu import conv_wgrad, conv_wgrad_finalize
 from fusedres.kernels.packed_convolution import winograd_is_faster
 from fusedres.kernels.packed_convolution.cpu import pack_weight, packed_convolution_out
@@ -25,15 +25,32 @@ class Purpose(IntEnum):
     WEIGHT_GRADIENT = 3
 
 
-def is_faster(
+class Method(IntEnum):
+    """How a convolution runs (csrc/packed_convolution/choice.h)."""
+
+    LIBRARY = 0  # oneDNN's convolution
+    OWN = 1  # these kernels
+    PRODUCT = 2  # torch's product of matrices, with a row for each pixel
+
+
+def fastest_method(
     x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype, groups: int, purpose: Purpose
-) -> bool:
-    """Return whether these kernels take a convolution, and were measured to be faster than oneDNN on such a processor.
+) -> Method:
+    """Return how a convolution was measured to be fastest on such a processor.
 
     Args:
         x: the shape of the forward pass's input (N, C, H, W), weight: (K, C, R, S).
     """
-    return takes(dtype, groups) and bool(_C.own_is_faster(convolution_map(x, weight, geometry), purpose))
+    if groups != 1 or dtype not in DTYPE_CODE:
+        return Method.LIBRARY
+    return Method(_C.fastest_method(convolution_map(x, weight, geometry), DTYPE_CODE[dtype], purpose))
+
+
+def is_faster(
+    x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype, groups: int, purpose: Purpose
+) -> bool:
+    """Return whether these kernels take a convolution, and were measured to be faster than oneDNN's."""
+    return fastest_method(x, weight, geometry, dtype, groups, purpose) is Method.OWN
 
 
 def takes(dtype: torch.dtype, groups: int) -> bool:
