@@ -39,9 +39,9 @@ def kind_of(row: Row) -> str | None:
     return "models" if row["op"] == "model" else "blocks" if row["op"] in BLOCKS else "ops"
 
 
-def slug(device: str) -> str:
-    """Return the name of a device as it is used in file names."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+def slug(machine: str) -> str:
+    """Return the name of a machine as it is used in file names."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def load(results: Path) -> dict[str, list[Row]]:
@@ -50,15 +50,15 @@ def load(results: Path) -> dict[str, list[Row]]:
 
 
 def measured(files: dict[str, list[Row]]) -> dict[str, dict[str, list[list[Row]]]]:
-    """Return kind → device → one list of rows per results file."""
+    """Return kind → machine → one list of rows per results file."""
     found: dict[str, dict[str, list[list[Row]]]] = {kind: {} for kind in TABLES}
     for rows in files.values():
         by_kind: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in rows:
             if (kind := kind_of(row)) and not _repeats(row):
-                by_kind[kind, row["device"]].append(row)
-        for (kind, device), of_file in by_kind.items():
-            found[kind].setdefault(device, []).append(of_file)
+                by_kind[kind, plots.machine_of(row)].append(row)
+        for (kind, machine), of_file in by_kind.items():
+            found[kind].setdefault(machine, []).append(of_file)
     return found
 
 
@@ -71,14 +71,14 @@ def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tupl
     """Return the name of each plot → its kind and rows, if there is something to draw."""
     wanted = {}
     for kind, (name, _) in plots.KINDS.items():
-        for device, groups in found[kind].items():
+        for machine, groups in found[kind].items():
             rows = [row for rows in groups for row in rows]
             if kind == "ops":
                 rows = [row for row in rows if row.get("flops") and row.get("matmul_flops_per_s")]
             if kind == "models" and not any(row["peak_bytes"] or row["saved_bytes"] for row in rows):
                 rows = []
             if rows:
-                wanted[f"{slug(device)}-{name}.svg"] = (kind, rows)
+                wanted[f"{slug(machine)}-{name}.svg"] = (kind, rows)
     return wanted
 
 
@@ -90,7 +90,7 @@ def section(results: Path, kinds: Iterable[str] = TABLES, folder: str | None = "
     parts = [goals_table(files.values())]
     for kind in kinds:
         parts += [
-            f"![{CAPTIONS[kind]}, {rows[0]['device']}]({folder}/{name})"
+            f"![{CAPTIONS[kind]}, {plots.machine_of(rows[0])}]({folder}/{name})"
             for name, (of, rows) in drawn.items() if of == kind and folder is not None
         ]  # fmt: skip
         parts += [_folded(TABLES[kind](rows)) for groups in found[kind].values() for rows in groups]

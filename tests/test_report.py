@@ -168,6 +168,18 @@ def test_goals_are_shown_where_a_gpu_has_rows(report, tmp_path):
     assert "| ResNet-18 training over eager | ≥ 1.60x | not measured | – |  |" in text
 
 
+def test_processors_of_one_name_with_other_instructions_are_other_machines(report, tmp_path):
+    for isa, ratio in (("avx2", 2.0), ("avx2 avx512f", 1.5)):
+        rows = [of_model("eager", 1.0), of_model("library", ratio)]
+        write(tmp_path, isa[-4:], [row | {"device": "a CPU", "isa": isa} for row in rows])
+    assert set(report.wanted_plots(report.measured(report.load(tmp_path)))) == {
+        "a-cpu-with-avx2-models.svg",
+        "a-cpu-with-avx2-avx512f-models.svg",
+    }
+    text = report.section(tmp_path)
+    assert text.count("Models on a CPU with avx2,") == text.count("Models on a CPU with avx2 avx512f,") == 1
+
+
 def test_the_picture_of_models_has_the_memory_of_training_alone(tmp_path):
     """On a GPU inference has a peak too. The caption is that of the rows that are drawn."""
     from reporting import plots

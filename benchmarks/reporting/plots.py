@@ -70,9 +70,14 @@ def latest(rows: list[Row], kind: str | None = None) -> dict[tuple, Row]:
     return {(row["name"], row["phase"], row["shape"][0], _dtype(row), row["variant"]): row for row in ordered}
 
 
+def machine_of(row: Row) -> str:
+    """Return the device, of a CPU with the instruction sets that make a difference."""
+    return f"{row['device']} with {row['isa']}" if row.get("isa") else str(row["device"])
+
+
 def _about(rows: list[Row]) -> str:
     last = max(rows, key=lambda row: row["date"])
-    return f"{last['device']}, torch {last['versions']['torch']}, {last['date'][:10]}"
+    return f"{machine_of(last)}, torch {last['versions']['torch']}, {last['date'][:10]}"
 
 
 # --- committed rows ---------------------------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ def plot_blocks(rows: list[dict[str, Any]], path: Path) -> None:
         memory.axvline(1, color="black", lw=1)
         memory.set_xlabel("saved for backward / eager")
     first = rows[0]
-    figure.suptitle(f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}", fontsize=10)
+    figure.suptitle(f"{machine_of(first)}, {first['dtype']}, torch {first['versions']['torch']}", fontsize=10)
     figure.legend(*times.get_legend_handles_labels(), loc="lower center", ncols=len(names), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
     _save(figure, path, rows)

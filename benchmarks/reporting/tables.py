@@ -8,7 +8,7 @@ from statistics import median
 
 from suite import goals
 
-from reporting.plots import Row, is_ours, number
+from reporting.plots import Row, is_ours, machine_of, number
 
 NONE = "–"
 
@@ -25,10 +25,9 @@ def _heading(what: str, rows: list[Row]) -> str:
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     rounds = [row["rounds"] for row in rows]
     spread = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
-    device = f"{first['device']} with {first['isa']}" if first.get("isa") else first["device"]
     synthetic = ", synthetic data" if first.get("data") == "synthetic" else ""
     return (
-        f"{what} on {device}, {dtypes}, torch {first['versions']['torch']}, {first['date'][:10]}, "
+        f"{what} on {machine_of(first)}, {dtypes}, torch {first['versions']['torch']}, {first['date'][:10]}, "
         f"commit {commits}, {spread} interleaved rounds{synthetic}:"
     )
 

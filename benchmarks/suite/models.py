@@ -118,7 +118,7 @@ def works(settings: Settings) -> list[Work]:
 
 
 def _ours(settings: Settings) -> list[str]:
-    """Return the ways of fuse(); on a CPU only library, as it has no convolutions of its own."""
+    """Return the ways of fuse(); of toy shapes only library."""
     return ["library"] if settings.tiny else list(WAYS)
 
 
