@@ -1,15 +1,16 @@
-"""Times each convolution of a ResNet on the CPU: torch's against this package's own, forward and both gradients.
+"""Times each convolution of a ResNet on the CPU: torch's against what may run instead, forward and both gradients.
 
     python benchmarks/bench_convolution.py                       ResNet-50 at batch 8; takes a minute or two
     python benchmarks/bench_convolution.py --depth 18 --batch 32 --rounds 9
+    python benchmarks/bench_convolution.py --dtype bfloat16
 
-The columns are torch's milliseconds and the ratio torch / own for the forward pass, the input's gradient and the
-weight's, and how the largest error of own forward passes compares with torch's, both against float64. All tensors are
-float32 and channels_last. Both take turns; a time is the median over rounds, a ratio the median of the ratios. The time
-to pack a weight counts for own. Where own has no kernel (the input's gradient of a strided convolution) there is a
-dash. The last line weights each convolution by how often the network has it. Fused blocks take own convolutions where
-this table says that they are faster, decided once for an instruction set
-(csrc/packed_convolution/choice.cpp).
+In float32 the alternative ("own") is this package's kernel, in bfloat16 torch's product of matrices. The columns are
+torch's milliseconds and the ratio torch / own for the forward pass, the input's gradient and the weight's, and how the
+largest error of the alternative's forward pass compares with torch's, both against float64. All tensors are
+channels_last. Both take turns; a time is the median over rounds, a ratio the median of the ratios. The time to pack a
+weight counts for own. Where there is no alternative (the input's gradient of a strided convolution) there is a dash;
+such a convolution counts as torch's in the last line, which weights each convolution by how often the network has it.
+Fused blocks take what this table says is faster, by shape and instruction set (csrc/packed_convolution/choice.cpp).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from common import harness
 from common.networks import Convolution, Stem, resnet_blocks
 from torch import Tensor
 
+from fusedres.autograd import product
 from fusedres.kernels import cpu_convolution
 from fusedres.values import Geometry, Raw
 
 DIRECTIONS = ("forward", "grad input", "grad weight")
 HEADER = ["convolution", "count", *(column for each in DIRECTIONS for column in (f"{each} ms", "torch / own"))]
 HEADER.append("error own / torch")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest value, between both
 
 
 @dataclass
@@ -47,12 +50,12 @@ class Operands:
     geometry: Geometry
 
     @staticmethod
-    def of(shape: Convolution, batch: int) -> Operands:
+    def of(shape: Convolution, batch: int, dtype: torch.dtype) -> Operands:
         """Return random operands."""
         generator = torch.Generator().manual_seed(0)
 
         def random(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).contiguous(memory_format=torch.channels_last)
+            return torch.randn(size, generator=generator).to(dtype, memory_format=torch.channels_last)
 
         weight = random(shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
         return Operands(
@@ -80,6 +83,21 @@ class Operands:
         return dict(zip(DIRECTIONS, calls, strict=True))
 
     def own(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what may run instead of torch's calls."""
+        return self._kernels() if self.x.dtype is torch.float32 else self._products()
+
+    def _products(self) -> dict[str, Callable[[], Tensor]]:
+        calls = (
+            lambda: product.product(self.x, self.weight),
+            lambda: product.input_gradient(self.grad, self.weight),
+            lambda: product.weight_gradient(self.grad, self.x, self.weight, self.geometry),
+        )
+        found = dict(zip(DIRECTIONS, calls, strict=True))
+        if self.x.shape[2:] != self.grad.shape[2:] or self.weight.shape[2:] != (1, 1):
+            del found["forward"], found["grad input"]
+        return found
+
+    def _kernels(self) -> dict[str, Callable[[], Tensor]]:
         calls = (
             lambda: cpu_convolution.convolve(self.x, self.weight, self.geometry),
             lambda: cpu_convolution.input_gradient(self.grad, self.weight, self.geometry),
@@ -90,8 +108,10 @@ class Operands:
             del found["grad input"]
         return found
 
-    def error_ratio(self) -> float:
+    def error_ratio(self) -> float | None:
         """Return the largest error of the own forward pass, divided by that of torch's."""
+        if "forward" not in self.own():
+            return None
         exact = torch.conv2d(self.x.double(), self.weight.double(), None, *self.geometry)
         own, library = (float((each()["forward"]() - exact).abs().max()) for each in (self.own, self.torch))
         return own / library
@@ -123,7 +143,7 @@ def measure(operands: Operands, rounds: int) -> dict[str, tuple[list[float], lis
         if direction in own:
             expected, got = library(), own[direction]()
             error = float((got - expected).abs().max() / expected.abs().max())
-            if not error < 1e-4:
+            if not error < TOLERANCE[got.dtype]:
                 raise RuntimeError(f"{direction} differs from torch's by {error:.2g} of the largest value")
             variants.append(harness.Variant("own", own[direction]))
         samples = harness.interleave(variants, timer, rounds=rounds)
@@ -141,6 +161,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="images (default: 8)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: 224)")
     parser.add_argument("--rounds", type=int, default=7, help="calls of each variant (default: 7)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(argv)
     for name in ("batch", "size", "rounds"):
         if getattr(options, name) < 1:
@@ -157,20 +178,20 @@ def main(argv: list[str] | None = None) -> None:
             f"{shape.in_channels}-{shape.out_channels} {shape.kernel}x{shape.kernel}/{shape.stride} {shape.in_size}²"
         ]
         line.append(str(count))
-        operands = Operands.of(shape, options.batch)
+        operands = Operands.of(shape, options.batch, getattr(torch, options.dtype))
         for direction, (library, own) in measure(operands, options.rounds).items():
             seconds = harness.summarize(library).median
             ratio = harness.ratio_interval(library, own).median if own else None
             line += [f"{1e3 * seconds:.2f}", "-" if ratio is None else f"{ratio:.2f}"]
             totals[direction][0] += count * seconds
             totals[direction][1] += count * seconds / (ratio or 1)
-        lines.append([*line, f"{operands.error_ratio():.2f}"])
+        lines.append([*line, "-" if (error := operands.error_ratio()) is None else f"{error:.2f}"])
     ends = [
         text for of_torch, of_own in totals.values() for text in (f"{1e3 * of_torch:.1f}", f"{of_torch / of_own:.2f}")
     ]
     lines.append(["all", str(sum(convolutions(options.depth, options.size).values())), *ends, ""])
     machine = harness.machine(torch.device("cpu"))
-    print(f"{machine['device']}, {machine['isa']}, torch {torch.__version__}, float32, batch {options.batch}")
+    print(f"{machine['device']}, {machine['isa']}, torch {torch.__version__}, {options.dtype}, batch {options.batch}")
     if note := harness.busy_note(torch.device("cpu")):
         print(note)
     harness.print_table(HEADER, lines)

@@ -205,21 +205,8 @@ def test_bench_ops_refuses_a_wrong_op(monkeypatch, capsys):
         return right(x, state, backend=backend) * (1.0 if backend == "reference" else 1.001)
 
     monkeypatch.setattr(bench_ops.ops, "bn_relu", wrong)
-    small = [
-        "--device",
-        "cpu",
-        "--sizes",
-        "4",
-        "--channels",
-        "16",
-        "--batch",
-        "2",
-        "--pairs",
-        "1",
-        "--ops",
-        "bn_relu",
-        "--fresh-pages",
-    ]
+    small = ["--device", "cpu", "--sizes", "4", "--channels", "16", "--batch", "2", "--pairs", "1"]
+    small += ["--ops", "bn_relu", "--fresh-pages"]
     assert bench_ops.main(small) == 1
     assert "disagrees with reference" in capsys.readouterr().err
 
@@ -248,7 +235,11 @@ def test_bench_host_times_each_phase(capsys):
 def test_bench_convolution_times_each_direction(capsys):
     import bench_convolution
 
-    bench_convolution.main(["--depth", "18", "--size", "32", "--batch", "1", "--rounds", "1"])
+    small = ["--depth", "18", "--size", "32", "--batch", "1", "--rounds", "1"]
+    bench_convolution.main([*small, "--dtype", "bfloat16"])
+    timed = {line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines() if line[0].isdigit()}
+    assert "-" not in timed["1x1/1"] and timed["3x3/1"].count("-") == 3  # only the weight's gradient is a product
+    bench_convolution.main(small)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     timed = {tuple(line[:3]): line for line in lines if line and "x" in (*line, "", "")[1] and line[0][0].isdigit()}
     # 20 convolutions: the stem's, two in each of eight blocks, three projections, which read every second pixel
