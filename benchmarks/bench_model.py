@@ -3,6 +3,7 @@
     python benchmarks/bench_model.py                      the GPU if there is one, else the CPU
     python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
     python benchmarks/bench_model.py --phase infer --batch 1 8 32 --rivals
+    python benchmarks/bench_model.py --phase train --rivals
 
 A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are already
 on the device. Variants are interleaved, in one process except for --rivals, and timed only if their scores agree with
@@ -26,7 +27,7 @@ if __name__ == "__main__":
 import torch
 from common import harness
 from memory_traffic.launched import WAYS
-from suite import cpu_inference
+from suite import cpu_rivals
 from suite.models import Work, measure
 from suite.precision import PRECISIONS
 from suite.settings import Settings
@@ -35,7 +36,7 @@ import fusedres
 
 HEADER = [
     "model", "phase", "batch", "variant", "images/s", "eager / it (95%)", "% of bound", "peak MB", "saved MB",
-    "moved MB",
+    "moved MB", "page faults",
 ]  # fmt: skip
 
 MEMORY = ("peak_bytes", "saved_bytes", "counted_bytes")
@@ -72,8 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rivals",
         action="store_true",
-        help="CPU: time inference also frozen, with torch.compile (default; freezing), and with onnxruntime and "
-        "OpenVINO if they are installed (pip install '.[rivals]'), each in its own process; says which goals are met",
+        help="CPU: each way in its own process, also frozen inference, torch.compile (default; freezing), onnxruntime "
+        "and OpenVINO if they are installed (pip install '.[rivals]'), and training with keep_pages(); says which "
+        "goals are met",
     )
     parser.add_argument("--json", metavar="FILE", help="write a row for each measurement")
     options = parser.parse_args(argv)
@@ -92,10 +94,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: must be at least {least}, got {value}")
     if options.rivals and on_gpu:
         parser.error("--rivals: is for CPUs; gpu_suite.py has the rivals of a GPU")
-    if options.rivals and options.dtype not in cpu_inference.DTYPES:
-        parser.error(f"--rivals: --dtype must be one of {', '.join(cpu_inference.DTYPES)}, got {options.dtype}")
+    if options.rivals and options.dtype not in cpu_rivals.DTYPES:
+        parser.error(f"--rivals: --dtype must be one of {', '.join(cpu_rivals.DTYPES)}, got {options.dtype}")
     if options.rivals and options.keep_pages:
-        parser.error("--rivals: the processes of the rivals do not keep pages; leave out --keep-pages")
+        parser.error("--rivals: training is timed with and without; leave out --keep-pages")
     return options
 
 
@@ -107,6 +109,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["name"], row["phase"], str(row["shape"][0]), row["variant"], f"{row['images_per_s']:.4g}",
         f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
         "-" if row["percent_of_bound"] is None else f"{row['percent_of_bound']:.0f}", *megabytes,
+        "-" if row["page_faults"] is None else f"{row['page_faults']:,.0f}",
     ]  # fmt: skip
 
 
@@ -133,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
             case = f"{model} {phase} batch {batch}"
             work = Work(model, phase, batch, PRECISIONS[options.dtype], options.size)
             progress.step(case, 0)
-            if options.rivals and phase == "infer":
-                timed, said = cpu_inference.measure(work, cpu_inference.ALL, options.rounds)
+            if options.rivals:
+                timed, said = cpu_rivals.measure(work, cpu_rivals.ways(work), options.rounds)
                 rows += timed
                 notes += [f"{case}, {note}" for note in said]
             else:
@@ -152,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         print(note)
     if options.rivals:
         print()
-        harness.print_table(cpu_inference.GOALS_HEADER, cpu_inference.goals(rows))
+        harness.print_table(cpu_rivals.GOALS_HEADER, cpu_rivals.goals(rows))
     if options.json:
         harness.write_rows(options.json, rows)
     return int(any("error" in row for row in found))

@@ -1,14 +1,15 @@
-"""One way of inference on a CPU in a process of its own, which times it whenever the parent asks (cpu_inference.py).
+"""One way of running a model on a CPU in a process of its own, which times it when the parent asks (cpu_rivals.py).
 
-The process writes one line of JSON when it is ready: how far its scores are from those of eager in float32, or why
-there is no such way here. Then it reads numbers of repetitions, a line each, and writes seconds and page faults of a
-call.
+The process writes one line of JSON when it is ready: how far its scores are from those of eager (of inference in
+float32), or why there is no such way here. Then it reads numbers of repetitions, a line each, and writes seconds and
+page faults of a call.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import resource
 import sys
@@ -21,11 +22,13 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fusedres
 from fusedres.tune.compare import off_by
 
 Call = Callable[[], Tensor]
+Make = Callable[[nn.Module, Tensor, torch.dtype], Call]
 
 
 class NotHereError(Exception):
@@ -88,7 +91,7 @@ def _onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     return lambda: torch.from_numpy(session.run(None, {name: images})[0])
 
 
-WAYS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Call]] = {
+INFERENCE: dict[str, Make] = {
     "eager": _eager,
     "library": _live,
     "frozen": _frozen,
@@ -99,23 +102,64 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Call]] = {
 }
 
 
-def prepared(way: str, name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[Call, float]:
-    """Return a call of the model, and how far its scores are off."""
+def _kept(model: nn.Module) -> nn.Module:
+    if not fusedres.keep_pages():
+        raise NotHereError("the C library cannot keep pages")
+    return model
+
+
+# "kept": freed memory stays mapped (fusedres.keep_pages).
+TRAINING: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "library": fusedres.fuse,
+    "library min": lambda model: fusedres.fuse(model, memory="min"),
+    "compile": torch.compile,
+    "eager kept": _kept,
+    "library kept": lambda model: _kept(fusedres.fuse(model)),
+}
+
+
+def _stock(name: str, batch: int, size: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)().eval().to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    model = getattr(torchvision.models, name)().to(memory_format=torch.channels_last)
+    return model, torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+
+
+def inference(way: str, name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[Call, float]:
+    """Return a call of the model, and how far its scores are off."""
+    model, x = _stock(name, batch, size)
+    model.eval()
     with torch.inference_mode():
         reference = model(x)
     with torch.no_grad():  # exporters cannot trace inference tensors
-        call = WAYS[way](model, x, dtype)
+        call = INFERENCE[way](model, x, dtype)
     with torch.inference_mode():
         return call, off_by(call().float(), reference)
+
+
+def training(way: str, name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[Call, float]:
+    """Return a training step of the model, and how far its scores are off."""
+    model, x = _stock(name, batch, size)
+    model, x = model.to(dtype).train(), x.to(dtype)
+    reference = copy.deepcopy(model)(x).detach()
+    labels = torch.randint(reference.shape[1], (batch,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    run = TRAINING[way](model)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, off_by(run(x).detach().float(), reference.float())
 
 
 def main() -> None:
     """Prepare a way, then time it as often as the parent asks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("way", "model", "batch", "size", "dtype", "threads"):
+    for name in ("way", "phase", "model", "batch", "size", "dtype", "threads"):
         parser.add_argument(name)
     given = parser.parse_args()
     torch.set_num_threads(int(given.threads))
@@ -124,11 +168,12 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what exporters print
         try:
             dtype = getattr(torch, given.dtype)
-            call, told["off_by"] = prepared(given.way, given.model, int(given.batch), int(given.size), dtype)
+            prepare = training if given.phase == "train" else inference
+            call, told["off_by"] = prepare(given.way, given.model, int(given.batch), int(given.size), dtype)
         except (NotHereError, ImportError) as why:
             told["not_here"] = str(why)
     print(json.dumps(told), file=answers, flush=True)
-    with torch.inference_mode():
+    with torch.inference_mode(given.phase == "infer"):
         for line in sys.stdin:
             call()  # what another process had in the caches meanwhile is not timed
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

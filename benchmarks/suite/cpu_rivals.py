@@ -1,4 +1,4 @@
-"""Inference of whole models on a CPU against everything that people would pick, each in a process of its own.
+"""Whole models on a CPU against everything that people would pick, each in a process of its own.
 
 The processes take turns. While one runs, the others wait for a line from the parent, so that their threads do not spin
 into its time. Before each sample a probe checks that the machine is about as fast as it has been: virtual machines
@@ -19,11 +19,16 @@ from typing import Any
 import torch
 from common import harness
 
-from suite.cpu_rival import WAYS
+from suite.cpu_rival import INFERENCE, TRAINING
 from suite.models import BOUNDS, Work
 from suite.settings import first_lines
 
-OURS = {"library": {"conv": "library"}, "frozen": {"conv": "auto", "frozen": True}}
+OURS: dict[str, dict[str, Any]] = {
+    "library": {"conv": "library"},
+    "library min": {"conv": "library", "memory": "min"},
+    "library kept": {"conv": "library"},
+    "frozen": {"conv": "auto", "frozen": True},
+}
 SLOW = 1.15  # a probe that takes longer than this times the fastest one says that the machine is slow
 PATIENCE = 2.0  # seconds to wait for the fast state
 DTYPES = ("float32", "bfloat16")  # of the whole model, without autocast
@@ -56,11 +61,11 @@ class Probe:
 
 
 class Rival:
-    """A way of inference in its own process."""
+    """A way in its own process."""
 
     def __init__(self, way: str, work: Work, threads: int) -> None:
         command = [sys.executable, "-m", "suite.cpu_rival"]
-        command += [way, work.model, str(work.batch), str(work.size), work.precision.name, str(threads)]
+        command += [way, work.phase, work.model, str(work.batch), str(work.size), work.precision.name, str(threads)]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which could be full
         self._process = subprocess.Popen(
             command,
@@ -90,6 +95,11 @@ class Rival:
         """End the process."""
         self._process.communicate("")
         self._errors.close()
+
+
+def ways(work: Work) -> list[str]:
+    """Return the ways of a phase."""
+    return list(TRAINING if work.train else INFERENCE)
 
 
 def measure(work: Work, names: list[str], rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -146,6 +156,8 @@ class Goal:
     ours: str
     rival: str
     least: float
+    phase: str = "infer"
+    dtype: str | None = None  # None: of every dtype
 
 
 GOALS = (
@@ -153,26 +165,28 @@ GOALS = (
     Goal("frozen", "openvino", 0.95),
     Goal("frozen", "onnxruntime", 0.95),
     Goal("library", "eager", 1.15),
+    Goal("library", "eager", 1.5, "train", "bfloat16"),
+    Goal("library", "eager", 1.0, "train", "float32"),
+    Goal("library", "compile", 1.0, "train"),
+    Goal("library min", "library", 0.95, "train"),
 )
-GOALS_HEADER = ["model", "batch", "dtype", "goal", "asked", "measured", ""]
+GOALS_HEADER = ["model", "phase", "batch", "dtype", "goal", "asked", "measured", ""]
 
 
 def goals(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Return a line for each goal that the rows say something about."""
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
-        if row["phase"] == "infer":
-            case = (row["name"], row["shape"][0], row["dtype"])
-            found.setdefault(case, {})[row["variant"]] = row["ratio"]["median"]
+        case = (row["name"], row["phase"], row["shape"][0], row["dtype"])
+        found.setdefault(case, {})[row["variant"]] = row["ratio"]["median"]
     lines = []
-    for (model, batch, dtype), ratios in found.items():
+    for (model, phase, batch, dtype), ratios in found.items():
         for goal in GOALS:
-            if goal.ours in ratios and goal.rival in ratios:
+            wanted = goal.phase == phase and goal.dtype in (None, dtype)
+            if wanted and goal.ours in ratios and goal.rival in ratios:
                 value = ratios[goal.ours] / ratios[goal.rival]
                 verdict = "met" if value >= goal.least else "missed"
                 name = f"{goal.ours} over {goal.rival}"
-                lines.append([model, str(batch), dtype, name, f">= {goal.least:.2f}x", f"{value:.2f}x", verdict])
+                asked = f">= {goal.least:.2f}x"
+                lines.append([model, phase, str(batch), dtype, name, asked, f"{value:.2f}x", verdict])
     return lines
-
-
-ALL = list(WAYS)
