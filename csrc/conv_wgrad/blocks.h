@@ -166,7 +166,8 @@ struct WgradTasks {
     column_groups = groups(blocks.values, columns);
   }
 
-  int64_t count() const { return splits * row_groups * column_groups; }
+  int64_t groups() const { return row_groups * column_groups; }
+  int64_t count() const { return splits * groups(); }
 };
 
 }  // namespace fusedres
