@@ -82,8 +82,7 @@ def test_a_frozen_network_has_eagers_scores(name: str, kind: str) -> None:
 
 
 def test_a_batch_runs_a_few_images_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusedres.autograd.frozen_network._PANEL_BYTES", 3 * 64 * 32 * 32 * 4)
-    monkeypatch.setattr("fusedres.autograd.frozen_network._LIBRARY_BYTES", 3 * 64 * 32 * 32 * 4)
+    monkeypatch.setattr("fusedres.autograd.frozen_network._PART_BYTES", 3 * 64 * 32 * 32 * 4)
     model = network()
     twin, x = frozen(model), images(8)
     with torch.no_grad(), expect_paths(**WHOLE):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.folded_block import run_folded
-from fusedres.autograd.folded_convolution import FoldedConvolution, fold, uses_panels
+from fusedres.autograd.folded_convolution import FoldedConvolution, fold
 from fusedres.autograd.frozen import FrozenBlock
 from fusedres.autograd.memory import require_memory, to_channels_last
 from fusedres.autograd.plan import BlockPlan, ConvBN, Inputs, StemPlan, Tensors, norm_of
@@ -19,10 +19,9 @@ from fusedres.values import in_dtype
 
 _DENSE = ConvBN((1, 1), (0, 0), (1, 1), 1, True, False, False, None, 0.0)
 
-# The most bytes of a layer's result that the images of one part may have. oneDNN's convolutions take tens of
-# microseconds to begin, and the C library returns larger results to the system when they are freed.
-_LIBRARY_BYTES = 26 << 20
-_PANEL_BYTES = 13 << 20
+# The most bytes of a layer's result that the images of one part may have. Results stay in cache, and larger ones would
+# go back to the system when they are freed, page by page.
+_PART_BYTES = 13 << 20
 
 
 class FoldedStem(NamedTuple):
@@ -76,9 +75,7 @@ def fold_stem(x: Tensor, plan: StemPlan, tensors: Tensors) -> FoldedStem:
     state = launches(plan.backend).bn_frozen(x[:0].to(plan.dtype), norm_of(tensors, 0, plan.unit))
     _, k, h, w = plan.unit.output_shape(x.shape, weight.shape)
     size = k * h * w * plan.dtype.itemsize
-    panels = uses_panels(x.shape, weight, plan.unit, plan.dtype, plan.backend, purpose=Purpose.FORWARD)
-    limit = _PANEL_BYTES if panels else _LIBRARY_BYTES
-    images = max(1, limit // size)
+    images = max(1, _PART_BYTES // size)
     shape = (min(images, x.shape[0]), *x.shape[1:])
     folded = fold(weight, state, plan.unit, shape, plan.dtype, plan.backend, purpose=Purpose.FORWARD)
     return FoldedStem((x.dtype, x.device, plan.dtype), folded, images, plan)
