@@ -75,11 +75,20 @@ def wanted_plots(found: dict[str, dict[str, list[list[Row]]]]) -> dict[str, tupl
             rows = [row for rows in groups for row in rows]
             if kind == "ops":
                 rows = [row for row in rows if row.get("flops") and row.get("matmul_flops_per_s")]
-            if kind == "models" and not any(row["peak_bytes"] or row["saved_bytes"] for row in rows):
-                rows = []
-            if rows:
+            if kind == "models":
+                wanted |= {f"{slug(machine)}-{end}.svg": (kind, part) for end, part in _models(rows, name).items()}
+            elif rows:
                 wanted[f"{slug(machine)}-{name}.svg"] = (kind, rows)
     return wanted
+
+
+def _models(rows: list[Row], name: str) -> dict[str, list[Row]]:
+    """Return the rows of each picture of models by the end of its name: a picture for each dtype."""
+    by_dtype: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_dtype[plots.dtype_of(row)].append(row)
+    found = {name if len(by_dtype) == 1 else f"{name}-{dtype}": part for dtype, part in by_dtype.items()}
+    return {end: part for end, part in found.items() if any(row["peak_bytes"] or row["saved_bytes"] for row in part)}
 
 
 def section(results: Path, kinds: Iterable[str] = TABLES, folder: str | None = "../benchmarks/results") -> str:

@@ -67,7 +67,7 @@ def latest(rows: list[Row], kind: str | None = None) -> dict[tuple, Row]:
     """Return (name, phase, batch, dtype, variant) → its latest row; only rows of cases of `kind`, if given."""
     of_kind = (row for row in rows if kind is None or row.get("kind", "plain") == kind)
     ordered = sorted(of_kind, key=lambda row: row["date"])
-    return {(row["name"], row["phase"], row["shape"][0], _dtype(row), row["variant"]): row for row in ordered}
+    return {(row["name"], row["phase"], row["shape"][0], dtype_of(row), row["variant"]): row for row in ordered}
 
 
 def machine_of(row: Row) -> str:
@@ -135,7 +135,8 @@ def speedup(rows: list[Row], path: Path) -> None:
     _save(figure, path, rows)
 
 
-def _dtype(row: Row) -> str:
+def dtype_of(row: Row) -> str:
+    """Return the dtype, of float32 also whether products are rounded."""
     return "tf32" if row.get("tf32") else row["dtype"]
 
 
@@ -162,7 +163,7 @@ def roofline(rows: list[Row], path: Path) -> None:
     axis.set_ylabel("achieved FLOP/s")
     axis.grid(color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
-    figure.suptitle(f"Roofline: {_about(rows)}, {rows[0]['dtype']}, largest measured ceilings", fontsize=10)
+    figure.suptitle(f"Roofline: {_about(rows)}\n{rows[0]['dtype']}, largest measured ceilings", fontsize=10)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7.5, frameon=False)
     figure.tight_layout()
     _save(figure, path, rows)
@@ -229,7 +230,7 @@ def models(rows: list[Row], path: Path) -> None:
     memory.set_title(f"{what}, relative to eager\n(shorter is better)", fontsize=11)
     _, _, batch, dtype = next(iter(cases))
     about = "" if several else f", batch {batch}, {dtype}"
-    figure.suptitle(f"Whole models: {_about(rows)}{about}", fontsize=11)
+    figure.suptitle(f"Whole models: {_about(rows)}{about}", fontsize=11, y=1 - 0.12 / height, va="top")
     drawn = dict.fromkeys(variant for found in cases.values() for variant in found)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=SHOWN[variant][1]) for variant in SHOWN if variant in drawn]
     labels = [SHOWN[variant][0] for variant in SHOWN if variant in drawn]
@@ -237,7 +238,7 @@ def models(rows: list[Row], path: Path) -> None:
     limits = max((axis.get_ylim() for axis in (speed, memory)), key=lambda ends: abs(ends[0] - ends[1]))
     for axis in (speed, memory):
         axis.set_ylim(limits)  # all bars are equally thick
-    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1 - 0.1 / height))
+    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1 - 0.3 / height))
     _save(figure, path, rows)
 
 
