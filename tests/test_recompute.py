@@ -12,18 +12,12 @@ from fusion import FORMATS, expect_paths, fused_twin, label, stock_case
 from reference import run
 from shapes import Case
 from test_memory import saved_bytes
+from test_native_passes import ONE_PASS
 from torch import Tensor, nn
 
 from fusedres.autograd import cpu_passes
 from fusedres.modules.fused_block import plan_of
 
-CASES = (
-    Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
-    Case("bottleneck", "projection", 4, 4, 1, 4, 9, 7),
-    Case("bottleneck", "projection", 4, 4, 2, 6, 9, 11),
-    Case("bottleneck", "projection", 24, 4, 2, 4, 9, 11),  # too few rows: the projection's output is saved
-    Case("basic", "projection", 4, 8, 2, 4, 9, 11),
-)
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -36,7 +30,7 @@ def in_both(block: nn.Module, function: Callable[[nn.Module], Any]) -> tuple[Any
 @pytest.mark.parametrize("wide_norms", [False, True], ids=["16-bit norms", "float32 norms"])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=label)
 @pytest.mark.parametrize("dtype", HALF, ids=label)
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", ONE_PASS, ids=label)
 def test_it_equals_auto_bit_by_bit_and_saves_less(
     case: Case,
     dtype: torch.dtype,
@@ -64,7 +58,7 @@ def test_it_equals_auto_bit_by_bit_and_saves_less(
 
 @pytest.mark.parametrize("wide_norms", [False, True])
 def test_a_kept_graph_gives_the_same_again(wide_norms: bool) -> None:
-    block, x, grad = stock_case(CASES[2], torch.bfloat16)
+    block, x, grad = stock_case(ONE_PASS[2], torch.bfloat16)
     twin = fused_twin(block, memory="min")
     if wide_norms:
         for norm in (twin.bn1, twin.bn2, twin.bn3, twin.downsample[1]):
@@ -75,7 +69,7 @@ def test_a_kept_graph_gives_the_same_again(wide_norms: bool) -> None:
 
 
 def test_autocast() -> None:
-    block, x, grad = stock_case(CASES[2])
+    block, x, grad = stock_case(ONE_PASS[2])
 
     def step(twin: nn.Module) -> list[Tensor]:
         source = x.clone().requires_grad_()
@@ -89,7 +83,7 @@ def test_autocast() -> None:
 
 
 def test_a_second_derivative_and_one_parameter_alone() -> None:
-    block, x, grad = stock_case(CASES[1], torch.bfloat16)
+    block, x, grad = stock_case(ONE_PASS[1], torch.bfloat16)
 
     def of(twin: nn.Module) -> list[Tensor]:
         source = x.clone().requires_grad_()
@@ -109,7 +103,7 @@ def test_float32_and_other_backends_compute_the_statistics_first() -> None:
         (torch.float32, "cpu", (False, False)),
         (torch.bfloat16, "reference", (False, False)),
     ):
-        block, x, _ = stock_case(CASES[2], dtype)
+        block, x, _ = stock_case(ONE_PASS[2], dtype)
         twin = fused_twin(block, memory="min")
         plan, _ = plan_of(twin, x, backend)
         assert plan.recompute == recompute and plan.one_pass == (not recompute[0], not recompute[1])
