@@ -10,8 +10,8 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "convolution_method/convolution_method.h"
 #include "packed_convolution/blocks.h"
-#include "packed_convolution/choice.h"
 
 #define FUSEDRES_KERNEL_FILE "packed_convolution/kernel.inc"
 #include "common/for_each_isa.h"

@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "aten/aten.h"
-#include "packed_convolution/choice.h"
+#include "convolution_method/convolution_method.h"
 #include "packed_convolution/packed_convolution.h"
 
 // The convolutions of the passes, forward and backward: this package's own where they were measured to be faster, else

@@ -17,7 +17,7 @@ from fusedres.values import Geometry, Gradient, Packed, Raw
 
 
 class Purpose(IntEnum):
-    """What a convolution is run for (csrc/packed_convolution/choice.h)."""
+    """What a convolution is run for (csrc/convolution_method/convolution_method.h)."""
 
     FROZEN = 0  # a forward pass whose weight was packed before
     FORWARD = 1
@@ -26,7 +26,7 @@ class Purpose(IntEnum):
 
 
 class Method(IntEnum):
-    """How a convolution runs (csrc/packed_convolution/choice.h)."""
+    """How a convolution runs (csrc/convolution_method/convolution_method.h)."""
 
     LIBRARY = 0  # oneDNN's convolution
     OWN = 1  # these kernels

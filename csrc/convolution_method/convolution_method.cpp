@@ -1,4 +1,4 @@
-#include "packed_convolution/choice.h"
+#include "convolution_method/convolution_method.h"
 
 #include <utility>
 
