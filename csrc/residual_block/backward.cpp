@@ -39,9 +39,8 @@ class Backward {
     for (size_t index = block_.one_pass_last ? last : last + 1; index-- > 0;) {
       if (!needs_first(index + 1)) return std::move(grads_);
       if (index < last) through_norm(index, grad, GateKind::kRecompute);
-      const ConvolutionInput input{index > 0 ? saved_.outputs[index - 1] : saved_.x,
-                                   index > 0 ? &saved_.states[index - 1] : nullptr, &room};
-      grad = convolution(index, block_.units[index].convolution, grad, input, needs_first(index));
+      grad = convolution(index, block_.units[index].convolution, grad, input(index, &room), needs_first(index));
+      if (index == last && read_.defined()) room = std::move(read_);
     }
     if (!needs_first(0)) return std::move(grads_);
     if (!block_.projection) {
@@ -99,8 +98,15 @@ class Backward {
     const ConvBn& unit = block_.units[index];
     if (index > block_.last()) return project(saved_.x, unit, weight(index), block_.threads);
     if (index == 0) return fusedres::convolution(saved_.x, weight(index), unit.convolution, block_.threads);
-    const Tensor h = bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], Tensor(), block_.threads);
-    return fusedres::convolution(h, weight(index), unit.convolution, block_.threads);
+    read_ = bn_relu_of(saved_.outputs[index - 1], saved_.states[index - 1], Tensor(), block_.threads);
+    return fusedres::convolution(read_, weight(index), unit.convolution, block_.threads);
+  }
+
+  // What a unit of the branch reads. What recompute() has formed is not formed again.
+  ConvolutionInput input(size_t index, Tensor* room) const {
+    if (index == 0) return {saved_.x, nullptr, room};
+    if (index == block_.last() && read_.defined()) return {read_, nullptr, room};
+    return {saved_.outputs[index - 1], &saved_.states[index - 1], room};
   }
 
   // A branch that enters the last ReLU. Its gradient overwrites the raw output if that is donated or was recomputed.
@@ -282,6 +288,7 @@ class Backward {
   ResidualBlockBackward& saved_;
   std::vector<Tensor> grads_;
   std::vector<Tensor> rounded_;  // weights
+  Tensor read_;                  // by a last convolution that ran again
 };
 
 }  // namespace
