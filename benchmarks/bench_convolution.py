@@ -10,7 +10,8 @@ largest error of the alternative's forward pass compares with torch's, both agai
 channels_last. Both take turns; a time is the median over rounds, a ratio the median of the ratios. The time to pack a
 weight counts for own. Where there is no alternative (the input's gradient of a strided convolution) there is a dash;
 such a convolution counts as torch's in the last line, which weights each convolution by how often the network has it.
-Fused blocks take what this table says is faster, by shape and instruction set (csrc/convolution_method/convolution_method.cpp).
+Fused blocks take what this table says is faster, by shape and instruction set
+(csrc/convolution_method/convolution_method.cpp).
 """
 
 from __future__ import annotations
