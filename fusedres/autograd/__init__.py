@@ -6,6 +6,7 @@ from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_lin
 from fusedres.autograd.gated_tail import run_tail
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
+from fusedres.autograd.norm_act_conv import NormActConvPlan, run_norm_act_conv
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import run_stem
@@ -21,6 +22,7 @@ __all__ = [
     "FrozenBlock",
     "FrozenNetwork",
     "Inputs",
+    "NormActConvPlan",
     "StemPlan",
     "TailPlan",
     "TermNorm",
@@ -35,6 +37,7 @@ __all__ = [
     "run_block",
     "run_folded",
     "run_frozen",
+    "run_norm_act_conv",
     "run_stem",
     "run_tail",
     "suggests_channels_last",

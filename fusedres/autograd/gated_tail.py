@@ -157,7 +157,7 @@ class GatedTailFunction(torch.autograd.Function):
         count_path("tail_backward")
         *tensors, branch_state, shortcut_state, mask = _checked(saved, ctx.saved, grad_out.device)
         grad_out = materialized(grad_out)
-        grads = _Backward(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs).run()
+        grads = TailBackward(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs).run()
         for index in (0, TERM - 1, TERM, 2 * TERM - 1):
             grad = grads[index]
             # The gradient of out that is passed on stays the same tensor, so that autograd knows that it is shared.
@@ -173,7 +173,7 @@ def _checked(saved: Sequence[Any], kinds: Sequence[Any], device: torch.device) -
     return [tensor if tensor is None or tensor.dim() == 4 else tensor.contiguous() for tensor in saved]
 
 
-class _Backward:
+class TailBackward:
     """One backward of a tail: the gradients of its tensors, in the order of `split`."""
 
     def __init__(

@@ -5,6 +5,8 @@ from fusedres.modules.bottleneck import FusedBottleneck
 from fusedres.modules.families import register
 from fusedres.modules.fused_block import FusedBlock
 from fusedres.modules.highway import Highway, HighwayConv2d, HighwayLinear
+from fusedres.modules.norm_act_conv import NormActConv
+from fusedres.modules.preactivation import PreActBasicBlock, PreActBottleneck
 from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.shortcut import ZeroPadShortcut
 from fusedres.modules.tail import ResidualTail
@@ -18,6 +20,9 @@ __all__ = [
     "Highway",
     "HighwayConv2d",
     "HighwayLinear",
+    "NormActConv",
+    "PreActBasicBlock",
+    "PreActBottleneck",
     "ResidualTail",
     "ZeroPadShortcut",
     "register",

@@ -48,7 +48,7 @@ def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:
     find: Callable[[str], Any] = partial(at, block) if parts.nested else block.__dict__["_modules"].get
     units: list[RawUnit] = []
     for conv_name, norm_name, _ in parts.units:
-        unit = _gather_unit(conv_name, norm_name, find(conv_name), find(norm_name))
+        unit = gather_unit(conv_name, norm_name, find(conv_name), find(norm_name))
         if isinstance(unit, str):
             return unit
         units.append(unit)
@@ -63,28 +63,21 @@ def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:
     return _gather_shortcut(block, tuple(units), parts)
 
 
-def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUnit | str:
-    """Return a convolution and its norm, or why they cannot be fused."""
+def gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUnit | str:
+    """Return a convolution and its norm, or why they cannot be fused; norm: None if there is none."""
     kind = type(norm)
     reason = _of_type(conv_name, conv, nn.Conv2d)
-    if reason is None:
+    if reason is None and norm is not None:
         known = kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm or is_frozen_norm(kind)
         reason = touched(norm_name, norm) if known else _of_type(norm_name, norm, nn.BatchNorm2d)
     if reason is not None:
         return reason
-    settings, state = conv.__dict__, norm.__dict__
-    frozen = kind is not nn.BatchNorm2d and kind is not nn.SyncBatchNorm
-    weights, buffers = _found(settings, "_parameters"), _found(state, "_buffers")
-    affine = buffers if frozen else _found(state, "_parameters")
-    if frozen:
-        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS))
-    else:
-        batches = buffers.get("num_batches_tracked", ABSENT)
-        statistics = (batches, state["training"], state["track_running_stats"], state["momentum"], state["eps"])
+    settings = conv.__dict__
+    weights = _found(settings, "_parameters")
     return RawUnit(
         conv_name,
         norm_name,
-        frozen,
+        norm is not None and is_frozen_norm(kind),
         weights.get("weight"),
         weights.get("bias", ABSENT),
         settings["stride"],
@@ -92,6 +85,25 @@ def _gather_unit(conv_name: str, norm_name: str, conv: Any, norm: Any) -> RawUni
         settings["dilation"],
         settings["groups"],
         settings["padding_mode"],
+        *(_NO_NORM if norm is None else _gather_norm(norm)),
+    )
+
+
+_NO_NORM = (None, None, None, None, None, False, False, 0.0, 1.0, None)
+
+
+def _gather_norm(norm: Any) -> tuple[Any, ...]:
+    """Return the last fields of RawUnit, from weight on."""
+    kind, state = type(norm), norm.__dict__
+    frozen = kind is not nn.BatchNorm2d and kind is not nn.SyncBatchNorm
+    buffers = _found(state, "_buffers")
+    affine = buffers if frozen else _found(state, "_parameters")
+    if frozen:
+        statistics = (None, False, True, 0.0, state.get("eps", DEFAULT_EPS))
+    else:
+        batches = buffers.get("num_batches_tracked", ABSENT)
+        statistics = (batches, state["training"], state["track_running_stats"], state["momentum"], state["eps"])
+    return (
         affine.get("weight", ABSENT),
         affine.get("bias", ABSENT),
         buffers.get("running_mean", ABSENT),
@@ -144,7 +156,7 @@ def _gather_shortcut(block: nn.Module, units: tuple[RawUnit, ...], parts: Parts)
         return Gathered(units, None, ZeroPad(pad.in_channels, pad.out_channels, pad.stride), modules)
     if paths is None:
         return Gathered(units, None, None, modules)
-    projection = _gather_unit(paths.conv, paths.norm, at(block, paths.conv), at(block, paths.norm))
+    projection = gather_unit(paths.conv, paths.norm, at(block, paths.conv), at(block, paths.norm))
     return projection if isinstance(projection, str) else Gathered(units, projection, None, modules)
 
 

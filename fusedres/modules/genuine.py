@@ -110,6 +110,15 @@ def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | N
     return _first_replaced(cls, base)
 
 
+_read_units = attrgetter(*_OF_UNITS)
+_OWN_OF_UNITS = tuple(map(_own, _read_units(_Bypassed)))
+
+
+def replaced_in_units() -> str | None:
+    """Return which code of a convolution, a BatchNorm or a ReLU was replaced, or None."""
+    return None if _read_units(_Bypassed) == _OWN_OF_UNITS else _named(_Bypassed, _OF_UNITS, _OWN_OF_UNITS)
+
+
 @torch.compiler.assume_constant_result
 def _first_replaced(cls: Any, base: type[nn.Module] | None) -> str | None:
     """Return which code was replaced, in words, or None; compiled code keeps the answer from its compilation."""

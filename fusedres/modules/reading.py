@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fusedres.autograd import BlockPlan, ConvBN, StemPlan, suggests_channels_last
+from fusedres.autograd import BlockPlan, ConvBN, NormActConvPlan, StemPlan, suggests_channels_last
 from fusedres.dispatch import LIBRARY, Way
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.modules.anatomy import Anatomy, Unit, ZeroPad
@@ -121,6 +121,35 @@ def read_stem(given: Input, anatomy: Anatomy) -> tuple[StemPlan, Tensors] | str:
     return StemPlan(found.unit, given.dtype, given.backend, found.channels_last), found.tensors
 
 
+def read_norm_act_conv(given: Input, parts: Sequence[Unit], kind: str | None) -> NormActConvPlan | str:
+    """Return the plan of convolutions that read act(BN(x)), or why torch's own operators must run.
+
+    Args:
+        parts: each convolution with the norm before it, which they share.
+        kind: of the activation; None: there is no norm either, and the convolutions read x.
+
+    Raises:
+        ShapeError, DtypeError, RuntimeError, ValueError: torch raises an error for this call too.
+    """
+    x = given.x
+    before = given._replace(dtype=x.dtype)  # BatchNorm reads x in its own dtype, also under autocast
+    refused = promoted(before, parts[:1])
+    if refused is not None:
+        return refused
+    shape = _shape(x)
+    # BatchNorm returns these as NCHW, whatever x is.
+    flat = shape[1] == 1 or shape[2] == shape[3] == 1 or (x.dtype is torch.float64 and x.is_cuda)
+    formats = []
+    for part in parts:
+        _convolved_shape(given, part, shape)
+        _check_weight(given, part)
+        formats.append((suggests_channels_last(x) and not flat) or suggests_channels_last(part.conv_weight))
+    if kind is not None:
+        _check_norm(before, parts[0], shape)
+    units = tuple(part.settings for part in parts)
+    return NormActConvPlan(units, kind, given.dtype, given.backend, tuple(formats))
+
+
 _NEITHER = (False, False)
 
 
@@ -166,14 +195,9 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
     Raises:
         ShapeError, DtypeError, RuntimeError, ValueError: the unit does not fit this input.
     """
-    op, x, weight = given.op, given.x, part.conv_weight
+    x, weight = given.x, part.conv_weight
     reached = _convolved_shape(given, part, shape)
-    if weight.device != x.device:
-        _wrong_device(op, f"{part.conv_name}.weight", weight, x)
-    if weight.dtype is not x.dtype and (not given.autocast or torch.float64 in (weight.dtype, x.dtype)):
-        raise DtypeError(
-            f"{op}: {part.conv_name}.weight must be {x.dtype} like x, got {weight.dtype}; convert one or use autocast"
-        )
+    _check_weight(given, part)
     _check_norm(given, part, reached)
     unit = part.settings
     own = own_products(given.conv, given.backend, unit.groups, (weight.shape[2], weight.shape[3]), given.way)
@@ -184,6 +208,17 @@ def read_unit(given: Input, part: Unit, shape: Shape, channels_last: bool) -> Re
     if reached[1] == 1 or reached[2] == reached[3] == 1 or (given.dtype is torch.float64 and x.is_cuda):
         channels_last = False  # torch's batch_norm takes these for NCHW; cuDNN has no float64 channels_last
     return Read(unit, part.tensors, reached, channels_last)
+
+
+def _check_weight(given: Input, part: Unit) -> None:
+    """Check that a convolution takes x with its weight."""
+    op, x, weight = given.op, given.x, part.conv_weight
+    if weight.device != x.device:
+        _wrong_device(op, f"{part.conv_name}.weight", weight, x)
+    if weight.dtype is not x.dtype and (not given.autocast or torch.float64 in (weight.dtype, x.dtype)):
+        raise DtypeError(
+            f"{op}: {part.conv_name}.weight must be {x.dtype} like x, got {weight.dtype}; convert one or use autocast"
+        )
 
 
 def _convolved_shape(given: Input, part: Unit, shape: Shape) -> Shape:

@@ -148,8 +148,10 @@ def run_fused(
             logits = None if gate is None else gate.to(dtype)
         terms.append(TermTensors(None if x is None else x.to(dtype), *vectors, factor, logits))
         norms.append(settings)
-    kind = "identity" if tail.activation is None else KINDS[type(tail.activation)]
-    slope = _slope(tail.activation, branch.shape[1], branch.device, arithmetic_dtype(dtype))
+    kind, slope = (
+        kind_of(tail.activation),
+        slope_of(tail.activation, branch.shape[1], branch.device, arithmetic_dtype(dtype)),
+    )
     backend = backend_for(branch.device)
     assert backend is not None
     plan = TailPlan((norms[0], norms[1]), shortcut is not None, kind, tail.before_add, tail.gate == "coupled", backend)
@@ -221,7 +223,13 @@ def reason_of_activation(module: Any, x: Tensor | None) -> str | None:
     return None
 
 
-def _slope(module: Any, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+def kind_of(activation: nn.Module | None) -> str:
+    """Return the name that the kernels have for an activation; None: there is none."""
+    return "identity" if activation is None else KINDS[type(activation)]
+
+
+def slope_of(module: Any, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """Return the slopes (channels,) of a leaky ReLU; other activations have none."""
     if type(module) is nn.PReLU:
         weight: Tensor = module.weight
         return weight.to(dtype).expand(channels).contiguous()
