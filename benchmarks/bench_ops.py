@@ -162,7 +162,7 @@ def gated_tails(
     if variant == "highway":
         read = read | {"logits": torch.randn_like(grad)}
     normalised = tail(read)[0].state is not None
-    coefficients = TailCoefficients(state if normalised else None, None)
+    coefficients = TailCoefficients(state[None] if normalised else None, None)
     needs = TailNeeds(True, variant != "SiLU before the add", variant == "highway")
     backward = {"grad": grad} | (read if variant == "highway" else {"x": read["x"]})
 

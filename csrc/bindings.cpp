@@ -31,7 +31,7 @@ inline bool read(PyObject* object, BnBranch& value) {
 
 inline bool read(PyObject* object, TailTerm& value) {
   return read_tuple(object, value.x, value.state, value.factor, value.per_sample, value.logits, value.coefficients,
-                    value.grad_x, value.grad_logits);
+                    value.own_coefficients, value.grad_x, value.grad_logits);
 }
 
 inline bool read(PyObject* object, GatedTailParams& value) {

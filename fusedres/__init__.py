@@ -64,6 +64,8 @@ from fusedres.modules import (
     PreActBasicBlock,
     PreActBottleneck,
     ResidualTail,
+    SEBasicBlock,
+    SEBottleneck,
     ZeroPadShortcut,
     register,
 )
@@ -82,6 +84,8 @@ __all__ = [
     "PreActBottleneck",
     "Report",
     "ResidualTail",
+    "SEBasicBlock",
+    "SEBottleneck",
     "ZeroPadShortcut",
     "__version__",
     "freeze",

@@ -21,20 +21,20 @@ from fusedres.modules.classes import (
     refusals,
     stock_class,
 )
+from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.families import has_stem, looks_residual, read, read_network, why_unknown
 from fusedres.modules.frozen_network import FrozenModel
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.norm_act_conv import NormActConv
 from fusedres.modules.parts import Parts
-from fusedres.modules.preactivation import PreActBlock
 from fusedres.modules.resnet import FusedForeignStem
 from fusedres.modules.scripting import restore
 from fusedres.modules.tail import ResidualTail
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
-_DECLARED = (NormActConv, PreActBlock, ResidualTail)  # modules of this package that fuse() need not switch
+_DECLARED = (NormActConv, ComposedBlock, ResidualTail)  # modules of this package that fuse() need not switch
 _OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "fused_calls", "_parts")
 
 
@@ -200,9 +200,9 @@ def report(model: nn.Module) -> Report:
     A block is not fused if its parts are unusual, if code that it would bypass was replaced, if a batch of images would
     raise an error, or if its last input ran unfused (a tensor subclass, a transform of torch.func). The report has no
     input, so it does not ask the table of measured choices, which may also leave a shape unfused (see `fuse`).
-    A ResNet's stem has the name "<name> stem" and the kind "stem". Each ResidualTail, NormActConv and pre-activation
-    block has a row. Modules of unknown classes that have the looks of a residual block have a row too: its reason says
-    whether `register` would help.
+    A ResNet's stem has the name "<name> stem" and the kind "stem". The modules of this package that need no fuse(),
+    such as ResidualTail, have a row too; so have modules of unknown classes that have the looks of a residual block:
+    the reason says whether `register` would help.
 
     Raises:
         TypeError: model is not a module.

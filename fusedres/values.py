@@ -202,7 +202,7 @@ class TailTerm(NamedTuple):
 
 
 class TailCoefficients(NamedTuple):
-    """The coefficients a, c1, μ, k (4, C) of the BatchNorms of a tail's terms, see Gradient; None without one."""
+    """The coefficients a, c1, μ, k (1 or N, 4, C) of the BatchNorms of a tail's terms, see Gradient; None: no norm."""
 
     branch_coefficients: Tensor | None
     shortcut_coefficients: Tensor | None

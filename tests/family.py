@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from eager import trust
 from reference import Values
-from tolerance import PARTIAL_SUMS, check_tensor
+from tolerance import HALF, PARTIAL_SUMS, check_tensor
 from torch import Tensor, nn
 
 ROUNDINGS = 256  # of the largest value: the floor of the rule
+FLIPS = 0.03  # of a result's norm, in 16 bits
 Equation = Callable[[Any, Tensor], Tensor]  # of a block's own children, on x
 
 
@@ -63,6 +64,11 @@ def check_equation(block: nn.Module, equation: Equation, x: Tensor) -> None:
             continue
         terms = torch.full_like(exact_value, ROUNDINGS / PARTIAL_SUMS * exact_value.abs().max().item())
         spread = torch.zeros_like(terms)
+        if x.dtype in HALF:  # rounding flips some ReLUs, in both runs at different places; float32 judges each element
+            error, eager = (float((run[name].double() - exact_value).norm()) for run in (ours, theirs))
+            bound = 2 * eager + FLIPS * float(exact_value.norm()) + 1e-6
+            assert error <= bound, f"{name}: L2 error {error:.3g} > {bound:.3g}"
+            continue
         check_tensor(name, ours[name], theirs[name], exact_value, terms, spread, dtype=x.dtype)
 
 

@@ -168,10 +168,10 @@ def _gated_tail_gradients() -> tuple[list[Example], list[Example]]:
     applied = [
         highway
         | needs
-        | {"branch_coefficients": state(C, _FLOAT), "shortcut_coefficients": None, "needs_logits": True},
+        | {"branch_coefficients": state(C, _FLOAT)[None], "shortcut_coefficients": None, "needs_logits": True},
         scaled
         | needs
-        | {"branch_coefficients": None, "shortcut_coefficients": state(C, _FLOAT), "needs_logits": False},
+        | {"branch_coefficients": None, "shortcut_coefficients": state(C, _FLOAT)[None], "needs_logits": False},
     ]
     return [example | {"with_slope": False} for example in (highway, scaled)], applied
 

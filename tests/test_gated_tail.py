@@ -104,6 +104,12 @@ def test_sums(backend, dtype, name):
             assert_near("row 5", total, leaves["activation"].slope.grad, 4 * bound, torch.float32, roundings=16.0)
 
 
+def coefficients_of(term: TailTerm, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Return coefficients of the batch, or of each sample where the term has factors of each sample."""
+    samples = shape[0] if term.factor is not None and term.factor.shape[0] > 1 else 1
+    return torch.stack([state(shape[1], dtype, seed + 2 * sample) for sample in range(samples)])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TAILS)
@@ -115,7 +121,7 @@ def test_gradients(backend, dtype, name):
         exact = exact_gradients(made, gradient_of(shape, dtype, where))
         gated = Gated(exact.grad, mask_of(made, tail, backend))
         coefficients = [
-            None if term is None or term.state is None else state(shape[1], dtype, seed).to(where)
+            None if term is None or term.state is None else coefficients_of(term, shape, dtype, seed).to(where)
             for seed, term in enumerate(terms)
         ]
         with_logits = any(term is not None and term.logits is not None for term in terms)
@@ -129,7 +135,7 @@ def test_gradients(backend, dtype, name):
                 continue
             bound = size if term.factor is None else size * (1 + term.factor.double().abs()[:, :, None, None])
             if coefficients[index] is not None:
-                a, c1, mean, k = (row.double().view(1, -1, 1, 1) for row in coefficients[index])
+                a, c1, mean, k = (row.double()[:, :, None, None] for row in coefficients[index].unbind(1))
                 pull = (term.x.double() - mean) * k
                 want, bound = a * (want - c1 - pull), a.abs() * (bound + c1.abs() + pull.abs())
             assert_near(f"grad_x of {index}, {shape}", grad_x, want, bound, dtype, roundings=16.0)
@@ -145,7 +151,9 @@ def test_only_what_is_needed_is_written(backend):
     where = device(backend)
     made = make(TAILS["two gates"], (2, 24, 3, 3), torch.float32, where)
     gated = Gated(gradient_of((2, 24, 3, 3), torch.float32, where), None)
-    coefficients = TailCoefficients(state(24, torch.float32).to(where), state(24, torch.float32, 1).to(where))
+    coefficients = TailCoefficients(
+        state(24, torch.float32)[None].to(where), state(24, torch.float32, 1)[None].to(where)
+    )
     every = ops.gated_tail_apply(gated, *made.values(), coefficients, TailNeeds(True, True, True), backend=backend)
     for index, needs in enumerate([TailNeeds(True, False, False), TailNeeds(False, True, False)]):
         some = ops.gated_tail_apply(gated, *made.values(), coefficients, needs, backend=backend)
@@ -197,7 +205,7 @@ def test_zero_residual_is_the_identity(backend):
         made["branch"] = made["branch"]._replace(factor=factor.to(where))
         assert torch.equal(ops.gated_tail(*made.values(), backend=backend)[0], made["shortcut"].x)
         grad = gradient_of(shape, torch.float32, where)
-        coefficients = TailCoefficients(state(40, torch.float32).to(where), None)
+        coefficients = TailCoefficients(state(40, torch.float32)[None].to(where), None)
         needs = TailNeeds(False, True, False)
         found = ops.gated_tail_apply(Gated(grad, None), *made.values(), coefficients, needs, backend=backend)
         assert torch.equal(found[2], grad)
@@ -214,7 +222,7 @@ def test_constant_statistics_do_not_read_x(backend):
     coefficients[1] = coefficients[3] = 0
     needs, grad = TailNeeds(True, False, False), gradient_of(shape, torch.float32, where)
     found = ops.gated_tail_apply(
-        Gated(grad, None), *made.values(), TailCoefficients(coefficients, None), needs, backend=backend
+        Gated(grad, None), *made.values(), TailCoefficients(coefficients[None], None), needs, backend=backend
     )[0]
     assert_near("grad_x", found, (grad * coefficients[0].view(1, -1, 1, 1)).double(), grad.abs(), torch.float32)
 

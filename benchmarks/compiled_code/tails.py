@@ -24,7 +24,9 @@ def _step(branch: TailTerm, shortcut: TailTerm | None, activation: Activation, c
     mask = torch.empty(mask_shape(x), dtype=torch.uint8, device="meta") if masked else None
     gated, tail = Gated(torch.empty_like(x), mask), (branch, shortcut, activation, coupled)
     launch.gated_tail_reduce(gated, *tail, activation.slope is not None)
-    coefficients = TailCoefficients(branch.state, None if shortcut is None else shortcut.state)
+    coefficients = TailCoefficients(
+        *(None if t is None or t.state is None else t.state[None] for t in (branch, shortcut))
+    )
     needs = TailNeeds(True, shortcut is not None, branch.logits is not None)
     launch.gated_tail_apply(gated, *tail, coefficients, needs)
 

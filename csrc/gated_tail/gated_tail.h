@@ -15,9 +15,11 @@ struct TailTerm {
   bool per_sample = false;       // factor has a row for each sample
   const void* logits = nullptr;  // [rows, channels]; null: no such gate
   // Only for the gradients:
-  const void* coefficients = nullptr;  // [4, channels] arithmetic type: a, c1, μ, k; null: x is not normalised
-  void* grad_x = nullptr;              // [rows, channels]; null: not needed
-  void* grad_logits = nullptr;         // [rows, channels]; null: not needed
+  // [1 or batch, 4, channels] arithmetic type: a, c1, μ, k; null: x is not normalised.
+  const void* coefficients = nullptr;
+  bool own_coefficients = false;  // coefficients has rows for each sample, as some factor has
+  void* grad_x = nullptr;         // [rows, channels]; null: not needed
+  void* grad_logits = nullptr;    // [rows, channels]; null: not needed
 };
 
 // out = act(branch + shortcut), or act(branch's x) in the branch if before_add.

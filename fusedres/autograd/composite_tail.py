@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres.autograd.excitation import excite
 from fusedres.autograd.tail_plan import TERM, States, TailPlan, TermNorm, TermTensors, as_image, split
 from fusedres.kernels.reference_core import unpack_bits
 
@@ -16,6 +17,9 @@ def composite(plan: TailPlan, tensors: Sequence[Tensor | None], states: States) 
     """Return the tail; running statistics are neither read nor updated, as the states say what they were."""
     branch, shortcut, slope = split(tensors)
     value = _composite_term(branch, plan.norms[0], states[0])
+    if plan.excitation is not None:
+        factor = excite(value.mean((2, 3)), tensors[2 * TERM + 1 :], plan.excitation)
+        branch = branch._replace(factor=factor)
     if plan.before_add:
         value = _activated(value, plan.kind, slope)
     gate = None if branch.logits is None else branch.logits.sigmoid()
@@ -82,8 +86,8 @@ def differentiable_tail(
         if mask is None:
             out = composite(plan, given, states)
         else:
-            z = composite(plan._replace(kind="identity"), [*given[:-1], None], states)
-            slope = given[-1]
+            slope, given[2 * TERM] = given[2 * TERM], None
+            z = composite(plan._replace(kind="identity"), given, states)
             closed = torch.zeros_like(z) if slope is None else z * slope.to(z.dtype).view(1, -1, 1, 1)
             out = torch.where(unpack_bits(mask, z.shape[1]), z, closed)
         found = iter(torch.autograd.grad(out, inputs, grad_out.to(out.dtype), create_graph=again))

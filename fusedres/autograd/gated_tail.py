@@ -11,12 +11,13 @@ BatchNorm's parameters follow from it here, as sums over groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres.autograd.composite_tail import differentiable_tail
+from fusedres.autograd.excitation import EXCITATION_TENSORS, excitation_gradients, excite, means_of, normalised
 from fusedres.autograd.graph import materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import has_memory, kept_on_error, refuse, to_channels_last
@@ -32,8 +33,7 @@ def run_tail(plan: TailPlan, tensors: Sequence[Tensor | None], recorded: bool) -
     if recorded:
         result: Tensor = GatedTailFunction.apply(plan, *tensors)
         return result
-    out, _, _ = _forward(plan, tensors, False)
-    return _like_input(out, *_layout(_x_of(tensors)))
+    return _like_input(_forward(plan, tensors, False).out, *_layout(_x_of(tensors)))
 
 
 def _x_of(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -78,7 +78,15 @@ def _terms(
     return branch, shortcut if plan.has_shortcut else None
 
 
-def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) -> tuple[Tensor, Tensor, States]:
+class _Result(NamedTuple):
+    out: Tensor
+    mask: Tensor
+    states: States
+    means: Tensor | None  # of the branch's x over the pixels, and the factor that an excitation makes of them
+    factor: Tensor | None
+
+
+def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) -> _Result:
     launch = launches(plan.backend)
     _require_memory(tensors)
     branch, shortcut, slope = split(tensors)
@@ -91,19 +99,26 @@ def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) 
     ]
     with kept_on_error(updated):
         first = first._replace(state=_state(first.x, branch, plan.norms[0], launch))
+        means = None
+        if plan.excitation is not None:
+            assert first.state is not None
+            means = means_of(first.x)
+            pooled = normalised(means, first.state)
+            first = first._replace(factor=excite(pooled, tensors[2 * TERM + 1 :], plan.excitation))
         if second is not None:
             second = second._replace(state=_state(second.x, shortcut, plan.norms[1], launch))
         activation = Activation(plan.kind, slope, plan.before_add)
         out, mask = launch.gated_tail(first, second, activation, plan.coupled, with_mask)
     count_path("tail_forward")
-    return out, mask, (first.state, None if second is None else second.state)
+    return _Result(out, mask, (first.state, None if second is None else second.state), means, first.factor)
 
 
 def _require_memory(tensors: Sequence[Tensor | None]) -> None:
     if torch.compiler.is_compiling():
         return
     names = [f"{term}'s {field}" for term in ("branch", "shortcut") for field in TermTensors._fields]
-    for name, tensor in zip([*names, "slope"], tensors, strict=True):
+    names += ["slope", *(f"excitation tensor {index}" for index in range(EXCITATION_TENSORS))]
+    for name, tensor in zip(names, tensors, strict=False):
         if tensor is not None and not has_memory(tensor):
             refuse(name, tensor, "residual tail")
 
@@ -116,6 +131,7 @@ def _reads(plan: TailPlan, needs: Sequence[bool], with_mask: bool) -> tuple[bool
     for needed, norm in zip((branch, shortcut), plan.norms, strict=True):
         through = norm is not None and norm.batch_statistics and needed.x
         own.append(bool(through or needed.weight or needed.bias or needed.factor or needed.logits))
+    own[0] = own[0] or plan.excitation is not None
     crossed = plan.coupled and bool(branch.logits)
     first = own[0] or again or (plan.before_add and plan.kind != "identity")
     return first, plan.has_shortcut and (own[1] or again or crossed)
@@ -130,7 +146,7 @@ class GatedTailFunction(torch.autograd.Function):
         needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
         # The slope's gradient is a sum of z itself, so z is computed again.
         with_mask = plan.kind in ("relu", "leaky_relu") and not plan.before_add and not needs[2 * TERM]
-        out, mask, states = _forward(plan, tensors, with_mask)
+        found = _forward(plan, tensors, with_mask)
         reads = _reads(plan, needs, with_mask)
         kept = list(tensors)
         for index, read in zip((0, TERM), reads, strict=True):
@@ -138,11 +154,12 @@ class GatedTailFunction(torch.autograd.Function):
                 kept[index] = None
         for first in (0, TERM):
             kept[first + 3 : first + 6] = [None] * 3  # running statistics: the state holds what backward needs
-        saved = (*kept, *states, mask if with_mask else None)
+        kept[TERM - 2] = found.factor
+        saved = (*kept, *found.states, found.mask if with_mask else None, found.means)
         ctx.plan, ctx.layouts = plan, [None if tensor is None else _layout(tensor) for tensor in tensors]
         ctx.saved = [None if tensor is None else (tensor.dtype, tensor.shape) for tensor in saved]
         ctx.save_for_backward(*saved)
-        return _like_input(out, *_layout(_x_of(tensors)))
+        return _like_input(found.out, *_layout(_x_of(tensors)))
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,12 +169,12 @@ class GatedTailFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         if needs_composite(grad_out):
             count_path("tail_composite_backward")
-            *tensors, branch_state, shortcut_state, mask = saved
+            *tensors, branch_state, shortcut_state, mask, _ = saved
             return (None, *differentiable_tail(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs))
         count_path("tail_backward")
-        *tensors, branch_state, shortcut_state, mask = _checked(saved, ctx.saved, grad_out.device)
+        *tensors, branch_state, shortcut_state, mask, means = _checked(saved, ctx.saved, grad_out.device)
         grad_out = materialized(grad_out)
-        grads = TailBackward(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs).run()
+        grads = TailBackward(plan, tensors, (branch_state, shortcut_state), mask, grad_out, needs, means).run()
         for index in (0, TERM - 1, TERM, 2 * TERM - 1):
             grad = grads[index]
             # The gradient of out that is passed on stays the same tensor, so that autograd knows that it is shared.
@@ -184,8 +201,10 @@ class TailBackward:
         mask: Tensor | None,
         grad_out: Tensor,
         needs: Sequence[bool],
+        means: Tensor | None = None,
     ) -> None:
         self.plan, self.needs, self.states = plan, needs, states
+        self.excitation, self.means = tensors[2 * TERM + 1 :], means
         self.grad_out = grad_out
         grad = to_channels_last(as_image(grad_out))
         self.branch, self.shortcut, slope = split(tensors)
@@ -263,6 +282,8 @@ class TailBackward:
             return True
         for index, norm in enumerate(self.plan.norms):
             needed = self.needs[index * TERM : (index + 1) * TERM]
+            if index == 0 and self.plan.excitation is not None:
+                return True
             if any(needed[1:3]) or needed[6] or (norm is not None and norm.batch_statistics and needed[0]):
                 return True
         return False
@@ -274,29 +295,49 @@ class TailBackward:
         """
         tensors, norm, state = (self.branch, self.shortcut)[index], self.plan.norms[index], self.states[index]
         first = index * TERM
-        if tensors.factor is not None and self.needs[first + 6]:
+        excites = index == 0 and self.plan.excitation is not None
+        of_pixel: Tensor | None = None  # what the gradient of each pixel of BN(x) gets through the excitation
+        if tensors.factor is not None and (self.needs[first + 6] or excites):
             if of_factor is None:
                 of_factor = product
                 if tensors.weight is not None:
                     of_factor = of_factor * tensors.weight.to(product.dtype)
                 if tensors.bias is not None:
                     of_factor = of_factor + tensors.bias.to(product.dtype) * total
-            self.grads[first + 6] = of_factor if tensors.factor.shape[0] > 1 else of_factor.sum(0, keepdim=True)
+            if excites and state is not None:
+                of_pixel = self._through_excitation(of_factor, state)
+            else:
+                self.grads[first + 6] = of_factor if tensors.factor.shape[0] > 1 else of_factor.sum(0, keepdim=True)
         if tensors.factor is not None:
             total, product = total * tensors.factor, product * tensors.factor
+        if of_pixel is not None and state is not None and self.means is not None:
+            of_all = of_pixel * (pixel_rows(self.gated.grad) // len(of_pixel))
+            total, product = total + of_all, product + of_all * (self.means - state[0]) * state[1]
         total, product = total.sum(0), product.sum(0)
         for offset, parameter, grad in ((1, tensors.weight, product), (2, tensors.bias, total)):
             if parameter is not None and self.needs[first + offset]:
                 self.grads[first + offset] = in_dtype(grad, parameter.dtype)
         if norm is None or state is None:
             return None
-        if not norm.batch_statistics:
-            return _constant(state)
-        count = pixel_rows(self.gated.grad)
-        return torch.stack([state[2], total / count, state[0], state[1] * product / count])
+        coefficients = _constant(state)
+        if norm.batch_statistics:
+            count = pixel_rows(self.gated.grad)
+            coefficients = torch.stack([state[2], total / count, state[0], state[1] * product / count])[None]
+        if of_pixel is not None:
+            coefficients = coefficients.repeat(len(of_pixel), 1, 1)
+            coefficients[:, 1] -= of_pixel
+        return coefficients
+
+    def _through_excitation(self, grad: Tensor, state: Tensor) -> Tensor:
+        """Set the gradients of the excitation's tensors; return what each pixel's gradient of BN(x) gets through it."""
+        dtype, first = self.plan.excitation, 2 * TERM + 1
+        assert dtype is not None and self.means is not None
+        pooled = normalised(self.means, state)
+        of_pooled, self.grads[first:] = excitation_gradients(pooled, self.excitation, dtype, grad, self.needs[first:])
+        return of_pooled / (pixel_rows(self.gated.grad) // len(of_pooled))
 
 
 def _constant(state: Tensor) -> Tensor:
     """Return the coefficients of a BatchNorm with constant statistics."""
     nothing = torch.zeros_like(state[0])
-    return torch.stack([state[2], nothing, state[0], nothing])
+    return torch.stack([state[2], nothing, state[0], nothing])[None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,7 @@ class TailPlan(NamedTuple):
     before_add: bool
     coupled: bool
     backend: str
+    excitation: torch.dtype | None = None  # of the products that make the branch's factor; None: it is given, or absent
 
     @property
     def is_plain_sum(self) -> bool:
@@ -51,7 +53,10 @@ States = tuple[Tensor | None, Tensor | None]  # of the BatchNorms of both terms
 
 
 def split(tensors: Sequence[Tensor | None]) -> tuple[TermTensors, TermTensors, Tensor | None]:
-    """Return the branch's tensors, the shortcut's, and the slope, from the flat order of the Function's inputs."""
+    """Return the branch's tensors, the shortcut's, and the slope, from the flat order of the Function's inputs.
+
+    Those of an excitation follow; see excitation.py.
+    """
     return TermTensors(*tensors[:TERM]), TermTensors(*tensors[TERM : 2 * TERM]), tensors[2 * TERM]
 
 

@@ -6,6 +6,7 @@ from fusedres.modules.families import register
 from fusedres.modules.fused_block import FusedBlock
 from fusedres.modules.highway import Highway, HighwayConv2d, HighwayLinear
 from fusedres.modules.norm_act_conv import NormActConv
+from fusedres.modules.postactivation import SEBasicBlock, SEBottleneck
 from fusedres.modules.preactivation import PreActBasicBlock, PreActBottleneck
 from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.shortcut import ZeroPadShortcut
@@ -24,6 +25,8 @@ __all__ = [
     "PreActBasicBlock",
     "PreActBottleneck",
     "ResidualTail",
+    "SEBasicBlock",
+    "SEBottleneck",
     "ZeroPadShortcut",
     "register",
 ]

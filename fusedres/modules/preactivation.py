@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from torch import Tensor, nn
 
-from torch import Tensor, fx, nn
-from torch.nn.modules.utils import _pair
-
-from fusedres.errors import ShapeError
 from fusedres.modules.calls import keep_reason
+from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.norm_act_conv import run_unit, standing_reason
-from fusedres.values import Geometry
 
 
-class PreActBlock(nn.Module):
+class PreActBlock(ComposedBlock):
     """y = S(x) + F(x) with F = conv_n(act(bn_n(… conv_1(act(bn_1(x)))))): what the pre-activation blocks share.
 
     Each convolution with the BatchNorm and activation before it is a step as in NormActConv, and its result takes the
@@ -28,17 +23,10 @@ class PreActBlock(nn.Module):
         ValueError, TypeError, RuntimeError: wrong channels, shape, dtype or device of x.
     """
 
-    depth: int  # of F, in convolutions
-
-    def __init__(self, activation: nn.Module | None, downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.activation = nn.ReLU() if activation is None else activation
-        self.downsample = downsample
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; see the class."""
         op = type(self).__name__
-        self._check_shortcut(x)
+        self.check_shortcut(x, self.downsample)
         reasons: list[str | None] = []
         h, shortcut = x, x
         for index, (norm, convs) in enumerate(self._units()):
@@ -55,47 +43,17 @@ class PreActBlock(nn.Module):
             return h.add_(shortcut)
         return h + shortcut
 
-    def _check_shortcut(self, x: Any) -> None:
-        """Raise where the shortcut has another shape than the branch."""
-        branch = [conv for _, convs in self._units() for name, conv in convs.items() if name != "downsample"]
-        if x.dim() != 4 or isinstance(x, fx.Proxy) or not all(map(_is_plain, branch)):
-            return  # the step itself raises, or its modules do
-        reached = _reached(tuple(x.shape), branch)
-        start = tuple(x.shape) if self.downsample is None else reached
-        if _is_plain(self.downsample):
-            start = _reached(tuple(x.shape), [self.downsample])
-        if start != reached:
-            raise ShapeError(
-                f"{type(self).__name__}: the shortcut must have shape {reached} like the residual branch, got {start}; "
-                "give the block a downsample (1x1 convolution, or ZeroPadShortcut) that reaches it"
-            )
-
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""
         found = (standing_reason(norm, self.activation, convs) for norm, convs in self._units())
         return next((reason for reason in found if reason is not None), None)
 
     def _units(self) -> list[tuple[tuple[str, nn.Module], dict[str, nn.Module]]]:
-        """Return each BatchNorm with the convolutions that read it, by their names."""
-        units: list[tuple[tuple[str, nn.Module], dict[str, nn.Module]]] = []
-        for index in range(1, self.depth + 1):
-            convs = {f"conv{index}": getattr(self, f"conv{index}")}
-            if index == 1 and isinstance(self.downsample, nn.Conv2d):
-                convs["downsample"] = self.downsample
-            units.append(((f"bn{index}", getattr(self, f"bn{index}")), convs))
+        """Return each BatchNorm with the convolutions that read it."""
+        units = [(self.norm(index), self.conv(index)) for index in range(1, self.depth + 1)]
+        if isinstance(self.downsample, nn.Conv2d):
+            units[0][1]["downsample"] = self.downsample
         return units
-
-
-def _is_plain(conv: nn.Module | None) -> bool:
-    return type(conv) is nn.Conv2d and not isinstance(conv.padding, str)
-
-
-def _reached(shape: tuple[int, ...], convs: Sequence[Any]) -> tuple[int, ...]:
-    """Return the shape of the result of convolutions of an input of this shape."""
-    for conv in convs:
-        geometry = Geometry(_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation))
-        shape = geometry.output_shape(shape, conv.weight.shape)
-    return shape
 
 
 class PreActBasicBlock(PreActBlock):

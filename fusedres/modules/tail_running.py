@@ -41,6 +41,7 @@ class TailModules(NamedTuple):
     before_add: bool
     gate: str = "scale"
     names: tuple[str, str, str] = ("norm", "shortcut_norm", "activation")
+    excitation: Any = None  # an Excitation, which makes the branch's factor of the normalised branch
 
 
 def reason_of_call(tail: TailModules, *tensors: Tensor | None) -> str | None:
@@ -75,17 +76,18 @@ def reason_of_modules(tail: TailModules, branch: Tensor | None, shortcut: Tensor
         reason = touched(name, norm) or reason_of_norm(norm, x)
         if reason is not None:
             return reason
-    if tail.activation is None:
-        return None
+    reason = None if tail.excitation is None else tail.excitation.unfused_reason(branch)
+    if reason is not None or tail.activation is None:
+        return reason
     return touched(tail.names[2], tail.activation) or reason_of_activation(tail.activation, branch)
 
 
 def _reason_of_inference(tail: TailModules, branch: Tensor, *others: Tensor | None) -> str | None:
     """Return that torch refuses to save or to write tensors that were made in inference mode, if it does."""
     held = [branch, *others]
-    for module in (tail.norm, tail.shortcut_norm, tail.activation):
+    for module in (tail.norm, tail.shortcut_norm, tail.activation, tail.excitation):
         if module is not None:
-            held += [*module._parameters.values(), *module._buffers.values()]
+            held += [*module.parameters(), *module.buffers()]
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in held)
     written = any(norm is not None and norm.training for norm in (tail.norm, tail.shortcut_norm))
     if holds_inference_tensors(branch, tuple(held), recorded or written):
@@ -103,6 +105,8 @@ def run_unfused(
     """Run a tail by calling its modules."""
     activation = nn.Identity() if tail.activation is None else tail.activation
     value = branch if tail.norm is None else tail.norm(branch)
+    if tail.excitation is not None:
+        value = value * tail.excitation(value)
     if tail.before_add:
         value = activation(value)
     value = _gated(tail.gate, value, scale, branch)
@@ -148,14 +152,16 @@ def run_fused(
             logits = None if gate is None else gate.to(dtype)
         terms.append(TermTensors(None if x is None else x.to(dtype), *vectors, factor, logits))
         norms.append(settings)
-    kind, slope = (
-        kind_of(tail.activation),
-        slope_of(tail.activation, branch.shape[1], branch.device, arithmetic_dtype(dtype)),
-    )
+    slope = slope_of(tail.activation, branch.shape[1], branch.device, arithmetic_dtype(dtype))
     backend = backend_for(branch.device)
     assert backend is not None
-    plan = TailPlan((norms[0], norms[1]), shortcut is not None, kind, tail.before_add, tail.gate == "coupled", backend)
-    tensors = (*terms[0], *terms[1], slope)
+    kind, coupled = kind_of(tail.activation), tail.gate == "coupled"
+    plan = TailPlan((norms[0], norms[1]), shortcut is not None, kind, tail.before_add, coupled, backend)
+    tensors: tuple[Tensor | None, ...] = (*terms[0], *terms[1], slope)
+    if tail.excitation is not None:
+        autocast = torch.is_autocast_enabled(branch.device.type) and dtype is not torch.float64
+        plan = plan._replace(excitation=torch.get_autocast_dtype(branch.device.type) if autocast else dtype)
+        tensors += tail.excitation.tensors()
     return run_tail(plan, tensors, wants_gradients(branch, tensors))
 
 

@@ -164,13 +164,21 @@ def gated_tail_reduce(
 
 
 _COEFFICIENTS: Rows = {
-    "branch_coefficients": wide("4 C", given_with="branch_state"),
-    "shortcut_coefficients": wide("4 C", given_with="shortcut_state"),
+    "branch_coefficients": wide("K 4 C", given_with="branch_state"),
+    "shortcut_coefficients": wide("L 4 C", given_with="shortcut_state"),
 }
 
 
 def _check_needs(call: Call) -> None:
     _check_gradient(call)
+    groups = max(
+        1, *(1 if call[name] is None else call[name].shape[0] for name in ("branch_factor", "shortcut_factor"))
+    )
+    for name in ("branch_coefficients", "shortcut_coefficients"):
+        rows = call[name]
+        if rows is not None and rows.shape[0] not in (1, groups):
+            expected = f"have 1 row, or {groups} like the factors"
+            call.fail(ShapeError, name, expected, tuple(rows.shape))
     if call["needs_shortcut"] and call["shortcut"] is None:
         call.fail(ValueError, "needs_shortcut", "be False without a shortcut", "True")
     if call["needs_logits"] and call["branch_logits"] is None and call["shortcut_logits"] is None:
@@ -192,7 +200,8 @@ def gated_tail_apply(
     """The gradients of both terms' x and logits, with the values of gated_tail_reduce.
 
     grad_x = a·(factor⊙q − c1 − (x − μ)·k) with the coefficients of BatchNorm, factor⊙q without; the same with p for the
-    shortcut. The logits' gradients are e⊙A⊙σ_s⊙(1 − σ_s), or e⊙(A − S)⊙σ_s⊙(1 − σ_s) if coupled, and e⊙S⊙σ_c⊙(1 − σ_c).
+    shortcut. Coefficients are those of the batch, or of each sample if there are factors of each sample. The logits'
+    gradients are e⊙A⊙σ_s⊙(1 − σ_s), or e⊙(A − S)⊙σ_s⊙(1 − σ_s) if coupled, and e⊙S⊙σ_c⊙(1 − σ_c).
 
     Returns:
         the gradients of the branch's x and logits, and of the shortcut's; empty ones where they are not needed or there

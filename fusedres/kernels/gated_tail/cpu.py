@@ -23,8 +23,8 @@ from fusedres.values import (
 
 _KIND_CODE = {kind: code for code, kind in enumerate(ACTIVATIONS)}  # those of csrc/common/activation.h
 
-_Term = tuple[int, int, int, bool, int, int, int, int]
-_NO_TERM: _Term = (0, 0, 0, False, 0, 0, 0, 0)
+_Term = tuple[int, int, int, bool, int, int, bool, int, int]
+_NO_TERM: _Term = (0, 0, 0, False, 0, 0, False, 0, 0)
 
 
 def _term(
@@ -43,6 +43,7 @@ def _term(
         per_sample,
         address(term.logits),
         address(coefficients),
+        coefficients is not None and coefficients.shape[0] > 1,
         address(grad_x),
         address(grad_logits),
     )

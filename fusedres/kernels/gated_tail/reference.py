@@ -154,7 +154,7 @@ def _through_norm(d: Tensor, term: TailTerm, coefficients: Tensor | None) -> Ten
         d = d * term.factor[:, :, None, None]
     if coefficients is None:
         return _stored(d, term.x)
-    a, c1, mean, k = (per_channel(row) for row in coefficients)
+    a, c1, mean, k = (row[:, :, None, None] for row in coefficients.unbind(1))
     pull = ((term.x.to(d.dtype) - mean) * k).masked_fill(k == 0, 0)  # constant statistics: 0 even if x is NaN
     return _stored(a * (d - c1 - pull), term.x)
 

@@ -28,8 +28,9 @@ from fusedres.values import (
 )
 
 
-def _stride(factor: Tensor | None) -> int:
-    return 0 if factor is None or factor.shape[0] == 1 else factor.shape[1]
+def _stride(rows: Tensor | None) -> int:
+    """Return the channels of what has a row for each sample, 0 for what all samples share."""
+    return 0 if rows is None or rows.shape[0] == 1 else rows.shape[-1]
 
 
 def _arguments(
@@ -131,6 +132,8 @@ def gated_tail_apply(
         "mask_ptr": gated.gate,
         "coefficients_ptr": tail_coefficients.branch_coefficients,
         "shortcut_coefficients_ptr": tail_coefficients.shortcut_coefficients,
+        "coefficients_stride": 4 * _stride(tail_coefficients.branch_coefficients),
+        "shortcut_coefficients_stride": 4 * _stride(tail_coefficients.shortcut_coefficients),
         **{name: grad if needed else None for name, grad, needed in zip(names, grads, written, strict=True)},
     }
     launch(gated_tail_apply_kernel, _grid(arguments, x, config), arguments | more, config, candidates)

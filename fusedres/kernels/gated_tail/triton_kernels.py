@@ -104,11 +104,11 @@ def position(C, rows, tiles, TILE, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def of_group(factor_ptr, group, stride):
-    """Return where the factors of a group of rows are."""
-    if factor_ptr is not None:
-        factor_ptr += group * stride
-    return factor_ptr
+def of_group(pointer, group, stride):
+    """Return where the factors or coefficients of a group of rows are."""
+    if pointer is not None:
+        pointer += group * stride
+    return pointer
 
 
 @jit_for_any_batch
@@ -316,7 +316,7 @@ def gated_tail_apply_kernel(
     shortcut_factor_ptr,
     shortcut_logits_ptr,
     slope_ptr,
-    coefficients_ptr,  # (4, C) float32 or float64, or None
+    coefficients_ptr,  # (1 or G, 4, C) float32 or float64, or None
     shortcut_coefficients_ptr,
     out_ptr,  # like x, each of the four results, or None
     out_logits_ptr,
@@ -327,6 +327,8 @@ def gated_tail_apply_kernel(
     C,
     factor_stride,
     shortcut_factor_stride,
+    coefficients_stride,  # 4·C if each group has coefficients of its own, else 0
+    shortcut_coefficients_stride,
     KIND: tl.constexpr,
     BEFORE_ADD: tl.constexpr,
     COUPLED: tl.constexpr,
@@ -341,6 +343,8 @@ def gated_tail_apply_kernel(
     offsets = first * C + numbers[:, None] * C + columns[None, :]
     factor_ptr = of_group(factor_ptr, group, factor_stride)
     shortcut_factor_ptr = of_group(shortcut_factor_ptr, group, shortcut_factor_stride)
+    coefficients_ptr = of_group(coefficients_ptr, group, coefficients_stride)
+    shortcut_coefficients_ptr = of_group(shortcut_coefficients_ptr, group, shortcut_coefficients_stride)
     x = load_wide(x_ptr, offsets, inside, DTYPE)
     s = load_wide(shortcut_ptr, offsets, inside, DTYPE)
     d = load_wide(grad_ptr, offsets, inside, DTYPE)
