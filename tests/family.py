@@ -13,7 +13,7 @@ from tolerance import HALF, PARTIAL_SUMS, check_tensor
 from torch import Tensor, nn
 
 ROUNDINGS = 256  # of the largest value: the floor of the rule
-FLIPS = 0.03  # of a result's norm, in 16 bits
+FLIPS = 0.1  # of a result's norm, in 16 bits
 Equation = Callable[[Any, Tensor], Tensor]  # of a block's own children, on x
 
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from fusedres.modules.calls import keep_reason
 from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.genuine import touched
-from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
 from fusedres.modules.squeeze_excitation import Excitation
-from fusedres.modules.tail_running import TailModules, reason_of_call, reason_of_modules, run_fused, run_unfused
+from fusedres.modules.steps import Projection, Steps
 
 
 class PostActBlock(ComposedBlock):
@@ -32,53 +31,33 @@ class PostActBlock(ComposedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; see the class."""
-        ends = self._projection()
-        self.check_shortcut(x, None if ends is None or len(ends[0]) else ends[1][1])
-        op = type(self).__name__
-        (h,), reason = run_unit(op, x, None, None, self.conv(1))
-        reasons = [reason]
-        for index in range(2, self.depth + 1):
-            (h,), reason = run_unit(op, h, self.norm(index - 1), self.activation, self.conv(index))
-            reasons.append(reason)
-        shortcut = x
-        if ends is not None:
-            first, conv, _ = ends
-            (shortcut,), reason = run_unit(op, first(x), None, None, dict([conv]))
-            reasons.append(reason)
-        elif self.downsample is not None:
-            shortcut = self.downsample(x)
-        tail = self._tail(ends)
-        reasons.append(reason_of_call(tail, h, shortcut, None, None))
-        keep_reason(self, next((reason for reason in reasons if reason is not None), ""))
-        return (run_fused if reasons[-1] is None else run_unfused)(tail, h, shortcut)
+        steps = self._steps()
+        projection = steps.shortcut if isinstance(steps.shortcut, Projection) else None
+        self.check_shortcut(x, None if projection is None or projection.filters else projection.conv[1])
+        found, reason = steps.run(type(self).__name__, x)
+        keep_reason(self, reason or "")
+        return found
 
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""
-        ends = self._projection()
-        found = [standing_reason(None, None, self.conv(1))]
-        for index in range(2, self.depth + 1):
-            found.append(standing_reason(self.norm(index - 1), self.activation, self.conv(index)))
-        if ends is not None:
-            found.append(standing_reason(None, None, dict([ends[1]])))
-        found.append(reason_of_modules(self._tail(ends), None, None))
-        return next((reason for reason in found if reason is not None), None)
+        return self._steps().standing_reason()
 
-    def _projection(self) -> tuple[nn.Sequential, Named, Named] | None:
-        """Return what the shortcut begins with, its last convolution, and that one's BatchNorm; None: neither."""
-        downsample = self.downsample
-        if type(downsample) is not nn.Sequential or touched("downsample", downsample) is not None:
-            return None
-        children = [(f"downsample.{name}", module) for name, module in downsample._modules.items()]
-        if len(children) < 2 or not isinstance(children[-1][1], nn.BatchNorm2d) or children[-2][1] is None:
-            return None
-        return downsample[:-2], children[-2], children[-1]
-
-    def _tail(self, ends: tuple[nn.Sequential, Named, Named] | None) -> TailModules:
-        name, norm = self.norm(self.depth)
-        shortcut_name, shortcut_norm = ("", None) if ends is None else ends[2]
+    def _steps(self) -> Steps:
+        indices = range(1, self.depth + 1)
+        convs = [conv for index in indices for conv in self.conv(index).items()]
         excitation: Any = getattr(self, self.excitation_name) if self.excitation_name else None
-        names = (name, shortcut_name, "activation")
-        return TailModules(norm, shortcut_norm, self.activation, False, "scale", names, excitation)
+        shortcut = projection_of(self.downsample) or self.downsample
+        return Steps(convs, [self.norm(index) for index in indices], self.activation, shortcut, True, excitation)
+
+
+def projection_of(downsample: nn.Module | None) -> Projection | None:
+    """Return the parts of a shortcut that ends with a convolution and its BatchNorm; None if it is another module."""
+    if type(downsample) is not nn.Sequential or touched("downsample", downsample) is not None:
+        return None
+    children = [(f"downsample.{name}", module) for name, module in downsample._modules.items() if module is not None]
+    if len(children) < 2 or not isinstance(children[-1][1], nn.BatchNorm2d):
+        return None
+    return Projection([module for _, module in children[:-2]], children[-2], children[-1])
 
 
 class SEBasicBlock(PostActBlock):

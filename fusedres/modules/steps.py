@@ -1,0 +1,72 @@
+"""Runs a residual block with the activation after the add as steps: for gates and activations that ResNet's has not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
+from fusedres.modules.tail_running import TailModules, reason_of_call, reason_of_modules, run_fused, run_unfused
+
+
+class Projection(NamedTuple):
+    """A shortcut that ends with a convolution and its BatchNorm; filters: the modules before them."""
+
+    filters: Sequence[nn.Module]
+    conv: Named
+    norm: Named
+
+
+class Steps(NamedTuple):
+    """The parts of out = act(s⊙BN_n(conv_n(… act(BN_1(conv_1(x))))) + S(x))."""
+
+    convs: Sequence[Named]
+    norms: Sequence[Named]
+    activation: Any  # nn.Module
+    shortcut: Projection | nn.Module | None = None  # None: the identity
+    has_shortcut: bool = True
+    excitation: Any = None  # makes s of the normalised branch
+
+    def run(self, op: str, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, str | None]:
+        """Return the result, and why some of torch's own operators ran, or None; op: the block's class, for errors."""
+        (h,), reason = run_unit(op, x, None, None, dict(self.convs[:1]))
+        reasons = [reason]
+        for norm, conv in zip(self.norms, self.convs[1:], strict=False):
+            (h,), reason = run_unit(op, h, norm, self.activation, dict([conv]))
+            reasons.append(reason)
+        added, reason = self._added(op, x)
+        reasons.append(reason)
+        tail = self._tail()
+        reasons.append(reason_of_call(tail, h, added, scale, None))
+        found = (run_fused if reasons[-1] is None else run_unfused)(tail, h, added, scale)
+        return found, next((reason for reason in reasons if reason is not None), None)
+
+    def standing_reason(self) -> str | None:
+        """Return why no input runs fused, or None."""
+        found = [standing_reason(None, None, dict(self.convs[:1]))]
+        for norm, conv in zip(self.norms, self.convs[1:], strict=False):
+            found.append(standing_reason(norm, self.activation, dict([conv])))
+        if isinstance(self.shortcut, Projection):
+            found.append(standing_reason(None, None, dict([self.shortcut.conv])))
+        found.append(reason_of_modules(self._tail(), None, None))
+        return next((reason for reason in found if reason is not None), None)
+
+    def _added(self, op: str, x: Tensor) -> tuple[Tensor | None, str | None]:
+        """Return what is added to the branch, before its BatchNorm, and why torch's own operators made it."""
+        if not self.has_shortcut:
+            return None, None
+        if isinstance(self.shortcut, Projection):
+            for module in self.shortcut.filters:
+                x = module(x)
+            (x,), reason = run_unit(op, x, None, None, dict([self.shortcut.conv]))
+            return x, reason
+        return (x if self.shortcut is None else self.shortcut(x)), None
+
+    def _tail(self) -> TailModules:
+        (name, norm), of_shortcut = self.norms[-1], ("", None)
+        if isinstance(self.shortcut, Projection):
+            of_shortcut = self.shortcut.norm  # type: ignore[assignment]
+        names = (name, of_shortcut[0], "activation")
+        return TailModules(norm, of_shortcut[1], self.activation, False, "scale", names, self.excitation)
