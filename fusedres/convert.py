@@ -30,12 +30,21 @@ from fusedres.modules.norm_act_conv import NormActConv
 from fusedres.modules.parts import Parts
 from fusedres.modules.resnet import FusedForeignStem
 from fusedres.modules.scripting import restore
+from fusedres.modules.stochastic_depth import StochasticRate, check_rate, refuse_dropping
 from fusedres.modules.tail import ResidualTail
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
 _DECLARED = (NormActConv, ComposedBlock, ResidualTail)  # modules of this package that fuse() need not switch
-_OPTIONS = ("fused_memory", "fused_conv", "fused_frozen", "fused_last_reason", "fused_calls", "_parts")
+_OPTIONS = (
+    "fused_memory",
+    "fused_conv",
+    "fused_frozen",
+    "fused_last_reason",
+    "fused_calls",
+    "fused_stochastic_depth",
+    "_parts",
+)
 
 
 class BlockReport(NamedTuple):
@@ -67,6 +76,8 @@ def fuse(
     filter: Callable[[str, nn.Module], bool] | None = None,
     memory: str = "auto",
     conv: str = "auto",
+    stochastic_depth: float = 0.0,
+    stochastic_mode: str = "row",
 ) -> nn.Module:
     """Make the residual blocks and the stem of a ResNet run fused, in place: torchvision's, or one of a known class.
 
@@ -92,6 +103,9 @@ def fuse(
         conv: which convolutions run. "library": torch's. "fused": this package's, with BatchNorm and ReLU applied as
             they load and store; not on the cpu backend, and in a stem only if it was measured faster there. "auto": for
             each product the one that was measured faster, see above; without measurements the library's.
+        stochastic_depth: how often the last block drops its branch in training; block l of L does so with l / L times
+            this rate (Huang et al. 2016). See StochasticDepth.
+        stochastic_mode: "row": each sample drops by itself; "batch": the whole batch does.
 
     Returns:
         model itself.
@@ -109,10 +123,14 @@ def fuse(
         raise ValueError(f"fuse: memory must be one of {', '.join(_MEMORY)}, got {memory!r}")
     if conv not in _CONV:
         raise ValueError(f"fuse: conv must be one of {', '.join(_CONV)}, got {conv!r}")
+    check_rate("fuse", stochastic_depth, stochastic_mode, "stochastic_depth")
+    switched = []
     for name, block in model.named_modules():
         restore(block)
         if _unfusable(block) is None and (filter is None or filter(name, block)):
             _switch(block, {"fused_memory": memory, "fused_conv": conv})
+            switched.append(block)
+    _set_rates(switched, stochastic_depth, stochastic_mode)
     if filter is None and not any(is_fused(type(block)) for block in model.modules()):
         reasons = report(model)
         because = f"{reasons[0].name}: {reasons[0].reason}" if reasons else "it has no residual blocks"
@@ -137,6 +155,20 @@ def _switch(block: nn.Module, options: dict[str, str]) -> None:
     if isinstance(block, FusedStem) and options["fused_conv"] == "fused":
         options = options | {"fused_conv": "measured"}
     block.__dict__ |= options if parts is None else options | {"_parts": parts}
+
+
+def _set_rates(modules: list[nn.Module], rate: float, mode: str) -> None:
+    """Set the rates of stochastic depth of fused blocks in order."""
+    blocks = [block for block in modules if isinstance(block, FusedBlock)]
+    for index, block in enumerate(blocks, 1):
+        parts = block.__dict__.get("_parts", type(block)._parts)
+        reason = refuse_dropping(parts) if rate else None
+        if reason is not None:
+            warnings.warn(f"fuse: a {type(block).__name__} has no stochastic depth: {reason}", stacklevel=3)
+        dropping = rate and reason is None
+        block.__dict__.pop("fused_stochastic_depth", None)
+        if dropping:
+            block.fused_stochastic_depth = StochasticRate(rate * index / len(blocks), mode)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from fusedres.modules.fused_block import FusedBlock
@@ -34,3 +35,21 @@ class FusedBottleneck(FusedBlock, Bottleneck):
         ("relu",),
         downsample="downsample",
     ).named()
+
+
+class ResNeXtBottleneck(FusedBottleneck):
+    """FusedBottleneck whose 3x3 convolution has groups: 32 of 4·planes / 64 channels each, if nothing else is given.
+
+    Source: Xie et al. 2017, Aggregated Residual Transformations, https://arxiv.org/abs/1611.05431.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 32,
+        base_width: int = 4,
+    ) -> None:
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width)

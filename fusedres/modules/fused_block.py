@@ -20,6 +20,7 @@ from fusedres.modules.parts import Parts
 from fusedres.modules.reading import Tensors, read_block, read_input
 from fusedres.modules.remembered import recall, remember
 from fusedres.modules.running import run_filtered, run_plan, run_unfused
+from fusedres.modules.stochastic_depth import StochasticRate, run_dropping
 
 
 class FusedBlock(Freezable):
@@ -32,6 +33,7 @@ class FusedBlock(Freezable):
     fused_memory: str = "auto"
     fused_conv: str = "auto"
     fused_frozen: Frozen | None = None
+    fused_stochastic_depth: StochasticRate | None = None
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _base: type[nn.Module] = nn.Module  # torchvision's class that it descends from
@@ -53,10 +55,12 @@ class FusedBlock(Freezable):
             result: Tensor = cls.forward(self, x)
             return result
         options = options_of(self)
+        parts = self.__dict__.get("_parts", cls._parts)
+        if self.fused_stochastic_depth is not None and self.training:
+            return run_dropping(cls, self, x, parts, self.fused_stochastic_depth)
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
-        parts = self.__dict__.get("_parts", cls._parts)
         gathered = gather(self, cls, parts)
         if isinstance(gathered, str):
             return run_unfused(cls, self, x, None)

@@ -16,7 +16,7 @@ from fusedres.modules.anatomy import ABSENT, Filters, Gathered, RawUnit, ZeroPad
 from fusedres.modules.frozen_norm import DEFAULT_EPS, is_frozen_norm
 from fusedres.modules.genuine import class_attribute, replaced_code, replaced_on_block, touched
 from fusedres.modules.parts import Parts, UnitPaths, at, changed, dropping
-from fusedres.modules.shortcut import ZeroPadShortcut
+from fusedres.modules.shortcut import AvgPoolShortcut, ZeroPadShortcut
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -172,7 +172,8 @@ def _look_into(path: str, downsample: Any) -> _Shortcut | str:
         return reason
     if type(downsample) is ZeroPadShortcut:
         return None, path, ()
-    children = downsample.__dict__["_modules"] if type(downsample) is nn.Sequential else {}
+    sequential = type(downsample) in (nn.Sequential, AvgPoolShortcut)
+    children = downsample.__dict__["_modules"] if sequential else {}
     names = tuple(children)
     if nn.Identity in map(type, children.values()):
         for name, child in children.items():

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from fusedres.modules.calls import keep_reason
 from fusedres.modules.composed_block import ComposedBlock
-from fusedres.modules.genuine import touched
 from fusedres.modules.squeeze_excitation import Excitation
-from fusedres.modules.steps import Projection, Steps
+from fusedres.modules.steps import Projection, Steps, projection_of
 
 
 class PostActBlock(ComposedBlock):
@@ -27,13 +26,15 @@ class PostActBlock(ComposedBlock):
         ValueError, TypeError, RuntimeError: wrong channels, shape, dtype or device of x.
     """
 
+    has_shortcut = True
     excitation_name = ""  # of the child that makes s, if there is one
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; see the class."""
         steps = self._steps()
         projection = steps.shortcut if isinstance(steps.shortcut, Projection) else None
-        self.check_shortcut(x, None if projection is None or projection.filters else projection.conv[1])
+        if self.has_shortcut:
+            self.check_shortcut(x, None if projection is None or projection.filters else projection.conv[1])
         found, reason = steps.run(type(self).__name__, x)
         keep_reason(self, reason or "")
         return found
@@ -47,17 +48,25 @@ class PostActBlock(ComposedBlock):
         convs = [conv for index in indices for conv in self.conv(index).items()]
         excitation: Any = getattr(self, self.excitation_name) if self.excitation_name else None
         shortcut = projection_of(self.downsample) or self.downsample
-        return Steps(convs, [self.norm(index) for index in indices], self.activation, shortcut, True, excitation)
+        norms = [self.norm(index) for index in indices]
+        return Steps(convs, norms, self.activation, shortcut, self.has_shortcut, excitation)
 
 
-def projection_of(downsample: nn.Module | None) -> Projection | None:
-    """Return the parts of a shortcut that ends with a convolution and its BatchNorm; None if it is another module."""
-    if type(downsample) is not nn.Sequential or touched("downsample", downsample) is not None:
-        return None
-    children = [(f"downsample.{name}", module) for name, module in downsample._modules.items() if module is not None]
-    if len(children) < 2 or not isinstance(children[-1][1], nn.BatchNorm2d):
-        return None
-    return Projection([module for _, module in children[:-2]], children[-2], children[-1])
+class PlainBlock(PostActBlock):
+    """out = act(BN2(conv2(act(BN1(conv1(x)))))): ResNet's basic block without its shortcut, for plain networks.
+
+    Shape: x (N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride)).
+
+    Source: He et al. 2015, Deep Residual Learning, https://arxiv.org/abs/1512.03385, section 4.1.
+    """
+
+    depth = 2
+    has_shortcut = False
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, activation: nn.Module | None = None) -> None:
+        super().__init__(activation, None)
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False), nn.BatchNorm2d(planes)
 
 
 class SEBasicBlock(PostActBlock):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fusedres.modules.calls import keep_reason
 from fusedres.modules.composed_block import ComposedBlock
-from fusedres.modules.norm_act_conv import run_unit, standing_reason
+from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
+from fusedres.modules.tail_running import TailModules, reason_of_call, run_fused, run_unfused
 
 
 class PreActBlock(ComposedBlock):
@@ -30,7 +32,7 @@ class PreActBlock(ComposedBlock):
         reasons: list[str | None] = []
         h, shortcut = x, x
         for index, (norm, convs) in enumerate(self._units()):
-            found, reason = run_unit(op, h, norm, self.activation, convs)
+            found, reason = self._step(op, h, norm, convs)
             reasons.append(reason)
             h = found[0]
             if len(found) == 2:
@@ -42,6 +44,12 @@ class PreActBlock(ComposedBlock):
         if first is None and h.dtype is shortcut.dtype and h.shape == shortcut.shape:
             return h.add_(shortcut)
         return h + shortcut
+
+    def _step(
+        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module]
+    ) -> tuple[tuple[Tensor, ...], str | None]:
+        """Return the results of one step, and why torch's own operators ran."""
+        return run_unit(op, h, norm, self.activation, convs)
 
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""
@@ -85,6 +93,48 @@ class PreActBasicBlock(PreActBlock):
         super().__init__(activation, downsample)
         self.bn1, self.conv1 = nn.BatchNorm2d(inplanes), nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(planes), nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+
+
+class WideBlock(PreActBasicBlock):
+    """PreActBasicBlock with dropout between act(bn2) and conv2, as wide residual networks have it.
+
+    With a dropout rate above 0, act(bn2(…)) is written in training, and dropout reads it.
+
+    Args:
+        dropout: rate of zeros, at least 0 and less than 1.
+
+    Raises: ValueError: the rate is none.
+
+    Source: Zagoruyko and Komodakis 2016, Wide Residual Networks, https://arxiv.org/abs/1605.07146, figure 1 (d).
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(inplanes, planes, stride, downsample)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"WideBlock: dropout must be at least 0 and less than 1, got {dropout!r}")
+        self.dropout = dropout
+
+    def extra_repr(self) -> str:
+        """Return the settings that are no modules."""
+        return f"dropout={self.dropout}"
+
+    def _step(
+        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module]
+    ) -> tuple[tuple[Tensor, ...], str | None]:
+        if not self.training or self.dropout == 0 or "conv2" not in convs:
+            return super()._step(op, h, norm, convs)
+        tail = TailModules(norm[1], None, self.activation, False, "scale", (norm[0], "", "activation"))
+        reason = reason_of_call(tail, h, None, None, None)
+        h = run_fused(tail, h) if reason is None else run_unfused(tail, h)
+        found, other = run_unit(op, F.dropout(h, self.dropout), None, None, convs)
+        return found, reason or other
 
 
 class PreActBottleneck(PreActBlock):

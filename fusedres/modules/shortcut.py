@@ -1,4 +1,4 @@
-"""The shortcut without parameters of He et al. 2015, option A."""
+"""Shortcuts for blocks that change the shape: without parameters, and with an average pool."""
 
 from __future__ import annotations
 
@@ -50,3 +50,20 @@ class ZeroPadShortcut(nn.Module):
     def extra_repr(self) -> str:
         """Return what print(model) shows."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
+
+
+class AvgPoolShortcut(nn.Sequential):
+    """BN(conv1x1(avgpool(x))): ResNet-D's shortcut, in which no pixel is left out. Without a stride there is no pool.
+
+    The pool runs as it is; convolution and BatchNorm are fused with the block. The last windows of an odd size are
+    smaller (ceil_mode, count_include_pad=False), as in timm.
+
+    Shape:
+        x (N, in_channels, H, W) → y (N, out_channels, ceil(H / stride), ceil(W / stride)).
+
+    Source: He et al. 2019, Bag of Tricks for Image Classification, https://arxiv.org/abs/1812.01187, figure 2 (c).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if stride > 1 else []
+        super().__init__(*pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fusedres.errors import ShapeError
+from fusedres.modules.genuine import touched
 from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
+from fusedres.modules.shortcut import AvgPoolShortcut
 from fusedres.modules.tail_running import TailModules, reason_of_call, reason_of_modules, run_fused, run_unfused
 
 
@@ -17,6 +20,18 @@ class Projection(NamedTuple):
     filters: Sequence[nn.Module]
     conv: Named
     norm: Named
+
+
+def projection_of(downsample: nn.Module | None) -> Projection | None:
+    """Return the parts of a shortcut that ends with a convolution and its BatchNorm; None if it is another module."""
+    if not isinstance(downsample, nn.Sequential) or type(downsample) not in (nn.Sequential, AvgPoolShortcut):
+        return None
+    if touched("downsample", downsample) is not None:
+        return None
+    children = [(f"downsample.{name}", module) for name, module in downsample._modules.items() if module is not None]
+    if len(children) < 2 or not isinstance(children[-1][1], nn.BatchNorm2d):
+        return None
+    return Projection([module for _, module in children[:-2]], children[-2], children[-1])
 
 
 class Steps(NamedTuple):
@@ -38,10 +53,26 @@ class Steps(NamedTuple):
             reasons.append(reason)
         added, reason = self._added(op, x)
         reasons.append(reason)
+        if added is not None and added.shape != h.shape:
+            raise ShapeError(
+                f"{op}: the shortcut must have shape {tuple(h.shape)} like the residual branch, got "
+                f"{tuple(added.shape)}; give the block a downsample that reaches it"
+            )
         tail = self._tail()
         reasons.append(reason_of_call(tail, h, added, scale, None))
         found = (run_fused if reasons[-1] is None else run_unfused)(tail, h, added, scale)
         return found, next((reason for reason in reasons if reason is not None), None)
+
+    def without_branch(self, op: str, x: Tensor) -> tuple[Tensor, str | None]:
+        """Return act(S(x)), and why some of torch's own operators ran, or None."""
+        added, reason = self._added(op, x)
+        assert added is not None
+        tail = self._tail()
+        alone = tail._replace(
+            norm=tail.shortcut_norm, shortcut_norm=None, excitation=None, names=(tail.names[1], "", tail.names[2])
+        )
+        other = reason_of_call(alone, added, None, None, None)
+        return (run_fused if other is None else run_unfused)(alone, added), reason or other
 
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""

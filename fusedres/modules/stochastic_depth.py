@@ -1,0 +1,73 @@
+"""Stochastic depth: which samples' branches survive, and a fused block whose branch some of them drop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres.modules.calls import keep_reason
+from fusedres.modules.parts import Parts, at
+from fusedres.modules.steps import Projection, Steps, projection_of
+
+
+class StochasticRate(NamedTuple):
+    """How a block drops its branch in training."""
+
+    rate: float
+    mode: str  # "row": each sample by itself; "batch": the whole batch
+
+
+def check_rate(op: str, rate: float, mode: str, name: str = "rate") -> None:
+    """Raise where a rate or a mode of stochastic depth is none."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{op}: {name} must be at least 0 and less than 1, got {rate!r}")
+    if mode not in ("row", "batch"):
+        raise ValueError(f'{op}: mode must be "row" or "batch", got {mode!r}')
+
+
+def draw_survivors(x: Tensor, rate: float, mode: str) -> Tensor | None:
+    """Return b / (1 − rate) for each sample (N, 1), or for the batch (); None: the batch is dropped."""
+    if mode == "row":
+        return torch.empty((x.shape[0], 1), device=x.device).bernoulli_(1 - rate).div_(1 - rate)
+    if torch.rand(()).item() < rate:  # on the CPU: a GPU need not be waited for
+        return None
+    return torch.full((), 1 / (1 - rate), device=x.device)
+
+
+def run_dropping(cls: Any, block: nn.Module, x: Tensor, parts: Parts, how: StochasticRate) -> Tensor:
+    """Run a block of the fused class cls in training with stochastic depth.
+
+    A dropped batch costs the shortcut alone; its BatchNorms do not see it.
+    """
+    steps = _steps_of(block, parts)
+    survivors = draw_survivors(x, how.rate, how.mode)
+    found, reason = (
+        steps.without_branch(cls.__name__, x) if survivors is None else steps.run(cls.__name__, x, survivors)
+    )
+    keep_reason(block, reason or "")
+    return found
+
+
+def refuse_dropping(parts: Parts) -> str | None:
+    """Return why a block cannot drop its branch, or None."""
+    return "it has filters in its branch" if parts.filtered else None
+
+
+def _steps_of(block: nn.Module, parts: Parts) -> Steps:
+    """Return the parts of a block as steps."""
+    activation = at(block, parts.relus[-1]) if parts.relus else nn.ReLU()
+    convs = [(unit.conv, at(block, unit.conv)) for unit in parts.units]
+    norms = [(unit.norm, at(block, unit.norm)) for unit in parts.units]
+    shortcut: Any = None
+    if parts.downsample is not None:
+        module = at(block, parts.downsample)
+        shortcut = projection_of(module) or module
+    elif parts.projection is not None:
+        conv, norm, filters = parts.projection
+        before = [at(block, path) for path in filters]
+        shortcut = Projection(before, (conv, at(block, conv)), (norm, at(block, norm)))
+    elif parts.zero_pad is not None:
+        shortcut = at(block, parts.zero_pad)
+    return Steps(convs, norms, activation, shortcut)
