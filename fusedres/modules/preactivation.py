@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fusedres.modules.calls import keep_reason
 from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
-from fusedres.modules.tail_running import TailModules, reason_of_call, run_fused, run_unfused
+from fusedres.modules.tail_running import TailModules, run
 
 
 class PreActBlock(ComposedBlock):
@@ -131,8 +131,7 @@ class WideBlock(PreActBasicBlock):
         if not self.training or self.dropout == 0 or "conv2" not in convs:
             return super()._step(op, h, norm, convs)
         tail = TailModules(norm[1], None, self.activation, False, "scale", (norm[0], "", "activation"))
-        reason = reason_of_call(tail, h, None, None, None)
-        h = run_fused(tail, h) if reason is None else run_unfused(tail, h)
+        h, reason = run(tail, h)
         found, other = run_unit(op, F.dropout(h, self.dropout), None, None, convs)
         return found, reason or other
 

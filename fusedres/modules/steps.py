@@ -11,7 +11,7 @@ from fusedres.errors import ShapeError
 from fusedres.modules.genuine import touched
 from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
 from fusedres.modules.shortcut import AvgPoolShortcut
-from fusedres.modules.tail_running import TailModules, reason_of_call, reason_of_modules, run_fused, run_unfused
+from fusedres.modules.tail_running import TailModules, reason_of_modules, run
 
 
 class Projection(NamedTuple):
@@ -58,9 +58,8 @@ class Steps(NamedTuple):
                 f"{op}: the shortcut must have shape {tuple(h.shape)} like the residual branch, got "
                 f"{tuple(added.shape)}; give the block a downsample that reaches it"
             )
-        tail = self._tail()
-        reasons.append(reason_of_call(tail, h, added, scale, None))
-        found = (run_fused if reasons[-1] is None else run_unfused)(tail, h, added, scale)
+        found, reason = run(self._tail(), h, added, scale)
+        reasons.append(reason)
         return found, next((reason for reason in reasons if reason is not None), None)
 
     def without_branch(self, op: str, x: Tensor) -> tuple[Tensor, str | None]:
@@ -71,8 +70,8 @@ class Steps(NamedTuple):
         alone = tail._replace(
             norm=tail.shortcut_norm, shortcut_norm=None, excitation=None, names=(tail.names[1], "", tail.names[2])
         )
-        other = reason_of_call(alone, added, None, None, None)
-        return (run_fused if other is None else run_unfused)(alone, added), reason or other
+        found, other = run(alone, added)
+        return found, reason or other
 
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""

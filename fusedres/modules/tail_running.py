@@ -95,6 +95,14 @@ def _reason_of_inference(tail: TailModules, branch: Tensor, *others: Tensor | No
     return None
 
 
+def run(
+    tail: TailModules, branch: Tensor, shortcut: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, str | None]:
+    """Return the tail of tensors that fit each other, and why torch's own operators ran, or None."""
+    reason = reason_of_call(tail, branch, shortcut, scale, None)
+    return (run_fused if reason is None else run_unfused)(tail, branch, shortcut, scale), reason
+
+
 def run_unfused(
     tail: TailModules,
     branch: Tensor,

@@ -1,0 +1,45 @@
+"""Networks of fused residual blocks, with constructors like torchvision's."""
+
+from fusedres.models.cifar import (
+    CifarNetwork,
+    plain20,
+    plain32,
+    plain44,
+    plain56,
+    plain110,
+    preact_resnet20,
+    preact_resnet32,
+    preact_resnet44,
+    preact_resnet56,
+    preact_resnet110,
+    preact_resnet164,
+    preact_resnet1001,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from fusedres.models.highway import HighwayNetwork
+
+__all__ = [
+    "CifarNetwork",
+    "HighwayNetwork",
+    "plain20",
+    "plain32",
+    "plain44",
+    "plain56",
+    "plain110",
+    "preact_resnet20",
+    "preact_resnet32",
+    "preact_resnet44",
+    "preact_resnet56",
+    "preact_resnet110",
+    "preact_resnet164",
+    "preact_resnet1001",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+]
