@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import torch
 from common import blocks, harness
+from common.designs import Design
 from memory_traffic import closed_form
 from suite import floors
 from suite.timed_block import BASE, BOUND, FUSED, OPS, Bench, BlockCase, BlockSettings
@@ -48,7 +49,9 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return one row per variant; `ceilings` are copy_bytes_per_s and matmul_flops_per_s."""
     block, itemsize = case.block, settings.dtype.itemsize
-    floor = floors.of_block(block, case.phase, case.batch, itemsize, ceilings)
+    floor = None
+    if not isinstance(block, Design):
+        floor = floors.of_block(block, case.phase, case.batch, itemsize, ceilings)
     bound = harness.summarize(case.samples[BOUND]).median
     rows = []
     for name, samples in case.samples.items():
@@ -74,8 +77,8 @@ def rows_of(
             "peak_bytes": case.peak.get(name),
             "saved_bytes": case.saved.get(name),
             "counted_bytes": case.counted.get(name),
-            "floor_bytes": floor.bytes,
-            "flops": floor.flops,
+            "floor_bytes": None if floor is None else floor.bytes,
+            "flops": None if floor is None else floor.flops,
             "data": "synthetic",
             "percent_of_conv_only": 100 * bound / summary.median,
         }
@@ -111,7 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=DTYPES, help="half precision runs under autocast (default: GPU bfloat16, CPU float32)"
     )
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: GPU 64, CPU 8; --full: 8 and 16)")
-    parser.add_argument("--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, tiny")
+    parser.add_argument(
+        "--blocks", nargs="+", help="names or patterns such as 'resnet50.*', or all, default, designs, tiny"
+    )
     parser.add_argument(
         "--phase", choices=("both", *closed_form.PHASES), default="both", help="what to measure (default: both)"
     )

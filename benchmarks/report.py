@@ -27,7 +27,7 @@ from reporting.tables import blocks_table, goals_table, models_table, ops_table
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- numbers: benchmarks/report.py -->", "<!-- end of numbers -->"
 LARGEST = 16 << 20  # bytes of a results file
-BLOCKS = ("basic_block", "bottleneck", "stem")
+BLOCKS = ("basic_block", "bottleneck", "stem", "design")
 TABLES = {"blocks": blocks_table, "models": models_table, "ops": ops_table}
 CAPTIONS = {"blocks": "Speed-up by block", "models": "Speed and memory of whole models", "ops": "Roofline of each op"}
 

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from common.designs import DESIGNS, TINY_DESIGNS, Design
 from common.networks import Block, Stem, resnet_blocks
 
+Measured = Block | Stem | Design
 # The blocks of a run without options: both kinds of blocks, where memory traffic counts most, and both shortcuts.
 DEFAULT = (
     "resnet18.layer1.0",
@@ -42,12 +44,15 @@ def stage_blocks() -> dict[str, Block]:
     return found
 
 
-def select(patterns: list[str]) -> dict[str, Block | Stem]:
-    """Return the blocks with a name that matches a pattern (`*`, `?`); `all`, `default` and `tiny` are groups."""
+def select(patterns: list[str]) -> dict[str, Measured]:
+    """Return the blocks with a name that matches a pattern (`*`, `?`).
+
+    Groups are `all` blocks of ResNets, `default`, `designs` (the other blocks of the residual family), and `tiny`.
+    """
     real: dict[str, Block | Stem] = stage_blocks() | STEM
-    known = real | TINY
-    groups = {"all": list(real), "default": list(DEFAULT), "tiny": list(TINY)}
-    chosen: dict[str, Block | Stem] = {}
+    known: dict[str, Measured] = {**real, **TINY, **DESIGNS, **TINY_DESIGNS}
+    groups = {"all": list(real), "default": list(DEFAULT), "designs": list(DESIGNS), "tiny": list(TINY)}
+    chosen: dict[str, Measured] = {}
     for pattern in patterns:
         names = groups.get(pattern) or [n for n in known if fnmatchcase(n, pattern)]
         if not names:
@@ -73,10 +78,14 @@ class StemOnly(nn.Module):
         return model.maxpool(model.relu(model.bn1(model.conv1(x)))) if out is None else out
 
 
-def make_block(block: Block | Stem, seed: int = 0) -> nn.Module:
-    """Return torchvision's block of these shapes, with random weights, BatchNorm parameters and running statistics."""
+def make_block(block: Measured, seed: int = 0) -> nn.Module:
+    """Return a block of plain torch, with random weights, BatchNorm parameters and running statistics."""
     if isinstance(block, Stem):
         return _make_stem(seed)
+    if isinstance(block, Design):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _initialised(block.eager())
     kind = BasicBlock if block.kind == "basic" else Bottleneck
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,7 +127,7 @@ def _make_stem(seed: int) -> nn.Module:
     return StemOnly(model)
 
 
-def make_input(block: Block | Stem, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def make_input(block: Measured, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return an input as the block gets it in a model: the output of a ReLU; for a stem, images of small integers."""
     source = torch.Generator(device).manual_seed(1)
     size = (batch, block.in_channels, block.size, block.size)
@@ -132,11 +141,11 @@ def make_input(block: Block | Stem, batch: int, device: torch.device, dtype: tor
 class ConvolutionsOnly:
     """The convolutions of a block alone, each with its own input: the bound for any fusion around them."""
 
-    def __init__(self, module: nn.Module, block: Block | Stem, batch: int, x: torch.Tensor) -> None:
-        projection = module.downsample[0] if block.shortcut == "projection" else None
+    def __init__(self, module: nn.Module, block: Measured, batch: int, x: torch.Tensor) -> None:
+        projection = "downsample.0" if block.shortcut == "projection" else ""
         self.parts = []
         for c in block.convolutions:
-            conv = copy.deepcopy(projection if c.name == "projection" else getattr(module, c.name))
+            conv = copy.deepcopy(module.get_submodule(projection if c.name == "projection" else c.name))
             source = self._fresh(batch, c.in_channels, c.in_size, x).requires_grad_(not isinstance(block, Stem))
             grad = self._fresh(batch, c.out_channels, c.out_size, x)
             self.parts.append((conv, source, grad))

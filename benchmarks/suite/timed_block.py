@@ -10,16 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import blocks, harness
+from common import blocks, designs, harness
 from common.harness import Variant, Verdict
-from common.networks import Block, Stem
+from common.networks import Stem
 from memory_traffic import counting
 from torch import Tensor, nn
 
 import fusedres
 from fusedres import backends
 
-OPS = {"basic": "basic_block", "bottleneck": "bottleneck", "stem": "stem"}
+OPS = {"basic": "basic_block", "bottleneck": "bottleneck", "stem": "stem", "design": "design"}
 BASE, BOUND, FUSED = "eager", "conv_only", "fused"
 
 
@@ -50,6 +50,8 @@ class BlockSettings:
         """Fuse `module` in place and return it."""
         if self.fuse:
             return self.fuse(module)
+        if hasattr(module, "fused"):
+            return designs.fused(module)
         fused = fusedres.fuse(module, memory=self.memory, conv=self.conv)
         return fusedres.freeze(fused) if self.freeze and not module.training else fused
 
@@ -65,7 +67,7 @@ class BlockCase:
     """One block at one batch size in one phase, with everything that was measured."""
 
     name: str
-    block: Block | Stem
+    block: blocks.Measured
     batch: int
     phase: str
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -98,6 +100,8 @@ class Bench:
 
     def check(self) -> list[Verdict]:
         """Judge the fused block against eager and the float64 oracle."""
+        if isinstance(self.case.block, designs.Design):
+            return self._check_design()
         settings, eager = self.settings, copy.deepcopy(self.stock)
         if self.train:
             harness.clear_masks(eager.model if isinstance(eager, blocks.StemOnly) else eager, self.x)
@@ -106,6 +110,21 @@ class Bench:
         grad = self.grad if self.train else None
         with settings.selected():
             return harness.check_block(fused, eager, oracle, self.x, grad, settings.autocast, self.input_grad)
+
+    def _check_design(self) -> list[Verdict]:
+        """Judge the fused block in float64, where rounding flips no ReLU, on two samples."""
+        eager = copy.deepcopy(self.stock).double()
+        fused, oracle = self.settings.fused(copy.deepcopy(eager)), copy.deepcopy(eager)
+        self.case.backend, self.case.unfused = self.settings.ran(fused)
+        x = self.x[:2].double().clone(memory_format=torch.channels_last)
+        grad = self.grad[:2].double() if self.train else None
+
+        def seeded() -> contextlib.AbstractContextManager:
+            torch.manual_seed(0)
+            return contextlib.nullcontext()
+
+        with self.settings.selected():
+            return harness.check_block(fused, eager, oracle, x, grad, seeded, self.input_grad)
 
     def variants(self) -> tuple[list[Variant], dict[str, tuple[nn.Module, Tensor]]]:
         """Return the variants to be timed, and the modules with their inputs."""
