@@ -17,7 +17,6 @@ the reader of the output is gone, as in `... | head -1`.
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,42 +33,8 @@ import torch
 import torch.distributed as dist
 from compare import Comparison
 from data import Data, UsageError, load_data, shown
+from options import Defaults, natural, positive, rate, share
 from trainer import AMP_TYPES, ARCHITECTURES, SETTINGS, Processes, Trainer
-
-
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of each option that has a default value."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a torchvision ResNet on real images, with or without fusedres.fuse().",
-        formatter_class=_Defaults,
+        formatter_class=Defaults,
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
@@ -86,10 +51,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "or one sub-folder for each class")  # fmt: skip
     add("--data-root", type=Path, default=Path("data"), help="folder that holds CIFAR-10")
     add("--download", action="store_true", help="fetch CIFAR-10 into --data-root if it is not there")
-    add("--image-size", type=_positive, help="height and width in pixels (default: digits 8, cifar10 32, folder 224)")
-    add("--holdout", type=_share, default=0.2, help="share of each class to hold out if the data has no test set")
-    add("--split-seed", type=_natural, default=0, help="seed of that split, the same for every run")
-    add("--workers", type=_natural, default=0, help="processes that load images")
+    add("--image-size", type=positive, help="height and width in pixels (default: digits 8, cifar10 32, folder 224)")
+    add("--holdout", type=share, default=0.2, help="share of each class to hold out if the data has no test set")
+    add("--split-seed", type=natural, default=0, help="seed of that split, the same for every run")
+    add("--workers", type=natural, default=0, help="processes that load images")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet18", choices=ARCHITECTURES, metavar="ARCH", help=", ".join(ARCHITECTURES)
@@ -101,23 +66,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", choices=("off", *AMP_TYPES), default="off", help="mixed precision; fp16 scales the loss")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_positive, default=12, help="passes over the training images")
-    add("--batch", type=_positive, default=64, help="images per step and process")
-    add("--lr", type=_rate, default=0.02, help="highest learning rate of the one-cycle schedule")
+    add("--epochs", type=positive, default=12, help="passes over the training images")
+    add("--batch", type=positive, default=64, help="images per step and process")
+    add("--lr", type=rate, default=0.02, help="highest learning rate of the one-cycle schedule")
     add("--momentum", type=float, default=0.9, help="Nesterov momentum of SGD")
     add("--weight-decay", type=float, default=5e-4, help="weight decay of SGD")
-    add("--seed", type=_natural, default=0, help="seed of the weights, the order and the augmentation")
+    add("--seed", type=natural, default=0, help="seed of the weights, the order and the augmentation")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--deterministic", action="store_true", help="deterministic algorithms only (for exact resume on a GPU)")
 
     add = parser.add_argument_group("comparison").add_argument
     add("--compare", action="store_true", help="train eager and fused from the same seeds")
-    add("--seeds", type=_positive, default=1, help="with --compare: how many seeds, counted from --seed")
+    add("--seeds", type=positive, default=1, help="with --compare: how many seeds, counted from --seed")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of checkpoints and curves")
     add("--resume", action="store_true", help="continue from the checkpoints in --out, if there are any")
-    add("--checkpoint-every", type=_natural, default=0, metavar="BATCHES", help="save one every BATCHES batches too "
+    add("--checkpoint-every", type=natural, default=0, metavar="BATCHES", help="save one every BATCHES batches too "
         "(0: only after each epoch)")  # fmt: skip
     add("--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON; without FILE to standard "
         "output, and everything else to standard error")  # fmt: skip
