@@ -51,6 +51,8 @@ COMMANDS: dict[str, str | None] = {
     "python benchmarks/traffic.py --launched": "python benchmarks/traffic.py --launched fused --batch 4",
     "python benchmarks/inspect_kernels.py --help": "python benchmarks/inspect_kernels.py --help",
     "python examples/train.py --help": "python examples/train.py --help",
+    "python examples/language_model.py": "python examples/language_model.py --steps 10 --seeds 1",
+    "python examples/sentence_pairs.py": "python examples/sentence_pairs.py --epochs 1 --hidden 4 --holdout 0.8",
     "bash .ci/run": "bash -n .ci/run",
     CALL_COST: CALL_COST,
 }
