@@ -6,8 +6,8 @@ Wx are a skip by concatenation: without them the output layer sees the hidden la
 
 python examples/language_model.py
 
-The table has the perplexity on held-out sections as training goes on; rare words count as one word. The paper found
-that direct connections learn faster and end at a slightly higher perplexity. This run, with the defaults, shows both.
+The table has the perplexity on held-out sections as training goes on; rare words count as one word. With the defaults,
+direct connections learn faster and end at a slightly higher perplexity.
 
 Source: Bengio, Ducharme, Vincent and Janvin 2003, A Neural Probabilistic Language Model,
 https://www.jmlr.org/papers/v3/bengio03a.html. Here Adam and dropout replace plain gradient descent and early stopping.

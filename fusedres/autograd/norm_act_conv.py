@@ -2,6 +2,8 @@
 
     y_i = conv_i(act(BN(x)))        for one convolution, or several that read the same values
 
+If x is also the shortcut, it is a result too (plan.carries): its gradient is then added to x's own in place.
+
 Saved: x, BatchNorm's (4, C) state and the weights. act(BN(x)) is computed again in backward.
 """
 
@@ -39,6 +41,7 @@ class NormActConvPlan(NamedTuple):
     dtype: torch.dtype  # of the convolutions: the autocast dtype, else x's
     backend: str
     channels_last: tuple[bool, ...]  # of each result, else contiguous NCHW
+    carries: bool = False  # x is the last result
 
 
 def run_norm_act_conv(
@@ -53,7 +56,8 @@ def run_norm_act_conv(
     if recorded:
         found: tuple[Tensor, ...] = NormActConvFunction.apply(x, plan, slope, *norm, *weights)
         return found
-    return _forward(x, plan, slope, norm, weights)[0]
+    found = _forward(x, plan, slope, norm, weights)[0]
+    return (*found, x) if plan.carries else found
 
 
 def _forward(
@@ -103,7 +107,7 @@ class NormActConvFunction(torch.autograd.Function):
         saved = (x, slope, *norm[: UNIT_PARAMS - 1], state, *weights)
         ctx.kinds = [None if tensor is None else (tensor.dtype, tensor.shape) for tensor in saved]
         ctx.save_for_backward(*saved)
-        return found
+        return (*found, x) if plan.carries else found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,17 +146,21 @@ class _Backward:
     ) -> None:
         x, self.slope, self.weight, self.bias, state, *weights = map(as_saved, saved)
         self.plan, self.needs, self.x, self.state, self.weights = plan, needs, x, state, weights
-        self.grads_out = [None if grad is None else to_channels_last(materialized(grad)) for grad in grads]
+        given = [None if grad is None else to_channels_last(materialized(grad)) for grad in grads]
+        self.carried = given.pop() if plan.carries else None
+        self.grads_out = given
         self.launch = launches(plan.backend)
         self.grads: list[Tensor | None] = [None] * len(needs)
 
     def run(self) -> list[Tensor | None]:
-        """Return the gradients; what is not needed stays None."""
+        """Return the gradients; what is not needed is None."""
         grad_h = self._convolutions()
         if grad_h is not None:
             self.grads[0] = self._through_norm(in_dtype(grad_h, self.x.dtype))
-            if not self.needs[0]:
-                self.grads[0] = None
+        if self.carried is not None:
+            self.grads[0] = self.carried if self.grads[0] is None else self.grads[0].add_(self.carried)
+        if not self.needs[0]:
+            self.grads[0] = None
         return self.grads
 
     def _convolutions(self) -> Tensor | None:
@@ -235,7 +243,10 @@ def _differentiable(
             h = composite(_tail_plan(plan), _tail_tensors(x, slope, weight, bias), (state, None))
         h = h.to(plan.dtype)
         outs, of_outs = [], []
-        for grad, unit, each in zip(grads, plan.units, weights, strict=True):
+        if plan.carries and grads[-1] is not None:
+            outs.append(x)
+            of_outs.append(grads[-1])
+        for grad, unit, each in zip(grads, plan.units, weights, strict=False):
             if grad is not None and each is not None:
                 outs.append(F.conv2d(h, each.to(plan.dtype), None, *unit.geometry, unit.groups))
                 of_outs.append(grad)

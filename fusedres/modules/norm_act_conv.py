@@ -60,7 +60,12 @@ Named = tuple[str, nn.Module]
 
 
 def run_unit(
-    op: str, x: Tensor, norm: Named | None, activation: nn.Module | None, convs: Mapping[str, nn.Module]
+    op: str,
+    x: Tensor,
+    norm: Named | None,
+    activation: nn.Module | None,
+    convs: Mapping[str, nn.Module],
+    carries: bool = False,
 ) -> tuple[tuple[Tensor, ...], str | None]:
     """Return conv(act(norm(x))) of each convolution, and why torch's own operators ran, or None.
 
@@ -68,6 +73,7 @@ def run_unit(
         op: the name of the module's class, for errors.
         norm, activation: both None: conv(x).
         convs: the convolutions, by their names in the module.
+        carries: return x too, as the shortcut: the sum of its two gradients costs no pass of its own then.
 
     Raises: see NormActConv.
     """
@@ -75,8 +81,10 @@ def run_unit(
     if isinstance(found, str):
         count_path("norm_act_conv_unfused")
         h = x if norm is None or activation is None else activation(norm[1](x))
-        return tuple(conv(h) for conv in convs.values()), found
+        outs = tuple(conv(h) for conv in convs.values())
+        return (*outs, x) if carries else outs, found
     plan, units = found
+    plan = plan._replace(carries=carries)
     slope = slope_of(activation, x.shape[1], x.device, arithmetic_dtype(x.dtype))
     weights = [unit.conv_weight for unit in units]
     recorded = wants_gradients(x, (slope, units[0].weight, units[0].bias, *weights))

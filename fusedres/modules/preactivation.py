@@ -32,13 +32,13 @@ class PreActBlock(ComposedBlock):
         reasons: list[str | None] = []
         h, shortcut = x, x
         for index, (norm, convs) in enumerate(self._units()):
-            found, reason = self._step(op, h, norm, convs)
+            found, reason = self._step(op, h, norm, convs, carries=index == 0 and self.downsample is None)
             reasons.append(reason)
             h = found[0]
             if len(found) == 2:
                 shortcut = found[1]
-            elif index == 0 and self.downsample is not None:
-                shortcut = self.downsample(x)
+            elif index == 0:
+                shortcut = self.downsample(x)  # type: ignore[misc]
         first = next((reason for reason in reasons if reason is not None), None)
         keep_reason(self, first or "")
         if first is None and h.dtype is shortcut.dtype and h.shape == shortcut.shape:
@@ -46,10 +46,10 @@ class PreActBlock(ComposedBlock):
         return h + shortcut
 
     def _step(
-        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module]
+        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module], carries: bool
     ) -> tuple[tuple[Tensor, ...], str | None]:
-        """Return the results of one step, and why torch's own operators ran."""
-        return run_unit(op, h, norm, self.activation, convs)
+        """Return the results of one step, see run_unit, and why torch's own operators ran."""
+        return run_unit(op, h, norm, self.activation, convs, carries)
 
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""
@@ -126,10 +126,10 @@ class WideBlock(PreActBasicBlock):
         return f"dropout={self.dropout}"
 
     def _step(
-        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module]
+        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module], carries: bool
     ) -> tuple[tuple[Tensor, ...], str | None]:
         if not self.training or self.dropout == 0 or "conv2" not in convs:
-            return super()._step(op, h, norm, convs)
+            return super()._step(op, h, norm, convs, carries)
         tail = TailModules(norm[1], None, self.activation, False, "scale", (norm[0], "", "activation"))
         h, reason = run(tail, h)
         found, other = run_unit(op, F.dropout(h, self.dropout), None, None, convs)
