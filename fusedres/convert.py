@@ -25,6 +25,7 @@ from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.families import has_stem, looks_residual, read, read_network, why_unknown
 from fusedres.modules.frozen_network import FrozenModel
 from fusedres.modules.frozen_norm import recognise_frozen_norms
+from fusedres.modules.fused_block import FusedForeignBlock
 from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.norm_act_conv import NormActConv
 from fusedres.modules.parts import Parts
@@ -32,6 +33,7 @@ from fusedres.modules.resnet import FusedForeignStem
 from fusedres.modules.scripting import restore
 from fusedres.modules.stochastic_depth import StochasticRate, check_rate, refuse_dropping
 from fusedres.modules.tail import ResidualTail
+from fusedres.modules.tail_block import FusedTailBlock
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
@@ -148,7 +150,8 @@ def _switch(block: nn.Module, options: dict[str, str]) -> None:
         block.__class__ = stock_class(cls)
         return
     if not is_fused(cls):
-        fused = None if replaced_on_block(block.__dict__) is not None else fused_class(cls, base)
+        wanted = FusedTailBlock if parts is not None and parts.steps else base
+        fused = None if replaced_on_block(block.__dict__) is not None else fused_class(cls, wanted)
         if fused is None:
             return
         block.__class__ = fused
@@ -261,7 +264,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _kind(cls: type[nn.Module], base: type[nn.Module]) -> str:
-    return stock_class(cls).__name__ if base is nn.Module else base.__name__
+    return stock_class(cls).__name__ if base in (nn.Module, FusedTailBlock) else base.__name__
 
 
 def _base(block: nn.Module) -> type[nn.Module] | None:
@@ -274,7 +277,11 @@ def _base(block: nn.Module) -> type[nn.Module] | None:
 def _read(block: nn.Module) -> Parts | str | None:
     """Return what the forward of a block or a network says, or why it is not fused; None: a class of torchvision."""
     base = _base(block)
-    return read(block) if base is nn.Module else read_network(block) if base is FusedForeignStem else None
+    if base is FusedForeignStem:
+        return read_network(block)
+    if isinstance(block, FusedForeignBlock | FusedTailBlock):
+        return type(block)._read(block)
+    return read(block) if base is nn.Module else None
 
 
 def _unfusable(block: nn.Module) -> str | None:
@@ -301,7 +308,9 @@ def _reason(block: nn.Module) -> str | None:
     method = own_method_of_fused(cls)
     if method is not None:
         return _has_its_own(cls, method)
-    found: str | None = block.unfused_reason() if isinstance(block, FusedBlock) else block.stem_unfused_reason()  # type: ignore[operator]
+    found: str | None = (
+        block.unfused_reason() if isinstance(block, FusedBlock | FusedTailBlock) else block.stem_unfused_reason()
+    )  # type: ignore[operator]
     if found is not None and found.endswith(SHARDED):
         fused = block.__dict__.get("fused_last_reason") == ""
         return None if fused else f"{found}: fused where it is gathered for a call"

@@ -18,12 +18,17 @@ from fusedres.modules.bottleneck import FusedBottleneck
 from fusedres.modules.families import is_declared
 from fusedres.modules.fused_block import FusedBlock, FusedForeignBlock
 from fusedres.modules.resnet import FusedForeignStem, FusedResNet, FusedStem
+from fusedres.modules.tail_block import FusedTailBlock
 
 Module = type[nn.Module]
 
 FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
-_FOREIGN: dict[Module, Module] = {nn.Module: FusedForeignBlock, FusedForeignStem: FusedForeignStem}
-_of_subclasses: dict[Module, Module] = {}  # user's subclass, or a declared class → its fused class
+_FOREIGN: dict[Module, Module] = {
+    nn.Module: FusedForeignBlock,
+    FusedTailBlock: FusedTailBlock,
+    FusedForeignStem: FusedForeignStem,
+}
+_of_subclasses: dict[tuple[Module, Module], Module] = {}  # user's subclass, or a declared class, and its base → fused
 _of_sharded: dict[Module, Module] = {}  # sharded fused class → the sharded stock class
 refusals: dict[Module, str] = {}  # classes that cannot be subclassed, and why
 _METHODS = ("forward", "_forward_impl", "__call__", "_call_impl", "__getattr__", "__getattribute__")
@@ -37,8 +42,10 @@ def base_of(cls: Module) -> Module | None:
     """Return the class whose fused class serves cls, or None if there is none.
 
     This is the torchvision class that cls is or descends from; for a declared class, nn.Module; for the fused class of
-    a network with a stem, FusedForeignStem.
+    a block with tails, FusedTailBlock; for that of a network with a stem, FusedForeignStem.
     """
+    if issubclass(cls, FusedTailBlock):
+        return FusedTailBlock
     if issubclass(cls, FusedForeignBlock):
         return nn.Module
     if issubclass(cls, FusedForeignStem):
@@ -68,13 +75,16 @@ def own_method_of_fused(cls: Module) -> str | None:
 
 def is_fused(cls: Module) -> bool:
     """Whether a class is a fused class or descends from one."""
-    return issubclass(cls, FusedBlock | FusedStem)
+    return issubclass(cls, FusedBlock | FusedTailBlock | FusedStem)
 
 
 def fused_class(cls: Module, base: Module) -> Module | None:
-    """Return the fused class of cls; base: the result of base_of. None: it cannot be made."""
-    if cls in _of_subclasses:
-        return _of_subclasses[cls]
+    """Return the fused class of cls, or None if it cannot be made.
+
+    base: the result of base_of; for a block with tails FusedTailBlock.
+    """
+    if (cls, base) in _of_subclasses:
+        return _of_subclasses[cls, base]
     if cls in FUSED:
         return FUSED[cls]
     described = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_stock": cls, "_served_by": base}
@@ -86,7 +96,7 @@ def fused_class(cls: Module, base: Module) -> Module | None:
     except Exception as error:  # a metaclass or __init_subclass__ may raise anything
         refusals[cls] = f"{cls.__module__}.{cls.__qualname__} cannot be subclassed: {error}"
         return None
-    return _of_subclasses.setdefault(cls, made)
+    return _of_subclasses.setdefault((cls, base), made)
 
 
 def _with_signature(forward: Any, stock: Any) -> Any:

@@ -12,8 +12,9 @@ from torch import nn
 
 from fusedres.modules.frozen_norm import recognise_frozen_norms
 from fusedres.modules.gathering import gather_parts
-from fusedres.modules.parts import Parts, path_of
+from fusedres.modules.parts import Parts, path_of, stock_of
 from fusedres.modules.stem_tracing import stem_of
+from fusedres.modules.tail_reading import tails_of
 from fusedres.modules.tracing import parts_of
 
 _Block = TypeVar("_Block", bound="type[nn.Module] | nn.Module")
@@ -32,6 +33,12 @@ _PACKAGES = {
     "segmentation_models_pytorch.encoders._senet": ("Bottleneck",),
 }
 _known = {f"{module}.{name}" for module, names in _PACKAGES.items() for name in names}
+# Blocks that are convolutions and tails: BatchNorm, activation, sum (tail_reading.py).
+_WITH_TAILS = {
+    "ultralytics.nn.modules.conv.Conv",
+    "ultralytics.nn.modules.conv.Conv2",
+    "ultralytics.nn.modules.block.Bottleneck",
+}
 _registered: set[type[nn.Module]] = set()
 
 
@@ -69,7 +76,7 @@ def is_declared(cls: type[nn.Module]) -> bool:
     if cls in _registered:
         return True
     owner = _owner(cls)
-    return owner in _registered or path_of(owner) in _known
+    return owner in _registered or path_of(owner) in _known or path_of(owner) in _WITH_TAILS
 
 
 def _owner(cls: type[nn.Module]) -> type[nn.Module]:
@@ -96,7 +103,7 @@ def looks_residual(module: nn.Module) -> bool:
 def why_unknown(block: nn.Module) -> str:
     """Return why a residual-looking block of a class that nobody declared is not fused."""
     parts = read(block)
-    gathered = parts if isinstance(parts, str) else gather_parts(block, parts)
+    gathered = parts if isinstance(parts, str) or parts.steps else gather_parts(block, parts)
     if isinstance(gathered, str):
         return gathered
     return f"its class is not known; fusedres.register({path_of(type(block))}) lets fuse() switch it"
@@ -132,7 +139,28 @@ def read_network(network: nn.Module) -> Parts | str:
 
 
 def read(block: nn.Module) -> Parts | str:
-    """Return the parts of a block of a declared class, or why no fused block computes the same."""
+    """Return the parts of a block of a declared class, or why no fused block computes the same.
+
+    A residual block has units. Another block has steps if it may be one of tails: not if its class is known for
+    residual blocks.
+    """
+    stock = stock_of(type(block))
+    known = path_of(_owner(stock))
+    if known in _WITH_TAILS:
+        return read_tails(block)
+    parts = read_units(block)
+    if isinstance(parts, str) and known not in _known:
+        tails = read_tails(block)
+        return parts if isinstance(tails, str) else tails
+    return parts
+
+
+def read_units(block: nn.Module) -> Parts | str:
+    """Return the parts of a residual block, or why it is none."""
     recognise_frozen_norms(block)
-    stock = getattr(type(block), "_stock", type(block))  # the class of a fused block
-    return parts_of(block, stock.forward)
+    return parts_of(block, stock_of(type(block)).forward)
+
+
+def read_tails(block: nn.Module) -> Parts | str:
+    """Return the parts of a block with tails, or why it has none that can be fused."""
+    return tails_of(block, stock_of(type(block)).forward)

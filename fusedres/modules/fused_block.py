@@ -12,7 +12,7 @@ from fusedres.dispatch import Way
 from fusedres.modules.anatomy import Anatomy, anatomy_of
 from fusedres.modules.calls import input_of_call, keep_reason, options_of, reason_of_parts, unusual_input
 from fusedres.modules.choice import not_measured, serving_backend, unverified
-from fusedres.modules.families import read
+from fusedres.modules.families import read_units
 from fusedres.modules.foreign import Foreign
 from fusedres.modules.freezable import Freezable
 from fusedres.modules.gathering import gather
@@ -92,7 +92,7 @@ class FusedBlock(Freezable):
 class FusedForeignBlock(Foreign, FusedBlock):
     """Mixin of a fused block of another package or of a user: its parts were read from its forward (tracing.py)."""
 
-    _read = staticmethod(read)
+    _read = staticmethod(read_units)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return relu(F(x) + S(x)); a call with anything but one tensor runs the stock forward."""

@@ -32,15 +32,24 @@ def gather(block: nn.Module, cls: Any, parts: Parts) -> Gathered | str:
     """
     if not parts.units:
         return "it was not read"
+    reason = reason_of_code(block, cls, cls._base, parts)
+    return gather_parts(block, parts) if reason is None else reason
+
+
+def reason_of_code(block: nn.Module, cls: Any, base: type[nn.Module] | None, parts: Parts) -> str | None:
+    """Return which code of a block, or around its parts, would be bypassed and is not as it was read, or None.
+
+    Args:
+        cls, base: see replaced_code.
+    """
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    reason = (
-        replaced_code(cls, cls._base)
+    return (
+        replaced_code(cls, base)
         or replaced_on_block(block.__dict__)
         or _hidden(block, cls, parts.names)
         or changed(block, cls, parts)
     )
-    return gather_parts(block, parts) if reason is None else reason
 
 
 def gather_parts(block: nn.Module, parts: Parts) -> Gathered | str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fusedres.modules.parts import COLLECTIONS, PLAIN_VALUES, Condition, Container
+from fusedres.modules.parts import COLLECTIONS, PLAIN_VALUES, Condition, Container, stock_of
 
 _OWN_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_noted")) - {"training"}  # of every module, and of its copy
 
@@ -51,6 +55,53 @@ def _is_plain(collection: Any) -> bool:
     """Whether a collection has plain values alone, so that a copy shows whether it changes."""
     values = [*collection, *collection.values()] if isinstance(collection, dict) else collection
     return all(type(value) in PLAIN_VALUES for value in values)
+
+
+_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
+_ADDS = {torch.add, operator.add, operator.iadd}
+
+
+class Value(ABC):
+    """Stands for a tensor: what is done to it is noted if it is a ReLU or a sum, and does not fit otherwise."""
+
+    @abstractmethod
+    def relu(self) -> Any:
+        """Return relu(self)."""
+
+    @abstractmethod
+    def relu_(self) -> Any:
+        """Return relu(self), which takes the place of self."""
+
+    @abstractmethod
+    def __add__(self, other: Any) -> Any:
+        """Return self + other."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnfitError(f"its forward uses {name} of a tensor")
+
+    def __bool__(self) -> bool:
+        raise UnfitError("its forward depends on a tensor's value")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        if function in _RELUS and isinstance(args[0], Value):
+            in_place = name.endswith("_") or True in args[1:] or (kwargs or {}).get("inplace", False)
+            return args[0].relu_() if in_place else args[0].relu()
+        if function in _ADDS and len(args) == 2 and not kwargs and isinstance(args[0], Value):
+            return args[0] + args[1]
+        raise UnfitError(f"its forward calls {name}")
+
+
+def _unsupported(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise UnfitError(f"its forward uses {name} of a tensor")
+
+    return refuse
+
+
+for _name in ("radd", "mul", "rmul", "sub", "rsub", "truediv", "matmul", "getitem", "len", "iter", "neg", "setitem"):
+    setattr(Value, f"__{_name}__", _unsupported(_name))
 
 
 _noting: dict[type[nn.Module], type[nn.Module]] = {}
@@ -101,8 +152,11 @@ def _call_through(path: str, cls: type[nn.Module], module: Any, args: Any, kwarg
 
 
 def noting_copy(module: nn.Module, notes: Notes, path: str = "") -> nn.Module:
-    """Return a copy of a module, and of those below it, that notes what happens; tensors are shared."""
-    cls = type(module)
+    """Return a copy of a module, and of those below it, that notes what happens; tensors are shared.
+
+    What fuse() has switched is copied with its stock class.
+    """
+    cls = stock_of(type(module))
     copy = object.__new__(_noting_class(cls))
     part = path != "" and notes.is_part(module)
     children = {

@@ -52,8 +52,34 @@ class Condition(NamedTuple):
 _ABSENT = object()
 
 
+class Step(NamedTuple):
+    """A step of a forward that is read as tails (tail_reading.py): the call of a module, or a tail.
+
+    Value 0 is the block's input; step i makes value i + 1. A tail is ResidualTail's equation without gates; one without
+    norms is a sum, or an activation, alone.
+    """
+
+    x: int  # the value that the module, or the branch of the tail, reads
+    call: str | None = None  # the path of the module that is called; None: a tail
+    norm: str | None = None
+    activation: str | None = None  # a path, or FUNCTION
+    before_add: bool = False
+    shortcut: int | None = None  # the value that is added
+    shortcut_norm: str | None = None
+    last: tuple[int, ...] = ()  # values that no later step reads
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of its modules."""
+        found = (self.call, self.norm, self.activation, self.shortcut_norm)
+        return [path for path in found if path is not None and path != FUNCTION]
+
+
+FUNCTION = "relu()"  # a ReLU that is no module
+
+
 class Parts(NamedTuple):
-    """The parts of a block or a stem."""
+    """The parts of a block or a stem: units, or steps."""
 
     units: tuple[UnitPaths, ...]  # of the branch, in order
     relus: tuple[str, ...] = ()
@@ -66,6 +92,7 @@ class Parts(NamedTuple):
     containers: tuple[Container, ...] = ()
     conditions: tuple[Condition, ...] = ()
     forward: Any = None  # of the block's class, when it was read; None: a class of torchvision
+    steps: tuple[Step, ...] = ()  # of a block that is no residual block of units, but has tails
 
     names: tuple[str, ...] = ()  # the block's own children among the parts
     nested: bool = False  # some part is not a child of the block itself
@@ -76,7 +103,7 @@ class Parts(NamedTuple):
         others = (self.maxpool, self.downsample, self.zero_pad)
         units = self.units if self.projection is None else (*self.units, self.projection)
         paths = chain(*((unit.conv, unit.norm) for unit in units), self.relus, self.identities, filter(None, others))
-        all_paths = tuple(paths)
+        all_paths = (*paths, *chain(*(step.paths for step in self.steps)))
         return self._replace(
             names=tuple(dict.fromkeys(path.partition(".")[0] for path in all_paths)),
             nested=any("." in path for path in all_paths),
@@ -96,6 +123,13 @@ def at(block: nn.Module, path: str) -> Any:
     return found
 
 
+def stock_of(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that fuse() has replaced by cls, or cls itself, also for a subclass with its own forward."""
+    owner = next(base for base in cls.__mro__ if "_stock" in base.__dict__ or "forward" in base.__dict__)
+    found: type[nn.Module] = owner.__dict__.get("_stock", cls)
+    return found
+
+
 def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
     """Return what is no longer as it was when the block was read, in words, or None; cls: its fused class."""
     for path in parts.identities:
@@ -108,7 +142,7 @@ def changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
         return f"{cls._stock.__qualname__}.forward is replaced: call fuse() again"
     for path, kind, forward, children in parts.containers:
         module = at(block, path)
-        if type(module) is not kind or tuple(module.__dict__["_modules"]) != children:
+        if stock_of(type(module)) is not kind or tuple(module.__dict__["_modules"]) != children:
             return f"{path} has changed: call fuse() again"
         if kind.forward is not forward:
             return f"{kind.__qualname__}.forward is replaced: call fuse() again"

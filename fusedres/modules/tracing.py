@@ -11,21 +11,15 @@ kept as a condition: if it changes later, the block must be read again.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fusedres.modules.frozen_norm import is_frozen_norm
-from fusedres.modules.noting import Notes, UnfitError, noting_copy
+from fusedres.modules.noting import Notes, UnfitError, Value, noting_copy
 from fusedres.modules.parts import Parts, UnitPaths, may_be_identity
 from fusedres.modules.shortcut import ZeroPadShortcut
-
-_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
-_ADDS = {torch.add, operator.add, operator.iadd}
 
 
 class _Step(NamedTuple):
@@ -52,7 +46,7 @@ class _Trace(Notes):
         return args[0].then(_step_of(path, cls, module))
 
 
-class _Value:
+class _Value(Value):
     """Stands for a tensor: the steps from the block's input to it, or the two values that it is the sum of."""
 
     def __init__(self, trace: _Trace, steps: tuple[_Step, ...], terms: tuple[_Value, _Value] | None = None) -> None:
@@ -91,36 +85,10 @@ class _Value:
 
     add_ = __iadd__
 
-    def __getattr__(self, name: str) -> Any:
-        raise UnfitError(f"its forward uses {name} of a tensor")
-
-    def __bool__(self) -> bool:
-        raise UnfitError("its forward depends on a tensor's value")
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Value:
-        name = getattr(function, "__name__", str(function))
-        if function in _RELUS and isinstance(args[0], _Value):
-            return args[0].relu()
-        if function in _ADDS and len(args) == 2 and not kwargs and isinstance(args[0], _Value):
-            return args[0] + args[1]
-        raise UnfitError(f"its forward calls {name}")
-
     def _use(self) -> None:
         if self.used and not self.is_input:
             raise UnfitError("its forward uses an intermediate result twice")
         self.used = True
-
-
-def _unsupported(name: str) -> Callable[..., Any]:
-    def refuse(*_: Any) -> Any:
-        raise UnfitError(f"its forward uses {name} of a tensor")
-
-    return refuse
-
-
-for _name in ("radd", "mul", "rmul", "sub", "rsub", "truediv", "matmul", "getitem", "len", "iter", "neg", "setitem"):
-    setattr(_Value, f"__{_name}__", _unsupported(_name))
 
 
 def _step_of(path: str, cls: type[nn.Module], module: nn.Module) -> _Step:
