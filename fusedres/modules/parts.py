@@ -66,6 +66,7 @@ class Step(NamedTuple):
     before_add: bool = False
     shortcut: int | None = None  # the value that is added
     shortcut_norm: str | None = None
+    into: int | None = None  # 0 or 1: the sum takes the place of the branch's term, or of the shortcut's
     last: tuple[int, ...] = ()  # values that no later step reads
 
     @property

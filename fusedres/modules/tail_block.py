@@ -22,8 +22,8 @@ _RELU = nn.ReLU()
 class FusedTailBlock(Foreign):
     """Mixin of a block whose forward tail_reading.py has read: each tail runs in one pass, other modules are called.
 
-    Convolutions are called as modules, so their hooks run, and they may be anything that takes a tensor. Where another
-    part is unusual the stock forward runs.
+    Convolutions are called as modules, so their hooks run, and they may be anything that takes a tensor. A tail that is
+    unusual calls its modules; where anything else is unusual the stock forward runs.
     """
 
     fused_last_reason: str | None = None  # why the last input ran unfused; "": it ran fused
@@ -47,54 +47,67 @@ class FusedTailBlock(Foreign):
             reason = unusual_input(inputs[0])
             if reason is None and torch.compiler.is_compiling():
                 reason = "torch.compile fuses torch's operators itself"
-            if reason is None and FusedTailBlock.unfused_reason(self) is None:
-                return _run(self, self.__dict__["_parts"].steps, inputs[0])
+            parts = self.__dict__.get("_parts", cls._parts)
+            if reason is None and parts.steps and reason_of_code(self, cls, nn.Module, parts) is None:
+                modules = _modules_of(self, parts.steps)
+                if not isinstance(modules, str):
+                    return _run(self, parts.steps, modules, inputs[0])
         count_path("unfused")
         keep_reason(self, reason)
         return cls._stock.forward(self, *inputs, **named)
 
 
-def _modules_of(block: nn.Module, step: Step) -> TailModules:
-    norm, shortcut_norm, activation = step.norm, step.shortcut_norm, step.activation
-    return TailModules(
-        None if norm is None else at(block, norm),
-        None if shortcut_norm is None else at(block, shortcut_norm),
-        _RELU if activation == FUNCTION else None if activation is None else at(block, activation),
-        step.before_add,
-        names=(norm or "", shortcut_norm or "", activation or ""),
-    )
+_Modules = list[TailModules | nn.Module]  # of each step: what is called, or the modules of its tail
+
+
+def _modules_of(block: nn.Module, steps: tuple[Step, ...]) -> _Modules | str:
+    """Return the modules of each step, or which of them is missing."""
+    found: _Modules = []
+    for step in steps:
+        path: str | None
+        modules: list[Any] = []
+        for path in (step.call, step.norm, step.shortcut_norm, step.activation):
+            module = None if path is None else _RELU if path == FUNCTION else at(block, path)
+            if module is None and path is not None:
+                return f"{path} is missing"
+            modules.append(module)
+        names = (step.norm or "", step.shortcut_norm or "", step.activation or "")
+        called, norm, shortcut_norm, activation = modules
+        tail = TailModules(norm, shortcut_norm, activation, step.before_add, names=names, into=step.into)
+        found.append(tail if called is None else called)
+    return found
 
 
 def _reason_of_steps(block: nn.Module, steps: tuple[Step, ...]) -> str | None:
     """Return which module is missing, or why a tail runs unfused for every input, or None."""
-    for step in steps:
-        for path in step.paths:
-            if at(block, path) is None:
-                return f"{path} is missing"
-        reason = None if step.norm is None else reason_of_modules(_modules_of(block, step), None, None)
-        if reason is not None:
-            return reason
-    return None
+    modules = _modules_of(block, steps)
+    if isinstance(modules, str):
+        return modules
+    reasons = (
+        reason_of_modules(tail, None, None)
+        for step, tail in zip(steps, modules, strict=True)
+        if step.norm is not None and isinstance(tail, TailModules)
+    )
+    return next(filter(None, reasons), None)
 
 
-def _run(block: nn.Module, steps: tuple[Step, ...], x: Tensor) -> Any:
+def _run(block: nn.Module, steps: tuple[Step, ...], modules: _Modules, x: Tensor) -> Any:
     """Run the steps; a tail that this input cannot run fused calls its modules."""
     values: list[Any] = [x]
     why = ""
-    for step in steps:
+    for step, called in zip(steps, modules, strict=True):
         branch = values[step.x]
-        shortcut = None if step.shortcut is None else values[step.shortcut]
-        if step.call is not None:
-            out = at(block, step.call)(branch)
+        if not isinstance(called, TailModules):
+            values.append(called(branch))
         else:
-            tail = _modules_of(block, step)
-            reason = None if step.norm is None else _reason_of_tensors(tail, branch, shortcut)
-            if step.norm is not None and reason is None:
-                out = run_fused(tail, branch, shortcut)
-            else:
-                why = why or reason or ""
-                out = run_unfused(tail, branch, shortcut)
-        values.append(out)
+            shortcut = None if step.shortcut is None else values[step.shortcut]
+            reason = None if step.norm is None else _reason_of_tensors(called, branch, shortcut)
+            fused = step.norm is not None and reason is None
+            if reason is not None:
+                count_path("tail_unfused")
+                reason = reason if reason_of_modules(called, None, None) is None else None  # else the parts say it
+            values.append((run_fused if fused else run_unfused)(called, branch, shortcut))
+            why = why or reason or ""
         for number in step.last:
             values[number] = None
     keep_reason(block, why)
@@ -108,7 +121,6 @@ def _reason_of_tensors(tail: TailModules, branch: Any, shortcut: Any) -> str | N
             return f"{tail.names[0]} was given no float tensor of shape (N, C, H, W) or (N, C)"
     if shortcut is not None and shortcut.shape != branch.shape:
         return f"the shortcut had shape {tuple(shortcut.shape)}, the branch {tuple(branch.shape)}"
-    reason = reason_of_call(tail, branch, shortcut)
-    if reason is not None:
-        count_path("tail_unfused")
-    return reason
+    if shortcut is not None and shortcut.dtype != branch.dtype and tail.into is not None:
+        return f"a sum in place had terms of {branch.dtype} and {shortcut.dtype}"
+    return reason_of_call(tail, branch, shortcut)

@@ -41,7 +41,7 @@ class _Trace(Notes):
         kind = _kind_of(cls)
         if kind == "norm" and any(value.path == path for value in self.values):
             raise UnfitError(f"its forward uses {path} twice")
-        in_place = bool(getattr(module, "inplace", False))
+        in_place = bool(object.__getattribute__(module, "__dict__").get("inplace", False))  # not noted as a condition
         fresh = kind in ("conv", "norm") or (kind == "activation" and (x.fresh or not in_place))
         return _Value(self, kind, path, (x,), fresh, in_place)
 
@@ -68,6 +68,7 @@ class _Value(Value):
         in_place: bool = False,
     ) -> None:  # fmt: skip
         self.trace, self.kind, self.path, self.inputs, self.fresh = trace, kind, path, inputs, fresh
+        self.in_place = in_place
         self.users: list[_Value] = []
         self.index, self.overwritten = len(trace.values), False
         for value in inputs:
@@ -102,7 +103,7 @@ class _Value(Value):
         if not self.fresh:
             raise UnfitError("its forward adds in place to a tensor that others may see")
         found = self + other
-        self.overwritten = True
+        self.overwritten = found.in_place = True
         return found
 
     add_ = __iadd__
@@ -203,15 +204,18 @@ def _steps_of(trace: _Trace, out: _Value) -> tuple[Step, ...]:
 def _step_of(value: _Value, tail: _Tail | None, numbers: dict[int, int]) -> Step:
     x = numbers.get(value.inputs[0].index, 0)
     if tail is None and value.kind == "sum":
-        return Step(x, shortcut=numbers[value.inputs[1].index])
+        return Step(x, shortcut=numbers[value.inputs[1].index], into=0 if value.in_place else None)
     if tail is None:
         return Step(x, activation=FUNCTION) if value.path == FUNCTION else Step(x, call=value.path)
-    activation, shortcut = tail.activation, None
+    activation, total = tail.activation, tail.total
+    shortcut = into = None
+    if total is not None:
+        term = tail.activation if tail.before_add else tail.norm
+        first = total.inputs[0] is term
+        shortcut = total.inputs[1 if first else 0]
+        into = None if not total.in_place else 0 if first else 1
     if tail.shortcut_norm is not None:
         shortcut = tail.shortcut_norm.inputs[0]
-    elif tail.total is not None:
-        term = tail.activation if tail.before_add else tail.norm
-        shortcut = next(each for each in tail.total.inputs if each is not term)
     return Step(
         numbers[tail.norm.inputs[0].index],
         norm=tail.norm.path,
@@ -219,6 +223,7 @@ def _step_of(value: _Value, tail: _Tail | None, numbers: dict[int, int]) -> Step
         before_add=tail.before_add,
         shortcut=None if shortcut is None else numbers[shortcut.index],
         shortcut_norm=None if tail.shortcut_norm is None else tail.shortcut_norm.path,
+        into=into,
     )
 
 

@@ -33,7 +33,11 @@ KINDS: dict[type[nn.Module], str] = {
 
 
 class TailModules(NamedTuple):
-    """The modules and settings of a tail; see ResidualTail. names: of the three modules, for reasons."""
+    """The modules and settings of a tail; see ResidualTail.
+
+    names: of the three modules, for reasons. into: which term the sum takes the place of, and has the dtype of: 0 for
+    the branch, 1 for the shortcut; None: neither.
+    """
 
     norm: Any  # nn.Module | None; mypy would not find their settings
     shortcut_norm: Any
@@ -42,6 +46,7 @@ class TailModules(NamedTuple):
     gate: str = "scale"
     names: tuple[str, str, str] = ("norm", "shortcut_norm", "activation")
     excitation: Any = None  # an Excitation, which makes the branch's factor of the normalised branch
+    into: int | None = None
 
 
 def reason_of_call(tail: TailModules, *tensors: Tensor | None) -> str | None:
@@ -124,7 +129,9 @@ def run_unfused(
             assert scale is not None
             value = value + added * (1 - scale.sigmoid())
         else:
-            value = value + _gated(tail.gate, added, carry, branch)
+            terms = (value, _gated(tail.gate, added, carry, branch))
+            total = terms[0] + terms[1]
+            value = total if tail.into is None else total.to(terms[tail.into].dtype)
     result: Tensor = value if tail.before_add else activation(value)
     return result
 
