@@ -7,6 +7,7 @@
 
 #include "common/bits.h"
 #include "common/check.h"
+#include "common/fold.h"
 #include "common/gate.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -53,6 +54,28 @@ void finalize(const BnStatisticsParams& p, const double* mean, const double* m2,
   }
 }
 
+// The moments of rows that are taken `parts` at a time for one row, and of each channel from those of its parts.
+void moments_of_parts(const BnStatisticsParams& p, int64_t parts, double* mean, double* m2) {
+  BnStatisticsParams wide = p;
+  wide.rows = p.rows / parts;
+  wide.channels = p.channels * parts;
+  std::vector<double> buffer(2 * wide.channels);
+  const double* part_mean = buffer.data();
+  const double* part_m2 = part_mean + wide.channels;
+  FUSEDRES_SELECT_ISA(moments_of)(wide, buffer.data(), buffer.data() + wide.channels);
+  const double count = static_cast<double>(wide.rows);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double total = 0.0;
+    for (int64_t i = c; i < wide.channels; i += p.channels) total += part_mean[i];
+    mean[c] = total / static_cast<double>(parts);
+    m2[c] = 0.0;
+    for (int64_t i = c; i < wide.channels; i += p.channels) {
+      const double delta = part_mean[i] - mean[c];
+      m2[c] += part_m2[i] + count * delta * delta;
+    }
+  }
+}
+
 }  // namespace
 
 void bn_statistics(const BnStatisticsParams& p) {
@@ -61,7 +84,11 @@ void bn_statistics(const BnStatisticsParams& p) {
   std::vector<double> buffer(2 * p.channels);
   double* mean = buffer.data();
   double* m2 = mean + p.channels;
-  FUSEDRES_SELECT_ISA(moments_of)(p, mean, m2);
+  const int64_t parts = rows_at_once(p.rows, p.channels, kBlockChannels);
+  if (parts == 1)
+    FUSEDRES_SELECT_ISA(moments_of)(p, mean, m2);
+  else
+    moments_of_parts(p, parts, mean, m2);
   bn_finalize(p, mean, m2, nullptr);
 }
 

@@ -9,6 +9,7 @@
 #include "common/gate.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "gated_tail/folded.h"
 
 #define FUSEDRES_KERNEL_FILE "gated_tail/kernel.inc"
 #include "common/for_each_isa.h"
@@ -39,15 +40,18 @@ void gated_tail(const GatedTailParams& p, const GatedTailResults& results) {
   if (p.rows() == 0) return;
   check(p, "gated_tail");
   require(results.out != nullptr, "gated_tail", "null result");
-  const RowMap all{1, 1, p.rows(), 1};
-  FUSEDRES_SELECT_ISA(forward_all)(p, {all, p.shortcut.x == nullptr ? 0 : p.channels}, results);
+  const FoldedTail folded(p, results.mask != nullptr);
+  const GatedTailParams& wide = folded.params();
+  const RowMap all{1, 1, wide.rows(), 1};
+  FUSEDRES_SELECT_ISA(forward_all)(wide, {all, wide.shortcut.x == nullptr ? 0 : wide.channels}, results);
 }
 
 void gated_tail_reduce(const GatedTailParams& p, const GatedTailGradient& gradient, bool slope_wanted, void* sums) {
   if (p.rows() == 0) return;
   check(p, gradient, "gated_tail_reduce");
   require(sums != nullptr, "gated_tail_reduce", "null sums");
-  FUSEDRES_SELECT_ISA(reduce_all)(p, gradient, slope_wanted, sums);
+  const FoldedTail folded(p, gradient.mask != nullptr);
+  FUSEDRES_SELECT_ISA(reduce_all)(folded.params(), gradient, slope_wanted, folded.rows(), sums);
 }
 
 void gated_tail_apply(const GatedTailParams& p, const GatedTailGradient& gradient) {
@@ -57,7 +61,7 @@ void gated_tail_apply(const GatedTailParams& p, const GatedTailGradient& gradien
   require(p.shortcut.grad_logits == nullptr || p.shortcut.logits != nullptr, "gated_tail_apply",
           "gradient of no logits");
   require(p.shortcut.grad_x == nullptr || p.shortcut.x != nullptr, "gated_tail_apply", "gradient of no shortcut");
-  FUSEDRES_SELECT_ISA(apply_all)(p, gradient);
+  FUSEDRES_SELECT_ISA(apply_all)(FoldedTail(p, gradient.mask != nullptr).params(), gradient);
 }
 
 }  // namespace fusedres
