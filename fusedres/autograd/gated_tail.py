@@ -116,11 +116,11 @@ def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) 
 def _require_memory(tensors: Sequence[Tensor | None]) -> None:
     if torch.compiler.is_compiling():
         return
-    names = [f"{term}'s {field}" for term in ("branch", "shortcut") for field in TermTensors._fields]
-    names += ["slope", *(f"excitation tensor {index}" for index in range(EXCITATION_TENSORS))]
-    for name, tensor in zip(names, tensors, strict=False):
+    for index, tensor in enumerate(tensors):
         if tensor is not None and not has_memory(tensor):
-            refuse(name, tensor, "residual tail")
+            names = [f"{term}'s {field}" for term in ("branch", "shortcut") for field in TermTensors._fields]
+            names += ["slope", *(f"excitation tensor {number}" for number in range(EXCITATION_TENSORS))]
+            refuse(names[index], tensor, "residual tail")
 
 
 def _reads(plan: TailPlan, needs: Sequence[bool], with_mask: bool) -> tuple[bool, bool]:
@@ -265,7 +265,8 @@ class TailBackward:
         with_slope = self.needs[2 * TERM]
         sums = self.launch.gated_tail_reduce(
             self.gated, *self.terms, self.activation, self.plan.coupled, with_slope
-        ).sum(1)
+        )
+        sums = sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)
         if with_slope and self.slope is not None:
             scaled = self.plan.before_add and self.branch.factor is not None
             of_slope = sums[:, 5] * self.branch.factor if scaled else sums[:, 5]
@@ -313,7 +314,7 @@ class TailBackward:
         if of_pixel is not None and state is not None and self.means is not None:
             of_all = of_pixel * (pixel_rows(self.gated.grad) // len(of_pixel))
             total, product = total + of_all, product + of_all * (self.means - state[0]) * state[1]
-        total, product = total.sum(0), product.sum(0)
+        total, product = (sums[0] if sums.shape[0] == 1 else sums.sum(0) for sums in (total, product))
         for offset, parameter, grad in ((1, tensors.weight, product), (2, tensors.bias, total)):
             if parameter is not None and self.needs[first + offset]:
                 self.grads[first + offset] = in_dtype(grad, parameter.dtype)
@@ -322,7 +323,8 @@ class TailBackward:
         coefficients = _constant(state)
         if norm.batch_statistics:
             count = pixel_rows(self.gated.grad)
-            coefficients = torch.stack([state[2], total / count, state[0], state[1] * product / count])[None]
+            mean, invstd, scale, _ = state.unbind()
+            coefficients = torch.stack([scale, total / count, mean, invstd * product / count])[None]
         if of_pixel is not None:
             coefficients = coefficients.repeat(len(of_pixel), 1, 1)
             coefficients[:, 1] -= of_pixel

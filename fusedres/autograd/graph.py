@@ -70,9 +70,10 @@ def are_plain(*tensors: Tensor | None) -> bool:
     """Return whether all tensors are plain: no subclass, which may lack memory of its own, and not lazily negated."""
     if torch.compiler.is_compiling():
         return True
-    if not _PLAIN_OR_NONE.issuperset(map(type, tensors)):
-        return False
-    return not any(map(Tensor.is_neg, [tensor for tensor in tensors if tensor is not None]))
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_OR_NONE or (tensor is not None and tensor.is_neg()):
+            return False
+    return True
 
 
 def needs_composite(grad_out: Tensor) -> bool:

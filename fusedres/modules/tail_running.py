@@ -93,6 +93,8 @@ def _reason_of_inference(tail: TailModules, branch: Tensor, *others: Tensor | No
     for module in (tail.norm, tail.shortcut_norm, tail.activation, tail.excitation):
         if module is not None:
             held += [*module.parameters(), *module.buffers()]
+    if not any(tensor is not None and tensor.is_inference() for tensor in held):
+        return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in held)
     written = any(norm is not None and norm.training for norm in (tail.norm, tail.shortcut_norm))
     if holds_inference_tensors(branch, tuple(held), recorded or written):
@@ -215,8 +217,8 @@ def reason_of_norm(norm: Any, x: Tensor | None) -> str | None:
 
 def _is_vector(vector: Tensor, x: Tensor) -> bool:
     """Return whether a tensor is a dense vector with a number for each channel of x."""
-    plain = are_plain(vector) and vector.dim() == 1 and vector.is_contiguous() and vector.numel() == x.shape[1]
-    return plain and vector.device == x.device and vector.dtype in FLOATING
+    dense = vector.shape == x.shape[1:2] and vector.is_contiguous() and are_plain(vector)
+    return dense and vector.device == x.device and vector.dtype in FLOATING
 
 
 def norm_of(norm: Any) -> tuple[TermNorm, NormTensors]:
