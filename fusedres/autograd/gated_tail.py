@@ -263,9 +263,7 @@ class TailBackward:
         if not self._needs_sums():
             return TailCoefficients(*(None if state is None else _constant(state) for state in self.states))
         with_slope = self.needs[2 * TERM]
-        sums = self.launch.gated_tail_reduce(
-            self.gated, *self.terms, self.activation, self.plan.coupled, with_slope
-        )
+        sums = self.launch.gated_tail_reduce(self.gated, *self.terms, self.activation, self.plan.coupled, with_slope)
         sums = sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)
         if with_slope and self.slope is not None:
             scaled = self.plan.before_add and self.branch.factor is not None
