@@ -44,6 +44,22 @@ def test_state_and_running_statistics(backend, dtype, shape, affine):
     assert_near("running_var", running_var, 0.9 * old_var + 0.1 * unbiased, old_var + unbiased + var, torch.float32, 16)
 
 
+@pytest.mark.parametrize("backend", backends_of("bn_statistics_of_sum_"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_of_a_sum(backend, dtype, shape):
+    """The sum is torch's, bit by bit, and its statistics are those that bn_statistics finds in it."""
+    where = device(backend, dtype)
+    x, added = activation(shape, dtype).to(where), activation(shape, dtype, 1).to(where)
+    want = x + added
+    norms = [Norm(None, None, *(vector(shape[1], seed=3).abs().to(where) for _ in range(2)), None, 0.1, 1e-5)
+             for _ in range(2)]  # fmt: skip
+    got = ops.bn_statistics_of_sum_(x, added, norms[0], backend=backend)
+    assert torch.equal(x, want)
+    assert torch.equal(got, ops.bn_statistics(want, norms[1], backend=backend))
+    assert all(torch.equal(a, b) for a, b in zip(norms[0][2:4], norms[1][2:4], strict=True))
+
+
 @pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 0.1), (-3e3, 1.0), (0.0, 1e-3)])
 @pytest.mark.parametrize("shape", [(4, 7, 20, 20), (2, 64, 33, 31)])

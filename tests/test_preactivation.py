@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from family import check_equation, randomised, saved_bytes
+from family import check_equation, randomised, saved_bytes, values
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedres
-from fusedres import PreActBasicBlock, PreActBottleneck, ZeroPadShortcut
+from fusedres import PreActBasicBlock, PreActBottleneck, PreActSequential, ZeroPadShortcut
 from fusedres.autograd import path_counts
 from fusedres.modules.preactivation import PreActBlock
 
@@ -145,3 +145,67 @@ def test_activation_before_each_convolution():
     h = F.gelu(block.bn1(x))
     expected = block.conv2(F.gelu(block.bn2(block.conv1(h)))) + x
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def _row(kind: type[nn.Sequential]) -> nn.Sequential:
+    """Return blocks with every kind of shortcut, and a module between two of them."""
+    names = ("basic", "bottleneck", "bottleneck, PReLU", "basic, SiLU")
+    row = [*map(_make, names), nn.Identity(), _make("basic"), _make("basic, projection")]
+    return kind(*row)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_row_of_blocks(mode, dtype, layout):
+    """The numbers of the blocks one by one, bit by bit, with the adds and the statistics in one pass."""
+    row = _row(PreActSequential).to(dtype).train(mode == "train")
+    plain = _row(nn.Sequential).to(dtype).train(mode == "train")
+    plain.load_state_dict(row.state_dict())
+    x = torch.randn(3, 16, 8, 6).to(dtype).to(memory_format=layout)
+    before = path_counts["sum_statistics"]
+    ours = values(row, row, x)
+    joined = mode == "train" and layout is torch.channels_last
+    assert path_counts["sum_statistics"] == before + (4 if joined else 0)
+    theirs = values(plain, plain, x)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    assert all(report.fused for report in fusedres.report(row))
+
+
+def test_gradients_of_a_row_numerically():
+    row = PreActSequential(_make("basic"), _make("basic, projection")).double()
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    before = path_counts["sum_statistics"]
+    assert torch.autograd.gradcheck(lambda v, *_: row(v), (x, *row.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda v, *_: row(v), (x, *row.parameters()), fast_mode=True)
+    assert path_counts["sum_statistics"] > before
+
+
+def test_hooks_of_blocks_in_a_row_run():
+    row = _row(PreActSequential)
+    x = torch.randn(2, 16, 6, 6).to(memory_format=torch.channels_last)
+    expected = copy.deepcopy(row)(x)
+    seen = []
+    for block in row:
+        block.register_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+    assert torch.equal(row(x), expected) and len(seen) == len(row)
+    inner = _row(PreActSequential)
+    inner.load_state_dict(row.state_dict())
+    inner[1].bn1.register_forward_hook(lambda m, i, o: seen.append("bn1"))
+    inner(x)
+    assert seen[-1] == "bn1"
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_on_other_backends(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter runs where there is no GPU")
+    row = PreActSequential(_make("basic"), _make("basic"))
+    x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(row)
+    theirs = values(other, other, x)
+    with fusedres.use_backend(backend):
+        ours = values(row, row, x)
+    for name in ("out", "stats.0.bn1.running_mean", "stats.1.bn1.running_var"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)

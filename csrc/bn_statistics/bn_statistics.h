@@ -8,13 +8,14 @@
 namespace fusedres {
 
 struct BnStatisticsParams {
-  const void* x;  // [rows, channels], contiguous
+  const void* x;  // [rows, channels], contiguous; written where `added` is given
   DType dtype;
   int64_t rows;
   int64_t channels;
   void* state;  // [4, channels], float64 for float64 x, else float32: mean, invstd, scale, shift
   Norm norm;
   int threads;
+  const void* added = nullptr;  // like x: it is added to x first; null: nothing is
 };
 
 // Batch statistics of NHWC data per channel, merged without cancellation, and what follows from them:

@@ -6,10 +6,11 @@ from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_lin
 from fusedres.autograd.gated_tail import run_tail
 from fusedres.autograd.graph import PLAIN, are_plain, wants_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
-from fusedres.autograd.norm_act_conv import NormActConvPlan, run_norm_act_conv
+from fusedres.autograd.norm_act_conv import NormActConvPlan, NormActConvTensors, run_norm_act_conv
 from fusedres.autograd.plan import UNIT_TENSORS, BlockPlan, ConvBN, Inputs, StemPlan
 from fusedres.autograd.residual_block import UncheckedError, count_path, path_counts, run_block
 from fusedres.autograd.stem import run_stem
+from fusedres.autograd.sum_statistics import run_sum
 from fusedres.autograd.tail_plan import TailPlan, TermNorm, TermTensors
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FrozenNetwork",
     "Inputs",
     "NormActConvPlan",
+    "NormActConvTensors",
     "StemPlan",
     "TailPlan",
     "TermNorm",
@@ -39,6 +41,7 @@ __all__ = [
     "run_frozen",
     "run_norm_act_conv",
     "run_stem",
+    "run_sum",
     "run_tail",
     "suggests_channels_last",
     "wants_gradients",

@@ -44,32 +44,37 @@ class NormActConvPlan(NamedTuple):
     carries: bool = False  # x is the last result
 
 
-def run_norm_act_conv(
-    x: Tensor, plan: NormActConvPlan, norm: Tensors, weights: Sequence[Tensor], slope: Tensor | None, recorded: bool
-) -> tuple[Tensor, ...]:
-    """Run the convolutions on an x that fits the plan; recorded: autograd records it, as gradients are wanted.
+class NormActConvTensors(NamedTuple):
+    """The tensors of one call besides x."""
 
-    Args:
-        norm: weight, bias, running mean and variance, and counter of the BatchNorm.
-        slope: (C,) of a leaky ReLU.
-    """
+    norm: Tensors  # weight, bias, running mean and variance, and counter of the BatchNorm
+    weights: Sequence[Tensor]  # of the convolutions
+    slope: Tensor | None  # (C,) of a leaky ReLU
+    state: Tensor | None = None  # of the BatchNorm for this x, if it is known; its statistics are updated then
+
+
+def run_norm_act_conv(
+    x: Tensor, plan: NormActConvPlan, tensors: NormActConvTensors, recorded: bool
+) -> tuple[Tensor, ...]:
+    """Run the convolutions on an x that fits the plan; recorded: autograd records it, as gradients are wanted."""
+    norm, weights, slope, state = tensors
     if recorded:
-        found: tuple[Tensor, ...] = NormActConvFunction.apply(x, plan, slope, *norm, *weights)
+        found: tuple[Tensor, ...] = NormActConvFunction.apply(x, plan, slope, state, *norm, *weights)
         return found
-    found = _forward(x, plan, slope, norm, weights)[0]
+    found = _forward(x, plan, tensors)[0]
     return (*found, x) if plan.carries else found
 
 
-def _forward(
-    x: Tensor, plan: NormActConvPlan, slope: Tensor | None, norm: Tensors, weights: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def _forward(x: Tensor, plan: NormActConvPlan, tensors: NormActConvTensors) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Return the results and the state."""
+    norm, weights, slope, state = tensors
     launch, unit = launches(plan.backend), plan.units[0]
     source = to_channels_last(x)
-    tensors = (weights[0], *norm)
+    of_unit = (weights[0], *norm)
     require_memory(source, [t for weight in weights for t in (weight, *norm)])
-    with statistics_kept_on_error(tensors, (unit,)):
-        state = None if plan.kind is None else unit_state(source, unit, tensors, 0, launch)
+    with statistics_kept_on_error(of_unit, (unit,)):
+        if plan.kind is not None and state is None:
+            state = unit_state(source, unit, of_unit, 0, launch)
         h = _activated(source, state, plan, slope)
         found = [
             in_format(convolution(h, weight, each, plan.backend), channels_last)
@@ -96,12 +101,17 @@ class NormActConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plan: NormActConvPlan, slope: Tensor | None, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        plan: NormActConvPlan,
+        slope: Tensor | None,
+        state: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Run the convolutions; what backward needs is kept by save_for_backward alone."""
         norm = tensors[: UNIT_TENSORS - 1]
         weights = [weight for weight in tensors[UNIT_TENSORS - 1 :] if weight is not None]
-        found, state = _forward(x, plan, slope, norm, weights)
+        found, state = _forward(x, plan, NormActConvTensors(norm, weights, slope, state))
         ctx.plan, ctx.nchw = plan, not suggests_channels_last(x)
         ctx.set_materialize_grads(False)
         saved = (x, slope, *norm[: UNIT_PARAMS - 1], state, *weights)
@@ -116,7 +126,7 @@ class NormActConvFunction(torch.autograd.Function):
         used = used_gradients(ctx)
         saved = ctx.saved_tensors
         # x, slope, BatchNorm's weight and bias, then the convolutions' weights.
-        needs = (used[0], used[2], *used[3:5], *used[2 + UNIT_TENSORS :])
+        needs = (used[0], used[2], *used[4:6], *used[3 + UNIT_TENSORS :])
         given = [grad for grad in grads if grad is not None]
         if not given:
             found: list[Tensor | None] = [None] * len(needs)
@@ -131,7 +141,7 @@ class NormActConvFunction(torch.autograd.Function):
             found = _Backward(plan, saved, grads, needs).run()
             if found[0] is not None and ctx.nchw:
                 found[0] = found[0].contiguous()
-        return (found[0], None, *found[1:4], None, None, None, *found[4:])
+        return (found[0], None, found[1], None, *found[2:4], None, None, None, *found[4:])
 
 
 class _Backward:

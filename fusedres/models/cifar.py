@@ -25,6 +25,7 @@ from fusedres.modules import (
     PlainBlock,
     PreActBasicBlock,
     PreActBottleneck,
+    PreActSequential,
     ResidualTail,
     ZeroPadShortcut,
 )
@@ -82,11 +83,13 @@ class CifarNetwork(nn.Module):
         return result
 
 
-def _stage(make_block: MakeBlock, blocks: int, channels: tuple[int, int], expansion: int, stride: int) -> nn.Sequential:
+def _stage(
+    make_block: MakeBlock, blocks: int, channels: tuple[int, int], expansion: int, stride: int
+) -> PreActSequential:
     """Return blocks in a row; channels: of the input, and those that a block is made of. The first has the stride."""
     inplanes, planes = channels
     first = make_block(inplanes, planes, stride)
-    return nn.Sequential(first, *(make_block(planes * expansion, planes, 1) for _ in range(blocks - 1)))
+    return PreActSequential(first, *(make_block(planes * expansion, planes, 1) for _ in range(blocks - 1)))
 
 
 def _shortcut(option: str, inplanes: int, planes: int, stride: int) -> nn.Module | None:

@@ -7,7 +7,7 @@ from fusedres.modules.fused_block import FusedBlock
 from fusedres.modules.highway import Highway, HighwayConv2d, HighwayLinear
 from fusedres.modules.norm_act_conv import NormActConv
 from fusedres.modules.postactivation import PlainBlock, SEBasicBlock, SEBottleneck
-from fusedres.modules.preactivation import PreActBasicBlock, PreActBottleneck, WideBlock
+from fusedres.modules.preactivation import PreActBasicBlock, PreActBottleneck, PreActSequential, WideBlock
 from fusedres.modules.resnet import FusedResNet, FusedStem
 from fusedres.modules.scaled_residual import LayerScale, ReZero, SkipInit, StochasticDepth
 from fusedres.modules.shortcut import AvgPoolShortcut, ZeroPadShortcut
@@ -28,6 +28,7 @@ __all__ = [
     "PlainBlock",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "PreActSequential",
     "ReZero",
     "ResNeXtBottleneck",
     "ResidualTail",

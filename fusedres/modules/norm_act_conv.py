@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fusedres.autograd import NormActConvPlan, count_path, run_norm_act_conv, wants_gradients
+from fusedres.autograd import (
+    NormActConvPlan,
+    NormActConvTensors,
+    count_path,
+    run_norm_act_conv,
+    run_sum,
+    wants_gradients,
+)
 from fusedres.backends import backend_for
 from fusedres.modules.anatomy import Gathered, Unit, anatomy_of
 from fusedres.modules.calls import holds_inference_tensors, keep_reason, unusual_input
@@ -57,6 +64,15 @@ class NormActConv(nn.Module):
 
 
 Named = tuple[str, nn.Module]
+_Plan = tuple[NormActConvPlan, tuple[Unit, ...]]
+
+
+class Ready(NamedTuple):
+    """A step that the block before it has prepared: what it reads, its plan, and the state of its BatchNorm."""
+
+    x: Tensor
+    plan: _Plan
+    state: Tensor
 
 
 def run_unit(
@@ -66,6 +82,7 @@ def run_unit(
     activation: nn.Module | None,
     convs: Mapping[str, nn.Module],
     carries: bool = False,
+    ready: Ready | None = None,
 ) -> tuple[tuple[Tensor, ...], str | None]:
     """Return conv(act(norm(x))) of each convolution, and why torch's own operators ran, or None.
 
@@ -74,10 +91,12 @@ def run_unit(
         norm, activation: both None: conv(x).
         convs: the convolutions, by their names in the module.
         carries: return x too, as the shortcut: the sum of its two gradients costs no pass of its own then.
+        ready: of this step, from add_before.
 
     Raises: see NormActConv.
     """
-    found = _read(op, x, norm, activation, convs)
+    known = ready is not None and ready.x is x
+    found = ready.plan if ready is not None and known else _read(op, x, norm, activation, convs)
     if isinstance(found, str):
         count_path("norm_act_conv_unfused")
         h = x if norm is None or activation is None else activation(norm[1](x))
@@ -88,7 +107,31 @@ def run_unit(
     slope = slope_of(activation, x.shape[1], x.device, arithmetic_dtype(x.dtype))
     weights = [unit.conv_weight for unit in units]
     recorded = wants_gradients(x, (slope, units[0].weight, units[0].bias, *weights))
-    return run_norm_act_conv(x, plan, units[0].tensors[1:], weights, slope, recorded), None
+    state = ready.state if ready is not None and known else None
+    tensors = NormActConvTensors(units[0].tensors[1:], weights, slope, state)
+    return run_norm_act_conv(x, plan, tensors, recorded), None
+
+
+def add_before(
+    op: str, y: Tensor, shortcut: Tensor, norm: Named, activation: nn.Module, convs: Mapping[str, nn.Module]
+) -> tuple[Tensor, Ready | None]:
+    """Return y + shortcut, in the memory of y, and the step that reads it, if its statistics were taken with the sum.
+
+    Args:
+        y, shortcut: of one shape and dtype.
+        op, norm, activation, convs: of the step, see run_unit.
+
+    Raises: see NormActConv.
+    """
+    found = _read(op, y, norm, activation, convs)
+    dense = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (y, shortcut))
+    if isinstance(found, str) or not dense:
+        return y.add_(shortcut), None
+    plan, units = found
+    if not plan.units[0].batch_statistics or plan.units[0].group is not None or shortcut.is_inference():
+        return y.add_(shortcut), None
+    total, state = run_sum(y, shortcut, plan, units[0].tensors[1:])
+    return total, Ready(total, found, state)
 
 
 def standing_reason(norm: Named | None, activation: nn.Module | None, convs: Mapping[str, nn.Module]) -> str | None:
@@ -99,7 +142,7 @@ def standing_reason(norm: Named | None, activation: nn.Module | None, convs: Map
 
 def _read(
     op: str, x: Any, norm: Named | None, activation: nn.Module | None, convs: Mapping[str, nn.Module]
-) -> tuple[NormActConvPlan, tuple[Unit, ...]] | str:
+) -> _Plan | str:
     """Return the plan of a call and its units, or why torch's own operators run."""
     reason = unusual_input(x)
     if reason is not None:

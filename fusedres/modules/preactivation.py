@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
 
 from fusedres.modules.calls import keep_reason
 from fusedres.modules.composed_block import ComposedBlock
-from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
+from fusedres.modules.genuine import touched
+from fusedres.modules.norm_act_conv import Named, Ready, add_before, run_unit, standing_reason
 from fusedres.modules.tail_running import TailModules, run
 
 
@@ -27,29 +31,44 @@ class PreActBlock(ComposedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output; see the class."""
-        op = type(self).__name__
+        return self.run(x, None, None)[0]
+
+    def run(self, x: Tensor, ready: Ready | None, following: PreActBlock | None) -> tuple[Tensor, Ready | None]:
+        """Return the block's output, and the first step of the block that follows if it was prepared with the add.
+
+        Args:
+            ready: this block's first step, if the block before it has prepared it.
+        """
         self.check_shortcut(x, self.downsample)
         reasons: list[str | None] = []
         h, shortcut = x, x
         for index, (norm, convs) in enumerate(self._units()):
-            found, reason = self._step(op, h, norm, convs, carries=index == 0 and self.downsample is None)
+            first = index == 0
+            found, reason = self._step(h, norm, convs, first and self.downsample is None, ready if first else None)
             reasons.append(reason)
             h = found[0]
             if len(found) == 2:
                 shortcut = found[1]
-            elif index == 0:
+            elif first:
                 shortcut = self.downsample(x)  # type: ignore[misc]
-        first = next((reason for reason in reasons if reason is not None), None)
-        keep_reason(self, first or "")
-        if first is None and h.dtype is shortcut.dtype and h.shape == shortcut.shape:
-            return h.add_(shortcut)
-        return h + shortcut
+        unfused = next((reason for reason in reasons if reason is not None), None)
+        keep_reason(self, unfused or "")
+        if unfused is not None or h.dtype is not shortcut.dtype or h.shape != shortcut.shape:
+            return h + shortcut, None
+        if following is None:
+            return h.add_(shortcut), None
+        return add_before(type(following).__name__, h, shortcut, *following.opening())
+
+    def opening(self) -> tuple[Named, nn.Module, dict[str, nn.Module]]:
+        """Return the norm, the activation and the convolutions of the first step."""
+        norm, convs = self._units()[0]
+        return norm, self.activation, convs
 
     def _step(
-        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module], carries: bool
+        self, h: Tensor, norm: Named, convs: dict[str, nn.Module], carries: bool, ready: Ready | None
     ) -> tuple[tuple[Tensor, ...], str | None]:
         """Return the results of one step, see run_unit, and why torch's own operators ran."""
-        return run_unit(op, h, norm, self.activation, convs, carries)
+        return run_unit(type(self).__name__, h, norm, self.activation, convs, carries, ready)
 
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""
@@ -126,13 +145,13 @@ class WideBlock(PreActBasicBlock):
         return f"dropout={self.dropout}"
 
     def _step(
-        self, op: str, h: Tensor, norm: Named, convs: dict[str, nn.Module], carries: bool
+        self, h: Tensor, norm: Named, convs: dict[str, nn.Module], carries: bool, ready: Ready | None
     ) -> tuple[tuple[Tensor, ...], str | None]:
         if not self.training or self.dropout == 0 or "conv2" not in convs:
-            return super()._step(op, h, norm, convs, carries)
+            return super()._step(h, norm, convs, carries, ready)
         tail = TailModules(norm[1], None, self.activation, False, "scale", (norm[0], "", "activation"))
         h, reason = run(tail, h)
-        found, other = run_unit(op, F.dropout(h, self.dropout), None, None, convs)
+        found, other = run_unit(type(self).__name__, F.dropout(h, self.dropout), None, None, convs)
         return found, reason or other
 
 
@@ -159,3 +178,32 @@ class PreActBottleneck(PreActBlock):
         self.bn1, self.conv1 = nn.BatchNorm2d(inplanes), nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(planes), nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(planes), nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+
+
+class PreActSequential(nn.Sequential):
+    """Modules in a row, as nn.Sequential runs them; the add of a pre-activation block opens the next one.
+
+    Between two of this package's pre-activation blocks the add, and the statistics of the BatchNorm that opens the
+    second one, are one pass in training. A block with hooks is called as it is.
+
+    Source: He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last module's result."""
+        ready: Ready | None = None
+        modules: list[nn.Module | None] = [*self, None]
+        for module, following in pairwise(modules):
+            if isinstance(module, PreActBlock) and _may_be_run(module):
+                joins = isinstance(following, PreActBlock) and _may_be_run(following) and module.training
+                x, ready = module.run(x, ready, following if joins else None)  # type: ignore[arg-type]
+            elif module is not None:
+                x, ready = module(x), None
+        return x
+
+
+def _may_be_run(block: PreActBlock) -> bool:
+    """Whether a block's run is what a call of it does."""
+    hooked = touched("the block", block) is not None or nn_module._has_any_global_hook()
+    plain = type(block).forward is PreActBlock.forward and type(block).run is PreActBlock.run
+    return plain and not hooked and block._compiled_call_impl is None

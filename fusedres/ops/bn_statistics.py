@@ -42,6 +42,20 @@ def bn_statistics(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
 
 @op(
     "bn_statistics",
+    {"x": activation("N C H W"), "added": activation("N C H W"), **norm("C")},
+    writes=("x", *RUNNING),
+    relations=_check_values,
+)
+def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm, *, backend: str) -> Tensor:
+    """x += added, and bn_statistics of the sum: the add of one block and the statistics of the next in one pass.
+
+    The statistics are those of the sum as it is rounded to x's dtype.
+    """
+    return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x.dtype))
+
+
+@op(
+    "bn_statistics",
     {"partials": wide("T 2 C"), "rows": wide("T"), **norm("C")},
     writes=RUNNING,
     relations=check_momentum,

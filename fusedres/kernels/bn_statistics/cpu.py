@@ -12,8 +12,17 @@ from fusedres.values import Norm, arithmetic_dtype
 
 def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
+    return _statistics(x, 0, norm)
+
+
+def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    return _statistics(x, added.data_ptr(), norm)
+
+
+def _statistics(x: Tensor, added: int, norm: Norm) -> Tensor:
     state = x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x.dtype))
-    _C.bn_statistics(matrix_of(x), state.data_ptr(), norm_of(norm), torch.get_num_threads())
+    _C.bn_statistics(matrix_of(x), added, state.data_ptr(), norm_of(norm), torch.get_num_threads())
     return state
 
 

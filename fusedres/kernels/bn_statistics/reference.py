@@ -17,6 +17,11 @@ def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     return normalisation(mean, var, norm.weight, norm.bias, norm.eps)
 
 
+def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    return bn_statistics(x.add_(added), norm)
+
+
 def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     means, m2 = partials.unbind(1)

@@ -217,6 +217,11 @@ def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     return _finalize(partials, rows, norm, pivot, True)
 
 
+def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    return bn_statistics(x.add_(added), norm)
+
+
 def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     return _finalize(partials, rows, norm, partials[0, 0], False)
