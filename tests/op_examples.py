@@ -209,6 +209,7 @@ def examples() -> dict[str, list[Example]]:
         "bn_add_relu_backward": [one, two],
         "bn_add_relu_backward_": [one, two],
         "bn_relu_backward_": [in_place | {"relu": True, "with_sums": True}],
+        "bn_relu_backward_add_": [in_place | {"added": _like(N, C, H, W, seed=8), "with_sums": True}],
         "bn_backward_reduce": reduced,
         "bn_backward_coefficients": [
             merged | {"partials": _rows(3, 2, C), "shortcut_state": None},

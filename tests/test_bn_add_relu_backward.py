@@ -90,6 +90,21 @@ def test_inner(backend, dtype, shape, gated):
     assert_near("sum d·x̂", sums[1], product, product_terms + mean_terms, dtype, 16)
 
 
+@pytest.mark.parametrize("backend", backends_of("bn_relu_backward_add_"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inner_with_another_gradient(backend, dtype, shape):
+    """The gradient of x is that of bn_relu_backward_, plus what else depends on x."""
+    place = device(backend, dtype)
+    grad, x, added, _ = _inputs(shape, dtype, place)
+    affine, alone, kept = state(shape[1], dtype).to(place), grad.clone(), added.clone()
+    sums = ops.bn_relu_backward_add_(grad, BnBranch(x, affine, True), added, backend=backend)
+    expected = ops.bn_relu_backward_(alone, BnBranch(x, affine, True), True, backend=backend)
+    assert torch.equal(sums[:2], expected[:2]) and torch.equal(added, kept)
+    terms = alone.double().abs() + added.double().abs()
+    assert_near("grad", grad, alone.double() + added.double(), terms, dtype, 2)
+
+
 @pytest.mark.parametrize("backend", backends_of("bn_add_relu_backward"))
 def test_nan_in_the_gate_lets_the_gradient_pass(backend):
     place = device(backend)

@@ -34,6 +34,7 @@ _OPS_READ_AGAIN = {
     "bn_add_relu_backward": (("grad", "gate", "x", "shortcut"), (*_SUMS, "shortcut_batch_statistics")),
     "bn_add_relu_backward_": (("grad", "gate", "x", "shortcut"), (*_SUMS, "shortcut_batch_statistics")),
     "bn_relu_backward_": (("grad", "x"), _SUMS),
+    "bn_relu_backward_add_": (("grad", "x"), _SUMS),
     "bn_relu_maxpool_backward": (("grad", "argmax", "x"), _SUMS),
     "bn_relu_maxpool_backward_": (("grad", "argmax", "x"), _SUMS),
     # with dz: d and z each enter two products; dz, as large as z, is read and written once more for the second one

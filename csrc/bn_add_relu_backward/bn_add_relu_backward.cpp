@@ -58,7 +58,7 @@ void bn_add_relu_backward_elementwise(const BnAddReluBackwardParams& p) {
   check(p, "bn_add_relu_backward_elementwise");
   require(p.branch.grad_x != nullptr && (p.shortcut.x == nullptr || p.shortcut.grad_x != nullptr),
           "bn_add_relu_backward_elementwise", "null gradient");
-  FUSEDRES_SELECT_ISA(backward<false>)(p, tail_of(p), {p.grad, p.gate.data});
+  FUSEDRES_SELECT_ISA(backward<false>)(p, tail_of(p), {p.grad, p.gate.data, p.added});
 }
 
 }  // namespace fusedres

@@ -16,6 +16,7 @@ struct BnAddReluBackwardParams {
   BnBranch shortcut;  // the projection's branch; shortcut.x may be null
   void* sums;         // [3, channels] arithmetic type: Σd, Σd·x̂, Σd·x̂ of the shortcut
   int threads;
+  const void* added = nullptr;  // [rows, channels], is added to the branch's grad_x; null: nothing is
 };
 
 // Computes the sums above per channel, in one pass over both branches. d is the gradient that passes the ReLU.

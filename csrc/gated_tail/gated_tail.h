@@ -54,8 +54,9 @@ struct GatedTailResults {
 };
 
 struct GatedTailGradient {
-  const void* grad;  // [rows, channels], of out
-  const void* mask;  // that of the forward; null: the activation's argument is computed again
+  const void* grad;             // [rows, channels], of out
+  const void* mask;             // that of the forward; null: the activation's argument is computed again
+  const void* added = nullptr;  // [rows, channels], is added to the branch's grad_x; null: nothing is
 };
 
 // The rows of the sums below.

@@ -167,8 +167,8 @@ class _Backward:
         grad_h = self._convolutions()
         if grad_h is not None:
             self.grads[0] = self._through_norm(in_dtype(grad_h, self.x.dtype))
-        if self.carried is not None:
-            self.grads[0] = self.carried if self.grads[0] is None else self.grads[0].add_(self.carried)
+        elif self.carried is not None:
+            self.grads[0] = self.carried
         if not self.needs[0]:
             self.grads[0] = None
         return self.grads
@@ -192,10 +192,14 @@ class _Backward:
         return total
 
     def _through_norm(self, grad: Tensor) -> Tensor:
-        """Return the gradient of x from that of act(BN(x)); set those of the slope and of BatchNorm's parameters."""
-        if self.plan.kind is None:
-            return grad
-        return self._through_relu(grad) if self.plan.kind == "relu" else self._through_activation(grad)
+        """Return the gradient of x from that of act(BN(x)), with that of x as a result of its own added.
+
+        Set those of the slope and of BatchNorm's parameters.
+        """
+        if self.plan.kind == "relu":
+            return self._through_relu(grad)
+        found = grad if self.plan.kind is None else self._through_activation(grad)
+        return found if self.carried is None else found.add_(self.carried)
 
     def _through_relu(self, grad: Tensor) -> Tensor:
         """Do it in place where the activation is a ReLU."""
@@ -203,9 +207,13 @@ class _Backward:
         if unit.group is not None:
             sums = self.launch.bn_relu_backward_(grad, BnBranch(self.x, self.state, False), True, True)
             grad = through_synchronised_norm(grad, sums[:2], self.x, self.state, unit, self.launch)
+            grad = grad if self.carried is None else grad.add_(self.carried)
         else:
             branch = BnBranch(self.x, self.state, unit.batch_statistics)
-            sums = self.launch.bn_relu_backward_(grad, branch, True, with_sums)
+            if self.carried is None:
+                sums = self.launch.bn_relu_backward_(grad, branch, True, with_sums)
+            else:
+                sums = self.launch.bn_relu_backward_add_(grad, branch, self.carried, with_sums)
         if with_sums:
             self._set_norm(sums[0], sums[1])
         return grad

@@ -13,6 +13,7 @@ from fusedres.ops.bn_add_relu import bn_add_relu_out as bn_add_relu_out
 from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward as bn_add_relu_backward
 from fusedres.ops.bn_add_relu_backward import bn_add_relu_backward_ as bn_add_relu_backward_
 from fusedres.ops.bn_add_relu_backward import bn_relu_backward_ as bn_relu_backward_
+from fusedres.ops.bn_add_relu_backward import bn_relu_backward_add_ as bn_relu_backward_add_
 from fusedres.ops.bn_backward import bn_backward_apply as bn_backward_apply
 from fusedres.ops.bn_backward import bn_backward_coefficients as bn_backward_coefficients
 from fusedres.ops.bn_backward import bn_backward_reduce as bn_backward_reduce

@@ -67,3 +67,17 @@ def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool = T
         sums (3, C), the last row undefined.
     """
     return x.state.new_empty((3, x.x.shape[1]))
+
+
+@op(
+    "bn_add_relu_backward",
+    {"grad": activation("N C H W"), "x": activation("N C H W"), "x_state": wide("4 C"), "added": activation("N C H W")},
+    writes=("grad",),
+)
+def bn_relu_backward_add_(grad: Tensor, x: BnBranch, added: Tensor, with_sums: bool = True, *, backend: str) -> Tensor:
+    """bn_relu_backward_ with a ReLU, and `added` added to the gradient of x: what else depends on x.
+
+    Returns:
+        sums (3, C), the last row undefined.
+    """
+    return x.state.new_empty((3, x.x.shape[1]))

@@ -43,6 +43,7 @@ _REGATED = {
     "conv_dgrad": ("input", "input_state"),
     "one_pass_dgrad": ("z", "z_state"),
     "bn_relu_backward_": ("x", "x_state"),
+    "bn_relu_backward_add_": ("x", "x_state"),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import _C
-from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, branch_of, gate_of, matrix_of
+from fusedres.kernels.arguments import NO_GATE, RECOMPUTED_GATE, Gate, address, branch_of, gate_of, matrix_of
 from fusedres.kernels.cpu_core import empty_like
 from fusedres.values import BnBranch, Gated
 
@@ -32,6 +32,11 @@ def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) ->
     return _launch(grad, RECOMPUTED_GATE if relu else NO_GATE, x, grad, None, None, with_sums)
 
 
+def bn_relu_backward_add_(grad: Tensor, x: BnBranch, added: Tensor, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    return _launch(grad, RECOMPUTED_GATE, x, grad, None, None, with_sums, added)
+
+
 def _launch(
     grad: Tensor,
     gate: Gate,
@@ -40,6 +45,7 @@ def _launch(
     shortcut: BnBranch | None,
     grad_shortcut: Tensor | None,
     with_sums: bool,
+    added: Tensor | None = None,
 ) -> Tensor:
     sums = (x.state.new_empty if grad.numel() else x.state.new_zeros)((3, grad.shape[1]))
     _C.bn_add_relu_backward(
@@ -49,7 +55,7 @@ def _launch(
         branch_of(shortcut, grad_shortcut),
         sums.data_ptr(),
         with_sums or x.batch_statistics or (shortcut is not None and shortcut.batch_statistics),
-        True,
+        address(added),
         torch.get_num_threads(),
     )
     return sums

@@ -37,6 +37,13 @@ def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) ->
     return _launch(grad, RECOMPUTED_GATE if relu else NO_GATE, (_branch(x, grad),), with_sums)
 
 
+def bn_relu_backward_add_(grad: Tensor, x: BnBranch, added: Tensor, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    sums = bn_relu_backward_(grad, x, True, with_sums)
+    grad.add_(added)
+    return sums
+
+
 def _branch(branch: BnBranch, grad_x: Tensor) -> Branch:
     return Branch(*branch, torch.empty_like(branch.state), grad_x)
 

@@ -45,6 +45,13 @@ def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) ->
     return sums
 
 
+def bn_relu_backward_add_(grad: Tensor, x: BnBranch, added: Tensor, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    sums = bn_relu_backward_(grad, x, True, with_sums)
+    grad.add_(added)
+    return sums
+
+
 def bn_add_relu_backward_(gated: Gated, x: BnBranch, shortcut: BnBranch | None, with_sums: bool) -> Tensor:
     """See fusedres.ops.bn_add_relu_backward."""
     grad_x, grad_shortcut, sums = bn_add_relu_backward(gated, x, shortcut, with_sums)

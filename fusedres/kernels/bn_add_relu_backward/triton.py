@@ -34,6 +34,13 @@ def bn_relu_backward_(grad: Tensor, x: BnBranch, relu: bool, with_sums: bool) ->
     return _backward(Gated(grad, None), "affine" if relu else "none", x, grad, None, None, with_sums)
 
 
+def bn_relu_backward_add_(grad: Tensor, x: BnBranch, added: Tensor, with_sums: bool) -> Tensor:
+    """See fusedres.ops.bn_add_relu_backward."""
+    sums = bn_relu_backward_(grad, x, True, with_sums)
+    grad.add_(added)
+    return sums
+
+
 def _backward(
     gated: Gated,
     kind: str,
