@@ -159,11 +159,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bn_add_relu_backward",
       [](const Matrix& grad, const Gate& gate, const BnBranch& branch, const BnBranch& shortcut, Address sums,
-         bool reduce, Address added, int threads) {
+         bool reduce, bool elementwise, Address added, int threads) {
         const BnAddReluBackwardParams params{grad.data, grad.dtype, grad.rows, grad.columns, gate,
                                              branch,    shortcut,   sums,      threads,      added};
         if (reduce) bn_add_relu_backward_reduce(params);
-        bn_add_relu_backward_elementwise(params);
+        if (elementwise) bn_add_relu_backward_elementwise(params);
       },
       release);
 

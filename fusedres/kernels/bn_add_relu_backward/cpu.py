@@ -55,6 +55,7 @@ def _launch(
         branch_of(shortcut, grad_shortcut),
         sums.data_ptr(),
         with_sums or x.batch_statistics or (shortcut is not None and shortcut.batch_statistics),
+        True,
         address(added),
         torch.get_num_threads(),
     )

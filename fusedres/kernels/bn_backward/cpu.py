@@ -21,7 +21,7 @@ def bn_backward_reduce(gated: Gated, x: Raw, shortcut: Raw | None = None) -> Ten
     sums = x.state.new_zeros((1, 2 if shortcut is None else 3, x.y.shape[1]))
     gate, threads = gate_of(gated.gate), torch.get_num_threads()
     at = [branch_of(branch, None) for branch in branches]
-    _C.bn_add_relu_backward(matrix_of(gated.grad), gate, *at, sums.data_ptr(), True, False, threads)
+    _C.bn_add_relu_backward(matrix_of(gated.grad), gate, *at, sums.data_ptr(), True, False, 0, threads)
     return sums
 
 
@@ -59,7 +59,7 @@ def _apply(gated: Gated, *branches: BnGradient) -> list[Tensor]:
     # The pass divides sums by the rows.
     sums = torch.stack([branches[0].coefficients[1], *(each.coefficients[3] for each in branches)]).mul_(rows)
     threads = torch.get_num_threads()
-    _C.bn_add_relu_backward(matrix_of(gated.grad), gate_of(gated.gate), *at, sums.data_ptr(), False, True, threads)
+    _C.bn_add_relu_backward(matrix_of(gated.grad), gate_of(gated.gate), *at, sums.data_ptr(), False, True, 0, threads)
     return results
 
 
