@@ -1,9 +1,10 @@
-"""Times whole ResNets: images per second and memory of a training step and of inference, eager against fused.
+"""Times ResNets and YOLO11n: images per second and memory of a training step and of inference, eager against fused.
 
     python benchmarks/bench_model.py                      the GPU if there is one, else the CPU
     python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
     python benchmarks/bench_model.py --phase infer --batch 1 8 32 --rivals
     python benchmarks/bench_model.py --phase train --rivals
+    python benchmarks/bench_model.py --models yolo11n --phase train --size 640 --batch 4     (pip install ultralytics)
 
 A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are already
 on the device. Variants are interleaved, in one process except for --rivals, and timed only if their scores agree with
@@ -48,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    names = ("resnet18", "resnet34", "resnet50")
+    names = ("resnet18", "resnet34", "resnet50", "yolo11n")
     parser.add_argument("--models", nargs="+", choices=names, default=["resnet18", "resnet50"])
     parser.add_argument(
         "--phase", choices=("both", "train", "infer"), default="both", help="what to measure (default: both)"
@@ -92,6 +93,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):
         if value < least:
             parser.error(f"--{name}: must be at least {least}, got {value}")
+    if options.rivals and "yolo11n" in options.models:
+        parser.error("--rivals: is for ResNets")
     if options.rivals and on_gpu:
         parser.error("--rivals: is for CPUs; gpu_suite.py has the rivals of a GPU")
     if options.rivals and options.dtype not in cpu_rivals.DTYPES:

@@ -42,6 +42,7 @@ def stock(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Ten
     generator = torch.Generator().manual_seed(3)
     channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
     x = torch.randn(3, channels, 8, 6, generator=generator, dtype=torch.float64).to(dtype)
+    x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         shape = copy.deepcopy(block).eval()(x).shape
     return block, x, torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -231,6 +232,21 @@ def test_inputs_that_run_unfused() -> None:
     assert fusedres.report(twin)[0].fused
 
 
+def test_contiguous_tensors_run_fused_where_that_is_asked_for() -> None:
+    block, x, _ = stock("bottleneck")
+    x = x.contiguous()
+    twin = fused(block)
+    with expect_paths(tail_unfused=2):
+        torch.testing.assert_close(twin(x), block(x))
+    assert "not channels_last" in fusedres.report(twin)[0].reason
+    fusedres.fuse(twin, memory="min")
+    with expect_paths(tail_forward=2):
+        assert twin(x).is_contiguous()
+    fusedres.fuse(twin)
+    with expect_paths(tail_forward=2), fusedres.use_backend("cpu"):
+        twin(x)
+
+
 def test_a_shortcut_of_another_shape_is_broadcast_as_in_torch() -> None:
     block, x, _ = stock("iresnet projection")
     block.downsample = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 16, 1))
@@ -288,7 +304,7 @@ def test_values_that_are_read_twice_are_no_parts_of_a_tail() -> None:
 
     block = fusedres.register(type("Mine", (ConvAct,), {"forward": forward}))(4, 4)
     twin = fused(block)
-    x = torch.randn(2, 4, 5, 5)
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
     with expect_paths(tail_forward=1):
         torch.testing.assert_close(twin(x), block(x))
 
@@ -305,6 +321,6 @@ def test_two_activated_norms_are_summed_by_the_last() -> None:
 
     block = fusedres.register(Two)()
     twin = fused(block)
-    x = torch.randn(2, 4, 5, 5)
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
     with expect_paths(tail_forward=2):
         torch.testing.assert_close(twin(x), block(x))

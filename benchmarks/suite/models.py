@@ -1,4 +1,4 @@
-"""Time whole models, ResNet-18 and ResNet-50: a training step with SGD, and inference.
+"""Time whole models, ResNet-18 and ResNet-50, and YOLO11n: a training step with SGD, and inference.
 
 The images are random and already on the device. All variants run interleaved in one process. A training step is
 zero_grad, forward, cross entropy, backward and a fused SGD with momentum. A variant that differs from eager is not
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,9 +147,34 @@ def build(settings: Settings, work: Work) -> nn.Module:
     torch.manual_seed(0)
     if work.model == "tiny":
         model: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=work.classes)
+    elif work.model == "yolo11n":
+        model = Detector(work.classes)
     else:
         model = getattr(torchvision.models, work.model)(num_classes=work.classes)
     return model.to(settings.device, memory_format=torch.channels_last).train(work.train)
+
+
+class Detector(nn.Module):
+    """YOLO11n, and as its scores averages of everything that it returns in training mode."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        from ultralytics.nn.tasks import DetectionModel
+
+        self.detection, self.classes = DetectionModel("yolo11n.yaml", verbose=False), classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores (N, classes)."""
+        found = torch.cat([out.flatten(1) for out in _tensors(self.detection(x))], 1)
+        return F.adaptive_avg_pool1d(found, self.classes)
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    else:
+        for each in found.values() if isinstance(found, dict) else found:
+            yield from _tensors(each)
 
 
 def random_batch(settings: Settings, work: Work) -> tuple[Tensor, Tensor]:

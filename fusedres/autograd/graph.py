@@ -70,10 +70,9 @@ def are_plain(*tensors: Tensor | None) -> bool:
     """Return whether all tensors are plain: no subclass, which may lack memory of its own, and not lazily negated."""
     if torch.compiler.is_compiling():
         return True
-    for tensor in tensors:  # noqa: SIM110 - a generator takes twice the time
-        if type(tensor) not in _PLAIN_OR_NONE or (tensor is not None and tensor.is_neg()):
-            return False
-    return True
+    if not _PLAIN_OR_NONE.issuperset(map(type, tensors)):
+        return False
+    return not any(map(Tensor.is_neg, [tensor for tensor in tensors if tensor is not None]))
 
 
 def needs_composite(grad_out: Tensor) -> bool:

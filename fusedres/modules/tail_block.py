@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.autograd import count_path
-from fusedres.modules.calls import keep_reason, unusual_input
+from fusedres.backends import automatic
+from fusedres.modules.calls import keep_reason, options_of, unusual_input
 from fusedres.modules.families import read_tails
 from fusedres.modules.foreign import Foreign
 from fusedres.modules.gathering import reason_of_code
@@ -17,6 +18,9 @@ from fusedres.modules.tail_running import TailModules, reason_of_call, reason_of
 from fusedres.ops._sizes import FLOATING
 
 _RELU = nn.ReLU()
+
+# Each pass would copy to channels_last and back: a training step of YOLO11n took 1.2 of eager's time.
+SLOWER = 'tails of tensors that are not channels_last are slower fused; fuse(model, memory="min") saves their memory'
 
 
 class FusedTailBlock(Foreign):
@@ -95,13 +99,15 @@ def _run(block: nn.Module, steps: tuple[Step, ...], modules: _Modules, x: Tensor
     """Run the steps; a tail that this input cannot run fused calls its modules."""
     values: list[Any] = [x]
     why = ""
+    options = options_of(block)
+    anyhow = options.memory != "auto" or options.conv != "auto" or not automatic()
     for step, called in zip(steps, modules, strict=True):
         branch = values[step.x]
         if not isinstance(called, TailModules):
             values.append(called(branch))
         else:
             shortcut = None if step.shortcut is None else values[step.shortcut]
-            reason = None if step.norm is None else _reason_of_tensors(called, branch, shortcut)
+            reason = None if step.norm is None else _reason_of_tensors(called, branch, shortcut, anyhow)
             fused = step.norm is not None and reason is None
             if reason is not None:
                 count_path("tail_unfused")
@@ -114,8 +120,8 @@ def _run(block: nn.Module, steps: tuple[Step, ...], modules: _Modules, x: Tensor
     return values[-1]
 
 
-def _reason_of_tensors(tail: TailModules, branch: Any, shortcut: Any) -> str | None:
-    """Return why a tail runs unfused for these values, or None."""
+def _reason_of_tensors(tail: TailModules, branch: Any, shortcut: Any, anyhow: bool) -> str | None:
+    """Return why a tail runs unfused for these values, or None; anyhow: also where it is slower."""
     for value in (branch,) if shortcut is None else (branch, shortcut):
         if not isinstance(value, Tensor) or value.dtype not in FLOATING or value.dim() not in (2, 4):
             return f"{tail.names[0]} was given no float tensor of shape (N, C, H, W) or (N, C)"
@@ -123,4 +129,7 @@ def _reason_of_tensors(tail: TailModules, branch: Any, shortcut: Any) -> str | N
         return f"the shortcut had shape {tuple(shortcut.shape)}, the branch {tuple(branch.shape)}"
     if shortcut is not None and shortcut.dtype != branch.dtype and tail.into is not None:
         return f"a sum in place had terms of {branch.dtype} and {shortcut.dtype}"
+    fitting = branch.dim() != 4 or branch.is_contiguous(memory_format=torch.channels_last)
+    if branch.is_cpu and not fitting and not anyhow:
+        return SLOWER
     return reason_of_call(tail, branch, shortcut)
