@@ -81,10 +81,11 @@ def fuse(
     stochastic_depth: float = 0.0,
     stochastic_mode: str = "row",
 ) -> nn.Module:
-    """Make the residual blocks and the stem of a ResNet run fused, in place: torchvision's, or one of a known class.
+    """Make the residual blocks and the stem of a network run fused, in place: torchvision's, or one of a known class.
 
-    docs/compatibility.md lists the known classes; `register` adds others. The stem is convolution, BatchNorm, ReLU and
-    max-pool. Only the class of the blocks and of the network changes. Parameters and buffers stay the same objects, so
+    docs/compatibility.md lists the known classes; `register` adds others. YOLO's convolutions and bottlenecks keep their
+    convolutions, and each BatchNorm is fused with the activation and the sum after it. The stem is convolution,
+    BatchNorm, ReLU and max-pool. Only the class of the blocks and of the network changes. Parameters and buffers stay the same objects, so
     an existing optimizer stays valid. Hooks on the block, train/eval state, dtype, device, memory format and
     requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without their own forward (isinstance still
     holds) and modules that DistributedDataParallel, FullyShardedDataParallel or fully_shard wrapped are switched too.
@@ -101,7 +102,8 @@ def fuse(
             switched, model itself included.
         filter: filter(name, module) → bool selects the blocks, and the networks to get a fused stem; None: all.
         memory: "min": never save the output of a 1x1 convolution that ends a branch (ops.one_pass; in 16 bits on a CPU
-            it is computed again in backward); "auto": do this only if it was measured faster.
+            it is computed again in backward), and fuse the tails of tensors that are not channels_last, too, though
+            they are slower on a CPU; "auto": do this only if it was measured faster.
         conv: which convolutions run. "library": torch's. "fused": this package's, with BatchNorm and ReLU applied as
             they load and store; not on the cpu backend, and in a stem only if it was measured faster there. "auto": for
             each product the one that was measured faster, see above; without measurements the library's.

@@ -46,9 +46,10 @@ def register(block: _Block) -> _Block:
     """Declare that fuse() may fuse blocks of a class of yours, wherever their forward computes a residual block.
 
     out = relu(F(x) + S(x)), where F is two or three convolutions, each followed by BatchNorm, with a ReLU between any
-    two, and S is the identity, a convolution with BatchNorm, or a ZeroPadShortcut. The names of the modules, and
-    whether ReLU is a module or a function, do not matter. fuse() reads the forward of each block; a block that
-    computes something else stays as it is, and report() says what does not fit.
+    two, and S is the identity, a convolution with BatchNorm, or a ZeroPadShortcut. Of any other row of modules and sums
+    that has BatchNorms, each BatchNorm is fused with the activation and the sum that follow it (their tail). The names
+    of the modules, and whether ReLU is a module or a function, do not matter. fuse() reads the forward of each block; a
+    block that computes something else stays as it is, and report() says what does not fit.
 
     Args:
         block: the class; or a block of that class, which is checked at once. Usable as a decorator of a class.
@@ -58,7 +59,7 @@ def register(block: _Block) -> _Block:
 
     Raises:
         TypeError: block is neither a module nor a class of modules.
-        ValueError: the block is not such a residual block; the message says which step of its forward does not fit.
+        ValueError: the block is no such block; the message says which step of its forward does not fit.
     """
     cls = block if isinstance(block, type) else type(block)
     if not issubclass(cls, nn.Module):
@@ -66,7 +67,9 @@ def register(block: _Block) -> _Block:
     if isinstance(block, nn.Module):
         parts = read(block)
         if isinstance(parts, str):
-            raise ValueError(f"register: {path_of(cls)} must compute relu(branch + shortcut), got: {parts}")
+            raise ValueError(
+                f"register: {path_of(cls)} must compute relu(branch + shortcut), or have tails, got: {parts}"
+            )
     _registered.add(cls)
     return block
 
