@@ -4,7 +4,9 @@
     python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
     python benchmarks/bench_model.py --phase infer --batch 1 8 32 --rivals
     python benchmarks/bench_model.py --phase train --rivals
-    python benchmarks/bench_model.py --models yolo11n --phase train --size 640 --batch 4     (pip install ultralytics)
+    python benchmarks/bench_model.py --models yolo11n --phase train --size 640 --batch 8
+
+yolo11n needs ultralytics (pip install '.[rivals]'); its loss is the cross entropy of averages of all its outputs.
 
 A training step is zero_grad, forward, cross entropy, backward and SGD with momentum, on random images that are already
 on the device. Variants are interleaved, in one process except for --rivals, and timed only if their scores agree with
