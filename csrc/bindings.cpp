@@ -16,6 +16,7 @@
 #include "common/memory.h"
 #include "conv_wgrad/conv_wgrad.h"
 #include "convolution_method/convolution_method.h"
+#include "dense_block/dense_block.h"
 #include "gated_tail/gated_tail.h"
 #include "gram/gram.h"
 #include "one_pass/one_pass.h"
@@ -27,6 +28,11 @@ namespace fusedres {
 
 inline bool read(PyObject* object, BnBranch& value) {
   return read_tuple(object, value.x, value.state, value.batch_statistics, value.grad_x);
+}
+
+// A tensor of [rows, columns], as Matrix.
+inline bool read(PyObject* object, DenseBuffer& value) {
+  return read_tuple(object, value.data, value.dtype, value.rows, value.width);
 }
 
 inline bool read(PyObject* object, TailTerm& value) {
@@ -182,6 +188,42 @@ PYBIND11_MODULE(_C, m) {
       "gated_tail_apply",
       [](const GatedTailParams& params, Address grad, Address mask) { gated_tail_apply(params, {grad, mask}); },
       release);
+
+  m.def(
+      "dense_append",
+      [](const DenseBuffer& buffer, const Matrix& x, int64_t first, Address moments, int threads) {
+        dense_append({buffer, x.data, x.columns, first, moments, threads});
+      },
+      release);
+
+  m.def(
+      "dense_bn_relu",
+      [](const DenseBuffer& buffer, Address state, int64_t channels, Address out, int threads) {
+        dense_bn_relu({buffer, state, channels, out, threads});
+      },
+      release);
+
+  m.def(
+      "dense_bn_relu_backward",
+      [](const Matrix& grad, const DenseBuffer& buffer, Address state, bool batch_statistics, Address grad_x,
+         Address corrections, Address sums, int threads) {
+        dense_bn_relu_backward(
+            {buffer, grad.data, state, grad.columns, batch_statistics, grad_x, corrections, sums, threads});
+      },
+      release);
+
+  m.def(
+      "dense_gradient",
+      [](Address grad_x, const DenseBuffer& buffer, Address moments, Address corrections, int64_t first,
+         const Matrix& out, int threads) {
+        dense_gradient({buffer, grad_x, moments, corrections, first, out.columns, out.data, threads});
+      },
+      release);
+
+  m.def("bn_from_moments",
+        [](int dtype, int64_t rows, int64_t channels, Address moments, Address state, const Norm& norm) {
+          bn_from_moments(static_cast<DType>(dtype), rows, channels, moments, state, norm);
+        });
 
   m.def(
       "bn_relu_maxpool",

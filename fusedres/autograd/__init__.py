@@ -1,5 +1,6 @@
 """Forward and backward of the fused blocks: the order of their ops, and what is saved between the two."""
 
+from fusedres.autograd.dense_block import DensePlan, run_dense_block
 from fusedres.autograd.folded_block import run_folded
 from fusedres.autograd.frozen import Frozen, FrozenBlock, run_frozen
 from fusedres.autograd.frozen_network import FoldedStem, FrozenNetwork, fold_linear, fold_stem
@@ -18,6 +19,7 @@ __all__ = [
     "UNIT_TENSORS",
     "BlockPlan",
     "ConvBN",
+    "DensePlan",
     "FoldedStem",
     "Frozen",
     "FrozenBlock",
@@ -37,6 +39,7 @@ __all__ = [
     "in_format",
     "path_counts",
     "run_block",
+    "run_dense_block",
     "run_folded",
     "run_frozen",
     "run_norm_act_conv",

@@ -222,11 +222,15 @@ class _Backward:
         """Do it for another activation."""
         needs = [False] * (2 * TERM + 1)
         needs[:3], needs[-1] = (True, *self.needs[2:4]), self.needs[1]
-        tensors = _tail_tensors(self.x, self.slope, self.weight, self.bias)
-        found = TailBackward(_tail_plan(self.plan), tensors, (self.state, None), None, grad, needs).run()
+        tensors = activation_tensors(self.x, self.slope, self.weight, self.bias)
+        found = TailBackward(self._activation(), tensors, (self.state, None), None, grad, needs).run()
         self.grads[1:4] = found[-1], found[1], found[2]
         assert found[0] is not None
         return found[0]
+
+    def _activation(self) -> TailPlan:
+        assert self.plan.kind is not None
+        return activation_plan(self.plan.units[0], self.plan.kind, self.plan.backend)
 
     def _set_norm(self, total: Tensor, product: Tensor) -> None:
         for index, parameter, grad in ((2, self.weight, product), (3, self.bias, total)):
@@ -234,15 +238,14 @@ class _Backward:
                 self.grads[index] = in_dtype(grad, parameter.dtype)
 
 
-def _tail_plan(plan: NormActConvPlan) -> TailPlan:
-    """Return act(BN(x)) as a tail without a shortcut."""
-    assert plan.kind is not None
-    unit = plan.units[0]
+def activation_plan(unit: ConvBN, kind: str, backend: str) -> TailPlan:
+    """Return act(BN(x)) as a tail without a shortcut; the BatchNorm is that of the unit."""
     norm = TermNorm(unit.batch_statistics, unit.update, unit.momentum, unit.eps)
-    return TailPlan((norm, None), False, plan.kind, True, False, plan.backend)
+    return TailPlan((norm, None), False, kind, True, False, backend)
 
 
-def _tail_tensors(x: Tensor, slope: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensors:
+def activation_tensors(x: Tensor, slope: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensors:
+    """Return the tensors of that tail."""
     return (*TermTensors(x, weight, bias), *TermTensors(None), slope)
 
 
@@ -258,7 +261,8 @@ def _differentiable(
         assert x is not None
         h = x
         if plan.kind is not None:
-            h = composite(_tail_plan(plan), _tail_tensors(x, slope, weight, bias), (state, None))
+            tail = activation_plan(plan.units[0], plan.kind, plan.backend)
+            h = composite(tail, activation_tensors(x, slope, weight, bias), (state, None))
         h = h.to(plan.dtype)
         outs, of_outs = [], []
         if plan.carries and grads[-1] is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fusedres.autograd import BlockPlan, ConvBN, NormActConvPlan, StemPlan, suggests_channels_last
+from fusedres.autograd import BlockPlan, ConvBN, DensePlan, NormActConvPlan, StemPlan, suggests_channels_last
 from fusedres.dispatch import LIBRARY, Way
 from fusedres.errors import DtypeError, ShapeError
 from fusedres.modules.anatomy import Anatomy, Unit, ZeroPad
@@ -137,8 +137,7 @@ def read_norm_act_conv(given: Input, parts: Sequence[Unit], kind: str | None) ->
     if refused is not None:
         return refused
     shape = _shape(x)
-    # BatchNorm returns these as NCHW, whatever x is.
-    flat = shape[1] == 1 or shape[2] == shape[3] == 1 or (x.dtype is torch.float64 and x.is_cuda)
+    flat = _is_flat(shape, given)
     formats = []
     for part in parts:
         _convolved_shape(given, part, shape)
@@ -148,6 +147,45 @@ def read_norm_act_conv(given: Input, parts: Sequence[Unit], kind: str | None) ->
         _check_norm(before, parts[0], shape)
     units = tuple(part.settings for part in parts)
     return NormActConvPlan(units, kind, given.dtype, given.backend, tuple(formats))
+
+
+def read_dense_block(given: Input, parts: Sequence[Unit]) -> DensePlan | str:
+    """Return the plan of a dense block, or why the stock forward must run.
+
+    Args:
+        parts: two of each layer: a convolution, with the norm before it.
+
+    Raises:
+        ShapeError, DtypeError, RuntimeError, ValueError: torch raises an error for this call too.
+    """
+    x = given.x
+    if x.dtype is not given.dtype and x.dtype is not torch.float32:
+        return f"x is {x.dtype}, and autocast runs convolutions in {given.dtype}"
+    before = given._replace(dtype=x.dtype)  # BatchNorm reads x in its own dtype, also under autocast
+    refused = promoted(before, parts[::2]) or promoted(given, parts[1::2])
+    if refused is not None:
+        return refused
+    shape, widths = _shape(x), [x.shape[1]]
+    channels_last = suggests_channels_last(x)
+    for outer, inner in zip(parts[::2], parts[1::2], strict=True):
+        reached, kept = (shape[0], widths[-1], *shape[2:]), channels_last
+        for part in (outer, inner):
+            source = reached
+            reached = _convolved_shape(given, part, source)
+            _check_weight(given, part)
+            _check_norm(before if part is outer else given, part, source)
+            kept = (kept and not _is_flat(source, given)) or suggests_channels_last(part.conv_weight)
+        if reached[2:] != shape[2:]:
+            return f"{inner.conv_name} has a result of {reached[2:]} pixels, x has {shape[2:]}"
+        channels_last = channels_last and kept
+        widths.append(widths[-1] + reached[1])
+    units = tuple(part.settings for part in parts)
+    return DensePlan(units, tuple(widths), given.dtype, given.backend, channels_last)
+
+
+def _is_flat(shape: Shape, given: Input) -> bool:
+    """Whether BatchNorm returns images of this shape as NCHW, whatever they are."""
+    return shape[1] == 1 or shape[2] == shape[3] == 1 or (given.x.dtype is torch.float64 and given.x.is_cuda)
 
 
 _NEITHER = (False, False)

@@ -34,6 +34,11 @@ from fusedres.ops.conv_fprop import conv_fprop as conv_fprop
 from fusedres.ops.conv_weights import conv_weights as conv_weights
 from fusedres.ops.conv_wgrad import conv_wgrad as conv_wgrad
 from fusedres.ops.conv_wgrad import conv_wgrad_finalize as conv_wgrad_finalize
+from fusedres.ops.dense_block import bn_from_moments as bn_from_moments
+from fusedres.ops.dense_block import dense_append_ as dense_append_
+from fusedres.ops.dense_block import dense_bn_relu as dense_bn_relu
+from fusedres.ops.dense_block import dense_bn_relu_backward_ as dense_bn_relu_backward_
+from fusedres.ops.dense_block import dense_gradient as dense_gradient
 from fusedres.ops.empty_batch import empty_batch as empty_batch
 from fusedres.ops.gated_tail import gated_tail as gated_tail
 from fusedres.ops.gated_tail import gated_tail_apply as gated_tail_apply

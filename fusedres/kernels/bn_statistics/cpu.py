@@ -33,3 +33,11 @@ def bn_frozen(x: Tensor, norm: Norm) -> Tensor:
     state = x.new_empty((4, channels), dtype=arithmetic_dtype(x.dtype))
     _C.bn_frozen(DTYPE_CODE[x.dtype], channels, state.data_ptr(), norm_of(norm))
     return state
+
+
+def bn_from_moments(moments: Tensor, rows: int, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """See fusedres.ops.dense_block."""
+    channels = moments.shape[0]
+    state = moments.new_empty((4, channels), dtype=arithmetic_dtype(dtype))
+    _C.bn_from_moments(DTYPE_CODE[dtype], rows, channels, moments.data_ptr(), state.data_ptr(), norm_of(norm))
+    return state

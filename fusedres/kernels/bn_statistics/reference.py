@@ -34,6 +34,13 @@ def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
     return normalisation(mean, var, norm.weight, norm.bias, norm.eps)
 
 
+def bn_from_moments(moments: Tensor, rows: int, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """See fusedres.ops.dense_block."""
+    mean, var = moments[:, 0], moments[:, 1] / rows
+    update_running(mean, var, rows, norm)
+    return normalisation(mean, var, norm.weight, norm.bias, norm.eps).to(arithmetic_dtype(dtype))
+
+
 def update_running(
     mean: Tensor,
     var: Tensor,
