@@ -310,11 +310,7 @@ def _reason(block: nn.Module) -> str | None:
     method = own_method_of_fused(cls)
     if method is not None:
         return _has_its_own(cls, method)
-    if isinstance(block, FusedBlock | FusedTailBlock):
-        found = block.unfused_reason()
-    else:
-        assert isinstance(block, FusedStem)
-        found = block.stem_unfused_reason()
+    found: str | None = block.stem_unfused_reason() if isinstance(block, FusedStem) else block.unfused_reason()  # type: ignore[operator]
     if found is not None and found.endswith(SHARDED):
         fused = block.__dict__.get("fused_last_reason") == ""
         return None if fused else f"{found}: fused where it is gathered for a call"

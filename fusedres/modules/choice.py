@@ -72,10 +72,14 @@ def _warn_once(device: torch.device) -> None:
 
 def unverified(anatomy: Anatomy, device: torch.device, conv: str, memory: str) -> str | None:
     """Return what no GPU has run yet, in words, unless the user asked for fused code there; None: nothing."""
-    asked = conv != "auto" or memory != "auto" or not automatic()
-    if device.type == "cpu" or asked or not anatomy.synchronised:
+    return not_yet_run("SyncBatchNorm has", device, conv, memory) if anatomy.synchronised else None
+
+
+def not_yet_run(what: str, device: torch.device, conv: str, memory: str) -> str | None:
+    """Return that something has not run on a GPU yet, unless it is the CPU or the user asked for fused code there."""
+    if device.type == "cpu" or conv != "auto" or memory != "auto" or not automatic():
         return None
-    return 'SyncBatchNorm has not yet run fused on a GPU: choose it with fuse(model, conv="library") or use_backend'
+    return f'{what} not yet run fused on a GPU: choose it with fuse(model, conv="library") or use_backend'
 
 
 def chosen_way(

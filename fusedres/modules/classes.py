@@ -11,10 +11,12 @@ import types
 from typing import Any
 
 from torch import nn
+from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fusedres.modules.basic_block import FusedBasicBlock
 from fusedres.modules.bottleneck import FusedBottleneck
+from fusedres.modules.densenet import FusedDense, FusedDenseBlock, FusedTransition
 from fusedres.modules.families import is_declared
 from fusedres.modules.fused_block import FusedBlock, FusedForeignBlock
 from fusedres.modules.resnet import FusedForeignStem, FusedResNet, FusedStem
@@ -22,7 +24,13 @@ from fusedres.modules.tail_block import FusedTailBlock
 
 Module = type[nn.Module]
 
-FUSED: dict[Module, Module] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
+FUSED: dict[Module, Module] = {
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    ResNet: FusedResNet,
+    _DenseBlock: FusedDenseBlock,
+    _Transition: FusedTransition,
+}
 _FOREIGN: dict[Module, Module] = {
     nn.Module: FusedForeignBlock,
     FusedTailBlock: FusedTailBlock,
@@ -75,7 +83,7 @@ def own_method_of_fused(cls: Module) -> str | None:
 
 def is_fused(cls: Module) -> bool:
     """Whether a class is a fused class or descends from one."""
-    return issubclass(cls, FusedBlock | FusedTailBlock | FusedStem)
+    return issubclass(cls, FusedBlock | FusedTailBlock | FusedStem | FusedDense)
 
 
 def fused_class(cls: Module, base: Module) -> Module | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fusedres.modules.shortcut import ZeroPadShortcut
@@ -24,6 +25,7 @@ class _Bypassed:
     Module, Conv2d, BatchNorm2d, SyncBatchNorm, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU
     MaxPool2d, Sequential, Identity = nn.MaxPool2d, nn.Sequential, nn.Identity
     ZeroPadShortcut = ZeroPadShortcut
+    DenseLayer = _DenseLayer
     functional, torch = nn.functional, torch
 
 
@@ -47,11 +49,14 @@ _OF_UNITS = (
 _OF_STEMS = (*_OF_UNITS, *_methods("MaxPool2d"), "functional.max_pool2d", "torch.max_pool2d")
 _OF_BLOCKS = (*_OF_UNITS, *_methods("Sequential"), "ZeroPadShortcut.forward", "torch.Tensor.__iadd__")
 _OF_READ_BLOCKS = (*_OF_BLOCKS, *_methods("Identity"), "torch.Tensor.__add__", "torch.add")
+_OF_DENSE_BLOCKS = (*_OF_UNITS, *_methods("DenseLayer"), "DenseLayer.bn_function", "torch.cat")
 _BYPASSED = {
     None: _OF_STEMS,
     ResNet: _OF_STEMS,
     BasicBlock: _OF_BLOCKS,
     Bottleneck: _OF_BLOCKS,
+    _DenseBlock: _OF_DENSE_BLOCKS,
+    _Transition: _OF_UNITS,
     nn.Module: _OF_READ_BLOCKS,  # a block of another class, which tracing.py has read
 }
 
@@ -63,6 +68,8 @@ _STOCK_METHODS = {
     BasicBlock: (*_CALL, "_stock.forward"),
     Bottleneck: (*_CALL, "_stock.forward"),
     ResNet: (*_CALL, "_stock.forward", "_stock._forward_impl"),
+    _DenseBlock: (*_CALL, "_stock.forward", "items"),
+    _Transition: (*_CALL, "_stock.forward", "__iter__"),
 }
 
 # Methods that may be replaced on an instance of a child or of a block.
