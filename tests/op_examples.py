@@ -176,6 +176,26 @@ def _gated_tail_gradients() -> tuple[list[Example], list[Example]]:
     return [example | {"with_slope": False} for example in (highway, scaled)], applied
 
 
+def _dense_block() -> dict[str, list[Example]]:
+    """Arguments of the ops of a dense block: a buffer of C channels, of which a layer reads 5."""
+    buffer = {"buffer": _like(N, C, H, W)}
+    moments, corrections = _rows(C, 2, dtype=torch.float64).abs(), _rows(C, 2, dtype=torch.float64)
+    gradient = buffer | {"grad_x": _like(N, C, H, W, seed=1), "first": 3, "channels": 4}
+    layer = {"grad": _like(N, 5, H, W), "buffer_state": state(5, _FLOAT), "buffer_batch_statistics": True}
+    return {
+        "bn_from_moments": [{"moments": moments, "rows": 60, **_norm(C), "dtype": torch.bfloat16}],
+        "dense_append_": [buffer | {"x": _like(N, 4, H, W, seed=1), "first": 2, "moments": moments}],
+        "dense_bn_relu": [buffer | {"state": state(5, _FLOAT)}],
+        "dense_bn_relu_backward_": [
+            buffer | layer | {"grad_x": _like(N, C, H, W, seed=1), "corrections": corrections}
+        ],
+        "dense_gradient": [
+            gradient | {"moments": moments, "corrections": corrections},
+            gradient | {"moments": None, "corrections": None},
+        ],
+    }
+
+
 def examples() -> dict[str, list[Example]]:
     """One or more right calls of every op, with fresh tensors."""
     x, wide = {"x": _like(N, C, H, W), "state": state(C, _FLOAT)}, torch.float64
@@ -241,6 +261,7 @@ def examples() -> dict[str, list[Example]]:
                 "weights": [_rows(K, C, 3, 3), _rows(C, K, 1, 1, dtype=torch.bfloat16)],
             }
         ],
+        **_dense_block(),
         "empty_batch": [{"like": _like(N, C, H, W), "batch": 3}],
         "gram": [x | {"stride": 2}],
         "gram_statistics": [x | {"stride": 2}],

@@ -66,10 +66,10 @@ def words(op: Op, example: Example, name: str) -> list[str]:
 
 
 def sharing(op: Op, example: Example) -> Counter[str]:
-    """Count in how many arguments each named size occurs."""
+    """Count in how many arguments each named size occurs, other than as the most that another one may be."""
     count: Counter[str] = Counter()
     for name in example:
-        count.update({part for word in words(op, example, name) for part in re.split(r"<=|>=|/|\*", word)})
+        count.update({part for word in words(op, example, name) for part in re.split(r"<=.*|>=|/|\*", word)})
     if any(isinstance(row, rows.Convolved) for row in op.rows.values()) and count["P"]:
         count.update("HWRS")  # another argument has the output's size
     return count

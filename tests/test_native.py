@@ -22,7 +22,7 @@ def test_op_tests_on_lower_instruction_sets(isa):
         pytest.skip(f"{isa} is not built for this processor")
     if _C.build_info()["isa_used"] == "portable":
         pytest.skip("the other tests already use the lowest instruction set of this processor")
-    tested = ("bn_statistics", "bn_relu", "bn_add_relu", "shortcut_grad", "gram", "one_pass")
+    tested = ("bn_statistics", "bn_relu", "bn_add_relu", "shortcut_grad", "gram", "one_pass", "dense_block_ops")
     files = [f"test_{op}.py" for op in tested]
     selection = "cpu and not (test_gram and one_pass)"
     done = subprocess.run(

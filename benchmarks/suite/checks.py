@@ -15,7 +15,7 @@ from suite.settings import Case, Settings
 OPS = (
     "conv_fprop", "conv_bn_add_relu", "conv_dgrad", "conv_wgrad", "conv_weights", "gram", "one_pass_tail",
     "bn_statistics", "bn_backward", "bn_relu", "bn_add_relu", "bn_add_relu_backward", "bn_relu_maxpool",
-    "shortcut_grad", "shortcut", "gated_tail",
+    "shortcut_grad", "shortcut", "gated_tail", "dense_block_ops",
 )  # fmt: skip
 STEM = ("test_stem.py", "test_stem_convolution.py", "test_stem_fusion.py")
 FILES = ("test_conv_blocks.py", *STEM, *(f"test_{op}.py" for op in OPS))

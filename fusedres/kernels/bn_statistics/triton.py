@@ -107,6 +107,44 @@ def bn_partials_kernel(
     tl.store(out_rows_ptr + index, rows, mask=column == 0)
 
 
+@triton.jit
+def merge_tiles(
+    partials_ptr,  # (T, 2, C): mean and M2
+    rows_ptr,  # (T,)
+    pivot,
+    T,
+    C,
+    columns,
+    dtype: tl.constexpr,
+    IS_SHIFTED: tl.constexpr,  # the tiles' means are of x − pivot
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return rows, mean of x − pivot and M2 of all tiles, for BLOCK_C channels."""
+    lanes = tl.arange(0, BLOCK_T)
+    n = tl.zeros((BLOCK_T,), dtype)  # rows that a lane has merged, and 1 / n
+    inverse = tl.zeros((BLOCK_T,), dtype)
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype)
+    m2 = tl.zeros((BLOCK_T, BLOCK_C), dtype)
+    first = 0
+    while first < T:
+        tiles = first + lanes
+        inside = (tiles < T)[:, None] & (columns < C)[None, :]
+        offsets = tiles.to(tl.int64)[:, None] * (2 * C) + columns[None, :]
+        rows = tl.load(rows_ptr + tiles, mask=tiles < T, other=0)
+        mean = tl.load(partials_ptr + offsets, mask=inside, other=0)
+        m2 += tl.load(partials_ptr + C + offsets, mask=inside, other=0)
+        if not IS_SHIFTED:
+            mean -= pivot[None, :]
+        gap = mean - total * inverse[:, None]
+        inverse = 1 / tl.maximum(n + rows, 1)
+        m2 += gap * (n * rows * inverse)[:, None] * gap
+        n += rows
+        total += mean * rows[:, None]
+        first += BLOCK_T
+    return merge_lanes(n, total, m2)
+
+
 @jit_for_any_batch
 def bn_finalize_kernel(
     partials_ptr,  # (T, 2, C) float32 or float64: mean and M2
@@ -131,31 +169,12 @@ def bn_finalize_kernel(
     BLOCK_C: tl.constexpr,
 ):
     dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    lanes, columns = tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     pivot = load_pivot(pivot_ptr, C, columns, dtype)
 
-    n = tl.zeros((BLOCK_T,), dtype)  # rows that a lane has merged, and 1 / n
-    inverse = tl.zeros((BLOCK_T,), dtype)
-    total = tl.zeros((BLOCK_T, BLOCK_C), dtype)
-    m2 = tl.zeros((BLOCK_T, BLOCK_C), dtype)
-    first = 0
-    while first < T:
-        tiles = first + lanes
-        inside = (tiles < T)[:, None] & (columns < C)[None, :]
-        offsets = tiles.to(tl.int64)[:, None] * (2 * C) + columns[None, :]
-        rows = tl.load(rows_ptr + tiles, mask=tiles < T, other=0)
-        mean = tl.load(partials_ptr + offsets, mask=inside, other=0)
-        m2 += tl.load(partials_ptr + C + offsets, mask=inside, other=0)
-        if not IS_SHIFTED:
-            mean -= pivot[None, :]
-        gap = mean - total * inverse[:, None]
-        inverse = 1 / tl.maximum(n + rows, 1)
-        m2 += gap * (n * rows * inverse)[:, None] * gap
-        n += rows
-        total += mean * rows[:, None]
-        first += BLOCK_T
-
-    count, mean, m2 = merge_lanes(n, total, m2)
+    count, mean, m2 = merge_tiles(
+        partials_ptr, rows_ptr, pivot, T, C, columns, dtype, IS_SHIFTED, BLOCK_T, BLOCK_C
+    )
     mean += pivot
     store_state(out_state_ptr, mean, m2 / count, weight_ptr, bias_ptr, eps, C, columns, BLOCK_C)
     if out_batches_ptr is not None:
@@ -195,8 +214,8 @@ def bn_frozen_kernel(
     store_state(out_state_ptr, mean, var, weight_ptr, bias_ptr, eps, C, columns, BLOCK_C)
 
 
-def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
-    """See fusedres.ops.bn_statistics."""
+def partial_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return partials (T, 2, C) of x − pivot, the rows of each of them (T,), and the pivot (C,)."""
     n, c, h, w = x.shape
     candidates = configs.bn_partials(c, x.dtype)
     config = choose(candidates)
@@ -214,12 +233,25 @@ def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
         "tile_rows": tile_rows,
     }
     launch(bn_partials_kernel, (tiles * ceil_div(c, config["BLOCK_C"]),), arguments, config, candidates)
+    return partials, rows, pivot
+
+
+def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
+    """See fusedres.ops.bn_statistics."""
+    partials, rows, pivot = partial_statistics(x)
     return _finalize(partials, rows, norm, pivot, True)
 
 
 def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     return bn_statistics(x.add_(added), norm)
+
+
+def bn_from_moments(moments: Tensor, rows: int, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """See fusedres.ops.dense_block: the moments are one tile of all rows, in float64."""
+    partials = moments.t().contiguous().unsqueeze(0)
+    counts = torch.full((1,), float(rows), dtype=torch.float64, device=moments.device)
+    return _finalize(partials, counts, norm, partials[0, 0], False).to(arithmetic_dtype(dtype))
 
 
 def bn_finalize(partials: Tensor, rows: Tensor, norm: Norm) -> Tensor:
