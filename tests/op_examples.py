@@ -186,9 +186,7 @@ def _dense_block() -> dict[str, list[Example]]:
         "bn_from_moments": [{"moments": moments, "rows": 60, **_norm(C), "dtype": torch.bfloat16}],
         "dense_append_": [buffer | {"x": _like(N, 4, H, W, seed=1), "first": 2, "moments": moments}],
         "dense_bn_relu": [buffer | {"state": state(5, _FLOAT)}],
-        "dense_bn_relu_backward_": [
-            buffer | layer | {"grad_x": _like(N, C, H, W, seed=1), "corrections": corrections}
-        ],
+        "dense_bn_relu_backward_": [buffer | layer | {"grad_x": _like(N, C, H, W, seed=1), "corrections": corrections}],
         "dense_gradient": [
             gradient | {"moments": moments, "corrections": corrections},
             gradient | {"moments": None, "corrections": None},

@@ -138,7 +138,9 @@ def test_no_images(backend):
     grad, affine = buffer[:, :4].contiguous(memory_format=torch.channels_last), state(4, torch.float32).to(where)
     corrections = torch.zeros((9, 2), dtype=torch.float64, device=where)
     ops.dense_append_(buffer, grad, 2, corrections.clone(), backend=backend)
-    sums = ops.dense_bn_relu_backward_(grad, BnBranch(buffer, affine, True), buffer.clone(), corrections, backend=backend)
+    sums = ops.dense_bn_relu_backward_(
+        grad, BnBranch(buffer, affine, True), buffer.clone(), corrections, backend=backend
+    )
     assert bool((sums == 0).all()) and bool((corrections == 0).all())
     assert ops.dense_gradient(buffer, buffer.clone(), None, None, 1, 3, backend=backend).shape == (0, 3, 3, 3)
     if backend in PORTABLE:
@@ -153,6 +155,6 @@ def test_errors():
         ops.dense_gradient(buffer, buffer.clone(), None, None, 5, 5, backend="cpu")
     with pytest.raises(ValueError, match="dense_bn_relu: state must have shape"):
         ops.dense_bn_relu(buffer, state(10, torch.float32), backend="cpu")
+    branch, corrections = BnBranch(buffer, state(4, torch.float32), True), torch.zeros(9, 2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="grad_x must share no memory with buffer"):
-        branch = BnBranch(buffer, state(4, torch.float32), True)
-        ops.dense_bn_relu_backward_(x, branch, buffer, torch.zeros(9, 2, dtype=torch.float64), backend="cpu")
+        ops.dense_bn_relu_backward_(x, branch, buffer, corrections, backend="cpu")

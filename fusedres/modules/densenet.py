@@ -70,8 +70,8 @@ class FusedDenseBlock(FusedDense, _DenseBlock):
     Dtypes: float32, float64, bfloat16, float16.
 
     Saved for backward: the result, and the result of each layer's conv1. The result must not be changed in place before
-    backward, else torch raises its error. memory_efficient is not needed and changes nothing: its checkpoints would save
-    more, and would update the running statistics of each norm1 twice.
+    backward, else torch raises its error. memory_efficient is not needed and changes nothing: its checkpoints would
+    save more, and would update the running statistics of each norm1 twice.
 
     Not fused, but run as torchvision's: layers with dropout in training, with hooks, or with other modules in them.
 
@@ -170,7 +170,7 @@ def _reason_of_layer(name: str, layer: nn.Module | None) -> str | None:
         reason = touched(f"{name}.{relu}", module)
         if reason is not None or type(module) is not nn.ReLU:
             return reason or f"{name}.{relu} is a {type(module).__name__}, not a ReLU"
-    drop_rate = attributes.get("drop_rate")
+    drop_rate: Any = attributes.get("drop_rate")
     if type(drop_rate) not in (int, float) or (drop_rate > 0 and layer.training):
         return f"{name} has drop_rate {drop_rate} in training"
     return None

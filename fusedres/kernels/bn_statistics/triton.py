@@ -172,9 +172,7 @@ def bn_finalize_kernel(
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     pivot = load_pivot(pivot_ptr, C, columns, dtype)
 
-    count, mean, m2 = merge_tiles(
-        partials_ptr, rows_ptr, pivot, T, C, columns, dtype, IS_SHIFTED, BLOCK_T, BLOCK_C
-    )
+    count, mean, m2 = merge_tiles(partials_ptr, rows_ptr, pivot, T, C, columns, dtype, IS_SHIFTED, BLOCK_T, BLOCK_C)
     mean += pivot
     store_state(out_state_ptr, mean, m2 / count, weight_ptr, bias_ptr, eps, C, columns, BLOCK_C)
     if out_batches_ptr is not None:
