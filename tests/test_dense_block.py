@@ -11,11 +11,11 @@ import torch
 import torchvision
 from family import check_equation, randomised, saved_bytes, values
 from torch import Tensor, fx, nn
-from torchvision.models.densenet import _DenseBlock, _Transition
+from torchvision.models.densenet import _DenseBlock
 
 import fusedres
 from fusedres.autograd import path_counts
-from fusedres.modules.densenet import FusedDenseBlock, FusedTransition
+from fusedres.modules.densenet import FusedDenseBlock
 
 C, GROWTH, DEPTH = 16, 8, 3
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -50,6 +50,19 @@ def test_equation(layout, dtype, mode):
     check_equation(block, _stock, _x(dtype, layout))
     assert _paths("forward", "backward") == [count + 1 for count in before]
     assert block.fused_last_reason == ""
+
+
+def test_no_memory_is_read_before_it_is_written():
+    """torch fills new memory with NaN here."""
+    block, x = _make(), _x()
+    right = values(block, block, x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = values(block, block, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in ("out", "grad_x", *(f"grad.{name}" for name, _ in block.named_parameters())):
+        assert torch.equal(found[name], right[name]), name
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -361,47 +374,3 @@ def test_backends(backend):
     theirs = values(stock, lambda v: _stock(stock, v), x)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transition(dtype, mode):
-    module = fusedres.fuse(randomised(_Transition(C, GROWTH))).to(dtype).train(mode == "train")
-    assert type(module) is FusedTransition
-    check_equation(module, lambda m, x: nn.Sequential.forward(m, x), _x(dtype))
-    assert module.fused_last_reason == "" and fusedres.report(module)[0].fused
-    module.pool = nn.MaxPool2d(2)  # whatever follows the convolution is called
-    check_equation(module, lambda m, x: nn.Sequential.forward(m, x), _x(dtype))
-    module.append(nn.Identity())
-    assert "its children are norm, relu, conv, pool, 4" in fusedres.report(module)[0].reason
-
-
-def test_whole_network():
-    """densenet121 by fuse(): what is fused, the gradients, a step of an optimizer, and the state_dict."""
-    torch.manual_seed(0)
-    stock = torchvision.models.densenet121(num_classes=10).double()
-    fused, single = fusedres.fuse(copy.deepcopy(stock).float()), copy.deepcopy(stock).float()
-    rows = fusedres.report(fused)
-    kinds = [row.kind for row in rows]
-    assert (kinds.count("_DenseBlock"), kinds.count("_Transition"), kinds.count("stem")) == (4, 3, 1)
-    assert all(row.fused for row in rows), rows
-    x = torch.randn(2, 3, 64, 64).to(memory_format=NHWC)
-    right = values(stock, stock, x.double())
-    theirs, ours = values(single, single, x), values(fused, fused, x)
-    assert all(row.fused for row in fusedres.report(fused))
-    ratios = []
-    for name, value in right.items():
-        assert ours[name].dtype is theirs[name].dtype and ours[name].shape == value.shape
-        if value.is_floating_point():
-            errors = [(found[name] - value).norm().item() for found in (ours, theirs)]
-            assert errors[0] <= 2 * errors[1] + 0.02 * value.norm().item() + 1e-5, (name, errors)
-            ratios.append(math.log((errors[0] + 1e-30) / (errors[1] + 1e-30)))
-        else:
-            assert torch.equal(ours[name], value), name
-    assert math.exp(sum(ratios) / len(ratios)) < 1.5
-    assert list(fused.state_dict()) == list(single.state_dict())
-    single.load_state_dict(fused.state_dict())
-    fusedres.fuse(copy.deepcopy(single)).load_state_dict(single.state_dict())
-    unfused = fusedres.unfuse(copy.deepcopy(fused)).eval()
-    torch.testing.assert_close(fused.eval()(x), unfused(x), rtol=1e-3, atol=1e-3)
-    assert not any(isinstance(module, FusedDenseBlock | FusedTransition) for module in unfused.modules())

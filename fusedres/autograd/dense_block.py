@@ -212,9 +212,11 @@ class _Backward:
 
     def _slice(self, first: int, end: int) -> Tensor:
         """Return the gradient of some channels, which no other layer adds to any more."""
-        corrections = None if self.moments is None else self.corrections
+        # No layer reads the channels of the last one: they have no moments.
+        corrected = self.moments is not None and end < self.plan.widths[-1]
+        moments, corrections = (self.moments, self.corrections) if corrected else (None, None)
         found: Tensor = self.launch.dense_gradient(
-            self.buffer, self.grad_buffer, self.moments, corrections, first, end - first
+            self.buffer, self.grad_buffer, moments, corrections, first, end - first
         )
         return found
 

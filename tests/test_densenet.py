@@ -1,0 +1,82 @@
+"""torchvision's transitions between dense blocks, and whole DenseNets, fused, against their stock forward."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from family import check_equation, randomised, values
+from torch import Tensor, nn
+from torchvision.models.densenet import _Transition
+
+import fusedres
+from fusedres.modules.densenet import FusedDenseBlock, FusedTransition
+
+C, GROWTH = 16, 8
+NHWC = torch.channels_last
+
+
+def _x(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, C, 6, 5).to(dtype).to(memory_format=NHWC)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transition(dtype, mode):
+    module = fusedres.fuse(randomised(_Transition(C, GROWTH))).to(dtype).train(mode == "train")
+    assert type(module) is FusedTransition
+    check_equation(module, lambda m, x: nn.Sequential.forward(m, x), _x(dtype))
+    assert module.fused_last_reason == "" and fusedres.report(module)[0].fused
+    module.pool = nn.MaxPool2d(2)  # whatever follows the convolution is called
+    check_equation(module, lambda m, x: nn.Sequential.forward(m, x), _x(dtype))
+    module.append(nn.Identity())
+    assert "its children are norm, relu, conv, pool, 4" in fusedres.report(module)[0].reason
+
+
+def _network() -> nn.Module:
+    return torchvision.models.densenet121(num_classes=10)
+
+
+def test_gradients_of_a_network():
+    """In a whole network some masks of ReLUs flip by rounding, so the errors are compared over all tensors and runs."""
+    ratios, worst = [], [0.0, 0.0]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        stock = _network().double()
+        fused, single = fusedres.fuse(copy.deepcopy(stock).float()), copy.deepcopy(stock).float()
+        x = torch.randn(2, 3, 64, 64).to(memory_format=NHWC)
+        right = values(stock, stock, x.double())
+        found = values(fused, fused, x), values(single, single, x)
+        assert all(row.fused for row in fusedres.report(fused))
+        for name, value in right.items():
+            assert found[0][name].dtype is found[1][name].dtype and found[0][name].shape == value.shape
+            if not value.is_floating_point():
+                assert torch.equal(found[0][name], value), name
+                continue
+            errors = [(each[name] - value).norm().item() for each in found]
+            ratios.append(math.log((errors[0] + 1e-30) / (errors[1] + 1e-30)))
+            if value.norm() > 1e-6:
+                worst = [max(w, e / value.norm().item()) for w, e in zip(worst, errors, strict=True)]
+    assert math.exp(sum(ratios) / len(ratios)) < 1.5 and worst[0] <= 2 * worst[1], worst
+
+
+def test_fuse_and_unfuse_a_network():
+    stock = _network()
+    names = list(stock.state_dict())
+    fused = fusedres.fuse(copy.deepcopy(stock))
+    rows = fusedres.report(fused)
+    kinds = [row.kind for row in rows]
+    assert (kinds.count("_DenseBlock"), kinds.count("_Transition"), kinds.count("stem")) == (4, 3, 1)
+    assert all(row.fused for row in rows), rows
+    x = torch.randn(2, 3, 64, 64)
+    fused(x).sum().backward()
+    assert list(fused.state_dict()) == names
+    stock.load_state_dict(fused.state_dict())
+    fusedres.fuse(copy.deepcopy(stock)).load_state_dict(stock.state_dict())
+    unfused = fusedres.unfuse(copy.deepcopy(fused)).eval()
+    torch.testing.assert_close(fused.eval()(x), unfused(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stock.eval()(x), unfused(x))
+    assert not any(isinstance(module, FusedDenseBlock | FusedTransition) for module in unfused.modules())
