@@ -1,4 +1,4 @@
-"""Times ResNets and YOLO11n: images per second and memory of a training step and of inference, eager against fused.
+"""Times whole ResNets, DenseNets and YOLO11n, eager against fused: images per second and memory of a step.
 
     python benchmarks/bench_model.py                      the GPU if there is one, else the CPU
     python benchmarks/bench_model.py --models resnet18 --phase train --batch 32 --compile --json models.json
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    names = ("resnet18", "resnet34", "resnet50", "yolo11n")
+    names = ("resnet18", "resnet34", "resnet50", "densenet121", "densenet169", "densenet201", "yolo11n")
     parser.add_argument("--models", nargs="+", choices=names, default=["resnet18", "resnet50"])
     parser.add_argument(
         "--phase", choices=("both", "train", "infer"), default="both", help="what to measure (default: both)"

@@ -60,6 +60,10 @@ ARITHMETIC = {
     "bn_relu_backward_": 14,  # the mask of ReLU is computed again, twice
     "relu_backward": 1,
     "shortcut_grad_": 1,
+    "dense_append_": 4,  # as bn_statistics
+    "dense_bn_relu": 3,
+    "dense_bn_relu_backward_": 9,  # the mask of ReLU is computed again
+    "dense_gradient": 4,
     "gated_tail highway": 26,  # a sigmoid takes about 20
     "gated_tail SiLU before the add": 24,
     "gated_tail squeeze-and-excitation": 5,
@@ -134,6 +138,7 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
         Op("shortcut_grad_", "", "backward", {"grad_x": activation(), "grad": grad}, lambda b, a: ops.shortcut_grad_(
             a["grad_x"], ShortcutGradient(a["grad"], bits), backend=b)),
     ]  # fmt: skip
+    found += dense_block(x, s, grad)
     factor = torch.rand((batch, channels), generator=source).to(device, s.dtype)
     tails = {
         "highway": (lambda a: (TailTerm(a["x"], None, None, a["logits"]), TailTerm(a["shortcut"]),
@@ -148,6 +153,24 @@ def ops_of(channels: int, size: int, batch: int, dtype: torch.dtype, device: tor
     for op in found:
         op.flops = x.numel() * (channels + 4 if op.op == "gram" else ARITHMETIC[str(op)])
     return found
+
+
+def dense_block(x: Tensor, state: Tensor, grad: Tensor) -> list[Op]:
+    """Return the passes over the buffer of a dense block that is twice as wide as x."""
+    buffer, grad_x = torch.cat((x, grad), 1), torch.cat((grad, x), 1)
+    channels, pairs = x.shape[1], torch.zeros((buffer.shape[1], 2), dtype=torch.float64, device=x.device)
+    backward = {"buffer": buffer, "grad_x": grad_x}
+    return [
+        Op("dense_append_", "", "forward", {"buffer": buffer.clone(), "x": x, "pairs": pairs},
+           lambda b, a: ops.dense_append_(a["buffer"], a["x"], channels, a["pairs"], backend=b)),
+        Op("dense_bn_relu", "", "forward", {"buffer": buffer}, lambda b, a: ops.dense_bn_relu(
+            a["buffer"], state, backend=b)),
+        Op("dense_bn_relu_backward_", "", "backward", backward | {"grad": grad, "pairs": pairs.clone()},
+           lambda b, a: ops.dense_bn_relu_backward_(
+               a["grad"], BnBranch(a["buffer"], state, True), a["grad_x"], a["pairs"], backend=b)),
+        Op("dense_gradient", "", "backward", backward, lambda b, a: ops.dense_gradient(
+            a["buffer"], a["grad_x"], pairs, pairs, channels, channels, backend=b)),
+    ]  # fmt: skip
 
 
 def gated_tails(
@@ -203,7 +226,8 @@ def disagreement(op: Op, backend: str) -> str | None:
                 return f"result {position}: {share:.2%} of the mask bytes differ"
             continue
         error = (ours.double() - reference.double()).abs().max().item()
-        allowed = TOLERANCES[op.arguments.get("x", reference).dtype] * reference.double().abs().max().item()
+        of_values = op.arguments.get("x", op.arguments.get("buffer", reference))
+        allowed = TOLERANCES[of_values.dtype] * reference.double().abs().max().item()
         if not error <= allowed:
             return f"result {position} is off by {error:.3g}, allowed {allowed:.3g}"
     return None

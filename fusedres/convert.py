@@ -84,12 +84,13 @@ def fuse(
     """Make the residual blocks and the stem of a network run fused, in place: torchvision's, or one of a known class.
 
     docs/compatibility.md lists the known classes; `register` adds others. YOLO's convolutions and bottlenecks keep
-    their convolutions, and each BatchNorm is fused with the activation and the sum after it. The stem is convolution,
-    BatchNorm, ReLU and max-pool. Only the class of the blocks and of the network changes. Parameters and buffers stay
-    the same objects, so an existing optimizer stays valid. Hooks on the block, train/eval state, dtype, device, memory
-    format and requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without their own forward
-    (isinstance still holds) and modules that DistributedDataParallel, FullyShardedDataParallel or fully_shard wrapped
-    are switched too. Blocks and stems with unusual parts run their stock forward; see `report`.
+    their convolutions, and each BatchNorm is fused with the activation and the sum after it. The dense blocks and
+    transitions of torchvision's DenseNets are switched in the same way. The stem is convolution, BatchNorm, ReLU and
+    max-pool. Only the class of the blocks and of the network changes. Parameters and buffers stay the same objects, so
+    an existing optimizer stays valid. Hooks on the block, train/eval state, dtype, device, memory format and
+    requires_grad stay. deepcopy, pickle and torch.save work. Subclasses without their own forward (isinstance still
+    holds) and modules that DistributedDataParallel, FullyShardedDataParallel or fully_shard wrapped are switched too.
+    Blocks and stems with unusual parts run their stock forward; see `report`.
 
     "auto" follows the device's table of measured choices (`python -m fusedres tune`). The choice depends on the shape
     of the block, the batch, the dtype, and whether gradients are recorded. If both options are "auto" and no backend is

@@ -1,4 +1,4 @@
-"""The gated residual tails of the family on meta tensors: forward, sums and gradients, as blocks call them."""
+"""The gated residual tails of the family, and a layer of a dense block, on meta tensors, as blocks call them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from fusedres.ops.launch import launches
-from fusedres.values import Activation, Gated, TailCoefficients, TailNeeds, TailTerm, arithmetic_dtype, mask_shape
+from fusedres.values import (
+    Activation,
+    BnBranch,
+    Gated,
+    Norm,
+    TailCoefficients,
+    TailNeeds,
+    TailTerm,
+    arithmetic_dtype,
+    mask_shape,
+)
 
 CHANNELS, SIZE = 256, 28  # of ResNet-50's second stage
 
@@ -31,8 +41,21 @@ def _step(branch: TailTerm, shortcut: TailTerm | None, activation: Activation, c
     launch.gated_tail_apply(gated, *tail, coefficients, needs)
 
 
+def _dense_layer(batch: int, dtype: torch.dtype) -> None:
+    """Launch what a layer of a dense block does, but for its convolutions."""
+    launch, width, reads = launches("triton"), 640, 512
+    buffer = _tensor(batch, width, SIZE, SIZE, dtype=dtype)
+    moments, state = _tensor(width, 2, dtype=torch.float64), _tensor(4, reads, dtype=arithmetic_dtype(dtype))
+    launch.dense_append_(buffer, _tensor(batch, width - reads, SIZE, SIZE, dtype=dtype), reads, moments)
+    launch.bn_from_moments(moments[:reads], batch * SIZE**2, Norm(None, None, None, None, None, 0.1, 1e-5), dtype)
+    h = launch.dense_bn_relu(buffer, state)
+    launch.dense_bn_relu_backward_(h, BnBranch(buffer, state, True), torch.empty_like(buffer), moments)
+    for corrections in (moments, None):
+        launch.dense_gradient(buffer, buffer, corrections, corrections, reads, width - reads)
+
+
 def steps(batch: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Return name → a function that launches the passes of a tail forward and backward."""
+    """Return name → a function that launches the passes of a tail, or of a dense layer, forward and backward."""
     wide = arithmetic_dtype(dtype)
 
     def x() -> Tensor:
@@ -56,4 +79,5 @@ def steps(batch: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
             False,
         ),
     }  # fmt: skip
-    return {f"tail of {name}": lambda tail=tail: _step(*tail) for name, tail in tails.items()}
+    found: dict[str, Callable[[], None]] = {f"tail of {n}": lambda tail=tail: _step(*tail) for n, tail in tails.items()}
+    return found | {"dense layer": lambda: _dense_layer(batch, dtype)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ _OPS_READ_AGAIN = {
 }
 
 
+# The channels of an argument that an op touches, where that is not all of them: of the buffer of a dense block.
+_OPS_TOUCH: dict[str, Callable[[dict[str, Any]], dict[str, int]]] = {
+    "dense_append_": lambda a: {"buffer": a["x"].shape[1]},
+    "dense_bn_relu": lambda a: {"buffer": a["state"].shape[1]},
+    "dense_bn_relu_backward_": lambda a: dict.fromkeys(("buffer", "grad_x"), a["grad"].shape[1]),
+    "dense_gradient": lambda a: {"grad_x": a["channels"], "buffer": a["channels"] if a["moments"] is not None else 0},
+}
+
+
 @dataclass
 class Launch:
     """One operator that ran: its name, the bytes read and the bytes written."""
@@ -67,7 +77,8 @@ class CountBytes(TorchDispatchMode):
     An operator reads each distinct argument once and writes each result once. An argument that it changes in place is
     written, and also read unless the operator only fills it. Views and uninitialised allocations move nothing.
     Arguments that an operator reads again (`_read_again`) count again. An argument counts in full even if a stride
-    skips part of it. Memory that an operator uses inside, such as the workspace of a library, is not seen.
+    skips part of it, but for the buffer of a dense block. Memory that an operator uses inside, such as the workspace of
+    a library, is not seen.
     """
 
     def __init__(self) -> None:
@@ -91,7 +102,7 @@ class CountBytes(TorchDispatchMode):
         # Sizes are taken before the call, as an operator may resize its arguments.
         inputs = _distinct(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         changed = _distinct(_written_arguments(func, args, kwargs))
-        sizes = {key: tensor_bytes(t) for key, t in inputs.items()}
+        sizes = {key: tensor_bytes(t) for key, t in inputs.items()} | _touched(func, args)
         again = sum(tensor_bytes(t) for t in _read_again(func, args) if t is not None)
         result = func(*args, **kwargs)
         if _moves_nothing(func):
@@ -148,6 +159,19 @@ def _read_again(func, args: tuple) -> list[Tensor | None]:
     return [given[name] for name in again] if any(given[name] for name in conditions) else []
 
 
+def _touched(func, args: tuple) -> dict[tuple, int]:
+    """Return the bytes of the arguments that an operator touches in part."""
+    op = func._schema.name.partition("::")[2]
+    if func.namespace != "fusedres" or op not in _OPS_TOUCH:
+        return {}
+    given = dict(zip(OPS[op].arguments, args, strict=True))
+    found = {}
+    for name, channels in _OPS_TOUCH[op](given).items():
+        (key,) = _distinct(iter([given[name]]))
+        found[key] = tensor_bytes(given[name]) * channels // given[name].shape[1]
+    return found
+
+
 def _distinct(tensors: Iterator[Tensor]) -> dict[tuple, Tensor]:
     found = {}
     for t in tensors:
@@ -181,4 +205,9 @@ def _makes_constants(func) -> bool:
 
 def _only_fills(func) -> bool:
     name = func._schema.name
-    return name in ("aten::copy_", "aten::fill_", "aten::zero_") or func._overloadname.endswith("out")
+    return name in (
+        "aten::copy_",
+        "aten::fill_",
+        "aten::zero_",
+        "fusedres::dense_append_",
+    ) or func._overloadname.endswith("out")

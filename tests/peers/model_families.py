@@ -184,7 +184,8 @@ def _wrong(build: Build, size: tuple[int, ...], label: str) -> tuple[fusedres.Re
             return rows, f"{name}: {error}"
     blocks = [row.name for row in rows if row.fused and row.kind != "stem"]
     whole = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
-    enough = ran["fused_forward"] + ran["tail_forward"] >= len(whole)
+    paths = ("fused_forward", "tail_forward", "dense_block_forward", "norm_act_conv_forward")
+    enough = sum(ran[path] for path in paths) >= len(whole)
     return rows, None if enough else f"{ran} ran for {len(whole)} blocks"
 
 
