@@ -81,7 +81,8 @@ def stem_rows(model: nn.Module) -> list[fusedres.BlockReport]:
 
 def stem_counts(step: Callable[[], object], model: nn.Module) -> tuple[int, int]:
     """Return how many parts of a stem ran forward: chains of convolutions, and ones with a max-pool."""
-    blocks = sum(row.kind != "stem" and row.fused for row in fusedres.report(model))
+    others = ("stem", "_DenseBlock", "_Transition")  # these count other paths
+    blocks = sum(row.kind not in others and row.fused for row in fusedres.report(model))
     before = path_counts.copy()
     step()
     ran = path_counts - before
