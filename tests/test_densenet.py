@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 import torchvision
 from family import check_equation, randomised, values
 from torch import Tensor, nn
-from torchvision.models.densenet import _Transition
+from torchvision.models.densenet import _DenseBlock, _Transition
 
 import fusedres
 from fusedres.modules.densenet import FusedDenseBlock, FusedTransition
@@ -80,3 +81,30 @@ def test_fuse_and_unfuse_a_network():
     torch.testing.assert_close(fused.eval()(x), unfused(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(stock.eval()(x), unfused(x))
     assert not any(isinstance(module, FusedDenseBlock | FusedTransition) for module in unfused.modules())
+
+
+class _Tagged(_DenseBlock):
+    tag = "mine"
+
+
+def test_subclasses_and_frozen_networks():
+    block = fusedres.fuse(randomised(_Tagged(2, C, 2, GROWTH, 0.0)))
+    assert isinstance(block, _Tagged) and type(block) is not _Tagged and fusedres.report(block)[0].fused
+    other, x = pickle.loads(pickle.dumps(block)), _x()
+    assert type(other) is type(block) and torch.equal(other.eval()(x), block.eval()(x))
+    assert type(fusedres.unfuse(other)) is _Tagged
+    network = fusedres.fuse(_network()).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        scores = network(images)
+        torch.testing.assert_close(fusedres.freeze(network)(images), scores, rtol=1e-4, atol=1e-4)
+
+
+def test_meta_tensors():
+    """Shapes alone, by the reference backend."""
+    block = fusedres.fuse(_DenseBlock(2, C, 2, GROWTH, 0.0)).to("meta")
+    x = torch.empty(2, C, 6, 5, device="meta", requires_grad=True)
+    with fusedres.use_backend("reference"):
+        out = block(x)
+        out.sum().backward()
+    assert out.shape == (2, C + 2 * GROWTH, 6, 5) and x.grad.shape == x.shape and block.fused_last_reason == ""

@@ -11,6 +11,7 @@ buffer: each layer adds to its prefix, and that of a slice is complete when its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -167,7 +168,8 @@ class DenseBlockFunction(torch.autograd.Function):
             grad_out = materialized(grad_out)
             kinds = [("a saved tensor", t, *kind) for t, kind in zip(saved, ctx.kinds, strict=True) if kind is not None]
             check_each("backward of a dense block", grad_out.device, kinds)
-            with torch.autocast(grad_out.device.type, enabled=False):  # everything has its dtype from forward
+            # Everything has its dtype from forward.
+            with nullcontext() if grad_out.is_meta else torch.autocast(grad_out.device.type, enabled=False):
                 grads = _Backward(plan, saved, grad_out, needs).run()
             if grads[0] is not None and ctx.nchw:
                 grads[0] = grads[0].contiguous()
