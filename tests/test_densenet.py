@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from family import check_equation, randomised, values
+from family import check_equation, randomised, saved_bytes, values
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _Transition
 
@@ -31,10 +31,32 @@ def test_transition(dtype, mode):
     assert type(module) is FusedTransition
     check_equation(module, lambda m, x: nn.Sequential.forward(m, x), _x(dtype))
     assert module.fused_last_reason == "" and fusedres.report(module)[0].fused
+    called: list[int] = []
+    hook = module.pool.register_forward_hook(lambda *_: called.append(1))
+    module(_x(dtype))
+    assert called and module.fused_last_reason == ""
+    hook.remove()
     module.pool = nn.MaxPool2d(2)  # whatever follows the convolution is called
     check_equation(module, lambda m, x: nn.Sequential.forward(m, x), _x(dtype))
     module.append(nn.Identity())
     assert "its children are norm, relu, conv, pool, 4" in fusedres.report(module)[0].reason
+
+
+def test_transitions_save_their_input_alone():
+    module, x = fusedres.fuse(_Transition(C, GROWTH)), _x().requires_grad_()
+    assert saved_bytes(lambda: module(x), x, *module.parameters()) == 4 * C * 4
+    assert saved_bytes(lambda: nn.Sequential.forward(module, x), x, *module.parameters()) > x.nbytes
+
+
+def test_gradients_of_transitions():
+    module = fusedres.fuse(randomised(_Transition(C, GROWTH))).double()
+    for size in ((6, 5), (3, 3)):  # a row or column of pixels is left out
+        x = torch.randn(2, C, *size, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda v, *_: module(v), (x, *module.parameters()), fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda v, *_: module(v), (x, *module.parameters()), fast_mode=True)
+    with torch.autocast("cpu"):
+        out, stock = module.float()(_x()), nn.Sequential.forward(module, _x() * 0)
+    assert out.dtype is stock.dtype is torch.bfloat16
 
 
 def _network() -> nn.Module:

@@ -2,7 +2,8 @@
 
     y_i = conv_i(act(BN(x)))        for one convolution, or several that read the same values
 
-If x is also the shortcut, it is a result too (plan.carries): its gradient is then added to x's own in place.
+If x is also the shortcut, it is a result too (plan.carries): its gradient is then added to x's own in the same pass.
+What the convolutions read may be averaged over windows of 2x2 pixels first: a 1x1 convolution commutes with that.
 
 Saved: x, BatchNorm's (4, C) state and the weights. act(BN(x)) is computed again in backward.
 """
@@ -42,6 +43,7 @@ class NormActConvPlan(NamedTuple):
     backend: str
     channels_last: tuple[bool, ...]  # of each result, else contiguous NCHW
     carries: bool = False  # x is the last result
+    pooled: bool = False  # the convolutions read the average of each 2x2 window
 
 
 class NormActConvTensors(NamedTuple):
@@ -86,14 +88,15 @@ def _forward(x: Tensor, plan: NormActConvPlan, tensors: NormActConvTensors) -> t
 
 def _activated(x: Tensor, state: Tensor | None, plan: NormActConvPlan, slope: Tensor | None) -> Tensor:
     """Return act(BN(x)) as the convolutions read it."""
-    if plan.kind is None:
-        return in_dtype(x, plan.dtype)
     launch = launches(plan.backend)
-    if plan.kind == "relu":
+    if plan.kind is None:
+        h = x
+    elif plan.kind == "relu":
         h = launch.bn_relu(x, state, None, 1)
     else:
         h = launch.gated_tail(TailTerm(x, state), None, Activation(plan.kind, slope, True), False, False)[0]
-    return in_dtype(h, plan.dtype)
+    h = in_dtype(h, plan.dtype)
+    return F.avg_pool2d(h, 2) if plan.pooled else h
 
 
 class NormActConvFunction(torch.autograd.Function):
@@ -177,10 +180,10 @@ class _Backward:
         """Set the gradients of the weights; return that of act(BN(x)) if something needs it."""
         plan, total = self.plan, None
         wanted = any(self.needs[:4])
-        on_load = plan.kind == "relu" and self.x.dtype is plan.dtype and len(plan.units) == 1
+        on_load = plan.kind == "relu" and self.x.dtype is plan.dtype and len(plan.units) == 1 and not plan.pooled
         source = Raw(self.x, self.state)
         if not on_load:
-            read = any(self.needs[4:])  # else it is asked for its shape alone
+            read = any(self.needs[4:]) or plan.pooled  # else it is asked for its shape alone
             h = _activated(self.x, self.state, plan, self.slope) if read else in_dtype(self.x, plan.dtype)
             source = Raw(h, None)
         for index, (grad, unit, weight) in enumerate(zip(self.grads_out, plan.units, self.weights, strict=True)):
@@ -189,7 +192,11 @@ class _Backward:
             needs = (wanted, self.needs[4 + index])
             grad_h, self.grads[4 + index] = convolution_backward(grad, source, weight, unit, needs, plan.backend)
             total = grad_h if total is None or grad_h is None else total.add_(grad_h)
-        return total
+        if total is None or not plan.pooled:
+            return total
+        pool = torch.ops.aten.avg_pool2d_backward.default
+        whole = pool(total, in_dtype(self.x, plan.dtype), [2, 2], [2, 2], [0, 0], False, True, None)
+        return to_channels_last(whole)
 
     def _through_norm(self, grad: Tensor) -> Tensor:
         """Return the gradient of x from that of act(BN(x)), with that of x as a result of its own added.
@@ -264,6 +271,7 @@ def _differentiable(
             tail = activation_plan(plan.units[0], plan.kind, plan.backend)
             h = composite(tail, activation_tensors(x, slope, weight, bias), (state, None))
         h = h.to(plan.dtype)
+        h = F.avg_pool2d(h, 2) if plan.pooled else h
         outs, of_outs = [], []
         if plan.carries and grads[-1] is not None:
             outs.append(x)

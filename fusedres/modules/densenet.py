@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.modules.utils import _pair
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
 from fusedres.autograd import count_path, run_dense_block, wants_gradients
@@ -25,6 +26,7 @@ _STEPS = (("conv1", "norm1", "relu1"), ("conv2", "norm2", "relu2"))
 _OF_LAYER = tuple(name for step in _STEPS for name in step)
 _OF_TRANSITION = ("norm", "relu", "conv", "pool")
 _LAYER_METHODS = ("bn_function", "any_requires_grad", "call_checkpoint_bottleneck")
+_AVERAGE = nn.AvgPool2d.forward
 _ORDINARY = 64  # height and width of images, in pixels, that any dense block accepts
 
 
@@ -191,7 +193,8 @@ def _reason_of_shapes(op: str, units: tuple[Unit, ...]) -> str | None:
 class FusedTransition(FusedDense, _Transition):
     """torchvision's _Transition with norm, ReLU and convolution as one step (NormActConv): same children and results.
 
-    Saved for backward: x, and the result of the convolution as pool keeps it.
+    An average over 2x2 windows commutes with a 1x1 convolution: pool(conv(h)) = conv(pool(h)). So the convolution runs
+    on a quarter of the pixels. Saved for backward is the input alone. Another pool is called after the convolution.
 
     Raises:
         ValueError, TypeError, RuntimeError: wrong channels, shape, dtype or device; nothing is updated then.
@@ -220,12 +223,23 @@ class FusedTransition(FusedDense, _Transition):
             return run_unfused(cls, self, input, reason)
         children: Any = self._modules
         convs = {"conv": children["conv"]}
-        (h,), reason = run_unit(cls.__name__, input, ("norm", children["norm"]), children["relu"], convs)
+        pooled = _commutes(children["conv"], children["pool"]) and min(input.shape[-2:]) > 1
+        (h,), reason = run_unit(cls.__name__, input, ("norm", children["norm"]), children["relu"], convs, pooled)
         if reason is not None:
             count_path("unfused")
         keep_reason(self, reason or "")
-        pooled: Tensor = children["pool"](h)
-        return pooled
+        result = h if pooled and reason is None else children["pool"](h)
+        return result
+
+
+def _commutes(conv: Any, pool: Any) -> bool:
+    """Whether a pool is a plain average over 2x2 windows, after a 1x1 convolution of every pixel."""
+    if type(pool) is not nn.AvgPool2d or type(conv) is not nn.Conv2d or touched("pool", pool) is not None:
+        return False
+    if type(pool).forward is not _AVERAGE or pool.ceil_mode or pool.divisor_override is not None:
+        return False
+    sizes = (pool.kernel_size, pool.stride, pool.padding, conv.kernel_size, conv.stride, conv.padding)
+    return [_pair(size) for size in sizes] == [(2, 2), (2, 2), (0, 0), (1, 1), (1, 1), (0, 0)]
 
 
 def _of_transition(module: nn.Module, cls: Any) -> str | None:

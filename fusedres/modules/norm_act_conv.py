@@ -83,6 +83,7 @@ def run_unit(
     convs: Mapping[str, nn.Module],
     carries: bool = False,
     ready: Ready | None = None,
+    pooled: bool = False,
 ) -> tuple[tuple[Tensor, ...], str | None]:
     """Return conv(act(norm(x))) of each convolution, and why torch's own operators ran, or None.
 
@@ -92,6 +93,7 @@ def run_unit(
         convs: the convolutions, by their names in the module.
         carries: return x too, as the shortcut: the sum of its two gradients costs no pass of its own then.
         ready: of this step, from add_before.
+        pooled: average what the convolutions read over windows of 2x2 pixels, which is left out if torch's run.
 
     Raises: see NormActConv.
     """
@@ -103,7 +105,7 @@ def run_unit(
         outs = tuple(conv(h) for conv in convs.values())
         return (*outs, x) if carries else outs, found
     plan, units = found
-    plan = plan._replace(carries=carries)
+    plan = plan._replace(carries=carries, pooled=pooled)
     slope = slope_of(activation, x.shape[1], x.device, arithmetic_dtype(x.dtype))
     weights = [unit.conv_weight for unit in units]
     recorded = wants_gradients(x, (slope, units[0].weight, units[0].bias, *weights))
