@@ -224,7 +224,7 @@ class FusedTransition(FusedDense, _Transition):
         children: Any = self._modules
         convs = {"conv": children["conv"]}
         pooled = _commutes(children["conv"], children["pool"]) and min(input.shape[-2:]) > 1
-        (h,), reason = run_unit(cls.__name__, input, ("norm", children["norm"]), children["relu"], convs, pooled)
+        (h,), reason = run_unit(cls.__name__, input, ("norm", children["norm"]), children["relu"], convs, pooled=pooled)
         if reason is not None:
             count_path("unfused")
         keep_reason(self, reason or "")
