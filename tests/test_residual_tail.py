@@ -369,3 +369,23 @@ def test_statistics_are_kept_if_a_call_fails(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         tail(given["branch"], given["shortcut"])
     assert all(torch.equal(value, before[key]) for key, value in tail.state_dict().items())
+
+
+def test_saved_tensors_that_come_back_strided():
+    """Hooks may return saved tensors, the bits of a ReLU among them, with other strides."""
+    tail = ResidualTail(nn.BatchNorm2d(4), activation=nn.ReLU()).double()
+    y, x = (torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0]):
+        out = tail(y, x)
+    got = torch.autograd.grad(out.square().sum(), (y, x))
+    expected = torch.autograd.grad(torch.relu(tail.norm(y) + x).square().sum(), (y, x))
+    torch.testing.assert_close(got, expected)
+
+
+def test_batch_of_gradients_without_the_shortcut_s_values():
+    tail = ResidualTail(nn.BatchNorm2d(4), activation=nn.ReLU()).double()
+    y, x = (torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grads = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    got = torch.autograd.grad(tail(y, x), (y, x), grads, is_grads_batched=True)
+    out = torch.relu(tail.norm(y) + x)
+    torch.testing.assert_close(got, torch.autograd.grad(out, (y, x), grads, is_grads_batched=True))

@@ -77,7 +77,9 @@ def differentiable_tail(
         given = [None if tensor is None else torch.ops.aten.alias(tensor) for tensor in tensors]
         for index, present in ((0, True), (TERM, plan.has_shortcut)):
             if present and given[index] is None:
-                given[index] = torch.zeros_like(grad_out).requires_grad_()
+                # Not zeros_like: a batch of gradients would make it a batch, too.
+                given[index] = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+                given[index].requires_grad_()
         inputs = [tensor for tensor, need in zip(given, needs, strict=True) if need and tensor is not None]
         for index in (0, TERM - 1, TERM, 2 * TERM - 1):
             tensor = given[index]

@@ -187,7 +187,11 @@ def _checked(saved: Sequence[Any], kinds: Sequence[Any], device: torch.device) -
     """Return saved tensors as kernels read them; raise if one is not what was saved, as hooks may return others."""
     found = [("a saved tensor", t, *kind) for t, kind in zip(saved, kinds, strict=True) if kind is not None]
     check_each("backward of a residual tail", device, found)
-    return [tensor if tensor is None or tensor.dim() == 4 else tensor.contiguous() for tensor in saved]
+    # Images are made dense where they are read; a mask has 4 dimensions, too, but is read as it is.
+    return [
+        tensor if tensor is None or (tensor.dim() == 4 and tensor.is_floating_point()) else tensor.contiguous()
+        for tensor in saved
+    ]
 
 
 class TailBackward:
