@@ -14,6 +14,7 @@ import fusedres
 from fusedres import SEBasicBlock, SEBottleneck, ZeroPadShortcut
 from fusedres.autograd import path_counts
 from fusedres.modules.postactivation import PostActBlock
+from fusedres.modules.squeeze_excitation import Excitation
 
 
 def _projection(inplanes: int, planes: int, *before: nn.Module, stride: int = 2) -> nn.Sequential:
@@ -152,3 +153,30 @@ def test_errors():
     with pytest.raises(ValueError, match="shortcut must have shape"):
         SEBasicBlock(16, 24, reduction=4)(torch.randn(2, 16, 5, 5))
     assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
+class _Hard(Excitation):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: _Hard(16, 4), "_Hard has its own forward"),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid()), "is a Sequential"),
+    ],
+)
+def test_another_excitation_is_called(make, reason):
+    block = _make("basic")
+    block.se = make()
+    x = torch.randn(3, 16, 5, 5)
+    h = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(block(x), F.relu(h * block.se(h) + x), rtol=1e-4, atol=1e-5)
+    assert reason in fusedres.report(block)[0].reason
+
+
+def test_replaced_forward_of_excitation_runs(monkeypatch):
+    block, x = _make("basic"), torch.randn(3, 16, 5, 5)
+    monkeypatch.setattr(Excitation, "forward", lambda self, h: h.new_zeros(()))
+    torch.testing.assert_close(block(x), F.relu(x))

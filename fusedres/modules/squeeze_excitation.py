@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedres.autograd import are_plain
-from fusedres.modules.genuine import touched
+from fusedres.modules.genuine import replaced_in_units, touched
 
 
 class Excitation(nn.Module):
@@ -43,6 +43,11 @@ class Excitation(nn.Module):
 
     def unfused_reason(self, branch: Tensor | None) -> str | None:
         """Return why forward has to be called on the normalised branch, or on any for None; None: it need not be."""
+        if type(self).forward is not _FORWARD:
+            return f"{type(self).__name__} has its own forward, or Excitation.forward is replaced"
+        replaced = replaced_in_units()
+        if replaced is not None:
+            return replaced
         for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
             if type(layer) is not nn.Conv2d or layer.kernel_size != (1, 1):
                 return f"{name} is no 1x1 nn.Conv2d"
@@ -59,3 +64,13 @@ class Excitation(nn.Module):
             if any(t is not None and t.dtype is not dtype for t in self.tensors()):
                 return f"fc1 or fc2 is not {dtype}"
         return touched("the excitation", self) or touched("fc1", self.fc1) or touched("fc2", self.fc2)
+
+
+_FORWARD = Excitation.forward
+
+
+def reason_of_excitation(module: nn.Module, branch: Tensor | None) -> str | None:
+    """Return why a module that makes a branch's factors has to be called, for this branch or for any, or None."""
+    if not isinstance(module, Excitation):
+        return f"the excitation is a {type(module).__name__}, not an Excitation"
+    return module.unfused_reason(branch)

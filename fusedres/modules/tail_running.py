@@ -16,6 +16,7 @@ from fusedres.backends import backend_for
 from fusedres.errors import ShapeError
 from fusedres.modules.calls import holds_inference_tensors, unusual_input
 from fusedres.modules.genuine import touched
+from fusedres.modules.squeeze_excitation import reason_of_excitation
 from fusedres.ops._sizes import FLOATING
 from fusedres.values import arithmetic_dtype
 
@@ -81,7 +82,7 @@ def reason_of_modules(tail: TailModules, branch: Tensor | None, shortcut: Tensor
         reason = touched(name, norm) or reason_of_norm(norm, x)
         if reason is not None:
             return reason
-    reason = None if tail.excitation is None else tail.excitation.unfused_reason(branch)
+    reason = None if tail.excitation is None else reason_of_excitation(tail.excitation, branch)
     if reason is not None or tail.activation is None:
         return reason
     return touched(tail.names[2], tail.activation) or reason_of_activation(tail.activation, branch)
