@@ -232,3 +232,34 @@ def test_wide_dropout():
 def test_errors(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def _hooked(block: nn.Module) -> nn.Module:
+    block.relu.register_forward_hook(lambda *_: None)
+    return fusedres.fuse(nn.Sequential(block), stochastic_depth=1 - 1e-9, stochastic_mode="batch")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StochasticDepth(nn.Identity(), 1 - 1e-9, "batch", activation=nn.ReLU(inplace=True)),
+        lambda: _hooked(torchvision.models.resnet.BasicBlock(C, C)),
+    ],
+)
+def test_a_dropped_batch_stays_as_it_is(make):
+    """An activation that works in place does not write into the input."""
+    x = torch.randn(2, C, 4, 4, requires_grad=True)
+    before = x.detach().clone()
+    out = make()(x)
+    assert torch.equal(x, before) and torch.equal(out, F.relu(before))
+    out.sum().backward()
+    assert torch.equal(x.grad, before.gt(0).float())
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_survivors_of_float64_are_scaled_in_float64(mode):
+    torch.manual_seed(0)
+    block = StochasticDepth(nn.Identity(), 0.3, mode)
+    x = torch.ones(64, 1, dtype=torch.float64)
+    found = {value for _ in range(8) for value in (block(x) - 1).flatten().tolist()}
+    assert len(found) == 2 and max(found) == pytest.approx(1 / 0.7, rel=1e-15)

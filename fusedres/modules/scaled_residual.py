@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fusedres.modules.stochastic_depth import check_rate, draw_survivors
 from fusedres.modules.tail import ResidualTail
+from fusedres.modules.tail_running import TailModules, run
 
 
 class ScaledResidual(nn.Module):
@@ -122,6 +123,6 @@ class StochasticDepth(nn.Module):
             return result
         survivors = draw_survivors(x, self.rate, self.mode)
         if survivors is None:
-            return x if self.tail.activation is None else self.tail.activation(x)
+            return x if self.tail.activation is None else run(TailModules(None, None, self.tail.activation, False), x)[0]
         result = self.tail(self.branch(x), x, survivors)
         return result

@@ -29,11 +29,12 @@ def check_rate(op: str, rate: float, mode: str, name: str = "rate") -> None:
 
 def draw_survivors(x: Tensor, rate: float, mode: str) -> Tensor | None:
     """Return b / (1 − rate) for each sample (N, 1), or for the batch (); None: the batch is dropped."""
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     if mode == "row":
-        return torch.empty((x.shape[0], 1), device=x.device).bernoulli_(1 - rate).div_(1 - rate)
-    if torch.rand(()).item() < rate:  # on the CPU: a GPU need not be waited for
+        return torch.empty((x.shape[0], 1), device=x.device, dtype=dtype).bernoulli_(1 - rate).div_(1 - rate)
+    if torch.rand((), device="cpu").item() < rate:  # on the CPU: a GPU need not be waited for
         return None
-    return torch.full((), 1 / (1 - rate), device=x.device)
+    return torch.full((), 1 / (1 - rate), device=x.device, dtype=dtype)
 
 
 def run_dropping(cls: Any, block: nn.Module, x: Tensor, parts: Parts, how: StochasticRate) -> Tensor:

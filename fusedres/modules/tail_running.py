@@ -119,12 +119,11 @@ def run_unfused(
     carry: Tensor | None = None,
 ) -> Tensor:
     """Run a tail by calling its modules."""
-    activation = nn.Identity() if tail.activation is None else tail.activation
     value = branch if tail.norm is None else tail.norm(branch)
     if tail.excitation is not None:
         value = value * tail.excitation(value)
     if tail.before_add:
-        value = activation(value)
+        value = _activated(tail.activation, value, branch)
     value = _gated(tail.gate, value, scale, branch)
     if shortcut is not None:
         added = shortcut if tail.shortcut_norm is None else tail.shortcut_norm(shortcut)
@@ -135,7 +134,16 @@ def run_unfused(
             terms = (value, _gated(tail.gate, added, carry, branch))
             total = terms[0] + terms[1]
             value = total if tail.into is None else total.to(terms[tail.into].dtype)
-    result: Tensor = value if tail.before_add else activation(value)
+    return value if tail.before_add else _activated(tail.activation, value, branch)
+
+
+def _activated(activation: Any, value: Tensor, branch: Tensor) -> Tensor:
+    """Call an activation; one that works in place does not change the branch itself, as in a fused tail."""
+    if activation is None:
+        return value
+    if value is branch and getattr(activation, "inplace", False):
+        value = value.clone()
+    result: Tensor = activation(value)
     return result
 
 
