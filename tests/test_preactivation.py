@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from family import check_equation, randomised, saved_bytes, values
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fusedres
 from fusedres import PreActBasicBlock, PreActBottleneck, PreActSequential, ZeroPadShortcut
@@ -209,3 +212,27 @@ def test_rows_on_other_backends(backend):
         ours = values(row, row, x)
     for name in ("out", "stats.0.bn1.running_mean", "stats.1.bn1.running_var"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def _saves_convolutions(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    convolves = op is torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if convolves else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpoint_of_convolutions():
+    """The add does not write into what a selective checkpoint has kept."""
+    blocks = PreActSequential(_make("basic"), _make("basic, projection"))
+    twin = copy.deepcopy(blocks)
+    contexts = partial(create_selective_checkpoint_contexts, _saves_convolutions)
+    x = torch.randn(2, 16, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    checkpoint(blocks, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    twin(x.detach()).square().sum().backward()
+    for got, expected in zip(blocks.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_next_block_that_does_not_fit_is_not_updated():
+    blocks = PreActSequential(_make("basic"), PreActBasicBlock(16, 24, 2))
+    with pytest.raises(ValueError, match="give the block a downsample"):
+        blocks(torch.randn(2, 16, 6, 6).to(memory_format=torch.channels_last))
+    assert blocks[1].bn1.num_batches_tracked == 0

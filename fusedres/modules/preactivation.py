@@ -13,6 +13,7 @@ from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.genuine import touched
 from fusedres.modules.norm_act_conv import Named, Ready, add_before, run_unit, standing_reason
 from fusedres.modules.tail_running import TailModules, run
+from fusedres.ops.launch import direct
 
 
 class PreActBlock(ComposedBlock):
@@ -39,7 +40,8 @@ class PreActBlock(ComposedBlock):
         Args:
             ready: this block's first step, if the block before it has prepared it.
         """
-        self.check_shortcut(x, self.downsample)
+        if ready is None:  # else the block before it has checked it
+            self.check_shortcut(x, self.downsample)
         reasons: list[str | None] = []
         h, shortcut = x, x
         for index, (norm, convs) in enumerate(self._units()):
@@ -55,8 +57,11 @@ class PreActBlock(ComposedBlock):
         keep_reason(self, unfused or "")
         if unfused is not None or h.dtype is not shortcut.dtype or h.shape != shortcut.shape:
             return h + shortcut, None
+        if not direct():  # a dispatch mode may have kept h, as selective checkpoints do
+            return h + shortcut, None
         if following is None:
             return h.add_(shortcut), None
+        following.check_shortcut(h, following.downsample)  # before its statistics are updated
         return add_before(type(following).__name__, h, shortcut, *following.opening())
 
     def opening(self) -> tuple[Named, nn.Module, dict[str, nn.Module]]:
