@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -263,3 +264,61 @@ def test_survivors_of_float64_are_scaled_in_float64(mode):
     x = torch.ones(64, 1, dtype=torch.float64)
     found = {value for _ in range(8) for value in (block(x) - 1).flatten().tolist()}
     assert len(found) == 2 and max(found) == pytest.approx(1 / 0.7, rel=1e-15)
+
+
+class _Pooled(nn.Module):
+    """A residual block with two activations, and a shortcut that is no convolution."""
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.act1 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU()
+        self.conv2, self.bn2, self.act2 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU()
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.act2(h + self.shortcut(x))
+
+
+def _act1(block: nn.Module) -> None:
+    block.act1 = nn.SiLU()
+
+
+def _hook(name: str) -> Callable[[nn.Module], None]:
+    return lambda block: block.get_submodule(name).register_forward_hook(lambda _, __, out: 2 * out) and None
+
+
+def _nothing(_: nn.Module) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", [_nothing, _act1, _hook("act1"), _hook("act2"), _hook("shortcut"), _hook("bn2")])
+@pytest.mark.parametrize(
+    "shortcut",
+    [
+        lambda: nn.AvgPool2d(3, 1, 1),
+        lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C)),
+    ],
+)
+def test_stochastic_depth_of_registered_blocks(shortcut, change):
+    """A rate of nearly 0 changes nothing, whatever was done to the block after fuse()."""
+    fusedres.register(_Pooled)
+    block = randomised(_Pooled(shortcut()))
+    stock = copy.deepcopy(block)
+    fusedres.fuse(nn.Sequential(block), stochastic_depth=1e-9)
+    assert isinstance(block, fusedres.modules.FusedBlock)
+    change(block)
+    change(stock)
+    x = torch.randn(3, C, 5, 5)
+    torch.testing.assert_close(block(x), stock(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [_Pooled, torchvision.models.resnet.BasicBlock])
+def test_stochastic_depth_and_a_replaced_forward(monkeypatch, cls):
+    fusedres.register(_Pooled)
+    block = cls(nn.Identity()) if cls is _Pooled else cls(C, C)
+    fusedres.fuse(nn.Sequential(block), stochastic_depth=0.5)
+    monkeypatch.setattr(cls, "forward", lambda self, x: x + 1)
+    x = torch.randn(3, C, 5, 5)
+    assert torch.equal(block(x), x + 1)
+    assert "is replaced" in fusedres.report(block)[0].reason

@@ -47,7 +47,7 @@ def reason_of_code(block: nn.Module, cls: Any, base: type[nn.Module] | None, par
     return (
         replaced_code(cls, base)
         or replaced_on_block(block.__dict__)
-        or _hidden(block, cls, parts.names)
+        or hidden(block, cls, parts.names)
         or changed(block, cls, parts)
     )
 
@@ -210,7 +210,7 @@ def _paths_of(path: str, names: tuple[str, ...]) -> UnitPaths:
     return found
 
 
-def _hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
+def hidden(block: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> str | None:
     """Return which child an attribute of the instance or of a class hides, in words, or None."""
     attributes = block.__dict__
     for name in names:

@@ -117,6 +117,14 @@ def replaced_code(cls: type[nn.Module], base: type[nn.Module] | None) -> str | N
     return _first_replaced(cls, base)
 
 
+def replaced_forward(cls: Any) -> str | None:
+    """Return that somebody replaced the forward of the torchvision class of a fused block, or None."""
+    base = cls._base
+    if base not in (BasicBlock, Bottleneck):
+        return None
+    return _named(cls, ("_stock.forward",), _OWN_STOCK[base][-1:])
+
+
 _read_units = attrgetter(*_OF_UNITS)
 _OWN_OF_UNITS = tuple(map(_own, _read_units(_Bypassed)))
 

@@ -40,7 +40,7 @@ class Steps(NamedTuple):
     convs: Sequence[Named]
     norms: Sequence[Named]
     activation: Any  # nn.Module
-    shortcut: Projection | nn.Module | None = None  # None: the identity
+    shortcut: Any = None  # a Projection, or what is called; None: the identity
     has_shortcut: bool = True
     excitation: Any = None  # makes s of the normalised branch
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from fusedres.autograd import count_path
 from fusedres.modules.calls import keep_reason
-from fusedres.modules.parts import Parts, at
+from fusedres.modules.filters import filtered
+from fusedres.modules.gathering import hidden
+from fusedres.modules.genuine import replaced_forward, touched
+from fusedres.modules.parts import Parts, at, changed
 from fusedres.modules.steps import Projection, Steps, projection_of
 
 
@@ -40,8 +45,17 @@ def draw_survivors(x: Tensor, rate: float, mode: str) -> Tensor | None:
 def run_dropping(cls: Any, block: nn.Module, x: Tensor, parts: Parts, how: StochasticRate) -> Tensor:
     """Run a block of the fused class cls in training with stochastic depth.
 
-    A dropped batch costs the shortcut alone; its BatchNorms do not see it.
+    A dropped batch costs the shortcut alone; its BatchNorms do not see it. A block that is not as it was read, or an x
+    that is no tensor, runs the stock forward, which drops nothing: report() says why.
     """
+    reason = _changed(block, cls, parts)
+    if reason is None and not (isinstance(x, fx.Proxy) or (isinstance(x, Tensor) and x.dim())):
+        reason = f"the input was a {type(x).__name__} without a batch"
+    if reason is not None:
+        count_path("unfused")
+        keep_reason(block, reason)
+        result: Tensor = cls._stock.forward(block, x)
+        return result
     steps = _steps_of(block, parts)
     survivors = draw_survivors(x, how.rate, how.mode)
     found, reason = (
@@ -54,6 +68,25 @@ def run_dropping(cls: Any, block: nn.Module, x: Tensor, parts: Parts, how: Stoch
 def refuse_dropping(parts: Parts) -> str | None:
     """Return why a block cannot drop its branch, or None."""
     return "it has filters in its branch" if parts.filtered else None
+
+
+def _changed(block: nn.Module, cls: Any, parts: Parts) -> str | None:
+    """Return why the steps of a block may compute something else than its forward, or None.
+
+    Hooks on children and other children are none of the reasons, as steps call what they cannot fuse; but which of the
+    activations of a block of another class stands where is not known.
+    """
+    reason = replaced_forward(cls) or hidden(block, cls, parts.names) or changed(block, cls, parts)
+    if reason is not None or parts.forward is None:
+        return reason
+    for path in parts.relus:
+        module = at(block, path)
+        if type(module) is not nn.ReLU:
+            return f"{path} is a {type(module).__name__}, not a ReLU"
+        reason = touched(path, module)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _steps_of(block: nn.Module, parts: Parts) -> Steps:
@@ -71,4 +104,6 @@ def _steps_of(block: nn.Module, parts: Parts) -> Steps:
         shortcut = Projection(before, (conv, at(block, conv)), (norm, at(block, norm)))
     elif parts.zero_pad is not None:
         shortcut = at(block, parts.zero_pad)
+    if parts.projection is None and parts.shortcut_filters:
+        shortcut = partial(filtered, [at(block, path) for path in parts.shortcut_filters])
     return Steps(convs, norms, activation, shortcut)
