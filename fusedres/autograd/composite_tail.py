@@ -78,8 +78,8 @@ def differentiable_tail(
         for index, present in ((0, True), (TERM, plan.has_shortcut)):
             if present and given[index] is None:
                 # Not zeros_like: a batch of gradients would make it a batch, too.
-                given[index] = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
-                given[index].requires_grad_()
+                shape, dtype, device = grad_out.shape, grad_out.dtype, grad_out.device
+                given[index] = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
         inputs = [tensor for tensor, need in zip(given, needs, strict=True) if need and tensor is not None]
         for index in (0, TERM - 1, TERM, 2 * TERM - 1):
             tensor = given[index]

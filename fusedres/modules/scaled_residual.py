@@ -122,7 +122,8 @@ class StochasticDepth(nn.Module):
             result: Tensor = self.tail(self.branch(x), x)
             return result
         survivors = draw_survivors(x, self.rate, self.mode)
+        activation = self.tail.activation
         if survivors is None:
-            return x if self.tail.activation is None else run(TailModules(None, None, self.tail.activation, False), x)[0]
+            return x if activation is None else run(TailModules(None, None, activation, False), x)[0]
         result = self.tail(self.branch(x), x, survivors)
         return result

@@ -42,7 +42,7 @@ def draw_survivors(x: Tensor, rate: float, mode: str) -> Tensor | None:
     return torch.full((), 1 / (1 - rate), device=x.device, dtype=dtype)
 
 
-def run_dropping(cls: Any, block: nn.Module, x: Tensor, parts: Parts, how: StochasticRate) -> Tensor:
+def run_dropping(cls: Any, block: nn.Module, x: Any, parts: Parts, how: StochasticRate) -> Tensor:
     """Run a block of the fused class cls in training with stochastic depth.
 
     A dropped batch costs the shortcut alone; its BatchNorms do not see it. A block that is not as it was read, or an x
