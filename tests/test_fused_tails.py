@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 import fusedres
+from fusedres.modules.families import read_tails
 
 
 class NormAct(Conv2dNormActivation):
@@ -324,3 +325,18 @@ def test_two_activated_norms_are_summed_by_the_last() -> None:
     x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
     with expect_paths(tail_forward=2):
         torch.testing.assert_close(twin(x), block(x))
+
+
+class _TwoNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.bn1 = self.bn2 = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x)) + self.bn2(self.conv2(x))
+
+
+def test_a_norm_with_two_names_is_not_read():
+    """Its running statistics depend on the order of its two uses, which a tail does not keep."""
+    assert read_tails(_TwoNorms()) == "its forward uses bn2 twice"

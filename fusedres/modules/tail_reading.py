@@ -27,6 +27,13 @@ class _Trace(Notes):
         super().__init__()
         self.values: list[_Value] = []
         self.identities: list[str] = []
+        self.statistics: list[dict[str, Any]] = []  # the buffers of each norm; copies of a module share them
+
+    def note_norm(self, path: str, buffers: dict[str, Any]) -> None:
+        """Raise if a norm is used twice, under one name or two: its running statistics depend on the order."""
+        if any(buffers is found for found in self.statistics):
+            raise UnfitError(f"its forward uses {path} twice")
+        self.statistics.append(buffers)
 
     def is_part(self, module: nn.Module) -> bool:
         return not isinstance(module, nn.Sequential) and not any(module.children())
@@ -39,9 +46,10 @@ class _Trace(Notes):
             self.identities.append(path)
             return x
         kind = _kind_of(cls)
-        if kind == "norm" and any(value.path == path for value in self.values):
-            raise UnfitError(f"its forward uses {path} twice")
-        in_place = bool(object.__getattribute__(module, "__dict__").get("inplace", False))  # not noted as a condition
+        state = object.__getattribute__(module, "__dict__")
+        if kind == "norm":
+            self.note_norm(path, state["_buffers"])
+        in_place = bool(state.get("inplace", False))  # not noted as a condition
         fresh = kind in ("conv", "norm") or (kind == "activation" and (x.fresh or not in_place))
         return _Value(self, kind, path, (x,), fresh, in_place)
 
