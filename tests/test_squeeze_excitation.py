@@ -180,3 +180,9 @@ def test_replaced_forward_of_excitation_runs(monkeypatch):
     block, x = _make("basic"), torch.randn(3, 16, 5, 5)
     monkeypatch.setattr(Excitation, "forward", lambda self, h: h.new_zeros(()))
     torch.testing.assert_close(block(x), F.relu(x))
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_symbolic_trace(name):
+    block, x = _make(name).eval(), torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class ZeroPadShortcut(nn.Module):
@@ -43,7 +43,8 @@ class ZeroPadShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y; see the class."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        traced = isinstance(x, fx.Proxy)
+        if not traced and (x.dim() != 4 or x.shape[1] != self.in_channels):
             raise ValueError(f"ZeroPadShortcut: x must have shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.out_channels - self.in_channels))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fusedres.errors import ShapeError
 from fusedres.modules.genuine import touched
@@ -53,7 +53,8 @@ class Steps(NamedTuple):
             reasons.append(reason)
         added, reason = self._added(op, x)
         reasons.append(reason)
-        if added is not None and added.shape != h.shape:
+        traced = isinstance(h, fx.Proxy)
+        if added is not None and not traced and added.shape != h.shape:
             raise ShapeError(
                 f"{op}: the shortcut must have shape {tuple(h.shape)} like the residual branch, got "
                 f"{tuple(added.shape)}; give the block a downsample that reaches it"
