@@ -137,8 +137,10 @@ def fuse(
             switched.append(block)
     _set_rates(switched, stochastic_depth, stochastic_mode)
     if filter is None and not any(is_fused(type(block)) for block in model.modules()):
-        reasons = report(model)
-        because = f"{reasons[0].name}: {reasons[0].reason}" if reasons else "it has no residual blocks"
+        rows = report(model)
+        first = next((row for row in rows if not row.fused), None)
+        because = "it has no residual blocks" if not rows else "its blocks need no fuse()"
+        because = because if first is None else f"{first.name}: {first.reason}"
         warnings.warn(f"fuse: nothing in {type(model).__name__} was changed; {because}; see report()", stacklevel=2)
     return model
 
@@ -166,6 +168,8 @@ def _switch(block: nn.Module, options: dict[str, str]) -> None:
 def _set_rates(modules: list[nn.Module], rate: float, mode: str) -> None:
     """Set the rates of stochastic depth of fused blocks in order."""
     blocks = [block for block in modules if isinstance(block, FusedBlock)]
+    if rate and not blocks:
+        warnings.warn("fuse: stochastic_depth has no effect: no block with units was switched", stacklevel=3)
     for index, block in enumerate(blocks, 1):
         parts = block.__dict__.get("_parts", type(block)._parts)
         reason = refuse_dropping(parts) if rate else None

@@ -322,3 +322,10 @@ def test_stochastic_depth_and_a_replaced_forward(monkeypatch, cls):
     x = torch.randn(3, C, 5, 5)
     assert torch.equal(block(x), x + 1)
     assert "is replaced" in fusedres.report(block)[0].reason
+
+
+def test_stochastic_depth_without_a_block_that_drops():
+    model = nn.Sequential(PreActBasicBlock(C, C))
+    with pytest.warns(UserWarning, match="its blocks need no fuse"):
+        with pytest.warns(UserWarning, match="stochastic_depth has no effect"):
+            fusedres.fuse(model, stochastic_depth=0.5)
