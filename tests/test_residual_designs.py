@@ -326,6 +326,6 @@ def test_stochastic_depth_and_a_replaced_forward(monkeypatch, cls):
 
 def test_stochastic_depth_without_a_block_that_drops():
     model = nn.Sequential(PreActBasicBlock(C, C))
-    with pytest.warns(UserWarning, match="its blocks need no fuse"):
-        with pytest.warns(UserWarning, match="stochastic_depth has no effect"):
-            fusedres.fuse(model, stochastic_depth=0.5)
+    rates, blocks = "stochastic_depth has no effect", "its blocks need no fuse"
+    with pytest.warns(UserWarning, match=blocks), pytest.warns(UserWarning, match=rates):
+        fusedres.fuse(model, stochastic_depth=0.5)
