@@ -135,6 +135,7 @@ class Bench:
             FUSED: (self.settings.fused(copy.deepcopy(self.stock)), self.x),
         }
         if self.settings.compile:
+            torch.compiler.reset()  # else torch stops compiling after some blocks that share their forward
             modules["compile"] = (torch.compile(copy.deepcopy(self.stock)), self.x)
         variants = []
         for name, (module, x) in modules.items():
