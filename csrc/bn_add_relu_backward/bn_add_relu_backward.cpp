@@ -23,6 +23,8 @@ void check(const BnAddReluBackwardParams& p, const char* op) {
   require(p.shortcut.x == nullptr || p.shortcut.state != nullptr, op, "a shortcut branch needs its state");
   require(p.gate.data != nullptr || p.gate.kind == GateKind::kNone || p.gate.kind == GateKind::kRecompute, op,
           "null gate");
+  require(p.added == nullptr || (p.gate.kind == GateKind::kRecompute && p.shortcut.x == nullptr), op,
+          "another gradient is added only where the gate is recomputed, and to one branch");
 }
 
 TailTerm term_of(const BnBranch& branch) {
