@@ -185,6 +185,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+_SHORT = 0.35  # of eager's bar: a label does not fit into a shorter one
+
 # What the picture of models shows, as far as it was measured: variant → label, colour of the bar and of its text.
 SHOWN = {
     "eager": ("eager PyTorch, channels_last", "#bbbbbb", "black"),
@@ -262,7 +264,9 @@ def _bars(
             _, colour, ink = SHOWN[variant]
             axis.barh(position, ratio["median"], 0.9, color=colour)
             label = text(found[variant]) if variant == "eager" else f"{ratio['median']:.2f} × eager"
-            axis.text(0.02, position, label, va="center", fontsize=9.5, color=ink)
+            short = ratio["median"] < _SHORT  # the label stands beside the bar
+            at, color = (ratio["median"] + 0.02, "black") if short else (0.02, ink)
+            axis.text(at, position, label, va="center", fontsize=9.5, color=color)
             if variant != "eager" and "low" in ratio:
                 spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
                 axis.errorbar(ratio["median"], position, xerr=spread, color="black", lw=1.2, capsize=2)
