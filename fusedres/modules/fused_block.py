@@ -56,8 +56,9 @@ class FusedBlock(Freezable):
             return result
         options = options_of(self)
         parts = self.__dict__.get("_parts", cls._parts)
-        if self.fused_stochastic_depth is not None and self.training:
-            return run_dropping(cls, self, x, parts, self.fused_stochastic_depth)
+        dropping = self.__dict__.get("fused_stochastic_depth")
+        if dropping is not None and self.training:
+            return run_dropping(cls, self, x, parts, dropping)
         reason = unusual_input(x)
         if reason is not None:
             return run_unfused(cls, self, x, reason)
