@@ -21,7 +21,6 @@ from fusedres.modules.classes import (
     refusals,
     stock_class,
 )
-from fusedres.modules.composed_block import ComposedBlock
 from fusedres.modules.families import has_stem, looks_residual, read, read_network, why_unknown
 from fusedres.modules.frozen_network import FrozenModel
 from fusedres.modules.frozen_norm import recognise_frozen_norms
@@ -29,6 +28,8 @@ from fusedres.modules.fused_block import FusedForeignBlock
 from fusedres.modules.genuine import replaced_on_block
 from fusedres.modules.norm_act_conv import NormActConv
 from fusedres.modules.parts import Parts
+from fusedres.modules.postactivation import PostActBlock
+from fusedres.modules.preactivation import PreActBlock
 from fusedres.modules.resnet import FusedForeignStem
 from fusedres.modules.scripting import restore
 from fusedres.modules.stochastic_depth import StochasticRate, check_rate, refuse_dropping
@@ -37,7 +38,7 @@ from fusedres.modules.tail_block import FusedTailBlock
 
 _MEMORY = ("auto", "min")
 _CONV = ("auto", "library", "fused")
-_DECLARED = (NormActConv, ComposedBlock, ResidualTail)  # modules of this package that fuse() need not switch
+_DECLARED = (NormActConv, PreActBlock, PostActBlock, ResidualTail)  # modules that fuse() need not switch
 _OPTIONS = (
     "fused_memory",
     "fused_conv",

@@ -2,7 +2,7 @@
 
     p = mean over the pixels of BN(y) = scale·mean(y) + shift        s = σ(W2·relu(W1·p + b1) + b2)
 
-p and s are (N, C), so their passes cost nothing; BN(y) is not written. Source: Hu et al. 2018, Squeeze-and-Excitation
+The mean reads y once; p and s are (N, C), and BN(y) is not written. Source: Hu et al. 2018, Squeeze-and-Excitation
 Networks, https://arxiv.org/abs/1709.01507.
 """
 

@@ -74,8 +74,9 @@ def _forward(x: Tensor, plan: NormActConvPlan, tensors: NormActConvTensors) -> t
     source = to_channels_last(x)
     of_unit = (weights[0], *norm)
     require_memory(source, [t for weight in weights for t in (weight, *norm)])
-    with statistics_kept_on_error(of_unit, (unit,)):
-        if plan.kind is not None and state is None:
+    takes_statistics = plan.kind is not None and state is None
+    with statistics_kept_on_error(of_unit, (unit,) if takes_statistics else ()):
+        if takes_statistics:
             state = unit_state(source, unit, of_unit, 0, launch)
         h = _activated(source, state, plan, slope)
         found = [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from fusedres.errors import ShapeError
+from fusedres.modules.norm_act_conv import Named
 from fusedres.values import Geometry
 
 
@@ -23,17 +24,13 @@ class ComposedBlock(nn.Module):
         self.activation = nn.ReLU() if activation is None else activation
         self.downsample = downsample
 
-    def conv(self, index: int) -> dict[str, nn.Module]:
-        """Return a convolution by its name, from 1 on."""
-        return {f"conv{index}": getattr(self, f"conv{index}")}
+    def convs(self) -> list[Named]:
+        """Return the convolutions of the branch, with their names."""
+        return [(name, getattr(self, name)) for name in (f"conv{index + 1}" for index in range(self.depth))]
 
-    def norm(self, index: int) -> tuple[str, nn.Module]:
-        """Return the name of a BatchNorm, and it, from 1 on."""
-        return f"bn{index}", getattr(self, f"bn{index}")
-
-    def standing_reason(self) -> str | None:
-        """Return why no input runs fused, or None."""
-        raise NotImplementedError
+    def norms(self) -> list[Named]:
+        """Return the BatchNorms of the branch, with their names."""
+        return [(name, getattr(self, name)) for name in (f"bn{index + 1}" for index in range(self.depth))]
 
     def check_shortcut(self, x: Any, projection: nn.Module | None) -> None:
         """Raise where the shortcut has another shape than the branch, before anything is computed.
@@ -41,7 +38,7 @@ class ComposedBlock(nn.Module):
         Args:
             projection: the convolution of the shortcut, if that is all that changes its shape.
         """
-        convs = [conv for index in range(1, self.depth + 1) for conv in self.conv(index).values()]
+        convs: list[Any] = [conv for _, conv in self.convs()]
         fits = isinstance(x, Tensor) and x.dim() == 4 and all(map(_is_plain, convs))
         if not fits or x.shape[1] != convs[0].in_channels:
             return  # a step raises, or its modules do

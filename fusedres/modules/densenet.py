@@ -39,10 +39,6 @@ class FusedDense(Freezable):
     _stock: type[nn.Module] = nn.Module  # the class with the unfused forward
     _base: type[nn.Module] = nn.Module  # torchvision's class that it descends from
 
-    def unfused_reason(self) -> str | None:
-        """Return why the stock forward runs on the parameters' device, or None if the module is fused."""
-        raise NotImplementedError
-
 
 def _backend(module: nn.Module, device: torch.device) -> tuple[str, None] | tuple[None, str]:
     """Return the backend that serves a device, or why the stock forward runs there."""

@@ -44,12 +44,9 @@ class PostActBlock(ComposedBlock):
         return self._steps().standing_reason()
 
     def _steps(self) -> Steps:
-        indices = range(1, self.depth + 1)
-        convs = [conv for index in indices for conv in self.conv(index).items()]
         excitation: Any = getattr(self, self.excitation_name) if self.excitation_name else None
         shortcut = projection_of(self.downsample) or self.downsample
-        norms = [self.norm(index) for index in indices]
-        return Steps(convs, norms, self.activation, shortcut, self.has_shortcut, excitation)
+        return Steps(self.convs(), self.norms(), self.activation, shortcut, self.has_shortcut, excitation)
 
 
 class PlainBlock(PostActBlock):

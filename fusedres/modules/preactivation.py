@@ -53,7 +53,7 @@ class PreActBlock(ComposedBlock):
                 shortcut = found[1]
             elif first:
                 shortcut = self.downsample(x)  # type: ignore[misc]
-        unfused = next((reason for reason in reasons if reason is not None), None)
+        unfused = next(filter(None, reasons), None)
         keep_reason(self, unfused or "")
         if unfused is not None or h.dtype is not shortcut.dtype or h.shape != shortcut.shape:
             return h + shortcut, None
@@ -78,11 +78,11 @@ class PreActBlock(ComposedBlock):
     def standing_reason(self) -> str | None:
         """Return why no input runs fused, or None."""
         found = (standing_reason(norm, self.activation, convs) for norm, convs in self._units())
-        return next((reason for reason in found if reason is not None), None)
+        return next(filter(None, found), None)
 
     def _units(self) -> list[tuple[tuple[str, nn.Module], dict[str, nn.Module]]]:
         """Return each BatchNorm with the convolutions that read it."""
-        units = [(self.norm(index), self.conv(index)) for index in range(1, self.depth + 1)]
+        units = [(norm, dict([conv])) for norm, conv in zip(self.norms(), self.convs(), strict=True)]
         if isinstance(self.downsample, nn.Conv2d):
             units[0][1]["downsample"] = self.downsample
         return units

@@ -61,7 +61,7 @@ class Steps(NamedTuple):
             )
         found, reason = run(self._tail(), h, added, scale)
         reasons.append(reason)
-        return found, next((reason for reason in reasons if reason is not None), None)
+        return found, next(filter(None, reasons), None)
 
     def without_branch(self, op: str, x: Tensor) -> tuple[Tensor, str | None]:
         """Return act(S(x)), and why some of torch's own operators ran, or None."""
@@ -82,7 +82,7 @@ class Steps(NamedTuple):
         if isinstance(self.shortcut, Projection):
             found.append(standing_reason(None, None, dict([self.shortcut.conv])))
         found.append(reason_of_modules(self._tail(), None, None))
-        return next((reason for reason in found if reason is not None), None)
+        return next(filter(None, found), None)
 
     def _added(self, op: str, x: Tensor) -> tuple[Tensor | None, str | None]:
         """Return what is added to the branch, before its BatchNorm, and why torch's own operators made it."""
