@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from family import saved_bytes
 from reference import Oracle, Values
 from tolerance import check
 from torch import Tensor, nn
@@ -224,20 +225,6 @@ def test_fully_connected(shape):
         torch.testing.assert_close(leaf.grad, other.grad)
 
 
-def _saved(run: Callable[[], Tensor]) -> int:
-    """Return the bytes of the distinct tensors that a call saves for backward, parameters excluded."""
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(found.values())
-
-
 @pytest.mark.parametrize(
     ("name", "tensors", "bits"),
     [
@@ -251,7 +238,7 @@ def test_saved_bytes(name, tensors, bits):
     tail, given = _make(name, torch.float32, torch.channels_last)
     leaves = [None if t is None else t.requires_grad_() for t in given.values()]
     elements = 4 * C * 35
-    counted = _saved(lambda: tail(*leaves))
+    counted = saved_bytes(lambda: tail(*leaves), *tail.parameters())
     vectors = 4 * C * 4 * 4 * 4
     assert (
         tensors * 4 * elements + bits * elements // 8

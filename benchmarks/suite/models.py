@@ -1,4 +1,4 @@
-"""Time whole models, ResNet-18 and ResNet-50, and YOLO11n: a training step with SGD, and inference.
+"""Time whole models, ResNets, DenseNets and YOLO11n: a training step with SGD, and inference.
 
 The images are random and already on the device. All variants run interleaved in one process. A training step is
 zero_grad, forward, cross entropy, backward and a fused SGD with momentum. A variant that differs from eager is not
