@@ -1,6 +1,7 @@
 #include "bn_add_relu/bn_add_relu.h"
 
 #include <cmath>
+#include <limits>
 
 #include "common/bits.h"
 #include "common/check.h"

@@ -19,8 +19,11 @@ struct Chunks {
 
   // Larger chunks (up to 256 rows) if there are many rows. Kernels that write several values per channel and chunk use
   // them: fewer chunks leave fewer values to merge.
-  static Chunks tall(int64_t rows, int64_t row_bytes) {
-    return Chunks(rows, std::min(row_bytes, 65536 / std::clamp<int64_t>(rows / 64, 64, 256)));
+  static Chunks tall(int64_t rows, int64_t row_bytes) { return tall(rows, row_bytes, rows); }
+
+  // Those of one of several groups that have `all_rows` together.
+  static Chunks tall(int64_t rows, int64_t row_bytes, int64_t all_rows) {
+    return Chunks(rows, std::min(row_bytes, 65536 / std::clamp<int64_t>(all_rows / 64, 64, 256)));
   }
 
   int64_t begin(int64_t chunk) const { return chunk * size; }
