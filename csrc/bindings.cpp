@@ -137,8 +137,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "bn_statistics",
-      [](const Matrix& x, Address added, Address state, const Norm& norm, int threads) {
-        bn_statistics({x.data, x.dtype, x.rows, x.columns, state, norm, threads, added});
+      [](const Matrix& x, Address added, Address state, const Norm& norm, int threads, int64_t samples, Address means) {
+        bn_statistics({x.data, x.dtype, x.rows, x.columns, state, norm, threads, added, samples, means});
       },
       release);
 

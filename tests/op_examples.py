@@ -247,6 +247,7 @@ def examples() -> dict[str, list[Example]]:
         "bn_relu_maxpool_reduce": [{n: pooled[n] for n in ("grad", "argmax", "x")} | {"state": pooled["x_state"]}],
         "bn_relu_maxpool_wgrad": [wgrad | {"input": _like(N, 3, 12, W), "kernel": [3, 3], **_GEOMETRY}],
         "bn_statistics": [{"x": _like(N, C, H, W), **_norm(C)}],
+        "bn_statistics_and_means": [{"x": _like(N, C, H, W), **_norm(C)}],
         "bn_statistics_of_sum_": [{"x": _like(N, C, H, W), "added": _like(N, C, H, W, seed=1), **_norm(C)}],
         "conv_bn_add_relu": _inference(),
         "conv_dgrad": _dgrad(),

@@ -60,6 +60,23 @@ def test_statistics_of_a_sum(backend, dtype, shape):
     assert all(torch.equal(a, b) for a, b in zip(norms[0][2:4], norms[1][2:4], strict=True))
 
 
+@pytest.mark.parametrize("backend", backends_of("bn_statistics_and_means"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 24, 40, 41), (2, 64, 56, 56)])
+def test_statistics_and_the_means_of_each_sample(backend, dtype, shape):
+    where = device(backend, dtype)
+    x = activation(shape, dtype).to(where) + torch.arange(shape[0], dtype=dtype, device=where).view(-1, 1, 1, 1)
+    x[-1, 0, -1, -1], x[0, -1, 0, 0] = torch.inf, 2**15
+    norms = [Norm(None, None, *(vector(shape[1], seed=3).abs().to(where) for _ in range(2)), None, 0.1, 1e-5)
+             for _ in range(2)]  # fmt: skip
+    state, means = ops.bn_statistics_and_means(x, norms[0], backend=backend)
+    terms = x.double().abs().amax((0, 2, 3)).expand(x.shape[:2])  # of all samples: they share a pivot
+    assert_near("means", means, x.double().mean((2, 3)), terms, dtype, roundings=32)
+    only = ops.bn_statistics(x, norms[1], backend=backend)
+    for ours, other in ((state, only), *zip(norms[0][2:4], norms[1][2:4], strict=True)):
+        assert_near("state", ours, other.double(), other.double().abs() + terms[0], torch.float32, roundings=32)
+
+
 @pytest.mark.parametrize("backend", backends_of("bn_statistics"))
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 0.1), (-3e3, 1.0), (0.0, 1e-3)])
 @pytest.mark.parametrize("shape", [(4, 7, 20, 20), (2, 64, 33, 31)])

@@ -55,19 +55,27 @@ void finalize(const BnStatisticsParams& p, const double* mean, const double* m2,
 }
 
 // The moments of rows that are taken `parts` at a time for one row, and of each channel from those of its parts.
-void moments_of_parts(const BnStatisticsParams& p, int64_t parts, double* mean, double* m2) {
+void moments_of_parts(const BnStatisticsParams& p, int64_t parts, double* mean, double* m2, double* sample_means) {
   BnStatisticsParams wide = p;
   wide.rows = p.rows / parts;
   wide.channels = p.channels * parts;
-  std::vector<double> buffer(2 * wide.channels);
-  const double* part_mean = buffer.data();
-  const double* part_m2 = part_mean + wide.channels;
-  FUSEDRES_SELECT_ISA(moments_of)(wide, buffer.data(), buffer.data() + wide.channels);
+  std::vector<double> buffer((2 + (sample_means == nullptr ? 0 : p.samples)) * wide.channels);
+  double* part_mean = buffer.data();
+  double* part_m2 = part_mean + wide.channels;
+  double* part_sample_means = sample_means == nullptr ? nullptr : part_m2 + wide.channels;
+  FUSEDRES_SELECT_ISA(moments_of)(wide, part_mean, part_m2, part_sample_means);
+  const auto average = [&](const double* of_parts, double* target) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      double total = 0.0;
+      for (int64_t i = c; i < wide.channels; i += p.channels) total += of_parts[i];
+      target[c] = total / static_cast<double>(parts);
+    }
+  };
+  average(part_mean, mean);
+  for (int64_t sample = 0; sample_means != nullptr && sample < p.samples; ++sample)
+    average(part_sample_means + sample * wide.channels, sample_means + sample * p.channels);
   const double count = static_cast<double>(wide.rows);
   for (int64_t c = 0; c < p.channels; ++c) {
-    double total = 0.0;
-    for (int64_t i = c; i < wide.channels; i += p.channels) total += part_mean[i];
-    mean[c] = total / static_cast<double>(parts);
     m2[c] = 0.0;
     for (int64_t i = c; i < wide.channels; i += p.channels) {
       const double delta = part_mean[i] - mean[c];
@@ -81,15 +89,20 @@ void moments_of_parts(const BnStatisticsParams& p, int64_t parts, double* mean, 
 void bn_statistics(const BnStatisticsParams& p) {
   require(p.x != nullptr && p.state != nullptr, "bn_statistics", "null pointer");
   require(p.rows > 0 && p.channels > 0, "bn_statistics", "rows and channels must be positive");
-  std::vector<double> buffer(2 * p.channels);
+  require(p.samples > 0 && p.rows % p.samples == 0, "bn_statistics", "samples must have as many rows each");
+  const int64_t of_samples = p.means == nullptr ? 0 : p.samples * p.channels;
+  std::vector<double> buffer(2 * p.channels + of_samples);
   double* mean = buffer.data();
   double* m2 = mean + p.channels;
-  const int64_t parts = rows_at_once(p.rows, p.channels, kBlockChannels);
+  double* sample_means = p.means == nullptr ? nullptr : m2 + p.channels;
+  const int64_t parts = rows_at_once(p.rows / p.samples, p.channels, kBlockChannels);
   if (parts == 1)
-    FUSEDRES_SELECT_ISA(moments_of)(p, mean, m2);
+    FUSEDRES_SELECT_ISA(moments_of)(p, mean, m2, sample_means);
   else
-    moments_of_parts(p, parts, mean, m2);
+    moments_of_parts(p, parts, mean, m2, sample_means);
   bn_finalize(p, mean, m2, nullptr);
+  const DType dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  for (int64_t i = 0; i < of_samples; ++i) store_scalar(p.means, i, dtype, sample_means[i]);
 }
 
 void bn_finalize(const BnStatisticsParams& p, const double* mean, const double* m2, const double* running_offset) {

@@ -16,6 +16,8 @@ struct BnStatisticsParams {
   Norm norm;
   int threads;
   const void* added = nullptr;  // like x: it is added to x first; null: nothing is
+  int64_t samples = 1;          // each of rows / samples rows
+  void* means = nullptr;        // [samples, channels] like state: the means of each sample; null: not wanted
 };
 
 // Batch statistics of NHWC data per channel, merged without cancellation, and what follows from them:

@@ -30,6 +30,21 @@ struct Chunks {
   int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * size); }
 };
 
+// The chunks of several groups of as many rows: those of one group follow each other.
+struct GroupChunks {
+  Chunks of_group;
+  int64_t count;
+
+  GroupChunks(int64_t groups, const Chunks& of_group) : of_group(of_group), count(groups * of_group.count) {}
+
+  // Calls body(group, first row, row after the last) for a chunk.
+  template <class Body>
+  void with(int64_t index, const Body& body) const {
+    const int64_t group = index / of_group.count, chunk = index % of_group.count;
+    body(group, group * of_group.rows + of_group.begin(chunk), group * of_group.rows + of_group.end(chunk));
+  }
+};
+
 // Work below this many bytes runs on the calling thread: waking the others costs more.
 constexpr int64_t kSerialBytes = 1 << 16;
 

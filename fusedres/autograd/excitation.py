@@ -2,8 +2,8 @@
 
     p = mean over the pixels of BN(y) = scale·mean(y) + shift        s = σ(W2·relu(W1·p + b1) + b2)
 
-The mean reads y once; p and s are (N, C), and BN(y) is not written. Source: Hu et al. 2018, Squeeze-and-Excitation
-Networks, https://arxiv.org/abs/1709.01507.
+mean(y) is found with BatchNorm's statistics, in one pass over y; p and s are (N, C), and BN(y) is not written. Source:
+Hu et al. 2018, Squeeze-and-Excitation Networks, https://arxiv.org/abs/1709.01507.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedres.values import arithmetic_dtype
-
 EXCITATION_TENSORS = 4  # W1 (R, C), b1 (R,), W2 (C, R), b2 (C,); the matrices may have two more axes of length 1
-
-
-def means_of(x: Tensor) -> Tensor:
-    """Return mean(y) (N, C) in the arithmetic type."""
-    return x.mean((2, 3), dtype=arithmetic_dtype(x.dtype))
 
 
 def normalised(means: Tensor, state: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.composite_tail import differentiable_tail
-from fusedres.autograd.excitation import EXCITATION_TENSORS, excitation_gradients, excite, means_of, normalised
+from fusedres.autograd.excitation import EXCITATION_TENSORS, excitation_gradients, excite, normalised
 from fusedres.autograd.graph import materialized, needs_composite, used_gradients
 from fusedres.autograd.layout import in_format, suggests_channels_last
 from fusedres.autograd.memory import has_memory, kept_on_error, refuse, to_channels_last
@@ -25,7 +25,17 @@ from fusedres.autograd.residual_block import count_path
 from fusedres.autograd.saved import check_each
 from fusedres.autograd.tail_plan import TERM, States, TailPlan, TermNorm, TermTensors, as_image, split
 from fusedres.ops.launch import Launches, launches
-from fusedres.values import Activation, Gated, Norm, TailCoefficients, TailNeeds, TailTerm, in_dtype, pixel_rows
+from fusedres.values import (
+    Activation,
+    Gated,
+    Norm,
+    TailCoefficients,
+    TailNeeds,
+    TailTerm,
+    arithmetic_dtype,
+    in_dtype,
+    pixel_rows,
+)
 
 
 def run_tail(plan: TailPlan, tensors: Sequence[Tensor | None], recorded: bool) -> Tensor:
@@ -52,16 +62,27 @@ def _like_input(tensor: Tensor, flat: bool, channels_last: bool) -> Tensor:
     return tensor.flatten(1) if flat else in_format(to_channels_last(tensor), channels_last)
 
 
+def _arguments(tensors: TermTensors, norm: TermNorm) -> Norm:
+    running = (tensors.running_mean, tensors.running_var, tensors.num_batches_tracked)
+    if norm.batch_statistics and not norm.update:
+        running = (None, None, None)
+    return Norm(tensors.weight, tensors.bias, *running, norm.momentum, norm.eps)
+
+
 def _state(x: Tensor, tensors: TermTensors, norm: TermNorm | None, launch: Launches) -> Tensor | None:
     """Return the (4, C) state of a term's BatchNorm, from the batch or from the running statistics."""
     if norm is None:
         return None
-    running = (tensors.running_mean, tensors.running_var, tensors.num_batches_tracked)
-    if norm.batch_statistics and not norm.update:
-        running = (None, None, None)
-    arguments = Norm(tensors.weight, tensors.bias, *running, norm.momentum, norm.eps)
-    state: Tensor = (launch.bn_statistics if norm.batch_statistics else launch.bn_frozen)(x, arguments)
+    state: Tensor = (launch.bn_statistics if norm.batch_statistics else launch.bn_frozen)(x, _arguments(tensors, norm))
     return state
+
+
+def _state_and_means(x: Tensor, tensors: TermTensors, norm: TermNorm, launch: Launches) -> tuple[Tensor, Tensor]:
+    """Return the state, and the means of x over the pixels (N, C), which an excitation is made of."""
+    if norm.batch_statistics:
+        state, means = launch.bn_statistics_and_means(x, _arguments(tensors, norm))
+        return state, means
+    return launch.bn_frozen(x, _arguments(tensors, norm)), x.mean((2, 3), dtype=arithmetic_dtype(x.dtype))
 
 
 def _terms(
@@ -98,13 +119,14 @@ def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) 
         for tensor in term[3:6]
     ]
     with kept_on_error(updated):
-        first = first._replace(state=_state(first.x, branch, plan.norms[0], launch))
         means = None
-        if plan.excitation is not None:
-            assert first.state is not None
-            means = means_of(first.x)
-            pooled = normalised(means, first.state)
-            first = first._replace(factor=excite(pooled, tensors[2 * TERM + 1 :], plan.excitation))
+        if plan.excitation is None:
+            first = first._replace(state=_state(first.x, branch, plan.norms[0], launch))
+        else:
+            assert plan.norms[0] is not None
+            state, means = _state_and_means(first.x, branch, plan.norms[0], launch)
+            factor = excite(normalised(means, state), tensors[2 * TERM + 1 :], plan.excitation)
+            first = first._replace(state=state, factor=factor)
         if second is not None:
             second = second._replace(state=_state(second.x, shortcut, plan.norms[1], launch))
         activation = Activation(plan.kind, slope, plan.before_add)

@@ -27,6 +27,7 @@ from fusedres.ops.bn_relu_maxpool import bn_relu_maxpool_wgrad as bn_relu_maxpoo
 from fusedres.ops.bn_statistics import bn_finalize as bn_finalize
 from fusedres.ops.bn_statistics import bn_frozen as bn_frozen
 from fusedres.ops.bn_statistics import bn_statistics as bn_statistics
+from fusedres.ops.bn_statistics import bn_statistics_and_means as bn_statistics_and_means
 from fusedres.ops.bn_statistics import bn_statistics_of_sum_ as bn_statistics_of_sum_
 from fusedres.ops.conv_dgrad import conv_dgrad as conv_dgrad
 from fusedres.ops.conv_fprop import conv_bn_add_relu as conv_bn_add_relu

@@ -40,6 +40,19 @@ def bn_statistics(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     return x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x.dtype))
 
 
+@op("bn_statistics", {"x": activation("N C H W"), **norm("C")}, writes=RUNNING, relations=_check_values)
+def bn_statistics_and_means(x: Tensor, norm: Norm, *, backend: str) -> tuple[Tensor, Tensor]:
+    """bn_statistics, and the mean over the pixels of each sample and channel, from one pass over x.
+
+    With p = scale·means + shift this is the pool of BatchNorm(x) that squeeze-and-excitation needs (Hu et al. 2018).
+
+    Returns:
+        the state (4, C), and the means (N, C); float64 for float64 x, else float32.
+    """
+    dtype = arithmetic_dtype(x.dtype)
+    return x.new_empty((4, x.shape[1]), dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
+
+
 @op(
     "bn_statistics",
     {"x": activation("N C H W"), "added": activation("N C H W"), **norm("C")},

@@ -15,14 +15,22 @@ def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     return _statistics(x, 0, norm)
 
 
+def bn_statistics_and_means(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_statistics."""
+    means = x.new_empty(x.shape[:2], dtype=arithmetic_dtype(x.dtype))
+    return _statistics(x, 0, norm, means), means
+
+
 def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     return _statistics(x, added.data_ptr(), norm)
 
 
-def _statistics(x: Tensor, added: int, norm: Norm) -> Tensor:
+def _statistics(x: Tensor, added: int, norm: Norm, means: Tensor | None = None) -> Tensor:
     state = x.new_empty((4, x.shape[1]), dtype=arithmetic_dtype(x.dtype))
-    _C.bn_statistics(matrix_of(x), added, state.data_ptr(), norm_of(norm), torch.get_num_threads())
+    samples, target = (1, 0) if means is None else (x.shape[0], means.data_ptr())
+    threads = torch.get_num_threads()
+    _C.bn_statistics(matrix_of(x), added, state.data_ptr(), norm_of(norm), threads, samples, target)
     return state
 
 

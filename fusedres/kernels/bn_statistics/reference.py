@@ -17,6 +17,11 @@ def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     return normalisation(mean, var, norm.weight, norm.bias, norm.eps)
 
 
+def bn_statistics_and_means(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_statistics."""
+    return bn_statistics(x, norm), x.mean((2, 3), dtype=arithmetic_dtype(x.dtype))
+
+
 def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     return bn_statistics(x.add_(added), norm)

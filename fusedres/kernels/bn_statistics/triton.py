@@ -68,7 +68,8 @@ def bn_partials_kernel(
     pivot_ptr,  # (C,) like x
     out_partials_ptr,  # (T, 2, C) float32 or float64: mean of x − pivot, and M2
     out_rows_ptr,  # (T,) like the partials
-    M,
+    group_rows,  # rows of a group, which share no tile with those of another: M, or those of a sample
+    group_tiles,
     C,
     tile_rows,
     BLOCK_M: tl.constexpr,
@@ -77,8 +78,10 @@ def bn_partials_kernel(
     dtype: tl.constexpr = out_partials_ptr.dtype.element_ty
     index, column = tile(tl.program_id(0), C, 1, BLOCK_C)
     lanes, columns = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_C)
-    count = tl.minimum(M - index * tile_rows, tile_rows)
-    x_ptr += index * tile_rows * C
+    group = index // group_tiles
+    first = (index - group * group_tiles) * tile_rows
+    count = tl.minimum(group_rows - first, tile_rows)
+    x_ptr += (group * group_rows + first) * C
     offsets = lanes[:, None] * C + columns[None, :]
     pivot = load_pivot(pivot_ptr, C, columns, dtype)
 
@@ -212,12 +215,19 @@ def bn_frozen_kernel(
     store_state(out_state_ptr, mean, var, weight_ptr, bias_ptr, eps, C, columns, BLOCK_C)
 
 
-def partial_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return partials (T, 2, C) of x − pivot, the rows of each of them (T,), and the pivot (C,)."""
+def partial_statistics(x: Tensor, by_sample: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return partials (T, 2, C) of x − pivot, the rows of each of them (T,), and the pivot (C,).
+
+    by_sample: each sample has tiles of its own, in order.
+    """
     n, c, h, w = x.shape
+    groups = n if by_sample else 1
     candidates = configs.bn_partials(c, x.dtype)
     config = choose(candidates)
-    tiles, tile_rows = configs.partial_tiles(n * h * w, c, config, multiprocessors(x.device))
+    group_rows = n * h * w // groups
+    wanted = max(1, multiprocessors(x.device) // groups)
+    group_tiles, tile_rows = configs.partial_tiles(group_rows, c, config, wanted)
+    tiles = groups * group_tiles
     partials = torch.empty((tiles, 2, c), dtype=arithmetic_dtype(x.dtype), device=x.device)
     rows = torch.empty(tiles, dtype=partials.dtype, device=x.device)
     pivot = x[0, :, 0, 0]
@@ -226,7 +236,8 @@ def partial_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "pivot_ptr": pivot,
         "out_partials_ptr": partials,
         "out_rows_ptr": rows,
-        "M": n * h * w,
+        "group_rows": group_rows,
+        "group_tiles": group_tiles,
         "C": c,
         "tile_rows": tile_rows,
     }
@@ -238,6 +249,14 @@ def bn_statistics(x: Tensor, norm: Norm) -> Tensor:
     """See fusedres.ops.bn_statistics."""
     partials, rows, pivot = partial_statistics(x)
     return _finalize(partials, rows, norm, pivot, True)
+
+
+def bn_statistics_and_means(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """See fusedres.ops.bn_statistics."""
+    partials, rows, pivot = partial_statistics(x, True)
+    of_samples = partials[:, 0].unflatten(0, (x.shape[0], -1)), rows.view(x.shape[0], -1, 1)
+    means = torch.where(pivot.isfinite(), pivot, 0.0) + (of_samples[0] * of_samples[1]).sum(1) / of_samples[1].sum(1)
+    return _finalize(partials, rows, norm, pivot, True), means
 
 
 def bn_statistics_of_sum_(x: Tensor, added: Tensor, norm: Norm) -> Tensor:
