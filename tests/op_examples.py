@@ -216,6 +216,7 @@ def examples() -> dict[str, list[Example]]:
     reduced_tails, applied_tails = _gated_tail_gradients()
     return {
         "gated_tail": [example | {"with_mask": not example["before_add"]} for example in _gated_tails()],
+        "gated_tail_": _gated_tails(),
         "gated_tail_reduce": reduced_tails,
         "gated_tail_apply": applied_tails,
         "bn_add_relu": _tail() + _tail(torch.bfloat16),

@@ -49,6 +49,8 @@ def test_forward(backend, dtype, name):
             assert not unpack_bits(mask, mask.shape[-1] * 8)[:, shape[1] :].any()
         else:
             assert mask.numel() == 0
+        ops.gated_tail_(*made.values(), backend=backend)
+        assert torch.equal(made["branch"].x, got)
 
 
 def mask_of(made: dict[str, Any], tail: Tail, backend: str) -> Tensor | None:

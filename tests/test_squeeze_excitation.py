@@ -9,6 +9,7 @@ import torch
 from family import check_equation, randomised, saved_bytes, values
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres import SEBasicBlock, SEBottleneck, ZeroPadShortcut
@@ -113,6 +114,39 @@ def test_saves_what_the_gradients_need():
     small = 4 * (2 * 4 * 16 + 2 * 4 * 16)  # two states; means and factors of four samples
     assert ours <= 2 * x.nbytes + x.numel() // 8 + small
     assert ours < 0.5 * theirs
+
+
+class _Written(TorchDispatchMode):
+    """Notes where the branches are that a tail was written over."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fusedres.gated_tail_.default:
+            self.branches.append(args[0].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_inference_writes_over_the_branch(name, monkeypatch):
+    """But neither over the block's input, nor over what a hook of a convolution has seen."""
+    block = _make(name).eval()
+    x = torch.randn(3, 16, 8, 6).to(memory_format=torch.channels_last)
+    kept, want = x.clone(), _equation(block, x).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, _Written() as written:
+            assert block(x).data_ptr() in written.branches
+        with context:
+            torch.testing.assert_close(block(x), want)
+        assert torch.equal(x, kept)
+    seen = []
+    conv = block.convs()[-1][1]
+    conv.register_forward_hook(lambda module, given, out: seen.append((out, out.clone())))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), want)
+    assert torch.equal(*seen[0])
 
 
 def test_state_dict_is_torchvision_s():

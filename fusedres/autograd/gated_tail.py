@@ -38,12 +38,12 @@ from fusedres.values import (
 )
 
 
-def run_tail(plan: TailPlan, tensors: Sequence[Tensor | None], recorded: bool) -> Tensor:
-    """Run a tail; recorded: autograd records it, as gradients are wanted."""
+def run_tail(plan: TailPlan, tensors: Sequence[Tensor | None], recorded: bool, owned: bool = False) -> Tensor:
+    """Run a tail; recorded: autograd records it, as gradients are wanted; owned: else the branch's x may be written."""
     if recorded:
         result: Tensor = GatedTailFunction.apply(plan, *tensors)
         return result
-    return _like_input(_forward(plan, tensors, False).out, *_layout(_x_of(tensors)))
+    return _like_input(_forward(plan, tensors, False, owned).out, *_layout(_x_of(tensors)))
 
 
 def _x_of(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -101,13 +101,13 @@ def _terms(
 
 class _Result(NamedTuple):
     out: Tensor
-    mask: Tensor
+    mask: Tensor | None
     states: States
     means: Tensor | None  # of the branch's x over the pixels, and the factor that an excitation makes of them
     factor: Tensor | None
 
 
-def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) -> _Result:
+def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool, in_place: bool = False) -> _Result:
     launch = launches(plan.backend)
     _require_memory(tensors)
     branch, shortcut, slope = split(tensors)
@@ -130,7 +130,12 @@ def _forward(plan: TailPlan, tensors: Sequence[Tensor | None], with_mask: bool) 
         if second is not None:
             second = second._replace(state=_state(second.x, shortcut, plan.norms[1], launch))
         activation = Activation(plan.kind, slope, plan.before_add)
-        out, mask = launch.gated_tail(first, second, activation, plan.coupled, with_mask)
+        mask = None
+        if in_place:
+            out = first.x
+            launch.gated_tail_(first, second, activation, plan.coupled)
+        else:
+            out, mask = launch.gated_tail(first, second, activation, plan.coupled, with_mask)
     count_path("tail_forward")
     return _Result(out, mask, (first.state, None if second is None else second.state), means, first.factor)
 

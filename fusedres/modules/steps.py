@@ -51,6 +51,7 @@ class Steps(NamedTuple):
         for norm, conv in zip(self.norms, self.convs[1:], strict=False):
             (h,), reason = run_unit(op, h, norm, self.activation, dict([conv]))
             reasons.append(reason)
+        owned = reason is None  # by nobody else: no hook of a convolution has seen it
         added, reason = self._added(op, x)
         reasons.append(reason)
         traced = isinstance(h, fx.Proxy)
@@ -59,7 +60,7 @@ class Steps(NamedTuple):
                 f"{op}: the shortcut must have shape {tuple(h.shape)} like the residual branch, got "
                 f"{tuple(added.shape)}; give the block a downsample that reaches it"
             )
-        found, reason = run(self._tail(), h, added, scale)
+        found, reason = run(self._tail(), h, added, scale, owned)
         reasons.append(reason)
         return found, next(filter(None, reasons), None)
 

@@ -104,11 +104,16 @@ def _reason_of_inference(tail: TailModules, branch: Tensor, *others: Tensor | No
 
 
 def run(
-    tail: TailModules, branch: Tensor, shortcut: Tensor | None = None, scale: Tensor | None = None
+    tail: TailModules, branch: Tensor, shortcut: Tensor | None = None, scale: Tensor | None = None, owned: bool = False
 ) -> tuple[Tensor, str | None]:
-    """Return the tail of tensors that fit each other, and why torch's own operators ran, or None."""
+    """Return the tail of tensors that fit each other, and why torch's own operators ran, or None.
+
+    owned: nobody else has the branch, it may be written over.
+    """
     reason = reason_of_call(tail, branch, shortcut, scale, None)
-    return (run_fused if reason is None else run_unfused)(tail, branch, shortcut, scale), reason
+    if reason is not None:
+        return run_unfused(tail, branch, shortcut, scale), reason
+    return run_fused(tail, branch, shortcut, scale, owned=owned), None
 
 
 def run_unfused(
@@ -162,8 +167,9 @@ def run_fused(
     shortcut: Tensor | None = None,
     scale: Tensor | None = None,
     carry: Tensor | None = None,
+    owned: bool = False,
 ) -> Tensor:
-    """Run a tail for which reason_of_call has no reason."""
+    """Run a tail for which reason_of_call has no reason; owned: see run."""
     whole = [branch, shortcut, *((scale, carry) if tail.gate != "scale" else ())]
     dtype = branch.dtype
     for tensor in whole:
@@ -188,7 +194,7 @@ def run_fused(
         autocast = torch.is_autocast_enabled(branch.device.type) and dtype is not torch.float64
         plan = plan._replace(excitation=torch.get_autocast_dtype(branch.device.type) if autocast else dtype)
         tensors += tail.excitation.tensors()
-    return run_tail(plan, tensors, wants_gradients(branch, tensors))
+    return run_tail(plan, tensors, wants_gradients(branch, tensors), owned)
 
 
 # The forwards that a fused tail does not call.

@@ -42,6 +42,7 @@ from fusedres.ops.dense_block import dense_bn_relu_backward_ as dense_bn_relu_ba
 from fusedres.ops.dense_block import dense_gradient as dense_gradient
 from fusedres.ops.empty_batch import empty_batch as empty_batch
 from fusedres.ops.gated_tail import gated_tail as gated_tail
+from fusedres.ops.gated_tail import gated_tail_ as gated_tail_
 from fusedres.ops.gated_tail import gated_tail_apply as gated_tail_apply
 from fusedres.ops.gated_tail import gated_tail_reduce as gated_tail_reduce
 from fusedres.ops.gram import gram as gram

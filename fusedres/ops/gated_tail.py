@@ -102,6 +102,18 @@ def gated_tail(
     return out, out.new_empty(mask_shape(out) if with_mask else (0,), dtype=torch.uint8)
 
 
+@op("gated_tail", _TERMS, writes=("branch",), relations=_check_tail)
+def gated_tail_(
+    branch: TailTerm,
+    shortcut: TailTerm | None,
+    activation: Activation,
+    coupled: bool = False,
+    *,
+    backend: str,
+) -> None:
+    """gated_tail, written over the branch's x: nothing is allocated. Arguments as in gated_tail."""
+
+
 def _tiles(x: Tensor, groups: int, backend: str) -> int:
     if backend != "triton":
         return 1

@@ -68,6 +68,11 @@ def gated_tail(
     return out, mask
 
 
+def gated_tail_(branch: TailTerm, shortcut: TailTerm | None, activation: Activation, coupled: bool) -> None:
+    """See fusedres.ops.gated_tail."""
+    _C.gated_tail(_tail(branch.x, _term(branch), _term(shortcut), activation, coupled), branch.x.data_ptr(), 0)
+
+
 def gated_tail_reduce(
     gated: Gated,
     branch: TailTerm,

@@ -80,6 +80,11 @@ def gated_tail(
     return _stored(z if activation.before_add else _activate(z, activation), branch.x), mask
 
 
+def gated_tail_(branch: TailTerm, shortcut: TailTerm | None, activation: Activation, coupled: bool) -> None:
+    """See fusedres.ops.gated_tail."""
+    branch.x.copy_(gated_tail(branch, shortcut, activation, coupled, False)[0])
+
+
 class _Gradients(NamedTuple):
     """The values of fusedres.ops.gated_tail_reduce."""
 

@@ -75,12 +75,26 @@ def gated_tail(
     x = branch.x
     out = torch.empty_like(x, memory_format=torch.channels_last)
     mask = torch.empty(mask_shape(x) if with_mask else (0,), dtype=torch.uint8, device=x.device)
-    candidates = configs.elementwise(x.shape[1], x.element_size())
+    _forward(branch, shortcut, activation, coupled, {"out_ptr": out, "out_mask_ptr": mask if with_mask else None})
+    return out, mask
+
+
+def gated_tail_(branch: TailTerm, shortcut: TailTerm | None, activation: Activation, coupled: bool) -> None:
+    """See fusedres.ops.gated_tail."""
+    _forward(branch, shortcut, activation, coupled, {"out_ptr": branch.x, "out_mask_ptr": None})
+
+
+def _forward(
+    branch: TailTerm,
+    shortcut: TailTerm | None,
+    activation: Activation,
+    coupled: bool,
+    results: dict[str, Tensor | None],
+) -> None:
+    candidates = configs.elementwise(branch.x.shape[1], branch.x.element_size())
     config = choose(candidates)
     arguments = _arguments(branch, shortcut, activation, coupled, config["BLOCK_M"])
-    results = {"out_ptr": out, "out_mask_ptr": mask if with_mask else None}
-    launch(gated_tail_kernel, _grid(arguments, x, config), arguments | results, config, candidates)
-    return out, mask
+    launch(gated_tail_kernel, _grid(arguments, branch.x, config), arguments | results, config, candidates)
 
 
 def gated_tail_reduce(
