@@ -36,6 +36,13 @@ def _branch() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1, bias=False))
 
 
+def _normed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(C), nn.SiLU(), nn.Conv2d(C, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, C, 3, padding=1, bias=False), nn.Dropout(0.0),
+    )  # fmt: skip
+
+
 def _set(block: nn.Module, value: float) -> nn.Module:
     nn.init.constant_(block.scale, value)
     return block
@@ -72,6 +79,7 @@ def _depth(m: StochasticDepth, x: Tensor) -> Tensor:
 DESIGNS = {
     "ReZero": (lambda: _set(ReZero(_branch()), 0.7), _scaled),
     "ReZero with BatchNorm": (lambda: _set(ReZero(_branch(), nn.BatchNorm2d(C)), 0.7), _scaled),
+    "ReZero of norms": (lambda: _set(ReZero(_normed()), 0.7), _scaled),
     "SkipInit": (lambda: SkipInit(_branch(), 0.4), _scaled),
     "LayerScale": (lambda: LayerScale(_branch(), C, 0.3, nn.BatchNorm2d(C)), _scaled),
     "plain": (lambda: PlainBlock(C, 24, 2), _plain),
@@ -108,6 +116,30 @@ def test_zero_residual_is_the_identity(make):
     out = block(x)
     grad = torch.randn_like(out)
     assert torch.equal(out, x) and torch.equal(torch.autograd.grad(out, x, grad)[0], grad)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_convolutions_of_a_branch_run_as_units(mode):
+    block = randomised(_set(ReZero(_normed()), 0.7)).train(mode == "train")
+    x = torch.randn(2, C, 6, 6, requires_grad=True)
+    before = path_counts["norm_act_conv_forward"]
+    out = block(x)
+    assert path_counts["norm_act_conv_forward"] == before + 2
+    seen = []
+    block.branch[3].register_forward_hook(lambda module, given, result: seen.append(result))  # of the second norm
+    again = block(x)
+    assert (
+        path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 1
+    )  # the second convolution alone
+    torch.testing.assert_close(again, out)
+    block.branch.register_forward_hook(lambda module, given, result: 2 * result)
+    torch.testing.assert_close(block(x) - x, 2 * (out - x), rtol=1e-4, atol=1e-5)
+    assert path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 2
+
+
+def test_wrong_channels_of_a_branch():
+    with pytest.raises(RuntimeError, match=r"ReZero.*16.*3"):
+        ReZero(_normed())(torch.zeros(2, 3, 5, 5))
 
 
 def test_initial_values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fusedres.modules.branch import run_branch
 from fusedres.modules.tail import ResidualTail
 
 
@@ -37,7 +38,9 @@ class Highway(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output; see the class."""
-        result: Tensor = self.tail(self.transform(x), x, self.gate(x))
+        op = type(self).__name__
+        transformed = run_branch(op, "transform", self.transform, x)
+        result: Tensor = self.tail(transformed, x, run_branch(op, "gate", self.gate, x))
         return result
 
 

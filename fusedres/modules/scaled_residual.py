@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fusedres.modules.branch import run_branch
 from fusedres.modules.stochastic_depth import check_rate, draw_survivors
 from fusedres.modules.tail import ResidualTail
 from fusedres.modules.tail_running import TailModules, run
@@ -13,7 +14,8 @@ from fusedres.modules.tail_running import TailModules, run
 class ScaledResidual(nn.Module):
     """y = x + scale⊙F(x), or x + scale⊙norm(F(x)), with a learnt scale: what ReZero, SkipInit and LayerScale share.
 
-    Scale, norm and add are one pass forward; backward one pass for the sums and one for the gradients.
+    Scale, norm and add are one pass forward; backward one pass for the sums and one for the gradients. In a branch that
+    is an nn.Sequential, a norm, an activation and the convolution after them run as NormActConv.
 
     Shape: x (N, C, H, W), or (N, C), to the same; branch keeps the shape.
 
@@ -36,7 +38,7 @@ class ScaledResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the result; see the class."""
-        result: Tensor = self.tail(self.branch(x), x, self.scale)
+        result: Tensor = self.tail(run_branch(type(self).__name__, "branch", self.branch, x), x, self.scale)
         return result
 
 
@@ -82,7 +84,7 @@ class StochasticDepth(nn.Module):
 
     Mode "row" draws b for each sample: F runs for all, as its BatchNorms need the batch. Mode "batch" draws one b for
     the batch, as in the paper; where it is 0, F does not run and the block costs nothing. Survivors are scaled in
-    training, as in torchvision.ops.stochastic_depth; in the paper they are in eval.
+    training, as in torchvision.ops.stochastic_depth; in the paper they are in eval. F runs as in ScaledResidual.
 
     Shape: x (N, C, H, W), or (N, C), to the same; branch keeps the shape.
 
@@ -119,11 +121,14 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the result; see the class."""
         if not self.training or self.rate == 0:
-            result: Tensor = self.tail(self.branch(x), x)
+            result: Tensor = self.tail(self._branch(x), x)
             return result
         survivors = draw_survivors(x, self.rate, self.mode)
         activation = self.tail.activation
         if survivors is None:
             return x if activation is None else run(TailModules(None, None, activation, False), x)[0]
-        result = self.tail(self.branch(x), x, survivors)
+        result = self.tail(self._branch(x), x, survivors)
         return result
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return run_branch(type(self).__name__, "branch", self.branch, x)
