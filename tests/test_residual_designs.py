@@ -128,9 +128,7 @@ def test_convolutions_of_a_branch_run_as_units(mode):
     seen = []
     block.branch[3].register_forward_hook(lambda module, given, result: seen.append(result))  # of the second norm
     again = block(x)
-    assert (
-        path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 1
-    )  # the second convolution alone
+    assert path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 1  # the second convolution alone
     torch.testing.assert_close(again, out)
     block.branch.register_forward_hook(lambda module, given, result: 2 * result)
     torch.testing.assert_close(block(x) - x, 2 * (out - x), rtol=1e-4, atol=1e-5)
