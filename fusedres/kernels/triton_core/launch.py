@@ -48,7 +48,10 @@ assumed = H100  # if there is no GPU to ask
 
 
 # Kernels' names of sizes and counts that depend on the batch.
-_OF_THE_BATCH = {"M", "N", "rows", "tile_rows", "tiles", "steps", "T", "S", "count", *(f"splits_{i}" for i in range(4))}
+_OF_THE_BATCH = {
+    "M", "N", "rows", "tile_rows", "group_rows", "tiles", "group_tiles", "steps", "T", "S", "count",
+    *(f"splits_{i}" for i in range(4)),
+}  # fmt: skip
 
 
 def jit_for_any_batch(kernel: Callable[..., None]) -> Any:
