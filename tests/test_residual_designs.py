@@ -135,6 +135,17 @@ def test_convolutions_of_a_branch_run_as_units(mode):
     assert path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 2
 
 
+@pytest.mark.parametrize("name", ["ReZero", "ReZero of norms", "LayerScale", "no stochastic depth"])
+def test_compiled_and_traced(name):
+    block = randomised(DESIGNS[name][0]()).eval()
+    x = torch.randn(2, C, 6, 6)
+    want = block(x)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), want)
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), want)
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), want)
+    torch.testing.assert_close(torch.func.jvp(block, (x,), (x,))[0], want)
+
+
 def test_wrong_channels_of_a_branch():
     with pytest.raises(RuntimeError, match=r"ReZero.*16.*3"):
         ReZero(_normed())(torch.zeros(2, 3, 5, 5))

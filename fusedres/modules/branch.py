@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from fusedres.modules.calls import unusual_input
 from fusedres.modules.genuine import touched
 from fusedres.modules.norm_act_conv import run_unit, standing_reason
 
@@ -11,21 +13,19 @@ from fusedres.modules.norm_act_conv import run_unit, standing_reason
 def run_branch(op: str, name: str, branch: nn.Module, x: Tensor) -> Tensor:
     """Return branch(x). A plain nn.Sequential's convolutions, each with a norm and an activation before it, are units.
 
-    Everything else is called, and so is a branch that is observed as a whole.
+    Everything else is called, and so is a branch that is observed as a whole, traced or compiled.
 
     Args:
         op, name: the owner's class and the branch's name in it, for errors.
 
     Raises: what the layers raise, and see NormActConv.
     """
-    layers: list[tuple[str, nn.Module]]
-    if type(branch) is nn.Conv2d:
-        layers = [(name, branch)]
-    elif type(branch) is nn.Sequential and touched(name, branch) is None:
-        layers = [(f"{name}.{child}", layer) for child, layer in branch._modules.items() if layer is not None]
-    else:
+    if torch.compiler.is_compiling() or unusual_input(x) is not None:
         found: Tensor = branch(x)
         return found
+    layers = [(name, branch)]
+    if type(branch) is nn.Sequential and touched(name, branch) is None:
+        layers = [(f"{name}.{child}", layer) for child, layer in branch._modules.items() if layer is not None]
     position = 0
     while position < len(layers):
         (first, layer), *following = layers[position : position + 3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fusedres.modules.branch import run_branch
 from fusedres.modules.stochastic_depth import check_rate, draw_survivors
@@ -38,7 +38,13 @@ class ScaledResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the result; see the class."""
-        result: Tensor = self.tail(run_branch(type(self).__name__, "branch", self.branch, x), x, self.scale)
+        result: Tensor
+        traced = isinstance(x, fx.Proxy)
+        if traced:  # the number of dimensions is not known
+            h = self.branch(x) if self.tail.norm is None else self.tail.norm(self.branch(x))
+            result = x + (h.transpose(1, -1) * self.scale).transpose(1, -1)
+            return result
+        result = self.tail(run_branch(type(self).__name__, "branch", self.branch, x), x, self.scale)
         return result
 
 
