@@ -118,23 +118,6 @@ def test_zero_residual_is_the_identity(make):
     assert torch.equal(out, x) and torch.equal(torch.autograd.grad(out, x, grad)[0], grad)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_convolutions_of_a_branch_run_as_units(mode):
-    block = randomised(_set(ReZero(_normed()), 0.7)).train(mode == "train")
-    x = torch.randn(2, C, 6, 6, requires_grad=True)
-    before = path_counts["norm_act_conv_forward"]
-    out = block(x)
-    assert path_counts["norm_act_conv_forward"] == before + 2
-    seen = []
-    block.branch[3].register_forward_hook(lambda module, given, result: seen.append(result))  # of the second norm
-    again = block(x)
-    assert path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 1  # the second convolution alone
-    torch.testing.assert_close(again, out)
-    block.branch.register_forward_hook(lambda module, given, result: 2 * result)
-    torch.testing.assert_close(block(x) - x, 2 * (out - x), rtol=1e-4, atol=1e-5)
-    assert path_counts["norm_act_conv_forward"] == before + 4 and len(seen) == 2
-
-
 @pytest.mark.parametrize("name", ["ReZero", "ReZero of norms", "LayerScale", "no stochastic depth"])
 def test_compiled_and_traced(name):
     block = randomised(DESIGNS[name][0]()).eval()
@@ -144,11 +127,6 @@ def test_compiled_and_traced(name):
     torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), want)
     torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), want)
     torch.testing.assert_close(torch.func.jvp(block, (x,), (x,))[0], want)
-
-
-def test_wrong_channels_of_a_branch():
-    with pytest.raises(RuntimeError, match=r"ReZero.*16.*3"):
-        ReZero(_normed())(torch.zeros(2, 3, 5, 5))
 
 
 def test_initial_values():

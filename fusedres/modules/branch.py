@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fusedres.modules.calls import unusual_input
-from fusedres.modules.genuine import touched
-from fusedres.modules.norm_act_conv import run_unit, standing_reason
+from fusedres.modules.genuine import is_transparent
+from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
+from fusedres.ops._sizes import FLOATING
 
 
 def run_branch(op: str, name: str, branch: nn.Module, x: Tensor) -> Tensor:
@@ -20,22 +24,29 @@ def run_branch(op: str, name: str, branch: nn.Module, x: Tensor) -> Tensor:
 
     Raises: what the layers raise, and see NormActConv.
     """
+    h: Any = x
     if torch.compiler.is_compiling() or unusual_input(x) is not None:
-        found: Tensor = branch(x)
-        return found
-    layers = [(name, branch)]
-    if type(branch) is nn.Sequential and touched(name, branch) is None:
-        layers = [(f"{name}.{child}", layer) for child, layer in branch._modules.items() if layer is not None]
-    position = 0
-    while position < len(layers):
-        (first, layer), *following = layers[position : position + 3]
-        if len(following) == 2 and standing_reason((first, layer), following[0][1], dict(following[1:])) is None:
-            (x,), _ = run_unit(op, x, (first, layer), following[0][1], dict(following[1:]))
-            position += 3
-        else:
-            if standing_reason(None, None, {first: layer}) is None:
-                (x,), _ = run_unit(op, x, None, None, {first: layer})
-            else:
-                x = layer(x)
-            position += 1
-    return x
+        called: Tensor = branch(x)
+        return called
+    layers: list[tuple[str, Any]] = [(name, branch)]
+    if is_transparent(name, branch):
+        layers = [(f"{name}.{child}", layer) for child, layer in branch._modules.items()]
+    while layers:
+        unit = _unit(layers) if isinstance(h, Tensor) and h.dim() == 4 and h.dtype in FLOATING else None
+        if unit is None:
+            h = layers.pop(0)[1](h)
+            continue
+        norm, activation, conv = unit
+        (h,), _ = run_unit(f"{op}: {conv[0]}", h, norm, activation, dict([conv]))
+        del layers[: 1 if norm is None else 3]
+    result: Tensor = h
+    return result
+
+
+def _unit(layers: Sequence[tuple[str, Any]]) -> tuple[Named | None, nn.Module | None, Named] | None:
+    """Return norm, activation and convolution that the layers begin with, or a convolution alone; else None."""
+    if standing_reason(None, None, dict(layers[:1])) is None:
+        return None, None, layers[0]
+    if len(layers) > 2 and standing_reason(layers[0], layers[1][1], dict(layers[2:3])) is None:
+        return layers[0], layers[1][1], layers[2]
+    return None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -132,6 +133,18 @@ _OWN_OF_UNITS = tuple(map(_own, _read_units(_Bypassed)))
 def replaced_in_units() -> str | None:
     """Return which code of a convolution, a BatchNorm or a ReLU was replaced, or None."""
     return None if _read_units(_Bypassed) == _OWN_OF_UNITS else _named(_Bypassed, _OF_UNITS, _OWN_OF_UNITS)
+
+
+_OF_SEQUENTIALS = ("Module._call_impl", *_methods("Sequential"))
+_read_sequentials = attrgetter(*_OF_SEQUENTIALS)
+_OWN_OF_SEQUENTIALS = tuple(map(_own, _read_sequentials(_Bypassed)))
+
+
+def is_transparent(name: str, module: Any, kind: type[nn.Sequential] = nn.Sequential) -> bool:
+    """Whether a module is of this kind, which only calls its children, and nothing observes its call."""
+    if type(module) is not kind or nn_module._has_any_global_hook() or touched(name, module) is not None:
+        return False
+    return bool(_read_sequentials(_Bypassed) == _OWN_OF_SEQUENTIALS)
 
 
 @torch.compiler.assume_constant_result

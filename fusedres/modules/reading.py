@@ -137,7 +137,7 @@ def read_norm_act_conv(given: Input, parts: Sequence[Unit], kind: str | None) ->
     if refused is not None:
         return refused
     shape = _shape(x)
-    flat = _is_flat(shape, given)
+    flat = kind is not None and _is_flat(shape, given)
     formats = []
     for part in parts:
         _convolved_shape(given, part, shape)

@@ -42,7 +42,7 @@ class ScaledResidual(nn.Module):
         traced = isinstance(x, fx.Proxy)
         if traced:  # the number of dimensions is not known
             h = self.branch(x) if self.tail.norm is None else self.tail.norm(self.branch(x))
-            result = x + (h.transpose(1, -1) * self.scale).transpose(1, -1)
+            result = x + (h.transpose(1, -1) * self.scale.to(h.dtype)).transpose(1, -1)
             return result
         result = self.tail(run_branch(type(self).__name__, "branch", self.branch, x), x, self.scale)
         return result

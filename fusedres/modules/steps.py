@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from fusedres.errors import ShapeError
-from fusedres.modules.genuine import touched
+from fusedres.modules.genuine import is_transparent
 from fusedres.modules.norm_act_conv import Named, run_unit, standing_reason
 from fusedres.modules.shortcut import AvgPoolShortcut
 from fusedres.modules.tail_running import TailModules, reason_of_modules, run
@@ -24,9 +24,8 @@ class Projection(NamedTuple):
 
 def projection_of(downsample: nn.Module | None) -> Projection | None:
     """Return the parts of a shortcut that ends with a convolution and its BatchNorm; None if it is another module."""
-    if not isinstance(downsample, nn.Sequential) or type(downsample) not in (nn.Sequential, AvgPoolShortcut):
-        return None
-    if touched("downsample", downsample) is not None:
+    kinds = (nn.Sequential, AvgPoolShortcut)
+    if downsample is None or not any(is_transparent("downsample", downsample, kind) for kind in kinds):
         return None
     children = [(f"downsample.{name}", module) for name, module in downsample._modules.items() if module is not None]
     if len(children) < 2 or not isinstance(children[-1][1], nn.BatchNorm2d):
