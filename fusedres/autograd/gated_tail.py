@@ -25,17 +25,7 @@ from fusedres.autograd.residual_block import count_path
 from fusedres.autograd.saved import check_each
 from fusedres.autograd.tail_plan import TERM, States, TailPlan, TermNorm, TermTensors, as_image, split
 from fusedres.ops.launch import Launches, launches
-from fusedres.values import (
-    Activation,
-    Gated,
-    Norm,
-    TailCoefficients,
-    TailNeeds,
-    TailTerm,
-    arithmetic_dtype,
-    in_dtype,
-    pixel_rows,
-)
+from fusedres.values import Activation, Gated, Norm, TailCoefficients, TailNeeds, TailTerm, in_dtype, pixel_rows
 
 
 def run_tail(plan: TailPlan, tensors: Sequence[Tensor | None], recorded: bool, owned: bool = False) -> Tensor:
@@ -82,7 +72,8 @@ def _state_and_means(x: Tensor, tensors: TermTensors, norm: TermNorm, launch: La
     if norm.batch_statistics:
         state, means = launch.bn_statistics_and_means(x, _arguments(tensors, norm))
         return state, means
-    return launch.bn_frozen(x, _arguments(tensors, norm)), x.mean((2, 3), dtype=arithmetic_dtype(x.dtype))
+    state = launch.bn_frozen(x, _arguments(tensors, norm))
+    return state, x.mean((2, 3), dtype=state.dtype)
 
 
 def _terms(

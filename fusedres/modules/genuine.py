@@ -25,6 +25,8 @@ class _Bypassed:
 
     Module, Conv2d, BatchNorm2d, SyncBatchNorm, ReLU = nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU
     MaxPool2d, Sequential, Identity = nn.MaxPool2d, nn.Sequential, nn.Identity
+    BatchNorm1d, LeakyReLU, PReLU, SiLU = nn.BatchNorm1d, nn.LeakyReLU, nn.PReLU, nn.SiLU
+    Hardswish, GELU = nn.Hardswish, nn.GELU
     ZeroPadShortcut = ZeroPadShortcut
     DenseLayer = _DenseLayer
     functional, torch = nn.functional, torch
@@ -46,6 +48,12 @@ _OF_UNITS = (
     "torch.batch_norm",
     "torch.relu",
     "torch.relu_",
+)
+# Also the other norms and activations of a tail, and of the step between two convolutions.
+_OF_TAILS = (
+    *_OF_UNITS,
+    *_methods("BatchNorm1d", "Identity", "LeakyReLU", "PReLU", "SiLU", "Hardswish", "GELU"),
+    *(f"functional.{name}" for name in ("leaky_relu", "prelu", "silu", "hardswish", "gelu")),
 )
 _OF_STEMS = (*_OF_UNITS, *_methods("MaxPool2d"), "functional.max_pool2d", "torch.max_pool2d")
 _OF_BLOCKS = (*_OF_UNITS, *_methods("Sequential"), "ZeroPadShortcut.forward", "torch.Tensor.__iadd__")
@@ -133,6 +141,15 @@ _OWN_OF_UNITS = tuple(map(_own, _read_units(_Bypassed)))
 def replaced_in_units() -> str | None:
     """Return which code of a convolution, a BatchNorm or a ReLU was replaced, or None."""
     return None if _read_units(_Bypassed) == _OWN_OF_UNITS else _named(_Bypassed, _OF_UNITS, _OWN_OF_UNITS)
+
+
+_read_tails = attrgetter(*_OF_TAILS)
+_OWN_OF_TAILS = tuple(map(_own, _read_tails(_Bypassed)))
+
+
+def replaced_in_tails() -> str | None:
+    """Return which code of a unit, or of another norm or activation of a tail, was replaced, or None."""
+    return None if _read_tails(_Bypassed) == _OWN_OF_TAILS else _named(_Bypassed, _OF_TAILS, _OWN_OF_TAILS)
 
 
 _OF_SEQUENTIALS = ("Module._call_impl", *_methods("Sequential"))

@@ -22,7 +22,7 @@ from fusedres.modules.anatomy import Gathered, Unit, anatomy_of
 from fusedres.modules.calls import holds_inference_tensors, keep_reason, unusual_input
 from fusedres.modules.choice import not_measured
 from fusedres.modules.gathering import gather_unit
-from fusedres.modules.genuine import replaced_in_units, touched
+from fusedres.modules.genuine import replaced_in_tails, replaced_in_units, touched
 from fusedres.modules.reading import read_input, read_norm_act_conv
 from fusedres.modules.tail_running import kind_of, reason_of_activation, slope_of
 from fusedres.values import arithmetic_dtype
@@ -176,7 +176,7 @@ def _parts(norm: Named | None, activation: nn.Module | None, convs: Mapping[str,
     """Return each convolution with the norm before it, or why no input runs fused."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    reason = replaced_in_units()
+    reason = replaced_in_units() if activation is None else replaced_in_tails()
     if reason is None and activation is not None:
         reason = touched("the activation", activation) or reason_of_activation(activation, None)
     if reason is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedres.autograd import are_plain
-from fusedres.modules.genuine import replaced_in_units, touched
+from fusedres.modules.genuine import touched
 
 
 class Excitation(nn.Module):
@@ -42,12 +42,12 @@ class Excitation(nn.Module):
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     def unfused_reason(self, branch: Tensor | None) -> str | None:
-        """Return why forward has to be called on the normalised branch, or on any for None; None: it need not be."""
+        """Return why forward has to be called on the normalised branch, or on any for None; None: it need not be.
+
+        The tail has asked before whether torch's own code was replaced.
+        """
         if type(self).forward is not _FORWARD:
             return f"{type(self).__name__} has its own forward, or Excitation.forward is replaced"
-        replaced = replaced_in_units()
-        if replaced is not None:
-            return replaced
         for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
             if type(layer) is not nn.Conv2d or layer.kernel_size != (1, 1):
                 return f"{name} is no 1x1 nn.Conv2d"

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from fusedres.autograd import TailPlan, TermNorm, TermTensors, are_plain, run_tail, wants_gradients
 from fusedres.backends import backend_for
 from fusedres.errors import ShapeError
 from fusedres.modules.calls import holds_inference_tensors, unusual_input
-from fusedres.modules.genuine import replaced_in_units, touched
+from fusedres.modules.genuine import replaced_in_tails, touched
 from fusedres.modules.squeeze_excitation import reason_of_excitation
 from fusedres.ops._sizes import FLOATING
 from fusedres.values import arithmetic_dtype
@@ -77,7 +76,7 @@ def reason_of_modules(tail: TailModules, branch: Tensor | None, shortcut: Tensor
     """Return why a norm or the activation runs unfused, for these inputs or, without a branch, for any, or None."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    replaced = replaced_in_units()
+    replaced = replaced_in_tails()
     if replaced is not None:
         return replaced
     for name, norm, x in zip(tail.names, (tail.norm, tail.shortcut_norm), (branch, shortcut), strict=False):
@@ -201,26 +200,11 @@ def run_fused(
     return run_tail(plan, tensors, wants_gradients(branch, tensors), owned)
 
 
-# The forwards that a fused tail does not call.
-_FORWARDS = {
-    kind: kind.forward
-    for kind in (nn.BatchNorm2d, nn.BatchNorm1d, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.ReLU, nn.SiLU, nn.Hardswish,
-                 nn.GELU)
-}  # fmt: skip
-
-# What these forwards call.
-_FUNCTIONS = {
-    nn.LeakyReLU: F.leaky_relu, nn.PReLU: F.prelu, nn.SiLU: F.silu, nn.Hardswish: F.hardswish, nn.GELU: F.gelu,
-}  # fmt: skip
-
-
 def reason_of_norm(norm: Any, x: Tensor | None) -> str | None:
     """Return why a norm of x, or of any x for None, runs unfused, or None."""
     name = type(norm).__name__
     if type(norm) not in (nn.BatchNorm2d, nn.BatchNorm1d):
         return f"there is no kernel for {name}"
-    if type(norm).forward is not _FORWARDS[type(norm)]:
-        return f"{name}.forward is replaced"
     if x is None:
         return None
     if (type(norm) is nn.BatchNorm1d) != (x.dim() == 2):
@@ -258,11 +242,6 @@ def reason_of_activation(module: Any, x: Tensor | None) -> str | None:
     name = type(module).__name__
     if type(module) not in KINDS or (type(module) is nn.GELU and module.approximate != "none"):
         return f"there is no kernel for {module}"
-    if type(module).forward is not _FORWARDS[type(module)]:
-        return f"{name}.forward is replaced"
-    function = _FUNCTIONS.get(type(module))
-    if function is not None and getattr(F, function.__name__) is not function:
-        return f"functional.{function.__name__} is replaced"
     if type(module) is not nn.PReLU or x is None:
         return None
     weight = module.weight
