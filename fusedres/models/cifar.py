@@ -10,6 +10,8 @@ pixels, and a linear classifier: 6n + 2 layers with basic blocks, 9n + 2 with bo
 | `preact_resnet164`, `preact_resnet1001` | PreActBottleneck | the same | 1.7 and 10.3 million |
 | `plain20` … `plain110` | PlainBlock | none | as `resnet` with A |
 
+`resnet`, `preact_resnet` and `plain` take any depth.
+
 Source: He et al. 2015, Deep Residual Learning, https://arxiv.org/abs/1512.03385, section 4.2; He et al. 2016, Identity
 Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027.
 """
@@ -109,7 +111,11 @@ def _depth(name: str, depth: int, layers: int) -> int:
     return (depth - 2) // layers
 
 
-def _resnet(depth: int, shortcut: str, num_classes: int) -> CifarNetwork:
+def resnet(depth: int, shortcut: str = "A", num_classes: int = 10) -> CifarNetwork:
+    """Return the ResNet for CIFAR of this depth, 6n + 2; see resnet20.
+
+    Raises: ValueError: depth or shortcut is none of these.
+    """
     if shortcut not in ("A", "B", "C"):
         raise ValueError(f"resnet{depth}: shortcut must be one of A, B, C, got {shortcut!r}")
 
@@ -119,7 +125,11 @@ def _resnet(depth: int, shortcut: str, num_classes: int) -> CifarNetwork:
     return CifarNetwork(make, _depth("resnet", depth, 6), num_classes)
 
 
-def _preact_resnet(depth: int, num_classes: int, bottleneck: bool = False) -> CifarNetwork:
+def preact_resnet(depth: int, num_classes: int = 10, bottleneck: bool = False) -> CifarNetwork:
+    """Return the pre-activation ResNet for CIFAR of this depth: 6n + 2, or 9n + 2 of bottlenecks.
+
+    Raises: ValueError: depth is none of these.
+    """
     kind: type[PreActBasicBlock] | type[PreActBottleneck] = PreActBottleneck if bottleneck else PreActBasicBlock
     expansion = PreActBottleneck.expansion if bottleneck else 1
 
@@ -131,7 +141,11 @@ def _preact_resnet(depth: int, num_classes: int, bottleneck: bool = False) -> Ci
     return CifarNetwork(make, _depth("preact_resnet", depth, 9 if bottleneck else 6), num_classes, expansion, True)
 
 
-def _plain(depth: int, num_classes: int) -> CifarNetwork:
+def plain(depth: int, num_classes: int = 10) -> CifarNetwork:
+    """Return the ResNet for CIFAR of this depth, 6n + 2, without its shortcuts.
+
+    Raises: ValueError: depth is none of these.
+    """
     return CifarNetwork(PlainBlock, _depth("plain", depth, 6), num_classes)
 
 
@@ -140,84 +154,84 @@ def resnet20(shortcut: str = "A", num_classes: int = 10) -> CifarNetwork:
 
     Raises: ValueError: shortcut is none of these.
     """
-    return _resnet(20, shortcut, num_classes)
+    return resnet(20, shortcut, num_classes)
 
 
 def resnet32(shortcut: str = "A", num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-32 for CIFAR; see resnet20."""
-    return _resnet(32, shortcut, num_classes)
+    return resnet(32, shortcut, num_classes)
 
 
 def resnet44(shortcut: str = "A", num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-44 for CIFAR; see resnet20."""
-    return _resnet(44, shortcut, num_classes)
+    return resnet(44, shortcut, num_classes)
 
 
 def resnet56(shortcut: str = "A", num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-56 for CIFAR; see resnet20."""
-    return _resnet(56, shortcut, num_classes)
+    return resnet(56, shortcut, num_classes)
 
 
 def resnet110(shortcut: str = "A", num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-110 for CIFAR; see resnet20."""
-    return _resnet(110, shortcut, num_classes)
+    return resnet(110, shortcut, num_classes)
 
 
 def preact_resnet20(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-20 for CIFAR."""
-    return _preact_resnet(20, num_classes)
+    return preact_resnet(20, num_classes)
 
 
 def preact_resnet32(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-32 for CIFAR."""
-    return _preact_resnet(32, num_classes)
+    return preact_resnet(32, num_classes)
 
 
 def preact_resnet44(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-44 for CIFAR."""
-    return _preact_resnet(44, num_classes)
+    return preact_resnet(44, num_classes)
 
 
 def preact_resnet56(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-56 for CIFAR."""
-    return _preact_resnet(56, num_classes)
+    return preact_resnet(56, num_classes)
 
 
 def preact_resnet110(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-110 for CIFAR."""
-    return _preact_resnet(110, num_classes)
+    return preact_resnet(110, num_classes)
 
 
 def preact_resnet164(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-164 for CIFAR, of bottlenecks."""
-    return _preact_resnet(164, num_classes, bottleneck=True)
+    return preact_resnet(164, num_classes, bottleneck=True)
 
 
 def preact_resnet1001(num_classes: int = 10) -> CifarNetwork:
     """Return the pre-activation ResNet-1001 for CIFAR, of bottlenecks."""
-    return _preact_resnet(1001, num_classes, bottleneck=True)
+    return preact_resnet(1001, num_classes, bottleneck=True)
 
 
 def plain20(num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-20 for CIFAR without its shortcuts."""
-    return _plain(20, num_classes)
+    return plain(20, num_classes)
 
 
 def plain32(num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-32 for CIFAR without its shortcuts."""
-    return _plain(32, num_classes)
+    return plain(32, num_classes)
 
 
 def plain44(num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-44 for CIFAR without its shortcuts."""
-    return _plain(44, num_classes)
+    return plain(44, num_classes)
 
 
 def plain56(num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-56 for CIFAR without its shortcuts."""
-    return _plain(56, num_classes)
+    return plain(56, num_classes)
 
 
 def plain110(num_classes: int = 10) -> CifarNetwork:
     """Return ResNet-110 for CIFAR without its shortcuts."""
-    return _plain(110, num_classes)
+    return plain(110, num_classes)

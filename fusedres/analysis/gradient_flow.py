@@ -1,0 +1,210 @@
+"""How the gradient of the loss flows back through the blocks, over the shortcuts and through the branches.
+
+With out = F(x) + S(x), dL/dx = S'ᵀ·dL/dout + F'ᵀ·dL/dout: the shortcut's part and the branch's part (after a ReLU, with
+the gradient before it). Without shortcuts there is the branch's part alone, a product over all layers.
+
+Source: He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027, equation 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fusedres.analysis.data import Data
+from fusedres.analysis.observing import Loss, Split, observe
+from fusedres.analysis.results import COLOURS, Result, mean, style
+from fusedres.models import plain, preact_resnet, resnet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "plain": plain,
+    "residual": resnet,
+    "pre-activation": preact_resnet,
+}
+DEPTHS = (8, 20, 56, 110)
+QUICK_DEPTHS = (8, 20)
+_IMAGES = 32
+_LAYERS_OF_A_BLOCK = 2
+# The norm of the gradient grows by √(π/(π − 1)) a layer of BatchNorm and ReLU without shortcuts, at initialisation.
+# Source: Yang et al. 2019, A Mean Field Theory of Batch Normalization, https://arxiv.org/abs/1902.08129.
+PLAIN_GROWTH = math.sqrt(math.pi / (math.pi - 1))
+
+
+@dataclass(frozen=True)
+class BlockGradient:
+    """Norms of the gradient of a block's input, of its parts, and how far their sum is from autograd's.
+
+    `difference` is the largest error of an element over the largest element.
+    """
+
+    name: str
+    total: float
+    shortcut: float
+    branch: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class NetworkGradients:
+    """The blocks of one network in order."""
+
+    network: str
+    depth: int | None
+    seed: int | None
+    blocks: list[BlockGradient]
+
+    @property
+    def growth(self) -> float:
+        """The norm at the first block over that at the last."""
+        return self.blocks[0].total / self.blocks[-1].total
+
+
+@dataclass(frozen=True)
+class GradientFlow(Result):
+    """The gradients of networks."""
+
+    name: ClassVar[str] = "gradient-flow"
+    title: ClassVar[str] = "Gradient flow: what the shortcuts carry back"
+    dtype: str
+    networks: list[NetworkGradients]
+
+    @property
+    def difference(self) -> float:
+        """The largest difference between the sum of the parts and autograd's gradient."""
+        return max(block.difference for network in self.networks for block in network.blocks)
+
+    def conclusion(self) -> str:
+        """Return what the numbers say."""
+        parts = f"The shortcut's part and the branch's add up to autograd's gradient to {self.difference:.1e}."
+        said = []
+        for name, found in self._deepest().items():
+            growth = mean([math.log10(network.growth) for network in found])
+            blocks = found[0].blocks
+            depth = "" if found[0].depth is None else f" of {found[0].depth} layers"
+            layers = _LAYERS_OF_A_BLOCK * (len(blocks) - 1)
+            a_layer = "" if found[0].depth is None else f" ({10 ** (growth.value / max(1, layers)):.3f} a layer)"
+            text = f"{name}{depth}: the norm at the first block is {10**growth.value:.3g} times that at the last{a_layer}"
+            if any(block.shortcut for block in blocks):
+                every = [block for network in found for block in network.blocks if block.total]
+                shortcut, branch = (
+                    sum(getattr(block, part) / block.total for block in every) / max(1, len(every))
+                    for part in ("shortcut", "branch")
+                )
+                text += f", and on average the shortcut's part has {shortcut:.2f} of it, the branch's {branch:.2f}"
+            said.append(text)
+        theory = "; mean-field theory of BatchNorm and ReLU without shortcuts has " if "plain" in self._deepest() else ""
+        return f"{'; '.join(said)}{theory}{f'{PLAIN_GROWTH:.3f} a layer' if theory else ''}. {parts}"
+
+    def draw(self, figure: Figure) -> None:
+        """Draw the norms over the blocks, by depth; and the parts in the deepest networks."""
+        by_depth, parts = figure.subplots(1, 2)
+        names = list(dict.fromkeys(network.network for network in self.networks))
+        depths = sorted({network.depth or 0 for network in self.networks})
+        for name, colour in zip(names, COLOURS, strict=False):
+            for depth in depths:
+                found = [n for n in self.networks if n.network == name and (n.depth or 0) == depth]
+                if found:
+                    where, norms = _mean_norms(found)
+                    label = name if depth == depths[-1] else None
+                    alpha = 0.3 + 0.7 * (depths.index(depth) + 1) / len(depths)
+                    by_depth.plot(where, [v / norms[-1] for v in norms], color=colour, label=label, alpha=alpha)
+        by_depth.set_yscale("log")
+        shown = "" if depths == [0] else f"\n(depths {', '.join(map(str, depths))}: the darker, the deeper)"
+        style(by_depth, f"‖dL/dx‖ over that at the last block{shown}", "place of the block (0: first, 1: last)", "ratio")
+        for (name, found), colour in zip(self._deepest().items(), COLOURS, strict=False):
+            for part, line in (("shortcut", "-"), ("branch", ":")):
+                blocks = found[0].blocks
+                values = [getattr(block, part) / block.total for block in blocks]
+                if any(values):
+                    where = [index / max(1, len(blocks) - 1) for index in range(len(blocks))]
+                    parts.plot(where, values, line, color=colour, label=f"{name}: {part}")
+        parts.set_ylim(bottom=0)
+        style(parts, "Norms of the parts over that of their sum\n(deepest networks)", "place of the block", "ratio")
+
+    def _deepest(self) -> dict[str, list[NetworkGradients]]:
+        """Return the deepest networks of each name, one a seed."""
+        deepest: dict[str, list[NetworkGradients]] = {}
+        for network in self.networks:
+            known = deepest.setdefault(network.network, [])
+            if known and (network.depth or 0) > (known[0].depth or 0):
+                known.clear()
+            if not known or network.depth == known[0].depth:
+                known.append(network)
+        return deepest
+
+
+def gradient_flow(
+    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss = F.cross_entropy, names: Sequence[str] | None = None
+) -> GradientFlow:
+    """Return the gradients at the blocks of a model, with the parts of the shortcut and of the branch.
+
+    dL/dx is autograd's, through the model as it is, fused or not. The parts are computed block by block from dL/dout.
+
+    Args:
+        model: any model with residual blocks; it stays as it was. Its dtype is that of images.
+        images, labels: loss(model(images), labels) is differentiated.
+        names: of the modules that are the blocks; None: see residual_blocks.
+
+    Raises: ValueError: there are no blocks, the loss does not depend on them, or they draw random numbers.
+    """
+    network = _gradients(model, images, labels, loss, names)
+    return GradientFlow(str(images.dtype), [NetworkGradients(type(model).__name__, None, None, network)])
+
+
+def gradient_flow_by_depth(
+    data: Data,
+    networks: Mapping[str, Callable[[int], nn.Module]] = NETWORKS,
+    depths: Sequence[int] = DEPTHS,
+    seeds: int = 3,
+    progress: bool = False,
+) -> GradientFlow:
+    """Return the gradients of new networks of several depths, in float64 and with the statistics of the batch.
+
+    Args:
+        data: gives the images.
+        networks: functions that make a network of a depth, by name.
+    """
+    images, labels = data.images[:_IMAGES].double(), data.labels[:_IMAGES]
+    found = []
+    with tqdm(total=len(networks) * len(depths) * seeds, unit="network", disable=None if progress else True) as bar:
+        for depth in depths:
+            for name, make in networks.items():
+                for seed in range(seeds):
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(seed)
+                        model = make(depth).double()
+                    blocks = _gradients(model, images, labels, F.cross_entropy, None)
+                    found.append(NetworkGradients(name, depth, seed, blocks))
+                    bar.update()
+    return GradientFlow("torch.float64", found)
+
+
+def _gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss, names: Sequence[str] | None
+) -> list[BlockGradient]:
+    found = []
+    for seen in observe(model, images, labels, loss, names):
+        split = Split(seen)
+        shortcut, branch = split.shortcut(seen.grad_output), split.branch(seen.grad_output)
+        largest = seen.grad_x.abs().max().item()
+        difference = (shortcut + branch - seen.grad_x).abs().max().item()
+        norms = (seen.grad_x.norm().item(), shortcut.norm().item(), branch.norm().item())
+        found.append(BlockGradient(seen.block.name, *norms, difference / largest if largest else difference))
+    return found
+
+
+def _mean_norms(networks: Sequence[NetworkGradients]) -> tuple[list[float], list[float]]:
+    """Return places from 0 to 1, and the geometric means of the norms over networks of one depth."""
+    count = len(networks[0].blocks)
+    logs = [sum(math.log(network.blocks[index].total) for network in networks) for index in range(count)]
+    return [index / max(1, count - 1) for index in range(count)], [math.exp(log / len(networks)) for log in logs]

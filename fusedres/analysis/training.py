@@ -1,0 +1,211 @@
+"""Trains small networks, and goes on where a killed run was: the result is the same bit by bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fusedres import files
+from fusedres._version import __version__
+from fusedres.analysis.data import Data
+
+_SECONDS_BETWEEN_CHECKPOINTS = 5.0
+_LARGEST_FILE = 1 << 30
+
+
+class Recipe(NamedTuple):
+    """How networks are trained: SGD with momentum, a linear warm-up of the learning rate, then a cosine to 0."""
+
+    epochs: int
+    learning_rate: float
+    batch: int = 128
+    momentum: float = 0.9
+    warm_up: float = 0.1  # share of the steps
+    largest_gradient: float | None = None  # gradients of a larger norm are scaled to it
+
+    def rate(self, progress: float) -> float:
+        """Return the learning rate after this share of the steps."""
+        if progress < self.warm_up:
+            return self.learning_rate * progress / self.warm_up
+        return self.learning_rate * (1 + math.cos(math.pi * (progress - self.warm_up) / (1 - self.warm_up))) / 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network, trained from one seed.
+
+    `losses` are the mean training losses of the epochs. `loss` and `accuracy` are those of the training images at the
+    end, `test_accuracy` that of the held-out ones, in eval mode.
+    """
+
+    network: str
+    seed: int
+    losses: list[float]
+    loss: float
+    accuracy: float
+    test_accuracy: float
+
+
+class Work:
+    """What a run of an experiment has done so far, in a folder; None: nothing is kept.
+
+    What another version, other settings or another number of threads left there is removed.
+
+    Args:
+        settings: all that the result depends on, as JSON types.
+        keeps_weights: of finished runs.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], keeps_weights: bool = False) -> None:
+        self.folder, self.keeps_weights = folder, keeps_weights
+        threads = torch.get_num_threads()
+        made_by = {"fusedres": __version__, "torch": torch.__version__, "threads": threads, "settings": settings}
+        self._made_by = json.loads(json.dumps(made_by))
+        self._runs: dict[str, Any] = {}
+        if folder is None:
+            return
+        found = self._read("runs.json")
+        known = None if found is None else _parsed(found)
+        if known is not None and known.get("made_by") == self._made_by:
+            self._runs = known["runs"]
+        else:
+            self.remove()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, key: str) -> Run | None:
+        """Return a finished run."""
+        return Run(**self._runs[key]) if key in self._runs else None
+
+    def finish(self, key: str, run: Run) -> None:
+        """Keep a finished run, in place of its checkpoint."""
+        self._runs[key] = asdict(run)
+        self._write("runs.json", json.dumps({"made_by": self._made_by, "runs": self._runs}).encode())
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Keep the state of training."""
+        if self.folder is not None:
+            data = io.BytesIO()
+            torch.save(state, data)
+            self._write(f"{name}.pt", data.getvalue())
+
+    def load(self, name: str) -> Any:
+        """Return a state that was kept, or None."""
+        data = self._read(f"{name}.pt")
+        if data is None:
+            return None
+        try:
+            return torch.load(io.BytesIO(data), weights_only=True)
+        except Exception:  # a damaged file may raise anything; the run starts again
+            return None
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return None if self.folder is None else files.read(self.folder / name, _LARGEST_FILE)
+        except OSError:
+            return None
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self.folder is not None:
+            files.write(self.folder / name, data)
+
+
+def train(
+    network: str, make: Callable[[], nn.Module], data: Data, recipe: Recipe, seed: int, work: Work, bar: tqdm
+) -> tuple[Run, nn.Module | None]:
+    """Train a new network and return the run, and the network in eval mode; None if it was finished and not kept.
+
+    The seed decides about the weights, the order of the images and dropout. The global random state stays as it was.
+    """
+    key = f"{network}, seed {seed}"
+    finished = work.run(key)
+    if finished is not None and not work.keeps_weights:
+        bar.update(recipe.epochs)
+        return finished, None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = work.load(f"weights of {key}")
+        if finished is not None and weights is not None:
+            model.load_state_dict(weights)
+            bar.update(recipe.epochs)
+            return finished, model.eval()
+        losses = _train(model, data, recipe, seed, (work, key), bar)
+    model.eval()
+    loss, accuracy = evaluate(model, data.images, data.labels)
+    run = Run(network, seed, losses, loss, accuracy, evaluate(model, data.test_images, data.test_labels)[1])
+    if work.keeps_weights:
+        work.save(f"weights of {key}", model.state_dict())
+    work.finish(key, run)
+    return run, model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Return the mean cross-entropy of a model and its accuracy, in the mode in which it is."""
+    logits = torch.cat([model(part) for part in images.split(512)]).double()
+    right = (logits.argmax(1) == labels).double().mean().item()
+    return F.cross_entropy(logits, labels).item(), right
+
+
+def _train(
+    model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple[Work, str], bar: tqdm
+) -> list[float]:
+    """Train and return the losses of the epochs; place: where checkpoints are kept, and of what."""
+    work, key = place
+    optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum)
+    losses: list[float] = []
+    state = work.load("checkpoint")
+    if state is not None and state["key"] == key:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        losses = state["losses"]
+        bar.update(len(losses))
+    steps = math.ceil(len(data.labels) / recipe.batch)
+    saved = time.monotonic()
+    model.train()
+    while len(losses) < recipe.epochs:
+        epoch = len(losses)
+        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        total = 0.0
+        for step, indices in enumerate(order.chunk(steps)):
+            optimizer.param_groups[0]["lr"] = recipe.rate((epoch + step / steps) / recipe.epochs)
+            loss = F.cross_entropy(model(data.images[indices]), data.labels[indices])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.largest_gradient is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.largest_gradient)
+            optimizer.step()
+            total += loss.item() * len(indices)
+        losses.append(total / len(data.labels))
+        bar.update()
+        if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+            state = {"key": key, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            work.save("checkpoint", state | {"random": torch.get_rng_state(), "losses": losses})
+            saved = time.monotonic()
+    return losses
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
