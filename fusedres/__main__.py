@@ -2,6 +2,7 @@
 
 `python -m fusedres info [--json]` shows what is installed, what the kernels were built for, what runs where and why.
 `python -m fusedres tune` measures what is fastest on this device; "auto" then follows the result.
+`python -m fusedres analyze EXPERIMENT` shows why residual connections work.
 
 Exit codes besides 0 and 1: 2 for wrong arguments and for files that the system refuses to read or write, 130 after
 Ctrl-C, 141 if the reader of the output is gone.
@@ -22,6 +23,8 @@ import torchvision
 
 import fusedres
 from fusedres import _C, backends, cuda_support, dispatch, terminal
+from fusedres.analysis import command as analyze
+from fusedres.analysis.results import AnalysisError
 from fusedres.kernels import serving
 from fusedres.ops._library import OPS, Op
 from fusedres.tune import command as tune
@@ -145,12 +148,19 @@ def main() -> int:
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     tune_parser = commands.add_parser("tune", help=tune.HELP)
     tune.add_arguments(tune_parser)
+    analyze_parser = commands.add_parser("analyze", help=analyze.HELP)
+    analyze.add_arguments(analyze_parser)
     arguments = parser.parse_args()
     if arguments.command == "tune":
         try:
             return tune.main(arguments)
         except ValueError as error:
             tune_parser.error(str(error))
+    if arguments.command == "analyze":
+        try:
+            return analyze.main(arguments)
+        except AnalysisError as error:
+            analyze_parser.error(str(error))
     values = info()
     print(json.dumps(values, indent=2) if arguments.json else as_text(values))
     return 0

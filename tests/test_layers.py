@@ -6,7 +6,7 @@ from pathlib import Path
 
 from checkouts import ROOT, copy_package, imports
 
-LAYERS = ["kernels", "ops", "autograd", "modules", "models", "convert", "tune"]  # from the bottom up
+LAYERS = ["kernels", "ops", "autograd", "modules", "models", "convert", "tune", "analysis"]  # from the bottom up
 
 
 def layer(module: str) -> int | None:

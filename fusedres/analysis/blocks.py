@@ -148,7 +148,9 @@ def residual_blocks(model: nn.Module, names: Sequence[str] | None = None) -> lis
             continue
         block = take_apart(name, module)
         if isinstance(block, str) and isinstance(module, StochasticDepth):
-            raise ValueError(f"residual_blocks: {name} must not drop its branch, got rate {module.rate}; call model.eval()")
+            raise ValueError(
+                f"residual_blocks: {name} must not drop its branch, got rate {module.rate}; call model.eval()"
+            )
         if isinstance(block, ResidualBlock) and (block.has_shortcut or isinstance(module, PlainBlock)):
             found[name] = block
     innermost = [
@@ -167,7 +169,8 @@ def _named(modules: Mapping[str, nn.Module], name: str) -> ResidualBlock:
         raise ValueError(f"residual_blocks: names must be those of modules of the model, got {name!r}")
     block = take_apart(name, modules[name])
     if isinstance(block, str):
-        raise ValueError(f"residual_blocks: {name} (a {type(modules[name]).__name__}) must be a residual block: {block}")
+        kind = type(modules[name]).__name__
+        raise ValueError(f"residual_blocks: {name or 'the model'} (a {kind}) must be a residual block: {block}")
     return block
 
 

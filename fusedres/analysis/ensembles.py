@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, ClassVar
@@ -21,6 +22,7 @@ from fusedres.analysis.lesions import Deletion, Lesions, Permutation, deletions,
 from fusedres.analysis.observing import Loss, observe
 from fusedres.analysis.paths import SHARE, Paths, paths
 from fusedres.analysis.results import COLOURS, Result, needed, style
+from fusedres.analysis.sizes import FULL
 from fusedres.analysis.training import Recipe, Work, train
 from fusedres.models import plain, resnet
 
@@ -28,11 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"ResNet-56": lambda: resnet(56), "plain-20": lambda: plain(20)}
-QUICK_NETWORKS: dict[str, Callable[[], nn.Module]] = {"ResNet-20": lambda: resnet(20), "plain-14": lambda: plain(14)}
-RECIPE = Recipe(epochs=12, learning_rate=0.1)
-QUICK_RECIPE = Recipe(epochs=3, learning_rate=0.1)
-PERMUTATIONS = 60
 _IMAGES_OF_PATHS = 16
 
 
@@ -72,11 +69,19 @@ class Ensembles(Result):
             _draw_lesions(deleted, permuted, network, colour)
             if network.paths is not None:
                 _draw_paths(lengths, gradient, network.network, network.paths, colour)
+        for axis in (deleted, permuted):
+            axis.axhline(100 * self.networks[0].chance, color="#999999", ls=":", label="always the most frequent label")
         style(deleted, "One block deleted", "block (squares: the shape changes)", "wrong answers, %")
         style(permuted, "Blocks swapped", "1 − Kendall's τ", "wrong answers, %")
-        style(lengths, "Paths by length", "branches on the path", "share of all paths")
+        style(lengths, "Paths by length", "branches on the path", "share")
         gradient.set_yscale("log")
         style(gradient, "Gradient at the first block, by path length", "branches on the path", "norm")
+
+
+def networks_of(depths: tuple[int, int] = FULL.ensembles_depths) -> dict[str, Callable[[], nn.Module]]:
+    """Return functions that make a residual network of the first depth and a plain one of the second, by name."""
+    deep, shallow = depths
+    return {f"ResNet-{deep}": lambda: resnet(deep), f"plain-{shallow}": lambda: plain(shallow)}
 
 
 def ensembles(
@@ -85,7 +90,7 @@ def ensembles(
     labels: Tensor,
     loss: Loss = F.cross_entropy,
     names: Sequence[str] | None = None,
-    trials: int = PERMUTATIONS,
+    trials: int = FULL.ensembles_trials,
     progress: bool = False,
 ) -> Ensembles:
     """Return what deleting and permuting the blocks of a trained model does, and the gradient by path length.
@@ -106,29 +111,31 @@ def ensembles(
 
 def ensembles_of_trained(
     data: Data,
-    networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS,
-    recipe: Recipe = RECIPE,
+    networks: Mapping[str, Callable[[], nn.Module]] | None = None,
+    recipe: Recipe = FULL.ensembles,
     folder: Path | None = None,
-    seed: int = 0,
-    trials: int = PERMUTATIONS,
+    seeds: int = 1,
+    trials: int = FULL.ensembles_trials,
     progress: bool = False,
 ) -> Ensembles:
     """Train networks and return what is found in each, on the held-out images.
 
     Args:
-        networks: functions that make a network, by name.
+        networks: functions that make a network, by name; None: those of networks_of().
         folder: for what a killed run has done, to go on there; None: nothing is kept.
     """
+    networks = networks or networks_of()
     settings = {"data": data.name, "images": len(data.labels), "recipe": recipe, "networks": list(networks)}
     work = Work(folder, settings, keeps_weights=True)
     test = data.test_images, data.test_labels
     found = []
-    with tqdm(total=recipe.epochs * len(networks), unit="epoch", disable=None if progress else True) as bar:
-        for name, make in networks.items():
-            _, model = train(name, make, data, recipe, seed, work, bar)
+    with tqdm(total=recipe.epochs * len(networks) * seeds, unit="epoch", disable=None if progress else True) as bar:
+        for name, seed in product(networks, range(seeds)):
+            _, model = train(name, networks[name], data, recipe, seed, work, bar)
             assert model is not None
+            shown = name if seeds == 1 else f"{name}, seed {seed}"
             with tqdm(unit="test", leave=False, disable=None if progress else True) as tests:
-                found.append(_ensemble(name, model, test, F.cross_entropy, (None, trials), tests))
+                found.append(_ensemble(shown, model, test, F.cross_entropy, (None, trials), tests))
     return Ensembles(found)
 
 
@@ -171,16 +178,15 @@ def _conclusion(found: Ensemble) -> str:
 
 
 def _draw_lesions(deleted: Axes, permuted: Axes, found: Ensemble, colour: str) -> None:
+    name = found.network
     for changes, marker in ((False, "o"), (True, "s")):
         chosen = [(i, each) for i, each in enumerate(found.deletions) if each.changes_shape is changes]
-        label = f"{found.network}, one block deleted" if not changes else None
+        label = f"{name}, one block deleted" if not changes else None
         where, errors = [i for i, _ in chosen], [100 * each.error for _, each in chosen]
         deleted.plot(where, errors, marker, ms=5, color=colour, label=label)
-    deleted.axhline(100 * found.error, color=colour, lw=1, label=f"{found.network}, whole")
-    deleted.axhline(100 * found.chance, color="#999999", lw=1, ls=":")
-    distance = [1 - each.tau for each in found.permutations]
-    permuted.plot(distance, [100 * each.error for each in found.permutations], "o", ms=4, color=colour, label=found.network)
-    permuted.axhline(100 * found.chance, color="#999999", lw=1, ls=":")
+    deleted.axhline(100 * found.error, color=colour, lw=1, label=f"{name}, whole")
+    distances = [1 - each.tau for each in found.permutations]
+    permuted.plot(distances, [100 * each.error for each in found.permutations], "o", ms=4, color=colour, label=name)
 
 
 def _draw_paths(lengths: Axes, gradient: Axes, name: str, found: Paths, colour: str) -> None:
@@ -188,9 +194,12 @@ def _draw_paths(lengths: Axes, gradient: Axes, name: str, found: Paths, colour: 
     where = [each.length for each in found.lengths]
     total = sum(each.paths for each in found.lengths)
     sizes = [each.paths * each.norm for each in found.lengths]
-    lengths.bar(where, [each.paths / total for each in found.lengths], color=colour, alpha=0.4, label=f"{name}: Binomial(n, ½)")
-    lengths.plot(where, [size / sum(sizes) for size in sizes], "o-", ms=3, color="#000000", label="share of the gradient's size")
-    lengths.axvspan(first - 0.5, last + 0.5, color="#E69F00", alpha=0.2, label=f"{SHARE:.0%} of the gradient's size")
-    gradient.plot(where, [each.norm for each in found.lengths], ":", color=colour, label=f"{name}: one path (mean)")
+    shares = [size / sum(sizes) for size in sizes]
+    paths_of = [each.paths / total for each in found.lengths]
+    lengths.bar(where, paths_of, color=colour, alpha=0.4, label=f"{name}: share of all paths, Binomial(n, ½)")
+    lengths.plot(where, shares, "o-", ms=3, color="#000000", label=f"{name}: share of the gradient's size")
+    lengths.axvspan(first - 0.5, last + 0.5, color="#E69F00", alpha=0.15, label=f"{SHARE:.0%} of the gradient's size")
+    norms, sums = [each.norm for each in found.lengths], [each.of_sum for each in found.lengths]
+    gradient.plot(where, norms, ":", color=colour, label=f"{name}: one path (mean)")
     gradient.plot(where, sizes, "--", color=colour, label=f"{name}: one path times their number")
-    gradient.plot(where, [each.of_sum for each in found.lengths], "-", color=colour, label=f"{name}: sum of all paths, exact")
+    gradient.plot(where, sums, "-", color=colour, label=f"{name}: sum of all paths, exact")

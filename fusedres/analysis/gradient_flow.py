@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fusedres.analysis.data import Data
 from fusedres.analysis.observing import Loss, Split, observe
 from fusedres.analysis.results import COLOURS, Result, mean, style
+from fusedres.analysis.sizes import FULL
 from fusedres.models import plain, preact_resnet, resnet
 
 if TYPE_CHECKING:
@@ -31,10 +32,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "residual": resnet,
     "pre-activation": preact_resnet,
 }
-DEPTHS = (8, 20, 56, 110)
-QUICK_DEPTHS = (8, 20)
 _IMAGES = 32
 _LAYERS_OF_A_BLOCK = 2
+_TINY = 1e-300  # stands for the norm 0 in ratios and logarithms
 # The norm of the gradient grows by √(π/(π − 1)) a layer of BatchNorm and ReLU without shortcuts, at initialisation.
 # Source: Yang et al. 2019, A Mean Field Theory of Batch Normalization, https://arxiv.org/abs/1902.08129.
 PLAIN_GROWTH = math.sqrt(math.pi / (math.pi - 1))
@@ -66,7 +66,7 @@ class NetworkGradients:
     @property
     def growth(self) -> float:
         """The norm at the first block over that at the last."""
-        return self.blocks[0].total / self.blocks[-1].total
+        return max(self.blocks[0].total, _TINY) / max(self.blocks[-1].total, _TINY)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class GradientFlow(Result):
             depth = "" if found[0].depth is None else f" of {found[0].depth} layers"
             layers = _LAYERS_OF_A_BLOCK * (len(blocks) - 1)
             a_layer = "" if found[0].depth is None else f" ({10 ** (growth.value / max(1, layers)):.3f} a layer)"
-            text = f"{name}{depth}: the norm at the first block is {10**growth.value:.3g} times that at the last{a_layer}"
+            text = (
+                f"{name}{depth}: the norm at the first block is {10**growth.value:.3g} times that at the last{a_layer}"
+            )
             if any(block.shortcut for block in blocks):
                 every = [block for network in found for block in network.blocks if block.total]
                 shortcut, branch = (
@@ -102,8 +104,9 @@ class GradientFlow(Result):
                 )
                 text += f", and on average the shortcut's part has {shortcut:.2f} of it, the branch's {branch:.2f}"
             said.append(text)
-        theory = "; mean-field theory of BatchNorm and ReLU without shortcuts has " if "plain" in self._deepest() else ""
-        return f"{'; '.join(said)}{theory}{f'{PLAIN_GROWTH:.3f} a layer' if theory else ''}. {parts}"
+        if "plain" in self._deepest():
+            said.append(f"mean-field theory of BatchNorm and ReLU without shortcuts has {PLAIN_GROWTH:.3f} a layer")
+        return f"{'; '.join(said)}. {parts}"
 
     def draw(self, figure: Figure) -> None:
         """Draw the norms over the blocks, by depth; and the parts in the deepest networks."""
@@ -117,14 +120,16 @@ class GradientFlow(Result):
                     where, norms = _mean_norms(found)
                     label = name if depth == depths[-1] else None
                     alpha = 0.3 + 0.7 * (depths.index(depth) + 1) / len(depths)
-                    by_depth.plot(where, [v / norms[-1] for v in norms], color=colour, label=label, alpha=alpha)
+                    by_depth.plot(where, [norm / norms[-1] for norm in norms], color=colour, label=label, alpha=alpha)
         by_depth.set_yscale("log")
         shown = "" if depths == [0] else f"\n(depths {', '.join(map(str, depths))}: the darker, the deeper)"
-        style(by_depth, f"‖dL/dx‖ over that at the last block{shown}", "place of the block (0: first, 1: last)", "ratio")
+        style(
+            by_depth, f"‖dL/dx‖ over that at the last block{shown}", "place of the block (0: first, 1: last)", "ratio"
+        )
         for (name, found), colour in zip(self._deepest().items(), COLOURS, strict=False):
             for part, line in (("shortcut", "-"), ("branch", ":")):
                 blocks = found[0].blocks
-                values = [getattr(block, part) / block.total for block in blocks]
+                values = [getattr(block, part) / max(block.total, _TINY) for block in blocks]
                 if any(values):
                     where = [index / max(1, len(blocks) - 1) for index in range(len(blocks))]
                     parts.plot(where, values, line, color=colour, label=f"{name}: {part}")
@@ -164,8 +169,8 @@ def gradient_flow(
 def gradient_flow_by_depth(
     data: Data,
     networks: Mapping[str, Callable[[int], nn.Module]] = NETWORKS,
-    depths: Sequence[int] = DEPTHS,
-    seeds: int = 3,
+    depths: Sequence[int] = FULL.flow_depths,
+    seeds: int = FULL.seeds,
     progress: bool = False,
 ) -> GradientFlow:
     """Return the gradients of new networks of several depths, in float64 and with the statistics of the batch.
@@ -206,5 +211,5 @@ def _gradients(
 def _mean_norms(networks: Sequence[NetworkGradients]) -> tuple[list[float], list[float]]:
     """Return places from 0 to 1, and the geometric means of the norms over networks of one depth."""
     count = len(networks[0].blocks)
-    logs = [sum(math.log(network.blocks[index].total) for network in networks) for index in range(count)]
+    logs = [sum(math.log(max(network.blocks[index].total, _TINY)) for network in networks) for index in range(count)]
     return [index / max(1, count - 1) for index in range(count)], [math.exp(log / len(networks)) for log in logs]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from fusedres.analysis.results import needed
 
 @dataclass(frozen=True)
 class Deletion:
-    """The loss and the share of wrong answers with one block deleted: its shortcut is left, or of a plain block nothing.
+    """The loss and the share of wrong answers with one block deleted: only its shortcut is left, if it has one.
 
     `changes_shape` is true where the shortcut is no identity.
     """

@@ -1,6 +1,6 @@
 """The gradient of a residual network by the length of the paths that it flows back along.
 
-n blocks make 2ⁿ paths, as each block is passed over its shortcut or through its branch; C(n, k) of them pass k branches.
+n blocks make 2ⁿ paths, as each is passed over its shortcut or through its branch; C(n, k) of them pass k branches.
 The gradient of the first block's input is the sum over all paths, so it is that over the lengths k, exactly:
 G_i[k] = S_iᵀ·G_{i+1}[k] + F_iᵀ·G_{i+1}[k − 1].
 

