@@ -119,7 +119,10 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("folder", "extra"), [("fusedres", None), ("tests", "test"), ("benchmarks", "rivals")])
+@pytest.mark.parametrize(
+    ("folder", "extra"),
+    [("fusedres", None), ("fusedres/analysis", "analysis"), ("tests", "test"), ("benchmarks", "rivals")],
+)
 def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     required = requirement_names(PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []))
     required |= {"numpy", "PIL", "typing_extensions"}  # required by torchvision and torch
@@ -128,7 +131,7 @@ def test_what_is_imported_is_required(folder: str, extra: str | None) -> None:
     folders = [ROOT / name for name in (folder, "benchmarks", "tests", "tests/peers")]
     own = {"fusedres"} | {path.stem for where in folders for path in where.glob("*.py")}
     own |= {path.parent.name for where in folders for path in where.glob("*/__init__.py")}
-    files = list((ROOT / folder).rglob("*.py"))
+    files = [path for path in (ROOT / folder).rglob("*.py") if extra or "analysis" not in path.parts]
     assert files
     required |= {name.replace("-", "_") for name in required}  # as the module is called
     foreign = {
@@ -155,7 +158,8 @@ print(all(block.fused for block in fusedres.report(model)))
     assert python("-c", code).strip() == "True"
     command = """
 import sys, runpy
-sys.modules["triton"] = None
+for name in ("triton", "matplotlib", "mlxtend", "scipy", "sklearn"):  # nor are those of the extra `analysis`
+    sys.modules[name] = None
 sys.argv = ["fusedres", *sys.argv[1:]]
 runpy.run_module("fusedres", run_name="__main__")
 """

@@ -14,7 +14,7 @@ from fusedres.analysis.data import NAMES, Data, load
 from fusedres.analysis.degradation import Degradation, degradation
 from fusedres.analysis.ensembles import Ensembles, ensembles_of_trained, networks_of
 from fusedres.analysis.gradient_flow import GradientFlow, gradient_flow_by_depth
-from fusedres.analysis.highway import HighwayLayers, highway
+from fusedres.analysis.highway import HighwayLayers, highway, networks_of_layers
 from fusedres.analysis.page import page
 from fusedres.analysis.results import AnalysisError, Result, needed
 from fusedres.analysis.shattered import Shattered, shattered_by_depth
@@ -60,8 +60,9 @@ def _shortcuts(given: Given) -> Result:
 
 
 def _highway(given: Given) -> Result:
-    recipe, seeds = given.sizes.highway, given.seeds or given.sizes.seeds
-    return highway(given.data, recipe=recipe, seeds=seeds, folder=given.folder, progress=True)
+    networks = networks_of_layers(given.data, given.sizes.highway_depth)
+    seeds = given.seeds or given.sizes.seeds
+    return highway(given.data, networks, given.sizes.highway, seeds, given.folder, progress=True)
 
 
 def _ensembles(given: Given) -> Result:

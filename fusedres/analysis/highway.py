@@ -39,7 +39,7 @@ def plain_network(depth: int, in_features: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-def networks_of(data: Data, depth: int = FULL.highway_depth) -> dict[str, Callable[[], nn.Module]]:
+def networks_of_layers(data: Data, depth: int = FULL.highway_depth) -> dict[str, Callable[[], nn.Module]]:
     """Return functions that make the networks of this experiment, by name."""
     features, classes = data.images[0].numel(), data.classes
     return {
@@ -89,5 +89,5 @@ def highway(
         networks: functions that make a network, by name; None: 50 layers, with gates whose bias is −3 or 0, and plain.
         folder: for what a killed run has done, to go on there; None: nothing is kept.
     """
-    trained = train_variants("highway", networks or networks_of(data), data, recipe, seeds, folder, progress)
+    trained = train_variants("highway", networks or networks_of_layers(data), data, recipe, seeds, folder, progress)
     return HighwayLayers(math.log(data.classes), trained)

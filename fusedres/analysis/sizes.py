@@ -38,7 +38,7 @@ FULL = Sizes(
     ensembles_depths=(56, 20),
     ensembles=Recipe(epochs=12, learning_rate=0.1),
     ensembles_trials=60,
-    shattered_seeds=20,
+    shattered_seeds=100,
 )
 
 QUICK = Sizes(
@@ -54,5 +54,5 @@ QUICK = Sizes(
     ensembles_depths=(20, 14),
     ensembles=Recipe(epochs=3, learning_rate=0.1),
     ensembles_trials=20,
-    shattered_seeds=4,
+    shattered_seeds=20,
 )

@@ -21,7 +21,7 @@ from fusedres import files
 from fusedres._version import __version__
 from fusedres.analysis.data import Data
 
-_SECONDS_BETWEEN_CHECKPOINTS = 5.0
+SECONDS_BETWEEN_CHECKPOINTS = 5.0
 _RUNS, _CHECKPOINT, _WEIGHTS = "runs.json", "checkpoint", "weights of "
 _LARGEST_FILE = 1 << 30
 
@@ -199,7 +199,7 @@ def _train(model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple
             total += loss.item() * len(indices)
         losses.append(total / len(data.labels))
         bar.update()
-        if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+        if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
             state = {"key": key, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             work.save(_CHECKPOINT, state | {"random": torch.get_rng_state(), "losses": losses})
             saved = time.monotonic()
