@@ -147,8 +147,38 @@ def test_a_model_without_blocks_and_wrong_names_are_said() -> None:
 
 def test_random_numbers_are_found_out() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), fusedres.WideBlock(8, 8, dropout=0.5), nn.Flatten()).double()
-    with pytest.raises(ValueError, match=r"does it draw random numbers\? call model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"does it draw random numbers \(call model.eval\(\)\)"):
         gradient_flow(model, *batch(8))
+
+
+class Overwrites(nn.Module):
+    """Its first step writes over its input, so that the shortcut carries relu(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.conv = nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.relu(x)) + x
+
+
+def test_a_block_that_writes_over_its_input_is_found_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Overwrites(), nn.Flatten()).double()
+    with pytest.raises(ValueError, match=r"or write over its input\?"):
+        gradient_flow(model, *batch(8))
+
+
+def test_a_block_that_is_called_by_name_is_said() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = fusedres.PreActBasicBlock(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x=x).flatten(1)
+
+    with pytest.raises(ValueError, match=r"a PreActBasicBlock must be called with a tensor first, got \(\)"):
+        gradient_flow(ByName().double(), *batch(8))
 
 
 def test_a_block_that_is_called_twice_has_two_rows() -> None:

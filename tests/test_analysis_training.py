@@ -18,7 +18,7 @@ from fusedres.analysis import data as data_module
 from fusedres.analysis import training
 from fusedres.analysis.data import Data, load
 from fusedres.analysis.results import AnalysisError, mean
-from fusedres.analysis.training import Recipe, Run, Work, remove, train
+from fusedres.analysis.training import Recipe, Run, Work, remove, settings_of, train
 
 RECIPE = Recipe(epochs=4, learning_rate=0.1, batch=64)
 
@@ -99,6 +99,18 @@ def test_weights_are_kept_where_they_are_needed(data: Data, tmp_path: Path) -> N
     again = train("net", network, data, RECIPE, 0, Work(tmp_path, {}, keeps_weights=True), Bar())[1]
     assert first is not None and again is not None and not again.training
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_settings_see_every_difference(data: Data) -> None:
+    def settings(data: Data, recipe: Recipe = RECIPE, bias: float = 0.0) -> object:
+        return settings_of(data, recipe, {"net": lambda: fusedres.HighwayLinear(4, bias)})
+
+    expected = settings(data)
+    assert settings(data) == expected
+    assert settings(data, bias=-3.0) != expected
+    assert settings(data, RECIPE._replace(epochs=5)) != expected
+    assert settings(data._replace(images=data.images + 1)) != expected
+    assert settings(data.first(100)) != expected
 
 
 def test_other_settings_start_again(data: Data, tmp_path: Path) -> None:

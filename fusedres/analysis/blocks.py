@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 
 from fusedres.modules import PlainBlock, StochasticDepth
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
+_SIZES = {"call_function": (getattr,), "call_method": ("size", "dim")}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -144,7 +146,7 @@ def residual_blocks(model: nn.Module, names: Sequence[str] | None = None) -> lis
         return [_named(modules, name) for name in names]
     found: dict[str, ResidualBlock] = {}
     for name, module in modules.items():
-        if type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.children()):
+        if isinstance(module, _CONTAINERS) or not any(True for _ in module.children()):
             continue
         block = take_apart(name, module)
         if isinstance(block, str) and isinstance(module, StochasticDepth):
@@ -182,7 +184,7 @@ def _dependent(of: fx.Node) -> set[fx.Node]:
     """Return a node and all nodes whose tensors are computed from it; sizes and dtypes are not meant."""
     found = {of}
     for node in of.graph.nodes:
-        if node.target is not getattr and node.target not in ("size", "dim") and found & set(node.all_input_nodes):
+        if node.target not in _SIZES.get(node.op, ()) and found & set(node.all_input_nodes):
             found.add(node)
     return found
 
@@ -202,7 +204,7 @@ def _before(wanted: fx.Node, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
 def _is_add(node: fx.Node, dependent: set[fx.Node]) -> bool:
     """Whether a node adds two values, both computed from the input."""
     return (
-        node.target in _ADDS
+        node.target in _ADDS.get(node.op, ())
         and not node.kwargs
         and len(node.args) == 2
         and all(isinstance(arg, fx.Node) and arg in dependent for arg in node.args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,15 @@ class Data(NamedTuple):
     @property
     def classes(self) -> int:
         """How many classes there are."""
-        return int(self.labels.max()) + 1
+        return int(torch.cat([self.labels, self.test_labels]).max()) + 1
+
+    def checksum(self) -> str:
+        """Return a checksum of all images and labels."""
+        found = hashlib.sha256()
+        for tensor in (self.images, self.labels, self.test_images, self.test_labels):
+            found.update(repr(tuple(tensor.shape)).encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def in_colour(self) -> Data:
         """Return the data with three equal channels instead of one, channels_last."""

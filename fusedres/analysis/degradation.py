@@ -52,9 +52,9 @@ class Degradation(Result):
             runs = zip(first.trained.runs, last.trained.runs, strict=True)
             higher = sum(deep.loss > shallow.loss for shallow, deep in runs)
             said.append(
-                f"the training loss of {design} networks goes from {first.trained.typical_loss:.3g} at depth "
-                f"{first.depth} to {last.trained.typical_loss:.3g} at depth {last.depth} ({ratio:.3g} times), higher "
-                f"in {higher} of {len(first.trained.runs)} seeds"
+                f"the training loss of {design} networks goes from {first.trained.said_loss} at depth {first.depth} to "
+                f"{last.trained.said_loss} at depth {last.depth} ({ratio:.3g} times), higher in {higher} of "
+                f"{len(first.trained.runs)} seeds"
             )
         text = "; ".join(said)
         return f"{text[0].upper()}{text[1:]}."
@@ -104,5 +104,5 @@ def degradation(
     """
     designs = {f"{design} {depth}": (design, depth) for depth in depths for design in networks}
     makes = {name: partial(networks[design], depth) for name, (design, depth) in designs.items()}
-    trained = train_variants("degradation", makes, data, recipe, seeds, folder, progress)
+    trained = train_variants(makes, data, recipe, seeds, folder, progress)
     return Degradation([Depth(*designs[variant.network], variant) for variant in trained])

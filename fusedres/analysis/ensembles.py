@@ -23,7 +23,7 @@ from fusedres.analysis.observing import Loss, observe
 from fusedres.analysis.paths import SHARE, Paths, paths
 from fusedres.analysis.results import COLOURS, Result, needed, style
 from fusedres.analysis.sizes import FULL
-from fusedres.analysis.training import Recipe, Work, train
+from fusedres.analysis.training import Recipe, Work, settings_of, train
 from fusedres.models import plain, resnet
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def ensembles_of_trained(
         folder: for what a killed run has done, to go on there; None: nothing is kept.
     """
     networks = networks or networks_of()
-    settings = {"data": data.name, "images": len(data.labels), "recipe": recipe, "networks": list(networks)}
-    work = Work(folder, settings, keeps_weights=True)
+    work = Work(folder, settings_of(data, recipe, networks), keeps_weights=True)
     test = data.test_images, data.test_labels
     found = []
     with tqdm(total=recipe.epochs * len(networks) * seeds, unit="epoch", disable=None if progress else True) as bar:

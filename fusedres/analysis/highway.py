@@ -62,7 +62,7 @@ class HighwayLayers(Result):
         """Return what the numbers say."""
         seeds = len(self.variants[0].runs)
         said = [
-            f"{variant.network} {variant.typical_loss:.3g} "
+            f"{variant.network} {variant.said_loss} "
             f"({sum(run.loss < self.guess / 2 for run in variant.runs)} of {seeds} seeds below half of a guess)"
             for variant in self.variants
         ]
@@ -89,5 +89,5 @@ def highway(
         networks: functions that make a network, by name; None: 50 layers, with gates whose bias is −3 or 0, and plain.
         folder: for what a killed run has done, to go on there; None: nothing is kept.
     """
-    trained = train_variants("highway", networks or networks_of_layers(data), data, recipe, seeds, folder, progress)
+    trained = train_variants(networks or networks_of_layers(data), data, recipe, seeds, folder, progress)
     return HighwayLayers(math.log(data.classes), trained)

@@ -51,9 +51,11 @@ def run_observed(model: nn.Module, images: Tensor, names: Sequence[str] | None =
     inputs: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args or not isinstance(args[0], Tensor):
+            raise ValueError(f"observe: a {type(module).__name__} must be called with a tensor first, got {args!r:.60}")
         x = args[0].clone()  # of its own, for the gradient through this call alone
         inputs.append(x)
-        return (x, *args[1:])
+        return (x.clone(), *args[1:])  # the block may write over it
 
     def after_of(block: ResidualBlock) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -98,14 +100,14 @@ def observe(
 class Split:
     """A call of a block, run again with PyTorch's own operators, to be differentiated along the two ways apart.
 
-    Raises: ValueError: the block draws random numbers.
+    Raises: ValueError: the block draws random numbers, or writes over its input.
     """
 
     def __init__(self, seen: Observed) -> None:
         self._has_shortcut = seen.block.has_shortcut
         self._of_branch, self._of_shortcut = (seen.x.detach().clone().requires_grad_() for _ in range(2))
         with torch.enable_grad():
-            self._output = seen.block.apply(self._of_branch, self._of_shortcut)
+            self._output = seen.block.apply(self._of_branch.clone(), self._of_shortcut.clone())
         _check_same(seen, self._output)
 
     def branch(self, grad_output: Tensor) -> Tensor:
@@ -124,5 +126,5 @@ def _check_same(seen: Observed, output: Tensor) -> None:
     if (output - seen.output).abs().max().item() > _SAME.get(output.dtype, _SAME_IN_16_BITS) * largest:
         raise ValueError(
             f"observe: {seen.block.name or 'the model'} must compute the same when it runs again, got another result; "
-            "does it draw random numbers? call model.eval()"
+            "does it draw random numbers (call model.eval()), or write over its input?"
         )

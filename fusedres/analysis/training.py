@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from fusedres.analysis.data import Data
 
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
 _RUNS, _CHECKPOINT, _WEIGHTS = "runs.json", "checkpoint", "weights of "
+_EVALUATED_AT_ONCE = 2048
 _LARGEST_FILE = 1 << 30
 
 
@@ -31,10 +33,9 @@ class Recipe(NamedTuple):
 
     epochs: int
     learning_rate: float
-    batch: int = 128
+    batch: int = 64
     momentum: float = 0.9
     warm_up: float = 0.1  # share of the steps
-    largest_gradient: float | None = None  # gradients of a larger norm are scaled to it
 
     def rate(self, progress: float) -> float:
         """Return the learning rate after this share of the steps."""
@@ -48,7 +49,8 @@ class Run:
     """One network, trained from one seed.
 
     `losses` are the mean training losses of the epochs. `loss` and `accuracy` are those of the training images at the
-    end, `test_accuracy` that of the held-out ones, in eval mode.
+    end, `test_accuracy` that of the held-out ones. They are measured in eval mode, with BatchNorm's statistics computed
+    once more over all training images, as the running ones lag behind after a short training.
     """
 
     network: str
@@ -57,6 +59,27 @@ class Run:
     loss: float
     accuracy: float
     test_accuracy: float
+
+
+def settings_of(data: Data, recipe: Recipe, networks: Mapping[str, Callable[[], nn.Module]]) -> dict[str, Any]:
+    """Return all that training these networks depends on, as JSON types: checksums stand for data and networks."""
+    return {
+        "data": data.checksum(),
+        "recipe": recipe,
+        "networks": {name: _checksum(networks[name]) for name in networks},
+    }
+
+
+def _checksum(make: Callable[[], nn.Module]) -> str:
+    """Return a checksum of a network with the weights that it gets from seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    found = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 class Work:
@@ -124,8 +147,9 @@ class Work:
 
 def remove(folder: Path) -> None:
     """Remove what runs have left in a folder; and the folder, and the one above it, if they are empty then."""
+    names = (_RUNS, f"{_CHECKPOINT}.pt", f"{_WEIGHTS}*.pt", ".*.unfinished")  # the last by a killed writer
     with contextlib.suppress(OSError):
-        for left in (folder / _RUNS, folder / f"{_CHECKPOINT}.pt", *folder.glob(f"{_WEIGHTS}*.pt")):
+        for left in [path for name in names for path in folder.glob(name)]:
             left.unlink(missing_ok=True)
         folder.rmdir()
         folder.parent.rmdir()
@@ -152,7 +176,7 @@ def train(
             bar.update(recipe.epochs)
             return finished, model.eval()
         losses = _train(model, data, recipe, seed, (work, key), bar)
-    model.eval()
+    set_statistics(model, data.images)
     loss, accuracy = evaluate(model, data.images, data.labels)
     run = Run(network, seed, losses, loss, accuracy, evaluate(model, data.test_images, data.test_labels)[1])
     if work.keeps_weights:
@@ -162,9 +186,27 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+def set_statistics(model: nn.Module, images: Tensor) -> None:
+    """Set the running statistics of a model's BatchNorms to their means over images, and the model to eval mode."""
+    model.eval()
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    if norms:
+        for part in images.split(_EVALUATED_AT_ONCE):
+            model(part)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return the mean cross-entropy of a model and its accuracy, in the mode in which it is."""
-    logits = torch.cat([model(part) for part in images.split(512)]).double()
+    logits = torch.cat([model(part) for part in images.split(_EVALUATED_AT_ONCE)]).double()
     right = (logits.argmax(1) == labels).double().mean().item()
     return F.cross_entropy(logits, labels).item(), right
 
@@ -193,8 +235,6 @@ def _train(model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple
             loss = F.cross_entropy(model(data.images[indices]), data.labels[indices])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if recipe.largest_gradient is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.largest_gradient)
             optimizer.step()
             total += loss.item() * len(indices)
         losses.append(total / len(data.labels))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fusedres.analysis.data import Data
 from fusedres.analysis.results import COLOURS, Mean, mean, style
-from fusedres.analysis.training import Recipe, Run, Work, train
+from fusedres.analysis.training import Recipe, Run, Work, settings_of, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,28 +29,34 @@ class Variant:
     runs: list[Run]
 
     @property
-    def loss(self) -> Mean:
-        """The training loss at the end, over the seeds."""
-        return mean([run.loss for run in self.runs])
+    def diverged(self) -> int:
+        """How many runs ended with a loss that is not finite."""
+        return sum(not math.isfinite(run.loss) for run in self.runs)
 
     @property
     def logarithm(self) -> Mean:
-        """The decimal logarithm of the training loss at the end, over the seeds."""
-        return mean([math.log10(max(run.loss, SMALLEST_LOSS)) for run in self.runs])
+        """The decimal logarithm of the training loss at the end, over the seeds that have not diverged."""
+        losses = [max(run.loss, SMALLEST_LOSS) for run in self.runs if math.isfinite(run.loss)]
+        return mean([math.log10(loss) for loss in losses]) if losses else Mean(math.inf, None)
 
     @property
     def typical_loss(self) -> float:
-        """The geometric mean of the training loss at the end, over the seeds."""
+        """The geometric mean of the training loss at the end, over the seeds that have not diverged."""
         return float(10**self.logarithm.value)
 
     @property
-    def error(self) -> Mean:
-        """The share of wrong answers on the held-out images, over the seeds."""
-        return mean([1 - run.test_accuracy for run in self.runs])
+    def said_loss(self) -> str:
+        """The typical loss in words."""
+        diverged = f", {self.diverged} of {len(self.runs)} seeds diverged" if self.diverged else ""
+        return f"{self.typical_loss:.3g}{diverged}"
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """What variants are ordered by: the lower, the better."""
+        return self.diverged, self.typical_loss
 
 
 def train_variants(
-    experiment: str,
     networks: Mapping[str, Callable[[], nn.Module]],
     data: Data,
     recipe: Recipe,
@@ -59,8 +65,7 @@ def train_variants(
     progress: bool = False,
 ) -> list[Variant]:
     """Train a network of each design from each seed; see Work for folder."""
-    settings = {"experiment": experiment, "data": data.name, "images": len(data.labels), "recipe": recipe}
-    work = Work(folder, settings | {"networks": list(networks), "seeds": seeds})
+    work = Work(folder, settings_of(data, recipe, networks))
     runs: dict[str, list[Run]] = {name: [] for name in networks}
     epochs = recipe.epochs * len(networks) * seeds
     with tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar:
@@ -74,12 +79,13 @@ def train_variants(
 def draw_variants(ends: Axes, curves: Axes, variants: Sequence[Variant]) -> None:
     """Draw the training losses at the end, with every seed, and over the epochs."""
     for index, (variant, colour) in enumerate(zip(variants, COLOURS, strict=False)):
-        losses = [max(run.loss, SMALLEST_LOSS) for run in variant.runs]
+        losses = [max(run.loss, SMALLEST_LOSS) for run in variant.runs if math.isfinite(run.loss)]
         ends.plot(losses, [index] * len(losses), "o", ms=5, color=colour, alpha=0.6)
         ends.plot([variant.typical_loss], [index], "D", ms=7, color=colour)
-        epochs = range(1, len(variant.runs[0].losses) + 1)
-        logs = [sum(math.log(max(run.losses[epoch - 1], SMALLEST_LOSS)) for run in variant.runs) for epoch in epochs]
-        curves.plot(epochs, [math.exp(log / len(variant.runs)) for log in logs], color=colour, label=variant.network)
+        for run in variant.runs:
+            label = variant.network if run is variant.runs[0] else None
+            epochs = range(1, len(run.losses) + 1)
+            curves.plot(epochs, run.losses, color=colour, lw=1, alpha=0.8, label=label)
     ends.set_xscale("log")
     ends.set_yticks(range(len(variants)), [variant.network for variant in variants])
     ends.invert_yaxis()
