@@ -166,12 +166,13 @@ def _conclusion(found: Ensemble) -> str:
         taus, errors = [each.tau for each in found.permutations], [each.error for each in found.permutations]
         if len(set(taus)) > 1 and len(set(errors)) > 1:
             rank = float(needed("scipy.stats").spearmanr(taus, errors).statistic)
-            text += f"; the error rises with 1 − τ of the order (rank correlation {-rank:.2f})"
+            text += f"; the rank correlation of the error with 1 − τ of the order is {-rank:.2f}"
     if found.paths is not None:
         first, last = found.paths.carrying()
+        share = found.paths.share_of_paths(first, last)
         text += (
-            f"; paths have {found.paths.mean_length:g} branches on average, but {SHARE:.0%} of the gradient's size "
-            f"comes over those with {first} to {last}, {found.paths.share_of_paths(first, last):.2%} of all"
+            f"; paths have {found.paths.mean_length:g} branches on average, but {SHARE:.0%} of the gradient's size comes "
+            f"over those with {first} to {last}, {share:.2%} of all (in the paper, with 54 blocks, 5 to 17, 0.45% of all)"
         )
     return f"{text}."
 

@@ -102,11 +102,14 @@ class GradientFlow(Result):
                     sum(getattr(block, part) / block.total for block in every) / max(1, len(every))
                     for part in ("shortcut", "branch")
                 )
-                text += f", and on average the shortcut's part has {shortcut:.2f} of it, the branch's {branch:.2f}"
+                text += (
+                    f" (on average the shortcut's part has {shortcut:.2f} of the whole norm, the branch's {branch:.2f})"
+                )
             said.append(text)
         if "plain" in self._deepest():
             said.append(f"mean-field theory of BatchNorm and ReLU without shortcuts has {PLAIN_GROWTH:.3f} a layer")
-        return f"{'; '.join(said)}. {parts}"
+        text = "; ".join(said)
+        return f"{text[0].upper()}{text[1:]}. {parts}"
 
     def draw(self, figure: Figure) -> None:
         """Draw the norms over the blocks, by depth; and the parts in the deepest networks."""

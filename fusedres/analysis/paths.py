@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fusedres.analysis.observing import Observed, Split
 
 SHARE = 0.95  # of the gradient's size, for the range of lengths that carry it
-SAMPLES = 8  # paths of each length
+SAMPLES = 24  # paths of each length
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def style(axis: Axes, title: str, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _as_json(value: Any) -> Any:

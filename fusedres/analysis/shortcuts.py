@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -103,7 +104,13 @@ class Shortcuts(Result):
     def conclusion(self) -> str:
         """Return what the numbers say."""
         order = " < ".join(f"{variant.network} ({variant.said_loss})" for variant in self.variants)
-        text = f"Training loss in order, geometric mean of {len(self.variants[0].runs)} seeds: {order}."
+        seeds = len(self.variants[0].runs)
+        below = [
+            sum(a.loss < b.loss for a, b in zip(first.runs, second.runs, strict=True))
+            for first, second in pairwise(self.variants)
+        ]
+        text = f"Training loss in order, geometric mean of {seeds} seeds: {order}."
+        text += f" Each is below the next in {', '.join(map(str, below))} of {seeds} seeds."
         errors = {
             variant.network: SHORTCUTS[variant.network][1] for variant in self.variants if variant.network in SHORTCUTS
         }

@@ -79,14 +79,16 @@ class Unrolling(Result):
         for chain in self.chains:
             key = chain.network, chain.dtype
             worst[key] = max(worst.get(key, 0.0), *chain.errors)
-        said = [f"{network} in {dtype} by {error:.1e}" for (network, dtype), error in worst.items()]
+        said = [
+            f"{network} in {dtype.removeprefix('torch.')} by {error:.2g}" for (network, dtype), error in worst.items()
+        ]
         text = f"x_L differs from x_l + ΣF, relative to the largest x_L: {', '.join(said)}."
         if self.sigmoids:
             ends = {chain.skip: chain.derivatives[-1] for chain in self.sigmoids}
             layers, weight = len(self.sigmoids[0].derivatives), self.sigmoids[0].weight
             text += (
-                f" Through {layers} sigmoids with w = {weight:g} the derivative is {ends['none']:.1e} without a skip, "
-                f"{ends['inside']:.1e} with it inside (w + 1), {ends['around']:.3g} with it around the sigmoid."
+                f" Through {layers} sigmoids with w = {weight:g} the derivative is {ends['none']:.2g} without a skip, "
+                f"{ends['inside']:.2g} with it inside (w + 1), {ends['around']:.3g} with it around the sigmoid."
             )
         return text
 
