@@ -13,6 +13,8 @@ import torch
 from processes import HANG
 
 import fusedres
+import fusedres.analysis
+import fusedres.models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +39,7 @@ CALL_COST = next(command for command in commands(DOCUMENTS["docs/numbers.md"]) i
 # How each documented command is run here: unchanged, or shortened if it takes minutes; .ci/run runs those in full.
 # None means that only .ci/run runs it, because it installs something or is .ci/run itself.
 COMMANDS: dict[str, str | None] = {
+    "pip install '.[analysis]'": None,
     "pip install '.[bench]'": None,
     "pip install '.[test]'": None,
     "pip install -e '.[dev]'": None,
@@ -46,6 +49,7 @@ COMMANDS: dict[str, str | None] = {
     "python benchmarks/gpu_suite.py --call first --out DIR --pack PACK": "python benchmarks/gpu_suite.py --help",
     "python benchmarks/gpu_suite.py --call second --after DIR --out DIR2 --pack PACK": None,
     "python benchmarks/report.py --add DIR": "python benchmarks/report.py --help",
+    "python -m fusedres analyze all": "python -m fusedres analyze --help",
     "python -m fusedres info": "python -m fusedres info",
     "python -m fusedres tune": "python -m fusedres tune --help",
     "python benchmarks/traffic.py --launched": "python benchmarks/traffic.py --launched fused --batch 4",
@@ -92,11 +96,16 @@ def test_first_screen_has_the_example_and_both_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", [pytest.param(block, id=f"block {i}") for i, block in enumerate(blocks(README, "python"))]
+    "source",
+    [
+        pytest.param(block, id=f"{name} {i}")
+        for name, text in DOCUMENTS.items()
+        for i, block in enumerate(blocks(text, "python"))
+    ],
 )
 def test_python_block_runs(source: str) -> None:
     torch.manual_seed(0)
-    exec(compile(source, "a block of README.md", "exec"), {"__name__": "readme"})
+    exec(compile(source, "a block of a document", "exec"), {"__name__": "readme"})
 
 
 def test_documented_names_exist() -> None:

@@ -171,8 +171,8 @@ def _conclusion(found: Ensemble) -> str:
         first, last = found.paths.carrying()
         share = found.paths.share_of_paths(first, last)
         text += (
-            f"; paths have {found.paths.mean_length:g} branches on average, but {SHARE:.0%} of the gradient's size comes "
-            f"over those with {first} to {last}, {share:.2%} of all (in the paper, with 54 blocks, 5 to 17, 0.45% of all)"
+            f"; paths have {found.paths.mean_length:g} branches on average, but {SHARE:.0%} of the gradient's size is "
+            f"on those with {first} to {last}, {share:.2%} of all (in the paper, of 54 blocks, 5 to 17, 0.45%)"
         )
     return f"{text}."
 
