@@ -49,7 +49,7 @@ def run(main: Callable[[], int | None], name: str, interrupted: str = "interrupt
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, _interrupt)
     for stream in _outputs():
-        if stream.errors == "strict":  # do not fail because an encoding has no ± or ²
+        if stream.errors in ("strict", "surrogateescape"):  # do not fail because an encoding has no ± or ²
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     try:
         code = _code(main, name, interrupted)

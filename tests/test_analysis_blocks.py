@@ -70,6 +70,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "fused resnet50, eval": (lambda: fusedres.fuse(torchvision.models.resnet50(num_classes=10)).eval(), 16),
     "timm's resnetv2": (lambda: timm.create_model("resnetv2_50", num_classes=10), 16),
     "timm's vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=2), 2),
+    "timm's swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=32, num_classes=10).eval(), 12),
     "torchvision's convnext": (lambda: torchvision.models.convnext_tiny(num_classes=10).eval(), 18),
 }
 
@@ -168,6 +169,100 @@ def test_a_block_that_writes_over_its_input_is_found_out() -> None:
         gradient_flow(model, *batch(8))
 
 
+class Odd(nn.Module):
+    """Blocks with unusual sums, one at a time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.full((8,), 0.7))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            x = x * mask
+        if self.kind == "two inputs":
+            return (x + self.a(x)) + (x + self.b(x))
+        if self.kind == "reshaped":
+            h = (self.a(x) + x).view(-1, 2, 4).flatten(1)
+            return self.b(h) + h
+        if self.kind == "scaled":
+            return self.a(x) + x * self.scale
+        return x + self.a(x)
+
+
+@pytest.mark.parametrize("kind", ["two inputs", "reshaped", "scaled", "default"])
+def test_unusual_sums_are_taken_apart(kind: str) -> None:
+    torch.manual_seed(0)
+    module = Odd(kind).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    [block] = residual_blocks(nn.Sequential(module))
+    expected = {"two inputs": 2 * x, "scaled": x * module.scale}.get(kind, x)
+    torch.testing.assert_close(block.shortcut(x), expected)
+    torch.testing.assert_close(block.branch(x) + expected, module(x))
+    assert block.is_identity == (kind in ("reshaped", "default"))
+    model = nn.Sequential(nn.Linear(8, 8), module, nn.Linear(8, 4)).double()
+    assert gradient_flow(model, x, torch.arange(4)).difference < 1e-12
+
+
+def test_the_outer_block_is_chosen_where_a_sum_is_in_its_branch() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Odd("default")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.relu(self.attention(x))
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Outer(), Outer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    assert [block.name for block in residual_blocks(nn.Sequential(Stage()))] == ["0.first", "0.second"]
+
+
+def test_blocks_that_cannot_be_traced_are_named() -> None:
+    class Branching(Odd):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return x + self.a(x) if x.sum() > 0 else x
+
+    class BranchingBlock(Branching):
+        pass
+
+    with pytest.warns(UserWarning, match=r"1 modules were left out \(1: torch.fx cannot trace its forward"):
+        found = residual_blocks(nn.Sequential(Odd("default"), BranchingBlock("")))
+    assert [block.name for block in found] == ["0"]
+
+
+def test_the_model_and_the_random_state_stay_as_they_were() -> None:
+    model = timm.create_model("resnetv2_50", num_classes=10)
+    sums: list[float] = []
+    model.stages[0].blocks[0].register_forward_hook(lambda module, args, output: sums.append(output.sum().item()))
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        images, labels = torch.zeros(2, 3, 32, 32), torch.tensor([1, 3])
+        assert len(residual_blocks(model)) == 16
+        found = gradient_flow(model, images, labels)
+    assert torch.equal(torch.get_rng_state(), state) and not math.isnan(found.difference)
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+
+
+def test_small_random_branches_are_found_out() -> None:
+    branch_of = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    model = nn.Sequential(nn.Linear(8, 8), fusedres.LayerScale(branch_of, 8, initial=1e-6), nn.Linear(8, 4))
+    x = torch.randn(16, 8)
+    for call in (lambda: gradient_flow(model, x, torch.arange(16) % 4), lambda: unrolling(model, x)):
+        with pytest.raises(ValueError, match="does it draw random numbers"):
+            call()
+    assert gradient_flow(model.eval(), x, torch.arange(16) % 4).difference < 1e-4
+
+
 def test_a_block_that_is_called_by_name_is_said() -> None:
     class ByName(nn.Module):
         def __init__(self) -> None:
@@ -177,7 +272,7 @@ def test_a_block_that_is_called_by_name_is_said() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.block(x=x).flatten(1)
 
-    with pytest.raises(ValueError, match=r"a PreActBasicBlock must be called with a tensor first, got \(\)"):
+    with pytest.raises(ValueError, match="a PreActBasicBlock must be called with one tensor, got x"):
         gradient_flow(ByName().double(), *batch(8))
 
 

@@ -98,6 +98,8 @@ def test_the_page_has_every_conclusion_and_needs_no_other_file(everything: Path)
     for name, (kind, _) in analyze.EXPERIMENTS.items():
         found = json.loads((everything / f"{name}.json").read_text())
         assert found["conclusion"] in unescape(text)
+        assert found["made_by"]["command"] == "python -m fusedres analyze all --quick --data digits --images 128"
+        assert found["made_by"]["command"] in text
         assert f'id="{name}"' in text and kind.title in unescape(text)
     assert set(re.findall(r'(?:src|href)="([^"]{5})', text)) == {
         "data:",
@@ -142,11 +144,8 @@ def test_text_in_the_page_is_escaped() -> None:
         def conclusion(self) -> str:
             return "<script>1</script>."
 
-        def png(self) -> bytes:
-            return b""
-
-    text = page([Odd()])
-    assert "a &lt; b &amp; c" in text and "<script>" not in text
+    text = page([(Odd(), b"")], {"command": "a > b"})
+    assert "a &lt; b &amp; c" in text and "a &gt; b" in text and "<script>" not in text
 
 
 def test_a_killed_command_goes_on_to_the_same_result(
@@ -155,7 +154,7 @@ def test_a_killed_command_goes_on_to_the_same_result(
     arguments = ["highway", "--quick", "--images", "128", "--out"]
     command = [sys.executable, "-m", "fusedres", "analyze", *arguments, str(tmp_path / "killed")]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    work = tmp_path / "killed" / "unfinished" / "highway" / "runs.json"
+    work = tmp_path / "killed" / "unfinished" / "highway" / "fusedres-runs.json"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | threads) as process:
         while process.poll() is None and not work.exists():
             time.sleep(0.01)
@@ -196,6 +195,14 @@ def test_wrong_arguments_are_said_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_in_a_files_place_is_said_before_anything_runs(
+    tmp_path: Path, analysed: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "highway.png").mkdir()
+    code, out, errors = analysed("highway", "--quick", "--out", str(tmp_path))
+    assert code == 2 and "it is a folder" in errors and "highway.png" in errors and out == ""
+
+
 @pytest.mark.parametrize("kind", ["file", "below a file"])
 def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(
     kind: str, tmp_path: Path, analysed: Callable[..., tuple[int, str, str]]
@@ -219,6 +226,6 @@ def test_a_package_that_is_missing_is_said_before_anything_runs(
 
 def test_a_result_is_written_by_itself(tmp_path: Path) -> None:
     result = unrolling_of_designs(load(images=32).in_colour(), depth=8)
-    result.write(tmp_path)
-    assert json.loads((tmp_path / "unrolling.json").read_text()) == result.to_dict()
-    assert os.listdir(tmp_path) and (tmp_path / "unrolling.png").read_bytes() == result.png()
+    picture = result.write(str(tmp_path / "new"))
+    assert json.loads((tmp_path / "new" / "unrolling.json").read_text()) == result.to_dict()
+    assert (tmp_path / "new" / "unrolling.png").read_bytes() == picture

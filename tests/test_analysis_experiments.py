@@ -11,18 +11,22 @@ from functools import cache
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fusedres
 from fusedres import models
 from fusedres.analysis import (
     AnalysisError,
     Data,
+    Degradation,
+    Ensembles,
     Recipe,
     Result,
+    Shortcuts,
     degradation,
     ensembles,
     ensembles_of_trained,
+    gradient_flow,
     gradient_flow_by_depth,
     highway,
     load,
@@ -31,10 +35,16 @@ from fusedres.analysis import (
     shortcuts,
     unrolling_of_designs,
 )
+from fusedres.analysis.degradation import Depth
+from fusedres.analysis.ensembles import Ensemble
 from fusedres.analysis.highway import networks_of_layers
+from fusedres.analysis.lesions import Deletion
 from fusedres.analysis.observing import observe
 from fusedres.analysis.random_networks import Design, correlation, derivatives, residual_theory
-from fusedres.analysis.shortcuts import GatedShortcut, ScaledShortcut
+from fusedres.analysis.shattered import NETWORKS, POINTS
+from fusedres.analysis.shortcuts import DroppedShortcut, GatedShortcut, ScaledShortcut
+from fusedres.analysis.training import Run
+from fusedres.analysis.variants import Variant
 
 SHORT = Recipe(epochs=2, learning_rate=0.1)
 
@@ -68,7 +78,7 @@ RESULTS: dict[str, Callable[[], Result]] = {
         lambda: highway(data(), networks_of_layers(data(), 10), Recipe(epochs=10, learning_rate=0.05), seeds=2)
     ),
     "ensembles": small_ensembles,
-    "shattered": cache(lambda: shattered_by_depth(seeds=60)),
+    "shattered": cache(lambda: shattered_by_depth(seeds=4)),
 }
 
 
@@ -77,7 +87,7 @@ def test_a_result_is_json_with_a_conclusion_of_its_numbers(name: str) -> None:
     result = RESULTS[name]()
     found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert found["experiment"] == name == type(result).name
-    assert found["conclusion"] == result.conclusion() and found["conclusion"].endswith(".")
+    assert len(found["conclusion"]) > 40 and found["conclusion"].endswith(".")
     assert set(found) == {"experiment", "conclusion", *(field.name for field in dataclasses.fields(result))}
 
 
@@ -110,36 +120,53 @@ def test_the_gradient_of_plain_networks_grows_with_depth_and_that_of_residual_on
     assert RESULTS["gradient-flow"]().difference < 1e-12  # type: ignore[attr-defined]
 
 
-# Autocorrelation at lag 1 and lag 5, as it was measured before this code was written.
+# Autocorrelation of dy/dx at lag 1 and lag 5, as an earlier prototype measured it with 20 networks.
 TABLE = {
-    "white noise": (0.0, 0.0),
-    "brown noise": (0.97, 0.87),
-    "plain, centred, 10 layers": (0.76, 0.21),
-    "plain, centred, 24 layers": (-0.01, -0.02),
-    "plain, BatchNorm, 24 layers": (-0.01, 0.0),
-    "residual, BatchNorm, β = 1, 10 layers": (0.85, 0.44),
-    "residual, BatchNorm, β = 1, 24 layers": (0.74, 0.19),
-    "residual, BatchNorm, β = 1, 50 layers": (0.64, 0.08),
-    "residual, BatchNorm, β = 0.1, 50 layers": (0.87, 0.55),
-    "plain, not centred, PyTorch's default, 24 layers": (0.96, 0.79),
+    ("plain, centred", 10): (0.76, 0.21),
+    ("plain, centred", 24): (-0.01, -0.02),
+    ("plain, BatchNorm", 24): (-0.01, 0.0),
+    ("residual, BatchNorm, β = 1", 10): (0.85, 0.44),
+    ("residual, BatchNorm, β = 1", 24): (0.74, 0.19),
+    ("residual, BatchNorm, β = 1", 50): (0.64, 0.08),
+    ("residual, BatchNorm, β = 0.1", 50): (0.87, 0.55),
+    ("plain, not centred, PyTorch's default", 24): (0.96, 0.79),
 }
 
 
-@pytest.mark.parametrize("label", TABLE)
-def test_the_autocorrelation_of_derivatives_is_that_of_the_table(label: str) -> None:
-    [found] = [each for each in RESULTS["shattered"]().networks if each.label == label]  # type: ignore[attr-defined]
-    assert (found.lags[1], found.lags[5]) == pytest.approx(TABLE[label], abs=0.05)
-    assert found.lags[0] == pytest.approx(1)
+@cache
+def measured_derivatives(name: str) -> dict[int, Tensor]:
+    design, depths = NETWORKS[name]
+    return derivatives(design, depths, POINTS, range(60))
+
+
+def autocorrelation(values: Tensor, lag: int) -> Tensor:
+    centred = values - values.mean(1, keepdim=True)
+    return (centred[:, lag:] * centred[:, :-lag]).sum(1) / centred.square().sum(1)
+
+
+@pytest.mark.parametrize(("name", "depth"), TABLE)
+def test_the_autocorrelation_of_derivatives_is_that_of_the_table(name: str, depth: int) -> None:
+    for lag, expected in zip((1, 5), TABLE[name, depth], strict=True):
+        found = autocorrelation(measured_derivatives(name)[depth].double(), lag)
+        error = found.std().item() / math.sqrt(len(found))
+        assert found.mean().item() == pytest.approx(expected, abs=0.05 + error)
+
+
+def test_white_and_brown_noise_have_the_autocorrelation_of_theory() -> None:
+    white, brown = shattered_by_depth(seeds=4).networks[:2]
+    assert (white.label, brown.label) == ("white noise", "brown noise")
+    assert white.lags[0] == pytest.approx(1) and abs(white.lags[5]) < 0.15
+    assert brown.lags[1] == pytest.approx(0.9715, abs=0.03)  # the expectation for 256 points, about the mean
 
 
 def test_the_correlation_falls_by_half_a_plain_layer_and_as_theory_says_over_residual_ones() -> None:
-    plain = correlation(Design("BatchNorm"), range(1, 9), range(200), inputs=128)
+    plain = correlation(Design("BatchNorm"), range(1, 9), range(150), inputs=128)
     for depth, values in plain.items():
         assert values.mean().item() == pytest.approx(2.0**-depth, rel=0.1)
-    residual = correlation(Design("BatchNorm", beta=1.0), (10, 50), range(60), inputs=128)
+    residual = correlation(Design("BatchNorm", beta=1.0), (10, 50), range(40), inputs=128)
     for depth, measured in ((10, 0.270), (50, 0.096)):
-        assert residual[depth].mean().item() == pytest.approx(measured, abs=0.012)
-        assert residual[depth].mean().item() == pytest.approx(residual_theory(depth, 1.0), abs=0.012)
+        assert residual[depth].mean().item() == pytest.approx(measured, abs=0.02)
+        assert residual[depth].mean().item() == pytest.approx(residual_theory(depth, 1.0), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +223,9 @@ def test_inputs_that_make_no_line_are_said() -> None:
 def test_deleting_a_block_of_a_plain_network_hurts_and_of_a_residual_one_does_less() -> None:
     residual, plain = small_ensembles().networks  # type: ignore[attr-defined]
     assert residual.error < 0.3 and len(residual.deletions) == 3 and len(plain.deletions) == 4
-    assert [each.changes_shape for each in residual.deletions] == [False, True, True]
-    assert plain.deletions[-1].error > 0.5 > residual.deletions[-1].error
+    assert [each.keeps_input for each in residual.deletions] == [True, False, False]
+    assert all(each.keeps_input for each in plain.deletions)
+    assert plain.deletions[-1].error > residual.deletions[-1].error + 0.1
     assert plain.paths is None
 
 
@@ -217,16 +245,15 @@ def test_a_deleted_block_leaves_its_shortcut() -> None:
 def test_paths_are_binomial_and_their_gradients_add_up() -> None:
     torch.manual_seed(0)
     model = fusedres.fuse(timm.create_model("resnet10t", num_classes=10)).double().eval()
-    images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    images, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
     found = ensembles(model, images, labels, trials=2).networks[0].paths
     assert found is not None
     assert [each.paths for each in found.lengths] == [1, 4, 6, 4, 1]
     assert found.difference < 1e-12 and found.mean_length == 2
-    first, last = found.carrying()
-    assert sum(each.paths * each.norm for each in found.lengths[first : last + 1]) >= 0.95 * sum(
-        each.paths * each.norm for each in found.lengths
-    )
-    assert found.share_of_paths(0, 4) == 1
+    first, last = found.carrying(found.sizes)
+    assert sum(found.sizes[first : last + 1]) >= 0.95 * sum(found.sizes)
+    assert found.carrying([0.01, 1.0, 2.0, 1.0, 0.01]) == (1, 3)
+    assert found.share_of_paths(0, 4) == 1 and found.share_of_paths(1, 2) == 10 / 16
 
 
 def test_branches_that_are_zero_leave_the_shortest_path_alone() -> None:
@@ -235,7 +262,7 @@ def test_branches_that_are_zero_leave_the_shortest_path_alone() -> None:
     model = nn.Sequential(nn.Linear(6, 6), *blocks, nn.Linear(6, 4)).double()
     x, labels = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 4
     found = ensembles(model, x, labels, trials=3).networks[0].paths
-    assert found is not None and found.carrying() == (0, 0)
+    assert found is not None and found.carrying(found.sizes) == (0, 0)
     grad = observe(model, x, labels)[0].grad_x.norm().item()
     assert [each.of_sum for each in found.lengths] == pytest.approx([grad, 0, 0, 0])
 
@@ -253,11 +280,19 @@ def test_swapped_blocks_have_a_lower_tau_and_equal_blocks_change_nothing() -> No
 
 
 def test_every_kind_of_shortcut_is_what_its_name_says() -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(ScaledShortcut(0.5)(x), x / 2)
     gate = GatedShortcut(4, -6.0)
     nn.init.zeros_(gate.gate.weight)
     torch.testing.assert_close(gate(x), x * (1 - torch.sigmoid(torch.tensor(-6.0))))
+    dropped = DroppedShortcut()(x)
+    assert 0 < (dropped == 0).sum() < x.numel()
+    torch.testing.assert_close(dropped[dropped != 0], x[dropped != 0])
+    assert torch.equal(DroppedShortcut().eval()(x), x / 2)
+
+
+def test_shortcuts_are_ordered_by_their_losses() -> None:
     order = [variant.network for variant in RESULTS["shortcuts"]().variants]  # type: ignore[attr-defined]
     assert sorted(order) == sorted(["identity", "x / 2", "gate, b = 0", "gate, b = −6", "1x1 convolution", "dropout"])
     losses = [variant.typical_loss for variant in RESULTS["shortcuts"]().variants]  # type: ignore[attr-defined]
@@ -268,6 +303,68 @@ def test_highway_layers_that_carry_train_first() -> None:
     carries, half, _ = RESULTS["highway"]().variants  # type: ignore[attr-defined]
     assert (carries.network, half.network) == ("highway, b = −3", "highway, b = 0")
     assert carries.typical_loss < half.typical_loss
+
+
+def variant(name: str, *losses: float) -> Variant:
+    return Variant(name, [Run(name, seed, [2.0, loss], loss, 0.5, 0.5) for seed, loss in enumerate(losses)])
+
+
+def test_conclusions_say_what_diverged() -> None:
+    found = Degradation(
+        [Depth("plain", 8, variant("plain 8", 0.1, 0.4)), Depth("plain", 14, variant("plain 14", 0.2, math.nan))]
+    )
+    assert found.conclusion() == (
+        "The training loss of plain networks goes from 0.2 at depth 8 to 0.2, 1 of 2 seeds diverged at depth 14 "
+        "(1 times), higher in 2 of 2 seeds."
+    )
+    gone = Degradation([Depth("plain", 8, variant("plain 8", 0.1)), Depth("plain", 14, variant("plain 14", math.inf))])
+    assert "to diverged at depth 14, higher in 1 of 1 seeds" in gone.conclusion()
+    ordered = Shortcuts(
+        [variant("identity", 1e-9, 0.5), variant("x / 2", 0.5, math.nan), variant("mine", math.inf, 1.0)]
+    )
+    assert ordered.conclusion() == (
+        "Training loss in order, geometric mean of 2 seeds: identity (at most 0.000707) < x / 2 (0.5, 1 of 2 seeds "
+        "diverged) < mine (1, 1 of 2 seeds diverged). Each is below the next in 2, 1 of 2 seeds. Test errors of "
+        "ResNet-110 on CIFAR-10 (He et al. 2016), in this order: identity: 6.61 %; x / 2: failed."
+    )
+    for result in (found, gone, ordered):
+        assert result.png().startswith(b"\x89PNG")
+
+
+def test_an_ensemble_without_permutations_and_paths_has_a_conclusion_and_a_picture() -> None:
+    found = Ensembles([Ensemble("net", 1.0, 0.25, 0.9, [Deletion("a", True, 1.0, 0.5)], [], None)])
+    assert found.conclusion() == (
+        "net has 25.0% wrong answers (90% is chance); with one block deleted 50.0% in the median and 50.0% at most (a)."
+    )
+    assert found.png().startswith(b"\x89PNG")
+
+
+def test_more_variants_than_colours_are_all_drawn() -> None:
+    from matplotlib.figure import Figure
+
+    found = Shortcuts([variant(f"v{index}", 0.1 + index) for index in range(9)])
+    figure = Figure()
+    found.draw(figure)
+    assert len(figure.axes[0].lines) == 18 and len(figure.axes[1].lines) == 9
+
+
+def test_zero_gradients_are_no_finding() -> None:
+    model = models.resnet(8).double()
+    nn.init.zeros_(model.fc.weight)
+    images, labels = colour().images[:4].double(), colour().labels[:4]
+    assert "the gradient is 0 at every block" in gradient_flow(model, images, labels).conclusion()
+    assert ensembles(model, images, labels, trials=2).png().startswith(b"\x89PNG")
+
+
+def test_nothing_to_train_is_said() -> None:
+    with pytest.raises(AnalysisError, match="there must be seeds and networks, got 0 and 2"):
+        degradation(data(), depths=(8,), seeds=0)
+    with pytest.raises(AnalysisError, match="there must be seeds and networks, got 1 and 0"):
+        highway(data(), networks={}, seeds=1)
+    with pytest.raises(AnalysisError, match="there must be networks, depths and seeds, got 3, 0 and 3"):
+        gradient_flow_by_depth(data(), depths=())
+    with pytest.raises(AnalysisError, match="there must be seeds, got 0"):
+        shattered_by_depth(seeds=0)
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fusedres.analysis import data as data_module
 from fusedres.analysis import training
 from fusedres.analysis.data import Data, load
 from fusedres.analysis.results import AnalysisError, mean
+from fusedres.analysis.shortcuts import ScaledShortcut
 from fusedres.analysis.training import Recipe, Run, Work, remove, settings_of, train
 
 RECIPE = Recipe(epochs=4, learning_rate=0.1, batch=64)
@@ -38,10 +38,10 @@ class Bar(tqdm):
     def __init__(self, epochs: int | None = None) -> None:
         super().__init__(disable=True)
         self.left = epochs
-        self.seen = 0
+        self.steps: list[int] = []
 
     def update(self, n: float | None = 1) -> bool | None:
-        self.seen += int(n or 0)
+        self.steps.append(int(n or 0))
         if self.left is not None:
             self.left -= int(n or 0)
             if self.left == 0:
@@ -69,24 +69,41 @@ def test_training_lowers_the_loss_and_repeats_itself(data: Data) -> None:
     assert trained(data, Work(None, {}), seed=1) != run
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [2, 3])
 def test_a_killed_run_goes_on_to_the_same_result(
     epochs: int, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     expected = trained(data, Work(None, {}))
-    folder = tmp_path / "work"
-    with pytest.raises(KilledError):
-        trained(data, Work(folder, {"a": 1}), Bar(epochs))
+    with Work(tmp_path, {"a": 1}) as work, pytest.raises(KilledError):
+        trained(data, work, Bar(epochs))
     again = Bar()
-    assert trained(data, Work(folder, {"a": 1}), again) == expected
-    assert again.seen == RECIPE.epochs
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert len(state["losses"]) >= epochs - 1
+    with Work(tmp_path, {"a": 1}) as work:
+        assert trained(data, work, again) == expected
+    assert again.steps == [epochs - 1, *[1] * (RECIPE.epochs - epochs + 1)]  # the first is what was done before
+
+
+def test_a_checkpoint_of_other_settings_does_not_count(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with Work(tmp_path, {"a": 1}) as work, pytest.raises(KilledError):
+        trained(data, work, Bar(3))
+    again = Bar()
+    with Work(tmp_path, {"a": 2}) as work:
+        trained(data, work, again)
+    assert again.steps == [1] * RECIPE.epochs
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    with Work(tmp_path, {}), pytest.raises(AnalysisError, match="one process at a time can work in"):
+        Work(tmp_path, {})
+    Work(tmp_path, {}).close()
 
 
 def test_a_finished_run_is_not_repeated(data: Data, tmp_path: Path) -> None:
-    expected = trained(data, Work(tmp_path, {}))
+    with Work(tmp_path, {}) as work:
+        expected = trained(data, work)
 
     def fails() -> nn.Module:
         raise AssertionError
@@ -95,45 +112,60 @@ def test_a_finished_run_is_not_repeated(data: Data, tmp_path: Path) -> None:
 
 
 def test_weights_are_kept_where_they_are_needed(data: Data, tmp_path: Path) -> None:
-    first = train("net", network, data, RECIPE, 0, Work(tmp_path, {}, keeps_weights=True), Bar())[1]
-    again = train("net", network, data, RECIPE, 0, Work(tmp_path, {}, keeps_weights=True), Bar())[1]
+    with Work(tmp_path, {}, keeps_weights=True) as work:
+        first = train("net", network, data, RECIPE, 0, work, Bar())[1]
+        again = train("net", network, data, RECIPE, 0, work, Bar())[1]
     assert first is not None and again is not None and not again.training
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_settings_see_every_difference(data: Data) -> None:
-    def settings(data: Data, recipe: Recipe = RECIPE, bias: float = 0.0) -> object:
-        return settings_of(data, recipe, {"net": lambda: fusedres.HighwayLinear(4, bias)})
+    def settings(
+        data: Data, recipe: Recipe = RECIPE, factor: float = 0.5, dtype: torch.dtype = torch.float32
+    ) -> object:
+        def layers() -> nn.Module:
+            return nn.Sequential(nn.Flatten(), ScaledShortcut(factor), nn.Linear(192, 3)).to(dtype)
+
+        return settings_of(data._replace(images=data.images.to(dtype)), recipe, {"net": layers})
 
     expected = settings(data)
     assert settings(data) == expected
-    assert settings(data, bias=-3.0) != expected
+    assert settings(data, factor=0.4) != expected
+    assert settings(data, dtype=torch.float64) != expected
     assert settings(data, RECIPE._replace(epochs=5)) != expected
     assert settings(data._replace(images=data.images + 1)) != expected
     assert settings(data.first(100)) != expected
 
 
 def test_other_settings_start_again(data: Data, tmp_path: Path) -> None:
-    trained(data, Work(tmp_path, {"seeds": 1}))
-    assert Work(tmp_path, {"seeds": 1}).run("net, seed 0") is not None
-    assert Work(tmp_path, {"seeds": 2}).run("net, seed 0") is None
+    with Work(tmp_path, {"seeds": 1}) as work:
+        trained(data, work)
+    for seeds in (1, 2):
+        with Work(tmp_path, {"seeds": seeds}) as work:
+            assert (work.run("net, seed 0") is not None) == (seeds == 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\x00", b'{"made_by": 3}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\x00", b'{"made_by": 3}', b'{"made_by": 3, "runs": {"a": 1}}'])
 def test_damaged_files_start_again(content: bytes, data: Data, tmp_path: Path) -> None:
-    expected = trained(data, Work(tmp_path, {}))
-    for path in (tmp_path / "runs.json", tmp_path / "checkpoint.pt"):
+    expected = trained(data, Work(None, {}))
+    for path in (tmp_path / "fusedres-runs.json", tmp_path / "fusedres-checkpoint.pt"):
         path.write_bytes(content)
-    assert trained(data, Work(tmp_path, {})) == expected
+    with Work(tmp_path, {}) as work:
+        assert trained(data, work) == expected
 
 
 def test_only_files_of_training_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "runs.json").write_text("{}")
-    (tmp_path / "a" / "b" / "mine.txt").write_text("x")
+    mine = {"checkpoint.pt", "runs.json", "weights of mine.pt", ".mine.unfinished"}
+    for name in mine:
+        (tmp_path / "a" / "b" / name).write_text("x")
+    Work(tmp_path / "a" / "b", {}).close()
+    (tmp_path / "a" / "b" / ".fusedres-checkpoint.pt.0123.unfinished").write_text("x")
     remove(tmp_path / "a" / "b")
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["mine.txt"]
-    (tmp_path / "a" / "b" / "mine.txt").unlink()
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == mine
+    assert all((tmp_path / "a" / "b" / name).read_text() == "x" for name in mine)
+    for name in mine:
+        (tmp_path / "a" / "b" / name).unlink()
     remove(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
 
@@ -201,7 +233,5 @@ def test_rates_warm_up_and_fall_to_zero() -> None:
 
 
 def test_intervals_are_students() -> None:
-    found = mean([1.0, 2.0, 3.0])
-    assert (found.value, found.half) == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6))
-    assert mean([1.0]).half is None
-    assert json.dumps(str(mean([1.0]))) == '"1"'
+    assert mean([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6))
+    assert mean([1.0]) == (1.0, None)

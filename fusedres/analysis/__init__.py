@@ -8,7 +8,7 @@ runs them all.
 | `gradient_flow`, `gradient_flow_by_depth` | a model; new networks | what shortcuts and branches carry back |
 | `unrolling`, `unrolling_of_designs` | a model; new networks | whether x_L = x_l + ΣF |
 | `degradation` | trained networks by depth | plain networks train worse when they are deeper |
-| `shortcuts` | trained networks by shortcut | nothing beats the identity |
+| `shortcuts` | trained networks by shortcut | what other shortcuts than the identity cost |
 | `highway` | trained networks of 50 layers | gates that carry let them train |
 | `ensembles`, `ensembles_of_trained` | a model; trained networks | deleted blocks, permuted blocks, paths by length |
 | `shattered`, `shattered_by_depth` | a model; new networks | how alike the gradients of neighbours are |

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import datetime
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from fusedres import files
+from fusedres._version import __version__
 from fusedres.analysis.data import NAMES, Data, load
 from fusedres.analysis.degradation import Degradation, degradation
 from fusedres.analysis.ensembles import Ensembles, ensembles_of_trained, networks_of
@@ -34,45 +37,46 @@ class Given(NamedTuple):
 
     data: Data
     sizes: Sizes
-    seeds: int | None  # None: those of the sizes
+    chosen_seeds: int | None
     folder: Path  # for what a killed run has done
+
+    @property
+    def seeds(self) -> int:
+        """How many networks of each kind are made or trained."""
+        return self.chosen_seeds or self.sizes.seeds
 
 
 def _gradient_flow(given: Given) -> Result:
-    images, seeds = given.data.in_colour(), given.seeds or given.sizes.seeds
-    return gradient_flow_by_depth(images, depths=given.sizes.flow_depths, seeds=seeds, progress=True)
+    return gradient_flow_by_depth(given.data, depths=given.sizes.flow_depths, seeds=given.seeds, progress=True)
 
 
 def _unrolling(given: Given) -> Result:
-    return unrolling_of_designs(given.data.in_colour(), depth=given.sizes.unrolling_depth)
+    return unrolling_of_designs(given.data, depth=given.sizes.unrolling_depth)
 
 
 def _degradation(given: Given) -> Result:
-    depths, recipe, seeds = given.sizes.degradation_depths, given.sizes.degradation, given.seeds or given.sizes.seeds
-    images = given.data.in_colour()
-    return degradation(images, depths=depths, recipe=recipe, seeds=seeds, folder=given.folder, progress=True)
+    depths, recipe = given.sizes.degradation_depths, given.sizes.degradation
+    return degradation(given.data, None, depths, recipe, given.seeds, given.folder, progress=True)
 
 
 def _shortcuts(given: Given) -> Result:
-    depth, recipe, seeds = given.sizes.shortcuts_depth, given.sizes.shortcuts, given.seeds or given.sizes.seeds
-    images = given.data.in_colour()
-    return shortcuts(images, depth=depth, recipe=recipe, seeds=seeds, folder=given.folder, progress=True)
+    depth, recipe = given.sizes.shortcuts_depth, given.sizes.shortcuts
+    return shortcuts(given.data, None, depth, recipe, given.seeds, given.folder, progress=True)
 
 
 def _highway(given: Given) -> Result:
     networks = networks_of_layers(given.data, given.sizes.highway_depth)
-    seeds = given.seeds or given.sizes.seeds
-    return highway(given.data, networks, given.sizes.highway, seeds, given.folder, progress=True)
+    return highway(given.data, networks, given.sizes.highway, given.seeds, given.folder, progress=True)
 
 
 def _ensembles(given: Given) -> Result:
-    images, networks, recipe = given.data.in_colour(), networks_of(given.sizes.ensembles_depths), given.sizes.ensembles
-    trials, seeds = given.sizes.ensembles_trials, given.seeds or 1
-    return ensembles_of_trained(images, networks, recipe, given.folder, seeds, trials, progress=True)
+    networks, recipe = networks_of(given.sizes.ensembles_depths), given.sizes.ensembles
+    seeds, trials = given.chosen_seeds or 1, given.sizes.ensembles_trials
+    return ensembles_of_trained(given.data.in_colour(), networks, recipe, given.folder, seeds, trials, progress=True)
 
 
 def _shattered(given: Given) -> Result:
-    return shattered_by_depth(seeds=given.seeds or given.sizes.shattered_seeds, progress=True)
+    return shattered_by_depth(max(given.chosen_seeds or 0, given.sizes.shattered_seeds), progress=True)
 
 
 _ALL: list[tuple[type[Result], Callable[[Given], Result]]] = [
@@ -102,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("analysis"), metavar="DIR", help="folder of the results (default: analysis)"
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help="networks of each kind (default: by experiment)")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="trained networks of each kind (default: 3; ensembles and --quick: 1)"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller networks, fewer epochs and seeds")
     parser.add_argument(
         "--data",
@@ -127,22 +133,45 @@ def main(options: argparse.Namespace) -> int:
     for module in ("matplotlib", "scipy"):
         needed(module)
     found = load(options.data, options.data_root, options.images)
-    options.out.mkdir(parents=True, exist_ok=True)
-    files.require_writable(options.out / REPORT)
-    results = []
     names = list(EXPERIMENTS) if options.experiment == "all" else [options.experiment]
+    _check_writable(options.out, names)
+    made_by = _made_by(options)
+    pictures: list[tuple[Result, bytes]] = []
     folders = {name: options.out / _UNFINISHED / name for name in names}
     for name in names:
         kind, run = EXPERIMENTS[name]
-        print(f"{kind.title}", flush=True)
+        print(kind.title, flush=True)
         result = run(Given(found, QUICK if options.quick else FULL, options.seeds, folders[name]))
-        result.write(options.out)
-        results.append(result)
+        pictures.append((result, result.write(options.out, made_by)))
         print(f"{textwrap.fill(result.conclusion(), 100)}\n{options.out / name}.png, .json\n", flush=True)
     if options.experiment == "all":
-        files.write(options.out / REPORT, page(results).encode())
+        files.write(options.out / REPORT, page(pictures, made_by).encode())
         print(options.out / REPORT)
     for folder in folders.values():
         remove(folder)
-    sys.stdout.flush()
     return 0
+
+
+def _check_writable(out: Path, names: Sequence[str]) -> None:
+    """Raise OSError, before anything runs, if a file cannot be written."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / REPORT, *(out / f"{name}.{kind}" for name in names for kind in ("png", "json"))):
+        files.require_regular(path)
+    files.require_writable(out / REPORT)
+    (out / _UNFINISHED).mkdir(exist_ok=True)
+
+
+def _made_by(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what made the results, as JSON types."""
+    given = [options.experiment]
+    given += ["--quick"] if options.quick else []
+    for option in ("seeds", "data", "images"):
+        value = getattr(options, option)
+        given += [] if value is None else [f"--{option}", str(value)]
+    return {
+        "command": f"python -m fusedres analyze {' '.join(given)}",
+        "fusedres": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,13 +1,15 @@
-"""Degradation: the training loss of plain networks rises with depth, that of residual networks does not.
+"""Degradation: the training loss of plain networks rises with depth, that of residual networks hardly does.
 
 Source: He et al. 2015, Deep Residual Learning, https://arxiv.org/abs/1512.03385, figure 1 and section 4.2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -47,14 +49,13 @@ class Degradation(Result):
         """Return what the numbers say."""
         said = []
         for design, found in self._by_design().items():
-            first, last = found[0], found[-1]
-            ratio = last.trained.typical_loss / first.trained.typical_loss
-            runs = zip(first.trained.runs, last.trained.runs, strict=True)
-            higher = sum(deep.loss > shallow.loss for shallow, deep in runs)
+            first, last = found[0].trained, found[-1].trained
+            higher = sum(deep > shallow for shallow, deep in zip(first.losses, last.losses, strict=True))
+            ratio = last.typical_loss / first.typical_loss
+            times = f" ({ratio:.3g} times)" if math.isfinite(ratio) else ""
             said.append(
-                f"the training loss of {design} networks goes from {first.trained.said_loss} at depth {first.depth} to "
-                f"{last.trained.said_loss} at depth {last.depth} ({ratio:.3g} times), higher in {higher} of "
-                f"{len(first.trained.runs)} seeds"
+                f"the training loss of {design} networks goes from {first.said_loss} at depth {found[0].depth} to "
+                f"{last.said_loss} at depth {found[-1].depth}{times}, higher in {higher} of {len(first.runs)} seeds"
             )
         text = "; ".join(said)
         return f"{text[0].upper()}{text[1:]}."
@@ -62,15 +63,20 @@ class Degradation(Result):
     def draw(self, figure: Figure) -> None:
         """Draw the training loss by depth with its intervals, and the losses of the deepest by epoch."""
         by_depth, curves = figure.subplots(1, 2)
-        for (design, found), colour in zip(self._by_design().items(), COLOURS, strict=False):
+        for (design, found), colour in zip(self._by_design().items(), cycle(COLOURS)):
             depths = [each.depth for each in found]
             logs = [each.trained.logarithm for each in found]
             means = [10**log.value for log in logs]
             by_depth.plot(depths, means, "o-", color=colour, label=f"{design}, geometric mean")
-            if logs[0].half is not None:
-                low, high = ([10 ** (log.value + sign * (log.half or 0)) for log in logs] for sign in (-1, 1))
-                interval = f"{design}, 95 % interval"
-                by_depth.fill_between(depths, low, high, color=colour, alpha=0.15, lw=0, label=interval)
+            whole = [i for i, each in enumerate(found) if not each.trained.diverged and logs[i].half is not None]
+            if whole:
+                low, high = ([10 ** (logs[i].value + sign * (logs[i].half or 0)) for i in whole] for sign in (-1, 1))
+                interval = f"{design}, 95 % interval of the logarithm"
+                where = [depths[i] for i in whole]
+                by_depth.fill_between(where, low, high, color=colour, alpha=0.15, lw=0, label=interval)
+            gone = [depth for depth, each in zip(depths, found, strict=True) if each.trained.diverged]
+            if gone:
+                by_depth.plot(gone, [1.0] * len(gone), "x", color=colour, label=f"{design}, a seed diverged (at 1)")
             for index, run in enumerate(found[-1].trained.runs):
                 label = f"{design}, depth {found[-1].depth}, each seed" if index == 0 else None
                 curves.plot(range(1, len(run.losses) + 1), run.losses, color=colour, alpha=0.7, label=label)
@@ -88,7 +94,7 @@ class Degradation(Result):
 
 def degradation(
     data: Data,
-    networks: Mapping[str, Callable[[int], nn.Module]] = NETWORKS,
+    networks: Mapping[str, Callable[[int], nn.Module]] | None = None,
     depths: Sequence[int] = FULL.degradation_depths,
     recipe: Recipe = FULL.degradation,
     seeds: int = FULL.seeds,
@@ -98,10 +104,18 @@ def degradation(
     """Train networks of several depths and return their training losses.
 
     Args:
-        data: in colour, for the networks given here.
-        networks: functions that make a network of a depth, by design.
+        data: what to train on; load() gives it.
+        networks: functions that make a network of a depth, by design. None: plain and resnet of fusedres.models.
+        depths: in layers.
+        recipe: how each is trained.
+        seeds: how many networks of each.
         folder: for what a killed run has done, to go on there; None: nothing is kept.
+        progress: show a progress bar on a terminal.
+
+    Raises: AnalysisError: there are no networks or seeds, or another process works in the folder.
     """
+    if networks is None:
+        networks, data = NETWORKS, data.in_colour()
     designs = {f"{design} {depth}": (design, depth) for depth in depths for design in networks}
     makes = {name: partial(networks[design], depth) for name, (design, depth) in designs.items()}
     trained = train_variants(makes, data, recipe, seeds, folder, progress)

@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from fusedres.analysis.data import Data
-from fusedres.analysis.observing import Loss, Split, observe
-from fusedres.analysis.results import COLOURS, Result, mean, style
+from fusedres.analysis.observing import Loss, Split, cross_entropy, observe
+from fusedres.analysis.results import COLOURS, AnalysisError, Result, largest, mean, style
 from fusedres.analysis.sizes import FULL
 from fusedres.models import plain, preact_resnet, resnet
 
@@ -81,18 +81,25 @@ class GradientFlow(Result):
     @property
     def difference(self) -> float:
         """The largest difference between the sum of the parts and autograd's gradient."""
-        return max(block.difference for network in self.networks for block in network.blocks)
+        return largest([block.difference for network in self.networks for block in network.blocks])
 
     def conclusion(self) -> str:
         """Return what the numbers say."""
         parts = f"The shortcut's part and the branch's add up to autograd's gradient to {self.difference:.1e}."
         said = []
         for name, found in self._deepest().items():
+            if not any(block.total for network in found for block in network.blocks):
+                said.append(f"{name}: the gradient is 0 at every block; is the last layer's weight 0?")
+                continue
             growth = mean([math.log10(network.growth) for network in found])
             blocks = found[0].blocks
-            depth = "" if found[0].depth is None else f" of {found[0].depth} layers"
+            depth = "" if found[0].depth is None else f" of depth {found[0].depth}"
             layers = _LAYERS_OF_A_BLOCK * (len(blocks) - 1)
-            a_layer = "" if found[0].depth is None else f" ({10 ** (growth.value / max(1, layers)):.3f} a layer)"
+            a_layer = (
+                ""
+                if found[0].depth is None or name not in NETWORKS
+                else f" ({10 ** (growth.value / max(1, layers)):.3f} a layer)"
+            )
             text = (
                 f"{name}{depth}: the norm at the first block is {10**growth.value:.3g} times that at the last{a_layer}"
             )
@@ -116,7 +123,7 @@ class GradientFlow(Result):
         by_depth, parts = figure.subplots(1, 2)
         names = list(dict.fromkeys(network.network for network in self.networks))
         depths = sorted({network.depth or 0 for network in self.networks})
-        for name, colour in zip(names, COLOURS, strict=False):
+        for name, colour in zip(names, cycle(COLOURS)):
             for depth in depths:
                 found = [n for n in self.networks if n.network == name and (n.depth or 0) == depth]
                 if found:
@@ -129,15 +136,16 @@ class GradientFlow(Result):
         style(
             by_depth, f"‖dL/dx‖ over that at the last block{shown}", "place of the block (0: first, 1: last)", "ratio"
         )
-        for (name, found), colour in zip(self._deepest().items(), COLOURS, strict=False):
+        for (name, found), colour in zip(self._deepest().items(), cycle(COLOURS)):
             for part, line in (("shortcut", "-"), ("branch", ":")):
-                blocks = found[0].blocks
-                values = [getattr(block, part) / max(block.total, _TINY) for block in blocks]
+                rows = [[getattr(block, part) / max(block.total, _TINY) for block in each.blocks] for each in found]
+                values = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
                 if any(values):
-                    where = [index / max(1, len(blocks) - 1) for index in range(len(blocks))]
+                    where = [index / max(1, len(values) - 1) for index in range(len(values))]
                     parts.plot(where, values, line, color=colour, label=f"{name}: {part}")
         parts.set_ylim(bottom=0)
-        style(parts, "Norms of the parts over that of their sum\n(deepest networks)", "place of the block", "ratio")
+        title = "Norms of the parts over that of their sum\n(deepest networks, mean over seeds)"
+        style(parts, title, "place of the block (0: first, 1: last)", "‖part‖ / ‖dL/dx‖")
 
     def _deepest(self) -> dict[str, list[NetworkGradients]]:
         """Return the deepest networks of each name, one a seed."""
@@ -152,15 +160,16 @@ class GradientFlow(Result):
 
 
 def gradient_flow(
-    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss = F.cross_entropy, names: Sequence[str] | None = None
+    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss = cross_entropy, names: Sequence[str] | None = None
 ) -> GradientFlow:
     """Return the gradients at the blocks of a model, with the parts of the shortcut and of the branch.
 
     dL/dx is autograd's, through the model as it is, fused or not. The parts are computed block by block from dL/dout.
 
     Args:
-        model: any model with residual blocks; it stays as it was. Its dtype is that of images.
-        images, labels: loss(model(images), labels) is differentiated.
+        model: any model with residual blocks, in its mode; it stays as it was.
+        images: (N, …), floating, in the model's dtype.
+        labels: what loss takes, mostly (N,) in int64; loss(model(images), labels) is differentiated.
         names: of the modules that are the blocks; None: see residual_blocks.
 
     Raises: ValueError: there are no blocks, the loss does not depend on them, or they draw random numbers.
@@ -171,7 +180,7 @@ def gradient_flow(
 
 def gradient_flow_by_depth(
     data: Data,
-    networks: Mapping[str, Callable[[int], nn.Module]] = NETWORKS,
+    networks: Mapping[str, Callable[[int], nn.Module]] | None = None,
     depths: Sequence[int] = FULL.flow_depths,
     seeds: int = FULL.seeds,
     progress: bool = False,
@@ -180,8 +189,20 @@ def gradient_flow_by_depth(
 
     Args:
         data: gives the images.
-        networks: functions that make a network of a depth, by name.
+        networks: functions that make a network of a depth, by name. None: plain, resnet and preact_resnet of
+            fusedres.models.
+        depths: in layers.
+        seeds: how many networks of each.
+        progress: show a progress bar on a terminal.
+
+    Raises: AnalysisError: there are no networks, depths or seeds.
     """
+    if networks is None:
+        networks, data = NETWORKS, data.in_colour()
+    if seeds < 1 or not networks or not depths:
+        raise AnalysisError(
+            f"gradient_flow: there must be networks, depths and seeds, got {len(networks)}, {len(depths)} and {seeds}"
+        )
     images, labels = data.images[:_IMAGES].double(), data.labels[:_IMAGES]
     found = []
     with tqdm(total=len(networks) * len(depths) * seeds, unit="network", disable=None if progress else True) as bar:
@@ -191,7 +212,7 @@ def gradient_flow_by_depth(
                     with torch.random.fork_rng(devices=[]):
                         torch.manual_seed(seed)
                         model = make(depth).double()
-                    blocks = _gradients(model, images, labels, F.cross_entropy, None)
+                    blocks = _gradients(model, images, labels, cross_entropy, None)
                     found.append(NetworkGradients(name, depth, seed, blocks))
                     bar.update()
     return GradientFlow("torch.float64", found)

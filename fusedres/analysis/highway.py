@@ -71,6 +71,7 @@ class HighwayLayers(Result):
     def draw(self, figure: Figure) -> None:
         """Draw the training losses at the end and by epoch."""
         ends, curves = figure.subplots(1, 2)
+        ends.axvline(self.guess, color="#999999", lw=1, ls=":")
         curves.axhline(self.guess, color="#999999", lw=1, ls=":", label="a guess")
         draw_variants(ends, curves, self.variants)
 
@@ -86,8 +87,15 @@ def highway(
     """Train deep networks of fully connected layers and return their training losses.
 
     Args:
+        data: what to train on; load() gives it.
         networks: functions that make a network, by name; None: 50 layers, with gates whose bias is −3 or 0, and plain.
+        recipe: how each is trained.
+        seeds: how many networks of each.
         folder: for what a killed run has done, to go on there; None: nothing is kept.
+        progress: show a progress bar on a terminal.
+
+    Raises: AnalysisError: there are no networks or seeds, or another process works in the folder.
     """
-    trained = train_variants(networks or networks_of_layers(data), data, recipe, seeds, folder, progress)
+    networks = networks_of_layers(data) if networks is None else networks
+    trained = train_variants(networks, data, recipe, seeds, folder, progress)
     return HighwayLayers(math.log(data.classes), trained)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-
-from fusedres._version import __version__
 from fusedres.analysis.results import Result
 
 _PAGE = """<!DOCTYPE html>
@@ -45,15 +42,14 @@ _SECTION = """<section id="{name}">
 </section>"""
 
 
-def page(results: Sequence[Result]) -> str:
-    """Return an HTML page with the conclusion and the picture of each result."""
-    date = datetime.date.today().isoformat()
+def page(pictures: Sequence[tuple[Result, bytes]], made_by: Mapping[str, Any]) -> str:
+    """Return an HTML page with the conclusion and the picture of each result, and what made them."""
     sections, contents = [], []
-    for result in results:
+    for result, png in pictures:
         title = html.escape(result.title)
-        picture = base64.b64encode(result.png()).decode()
+        picture = base64.b64encode(png).decode()
         conclusion = html.escape(result.conclusion())
         sections.append(_SECTION.format(name=result.name, title=title, conclusion=conclusion, picture=picture))
         contents.append(f'<li><a href="#{result.name}">{title}</a></li>')
-    about = html.escape(f"python -m fusedres analyze all, fusedres {__version__}, torch {torch.__version__}, {date}")
+    about = html.escape("; ".join(f"{name} {value}" for name, value in made_by.items()))
     return _PAGE.format(about=about, contents="\n".join(contents), sections="\n".join(sections))

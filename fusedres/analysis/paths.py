@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fusedres.analysis.observing import Observed, Split
 
-SHARE = 0.95  # of the gradient's size, for the range of lengths that carry it
+SHARE = 0.95  # of all norms, for the range of lengths that carry them
 SAMPLES = 24  # paths of each length
 
 
@@ -51,17 +51,22 @@ class Paths:
         """The mean length of all paths: that of Binomial(n, ½)."""
         return (len(self.lengths) - 1) / 2
 
-    def carrying(self) -> tuple[int, int]:
-        """Return the first and last of the lengths that carry SHARE of paths·norm, with as few lengths as possible."""
-        sizes = [each.paths * each.norm for each in self.lengths]
+    @property
+    def sizes(self) -> list[float]:
+        """The number of paths times the mean norm of one, by length: the norms of all paths, with nothing cancelled."""
+        return [each.paths * each.norm for each in self.lengths]
+
+    @staticmethod
+    def carrying(sizes: Sequence[float]) -> tuple[int, int]:
+        """Return the first and last of the lengths that have SHARE of the sizes, as few lengths as possible."""
         wanted = SHARE * sum(sizes)
-        ranges = (
+        ranges = [
             (last - first, first)
             for first in range(len(sizes))
             for last in range(first, len(sizes))
             if sum(sizes[first : last + 1]) >= wanted
-        )
-        width, first = min(ranges)
+        ]
+        width, first = min(ranges, default=(len(sizes) - 1, 0))  # none: a size is no number
         return first, first + width
 
     def share_of_paths(self, first: int, last: int) -> float:
@@ -81,8 +86,9 @@ def paths(seen: Sequence[Observed], bar: tqdm) -> Paths | None:
         kept, longer = [split.shortcut(grad) for grad in sums], [split.branch(grad) for grad in sums]
         nothing = torch.zeros_like(kept[0])
         sums = [a + b for a, b in zip([*kept, nothing], [nothing, *longer], strict=True)]
-    total = torch.stack(sums).sum(0)
-    difference = (total - seen[0].grad_x).abs().max().item() / seen[0].grad_x.abs().max().item()
+    largest = seen[0].grad_x.abs().max().item()
+    difference = (torch.stack(sums).sum(0) - seen[0].grad_x).abs().max().item()
+    difference = difference / largest if largest else difference
     random = torch.Generator().manual_seed(0)
     lengths = []
     for length, of_sum in enumerate(sums):

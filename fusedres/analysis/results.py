@@ -8,9 +8,9 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fusedres import files
 
@@ -73,24 +73,27 @@ class Result:
         figure.savefig(picture, format="png")
         return picture.getvalue()
 
-    def write(self, folder: Path) -> None:
-        """Write NAME.png and NAME.json.
+    def write(self, folder: str | Path, made_by: Mapping[str, Any] | None = None) -> bytes:
+        """Write NAME.png and NAME.json into a folder, which is made if it is not there, and return the picture.
+
+        Args:
+            made_by: what else the JSON says.
 
         Raises: OSError: one of them cannot be written.
         """
-        files.write(folder / f"{self.name}.png", self.png())
-        files.write(folder / f"{self.name}.json", json.dumps(self.to_dict(), indent=1).encode())
+        folder, picture = Path(folder), self.png()
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / f"{self.name}.png", picture)
+        values = self.to_dict() | ({} if made_by is None else {"made_by": dict(made_by)})
+        files.write(folder / f"{self.name}.json", json.dumps(values, indent=1).encode())
+        return picture
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """A mean with the half-width of its 95 % interval, t·s/√n; None for fewer than two values."""
 
     value: float
     half: float | None
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g}" if self.half is None else f"{self.value:.3g} ± {self.half:.2g}"
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -102,12 +105,19 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n))
 
 
+def largest(values: Sequence[float]) -> float:
+    """Return the largest of some values; NaN if one of them is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def style(axis: Axes, title: str, x: str, y: str) -> None:
     """Give an axis its title, its labels, a grid, and a legend if its curves have names."""
     axis.set_title(title, fontsize=10)
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+    if x == "epoch":
+        axis.xaxis.set_major_locator(needed("matplotlib.ticker").MaxNLocator(integer=True))
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 

@@ -12,18 +12,21 @@ Source: Balduzzi et al. 2017, The Shattered Gradients Problem, https://arxiv.org
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fusedres.analysis.blocks import copy_of
+from fusedres.analysis.observing import check_images, logits_of, undisturbed
 from fusedres.analysis.random_networks import Design, correlation, derivatives, residual_theory
 from fusedres.analysis.results import COLOURS, AnalysisError, Result, style
 from fusedres.analysis.sizes import FULL
+from fusedres.analysis.training import set_statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +38,7 @@ _SHOWN = 4  # every so many points are in the picture of the covariance
 _PLAIN_DEPTHS, _RESIDUAL_DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 5, 10, 20, 50)
 _PLAIN, _RESIDUAL = Design("BatchNorm"), Design("BatchNorm", beta=1.0)
 _SEEDS_AT_ONCE = 20
+_POINTS_AT_ONCE = 64
 
 # The networks of which the derivatives are taken, by name, with their depths.
 NETWORKS: dict[str, tuple[Design, tuple[int, ...]]] = {
@@ -126,9 +130,9 @@ class Shattered(Result):
         axes = bottom.subplots(1, len(chosen), squeeze=False)[0]
         for axis, each in zip(axes, chosen, strict=True):
             shown = axis.imshow(each.covariance, vmin=-1, vmax=1, cmap="RdBu_r", extent=(0, 1, 1, 0))
-            style(axis, f"Covariance of dy/dx\n{each.label}", "place of one input", "place of the other")
+            style(axis, f"Correlation of dy/dx\n{each.label}", "place of one input", "place of the other")
             axis.grid(False)
-        bottom.colorbar(shown, ax=axes, shrink=0.8, label="covariance over the standard deviations")
+        bottom.colorbar(shown, ax=axes, shrink=0.8, label="correlation over the networks")
 
 
 def shattered(model: nn.Module, start: Tensor, end: Tensor, points: int = POINTS, output: int = 0) -> Shattered:
@@ -149,19 +153,34 @@ def shattered(model: nn.Module, start: Tensor, end: Tensor, points: int = POINTS
         )
     if points < 2 * LAGS:
         raise AnalysisError(f"shattered: points must be at least {2 * LAGS}, got {points}")
+    check_images(start)
     place = torch.linspace(0, 1, points, dtype=start.dtype, device=start.device)
     inputs = start + place.view(-1, *[1] * (start.dim() - 1)) * (end - start)
-    model = _with_constant_statistics(copy.deepcopy(model), inputs)
-    grads = []
-    for part in inputs.split(64):
-        x = part.detach().requires_grad_()
-        grads.append(torch.autograd.grad(model(x)[:, output].sum(), x)[0])
+    with undisturbed():
+        model, inputs = copy_of(model), inputs.detach().clone()
+        norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        if any(norm.training for norm in norms):
+            set_statistics(model, inputs)
+        model.eval()
+        grads = []
+        for part in inputs.split(_POINTS_AT_ONCE):
+            x = part.detach().requires_grad_()
+            grads.append(torch.autograd.grad(logits_of(model(x))[:, output].sum(), x)[0])
     along = (torch.cat(grads) * (end - start)).flatten(1).double().sum(1)
     return Shattered([_autocorrelation(type(model).__name__, None, along[None])], [])
 
 
 def shattered_by_depth(seeds: int = FULL.shattered_seeds, progress: bool = False) -> Shattered:
-    """Return how alike the derivatives of random networks are, by depth, with white and brown noise beside."""
+    """Return how alike the derivatives of random networks are, by depth, with white and brown noise beside.
+
+    Args:
+        seeds: how many networks of each kind.
+        progress: show a progress bar on a terminal.
+
+    Raises: AnalysisError: there are no seeds.
+    """
+    if seeds < 1:
+        raise AnalysisError(f"shattered: there must be seeds, got {seeds}")
     parts = [range(first, min(first + _SEEDS_AT_ONCE, seeds)) for first in range(0, seeds, _SEEDS_AT_ONCE)]
     found = _noise(seeds)
     with tqdm(total=len(parts) * (len(NETWORKS) + 2), disable=None if progress else True) as bar:
@@ -181,20 +200,6 @@ def shattered_by_depth(seeds: int = FULL.shattered_seeds, progress: bool = False
     halves = [2.0**-depth for depth in _PLAIN_DEPTHS]
     theory = [residual_theory(depth, 1.0) for depth in _RESIDUAL_DEPTHS]
     return Shattered(found, [_correlation("plain", plain, halves), _correlation("residual", residual, theory)])
-
-
-def _with_constant_statistics(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """Return a model in eval mode, with the statistics of the inputs in its BatchNorms if it was in training mode."""
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training]
-    model.eval()
-    if norms:
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        with torch.no_grad():
-            model(inputs)
-        model.eval()
-    return model
 
 
 def _autocorrelation(network: str, depth: int | None, values: Tensor) -> Autocorrelation:
@@ -234,7 +239,7 @@ def _chosen(networks: list[Autocorrelation]) -> list[Autocorrelation]:
 
 
 def _draw_correlations(axis: Axes, found: list[Correlation]) -> None:
-    for each, colour in zip(found, COLOURS, strict=False):
+    for each, colour in zip(found, cycle(COLOURS)):
         label = f"{each.network}, measured"
         axis.errorbar(each.depths, each.values, each.errors, fmt="o", ms=4, color=colour, label=label)
         theory = "2^−L" if each.network == "plain" else "theory with the variance about the mean"
@@ -243,4 +248,5 @@ def _draw_correlations(axis: Axes, found: list[Correlation]) -> None:
     axis.plot(depths, [depth**-0.5 for depth in depths], ":", color="#000000", label="residual, 1/√L of the paper")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    style(axis, "Correlation of gradients over random inputs", "layers", "correlation")
+    axis.set_ylim(bottom=1e-4)
+    style(axis, "Correlation of gradients over random inputs, β = 1", "layers", "correlation")

@@ -40,6 +40,10 @@ class ScaledShortcut(nn.Module):
         super().__init__()
         self.factor = factor
 
+    def extra_repr(self) -> str:
+        """Return the settings that are no modules."""
+        return f"factor={self.factor}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Return S(x)."""
         return self.factor * x
@@ -106,17 +110,20 @@ class Shortcuts(Result):
         order = " < ".join(f"{variant.network} ({variant.said_loss})" for variant in self.variants)
         seeds = len(self.variants[0].runs)
         below = [
-            sum(a.loss < b.loss for a, b in zip(first.runs, second.runs, strict=True))
+            sum(a < b for a, b in zip(first.losses, second.losses, strict=True))
             for first, second in pairwise(self.variants)
         ]
         text = f"Training loss in order, geometric mean of {seeds} seeds: {order}."
-        text += f" Each is below the next in {', '.join(map(str, below))} of {seeds} seeds."
+        if seeds > 1:
+            text += f" Each is below the next in {', '.join(map(str, below))} of {seeds} seeds."
         errors = {
             variant.network: SHORTCUTS[variant.network][1] for variant in self.variants if variant.network in SHORTCUTS
         }
         if errors:
-            known = ", ".join(f"{name} {'failed' if error is None else error}" for name, error in errors.items())
-            text += f" Test errors in % of ResNet-110 on CIFAR-10 (He et al. 2016), in this order: {known}."
+            known = "; ".join(
+                f"{name}: {'failed' if error is None else f'{error} %'}" for name, error in errors.items()
+            )
+            text += f" Test errors of ResNet-110 on CIFAR-10 (He et al. 2016), in this order: {known}."
         return text
 
     def draw(self, figure: Figure) -> None:
@@ -137,11 +144,18 @@ def shortcuts(
     """Train networks that differ in their shortcuts and return their training losses, ordered.
 
     Args:
-        data: in colour, for the networks given here.
+        data: what to train on; load() gives it.
         networks: functions that make a network, by shortcut. None: those of SHORTCUTS, with this depth.
+        depth: in layers, 6n + 2.
+        recipe: how each is trained.
+        seeds: how many networks of each.
         folder: for what a killed run has done, to go on there; None: nothing is kept.
+        progress: show a progress bar on a terminal.
+
+    Raises: AnalysisError: there are no networks or seeds, or another process works in the folder.
     """
     if networks is None:
+        data = data.in_colour()
         networks = {name: partial(network, make, depth) for name, (make, _) in SHORTCUTS.items()}
     trained = train_variants(networks, data, recipe, seeds, folder, progress)
     return Shortcuts(sorted(trained, key=lambda variant: variant.rank))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,9 +23,13 @@ from tqdm import tqdm
 from fusedres import files
 from fusedres._version import __version__
 from fusedres.analysis.data import Data
+from fusedres.analysis.results import AnalysisError
+from fusedres.backends import backend_for
 
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
-_RUNS, _CHECKPOINT, _WEIGHTS = "runs.json", "checkpoint", "weights of "
+_PREFIX = "fusedres-"  # of all files here
+_RUNS, _LOCK = f"{_PREFIX}runs.json", f"{_PREFIX}lock"
+_CHECKPOINT, _WEIGHTS = "checkpoint", "weights of "
 _EVALUATED_AT_ONCE = 2048
 _LARGEST_FILE = 1 << 30
 
@@ -41,6 +47,8 @@ class Recipe(NamedTuple):
         """Return the learning rate after this share of the steps."""
         if progress < self.warm_up:
             return self.learning_rate * progress / self.warm_up
+        if self.warm_up >= 1:
+            return self.learning_rate
         return self.learning_rate * (1 + math.cos(math.pi * (progress - self.warm_up) / (1 - self.warm_up))) / 2
 
 
@@ -61,59 +69,89 @@ class Run:
     test_accuracy: float
 
 
+def check_seeds(seeds: int, networks: Mapping[str, object]) -> None:
+    """Raise AnalysisError if there is nothing to train."""
+    if seeds < 1 or not networks:
+        raise AnalysisError(f"analysis: there must be seeds and networks, got {seeds} and {len(networks)}")
+
+
 def settings_of(data: Data, recipe: Recipe, networks: Mapping[str, Callable[[], nn.Module]]) -> dict[str, Any]:
     """Return all that training these networks depends on, as JSON types: checksums stand for data and networks."""
-    return {
-        "data": data.checksum(),
-        "recipe": recipe,
-        "networks": {name: _checksum(networks[name]) for name in networks},
-    }
+    made = {name: _checksum(make, data.images[:2]) for name, make in networks.items()}
+    return {"data": data.checksum(), "recipe": recipe, "networks": made}
 
 
-def _checksum(make: Callable[[], nn.Module]) -> str:
-    """Return a checksum of a network with the weights that it gets from seed 0."""
-    with torch.random.fork_rng(devices=[]):
+def _checksum(make: Callable[[], nn.Module], images: Tensor) -> str:
+    """Return a checksum of a network with the weights that it gets from seed 0, and of what it makes of images."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = make()
+        tensors = {**model.state_dict(), "result": model(images)}
     found = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         found.update(name.encode())
-        found.update(tensor.contiguous().numpy().tobytes())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
 class Work:
     """What a run of an experiment has done so far, in a folder; None: nothing is kept.
 
-    What another version, other settings or another number of threads left there is removed.
+    One process at a time works in a folder. What another version, other settings, another backend or another number of
+    threads left there does not count. Files with other names than ours stay.
 
     Args:
         settings: all that the result depends on, as JSON types.
         keeps_weights: of finished runs.
+
+    Raises:
+        AnalysisError: another process works in the folder.
+        OSError: it cannot be written.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], keeps_weights: bool = False) -> None:
         self.folder, self.keeps_weights = folder, keeps_weights
-        threads = torch.get_num_threads()
-        made_by = {"fusedres": __version__, "torch": torch.__version__, "threads": threads, "settings": settings}
+        made_by = {
+            "fusedres": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "backend": backend_for("cpu"),
+            "settings": settings,
+        }
         self._made_by = json.loads(json.dumps(made_by))
         self._runs: dict[str, Any] = {}
+        self._lock: int | None = None
         if folder is None:
             return
-        found = self._read(_RUNS)
-        known = None if found is None else _parsed(found)
-        if known is not None and known.get("made_by") == self._made_by:
-            self._runs = known["runs"]
-        else:
-            remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise AnalysisError(f"analyze: one process at a time can work in {folder}; choose another --out") from error
+        found = _parsed(self._read(_RUNS))
+        if found.get("made_by") == self._made_by:
+            self._runs = found["runs"]
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes work in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def run(self, key: str) -> Run | None:
         """Return a finished run."""
         return Run(**self._runs[key]) if key in self._runs else None
 
     def finish(self, key: str, run: Run) -> None:
-        """Keep a finished run, in place of its checkpoint."""
+        """Keep a finished run."""
         self._runs[key] = asdict(run)
         self._write(_RUNS, json.dumps({"made_by": self._made_by, "runs": self._runs}).encode())
 
@@ -121,16 +159,17 @@ class Work:
         """Keep the state of training."""
         if self.folder is not None:
             data = io.BytesIO()
-            torch.save(state, data)
-            self._write(f"{name}.pt", data.getvalue())
+            torch.save({"made_by": json.dumps(self._made_by), "state": state}, data)
+            self._write(f"{_PREFIX}{name}.pt", data.getvalue())
 
     def load(self, name: str) -> Any:
         """Return a state that was kept, or None."""
-        data = self._read(f"{name}.pt")
+        data = self._read(f"{_PREFIX}{name}.pt")
         if data is None:
             return None
         try:
-            return torch.load(io.BytesIO(data), weights_only=True)
+            found = torch.load(io.BytesIO(data), weights_only=True)
+            return found["state"] if found["made_by"] == json.dumps(self._made_by) else None
         except Exception:  # a damaged file may raise anything; the run starts again
             return None
 
@@ -147,11 +186,11 @@ class Work:
 
 def remove(folder: Path) -> None:
     """Remove what runs have left in a folder; and the folder, and the one above it, if they are empty then."""
-    names = (_RUNS, f"{_CHECKPOINT}.pt", f"{_WEIGHTS}*.pt", ".*.unfinished")  # the last by a killed writer
     with contextlib.suppress(OSError):
-        for left in [path for name in names for path in folder.glob(name)]:
+        for left in [*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*.unfinished")]:
             left.unlink(missing_ok=True)
         folder.rmdir()
+    with contextlib.suppress(OSError):
         folder.parent.rmdir()
 
 
@@ -175,7 +214,7 @@ def train(
             model.load_state_dict(weights)
             bar.update(recipe.epochs)
             return finished, model.eval()
-        losses = _train(model, data, recipe, seed, (work, key), bar)
+        losses = _train(model, data, recipe, seed, work, key, bar)
     set_statistics(model, data.images)
     loss, accuracy = evaluate(model, data.images, data.labels)
     run = Run(network, seed, losses, loss, accuracy, evaluate(model, data.test_images, data.test_labels)[1])
@@ -211,9 +250,8 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
     return F.cross_entropy(logits, labels).item(), right
 
 
-def _train(model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple[Work, str], bar: tqdm) -> list[float]:
-    """Train and return the losses of the epochs; place: where checkpoints are kept, and of what."""
-    work, key = place
+def _train(model: nn.Module, data: Data, recipe: Recipe, seed: int, work: Work, key: str, bar: tqdm) -> list[float]:
+    """Train and return the losses of the epochs."""
     optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum)
     losses: list[float] = []
     state = work.load(_CHECKPOINT)
@@ -246,9 +284,11 @@ def _train(model: nn.Module, data: Data, recipe: Recipe, seed: int, place: tuple
     return losses
 
 
-def _parsed(data: bytes) -> Any:
+def _parsed(data: bytes | None) -> dict[str, Any]:
+    """Return what a file of finished runs holds; of a damaged one nothing."""
     try:
-        found = json.loads(data)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+        found = json.loads(data or b"{}")
+        runs = {key: asdict(Run(**run)) for key, run in found["runs"].items()}
+    except Exception:
+        return {}
+    return {"made_by": found.get("made_by"), "runs": runs}

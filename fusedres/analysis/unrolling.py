@@ -11,17 +11,18 @@ Source: He et al. 2016, Identity Mappings in Deep Residual Networks, https://arx
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fusedres.analysis.blocks import copy_of
 from fusedres.analysis.data import Data
-from fusedres.analysis.observing import Call, run_observed
-from fusedres.analysis.results import COLOURS, AnalysisError, Result, style
+from fusedres.analysis.observing import Call, check_images, run_observed, undisturbed
+from fusedres.analysis.results import COLOURS, AnalysisError, Result, largest, style
 from fusedres.analysis.sizes import FULL
 from fusedres.models import preact_resnet, resnet
 
@@ -78,7 +79,7 @@ class Unrolling(Result):
         worst: dict[tuple[str, str], float] = {}
         for chain in self.chains:
             key = chain.network, chain.dtype
-            worst[key] = max(worst.get(key, 0.0), *chain.errors)
+            worst[key] = largest([worst.get(key, 0.0), *chain.errors])
         said = [
             f"{network} in {dtype.removeprefix('torch.')} by {error:.2g}" for (network, dtype), error in worst.items()
         ]
@@ -96,16 +97,20 @@ class Unrolling(Result):
         """Draw the errors along the chains, and the derivatives of the sigmoids."""
         errors, *others = figure.subplots(1, 2 if self.sigmoids else 1, squeeze=False)[0]
         keys = list(dict.fromkeys((chain.network, chain.dtype) for chain in self.chains))
-        for key, colour in zip(keys, COLOURS * 3, strict=False):
+        for key, colour in zip(keys, cycle(COLOURS)):
             for index, chain in enumerate(c for c in self.chains if (c.network, c.dtype) == key):
                 values = [max(error, _SMALLEST) for error in chain.errors]
                 label = f"{key[0]}, {key[1].removeprefix('torch.')}" if index == 0 else None
                 left = range(len(values), 0, -1)
-                errors.plot(left, values, "o-", ms=3, color=colour, label=label, alpha=1 / (1 + 0.4 * index))
+                line = "--" if key[1] == "torch.float32" else "-"
+                errors.plot(
+                    left, values, line, marker="o", ms=3, color=colour, label=label, alpha=1 / (1 + 0.4 * index)
+                )
         errors.set_yscale("log")
-        style(errors, "Error of x_L = x_l + ΣF, over the largest x_L", "blocks from l to L", "largest error")
+        title = "Error of x_L = x_l + ΣF, over the largest x_L\n(fainter: later chains)"
+        style(errors, title, "blocks from l to L", "largest error")
         for axis in others:
-            for sigmoid, colour in zip(self.sigmoids, COLOURS, strict=False):
+            for sigmoid, colour in zip(self.sigmoids, cycle(COLOURS)):
                 layers = range(1, len(sigmoid.derivatives) + 1)
                 axis.plot(layers, sigmoid.derivatives, color=colour, label=f"skip: {sigmoid.skip}")
                 axis.plot(layers, sigmoid.bounds, ":", color=colour, label=f"bound: {sigmoid.skip}")
@@ -119,22 +124,29 @@ def unrolling(model: nn.Module, images: Tensor, names: Sequence[str] | None = No
 
     Args:
         model: any model with residual blocks, fused or not, in its mode; it stays as it was.
-        images: in the model's dtype.
+        images: (N, …), floating, in the model's dtype.
         names: of the modules that are the blocks; None: see residual_blocks.
 
-    Raises: ValueError: there are no blocks, or none has an identity shortcut.
+    Raises: ValueError: there are no blocks, none has an identity shortcut, or they draw random numbers.
     """
     return Unrolling(_chains(type(model).__name__, model, images, names), [])
 
 
 def unrolling_of_designs(
     data: Data,
-    networks: Mapping[str, Callable[[int], nn.Module]] = NETWORKS,
+    networks: Mapping[str, Callable[[int], nn.Module]] | None = None,
     depth: int = FULL.unrolling_depth,
     weight: float = 1.0,
     seed: int = 0,
 ) -> Unrolling:
-    """Return the chains of new networks in float64 and float32, and those of sigmoids with this weight."""
+    """Return the chains of new networks in float64 and float32, and those of sigmoids with this weight.
+
+    Args:
+        data: gives the images.
+        networks: functions that make a network of a depth, by name. None: preact_resnet and resnet of fusedres.models.
+    """
+    if networks is None:
+        networks, data = NETWORKS, data.in_colour()
     found = []
     for dtype in _DTYPES:
         for name, make in networks.items():
@@ -170,9 +182,10 @@ def sigmoid_chain(skip: str, weight: float = 1.0, layers: int = _CHAIN, start: f
     return SigmoidChain(skip, weight, derivatives, [bound**layer for layer in range(1, layers + 1)], difference)
 
 
-@torch.no_grad()
 def _chains(network: str, model: nn.Module, images: Tensor, names: Sequence[str] | None) -> list[Chain]:
-    _, calls = run_observed(copy.deepcopy(model), images, names)
+    check_images(images)
+    with undisturbed(), torch.no_grad():
+        _, calls = run_observed(copy_of(model), images, names)
     rows: list[list[Call]] = []
     for call in calls:
         if not call.block.is_identity:
@@ -186,6 +199,7 @@ def _chains(network: str, model: nn.Module, images: Tensor, names: Sequence[str]
     return [_chain(network, row) for row in rows]
 
 
+@torch.no_grad()
 def _chain(network: str, calls: Sequence[Call]) -> Chain:
     end = calls[-1].output
     total, errors = torch.zeros_like(end), []

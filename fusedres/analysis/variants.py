@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from fusedres.analysis.data import Data
 from fusedres.analysis.results import COLOURS, Mean, mean, style
-from fusedres.analysis.training import Recipe, Run, Work, settings_of, train
+from fusedres.analysis.training import Recipe, Run, Work, check_seeds, settings_of, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +48,16 @@ class Variant:
     @property
     def said_loss(self) -> str:
         """The typical loss in words."""
+        if self.diverged == len(self.runs):
+            return "diverged"
         diverged = f", {self.diverged} of {len(self.runs)} seeds diverged" if self.diverged else ""
-        return f"{self.typical_loss:.3g}{diverged}"
+        least = "at most " if any(run.loss < SMALLEST_LOSS for run in self.runs) else ""
+        return f"{least}{self.typical_loss:.3g}{diverged}"
+
+    @property
+    def losses(self) -> list[float]:
+        """The training losses at the end, infinite where a run has diverged."""
+        return [run.loss if math.isfinite(run.loss) else math.inf for run in self.runs]
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -65,10 +74,11 @@ def train_variants(
     progress: bool = False,
 ) -> list[Variant]:
     """Train a network of each design from each seed; see Work for folder."""
-    work = Work(folder, settings_of(data, recipe, networks))
+    check_seeds(seeds, networks)
     runs: dict[str, list[Run]] = {name: [] for name in networks}
     epochs = recipe.epochs * len(networks) * seeds
-    with tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar:
+    settings = settings_of(data, recipe, networks)
+    with Work(folder, settings) as work, tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar:
         for seed in range(seeds):
             for name, make in networks.items():
                 bar.set_description(f"{name}, seed {seed}")
@@ -78,16 +88,18 @@ def train_variants(
 
 def draw_variants(ends: Axes, curves: Axes, variants: Sequence[Variant]) -> None:
     """Draw the training losses at the end, with every seed, and over the epochs."""
-    for index, (variant, colour) in enumerate(zip(variants, COLOURS, strict=False)):
+    for index, (variant, colour) in enumerate(zip(variants, cycle(COLOURS))):
         losses = [max(run.loss, SMALLEST_LOSS) for run in variant.runs if math.isfinite(run.loss)]
         ends.plot(losses, [index] * len(losses), "o", ms=5, color=colour, alpha=0.6)
         ends.plot([variant.typical_loss], [index], "D", ms=7, color=colour)
         for run in variant.runs:
             label = variant.network if run is variant.runs[0] else None
             epochs = range(1, len(run.losses) + 1)
-            curves.plot(epochs, run.losses, color=colour, lw=1, alpha=0.8, label=label)
+            line = "--" if index % 2 else "-"  # so that none hides another
+            curves.plot(epochs, run.losses, line, color=colour, lw=1, alpha=0.8, label=label)
     ends.set_xscale("log")
-    ends.set_yticks(range(len(variants)), [variant.network for variant in variants])
+    names = [f"{each.network}{f' ({each.diverged} diverged)' if each.diverged else ''}" for each in variants]
+    ends.set_yticks(range(len(variants)), names)
     ends.invert_yaxis()
     curves.set_yscale("log")
     style(ends, "Training loss at the end\n(dots: seeds; diamonds: geometric mean)", "cross-entropy", "")
