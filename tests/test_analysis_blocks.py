@@ -276,6 +276,24 @@ def test_a_block_that_is_called_by_name_is_said() -> None:
         gradient_flow(ByName().double(), *batch(8))
 
 
+class Passing(nn.Module):
+    """Calls a block with a mask."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        super().__init__()
+        self.block, self.mask = Odd("default"), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.block(x, mask=self.mask))
+
+
+def test_a_block_may_be_called_with_its_defaults_but_not_with_more() -> None:
+    x, labels = torch.randn(4, 8), torch.arange(4)
+    assert gradient_flow(nn.Sequential(nn.Linear(8, 8), Passing(None)), x, labels).difference < 1e-5
+    with pytest.raises(ValueError, match="Odd must be called with one tensor, got Tensor, mask"):
+        gradient_flow(nn.Sequential(nn.Linear(8, 8), Passing(torch.ones(8))), x, labels)
+
+
 def test_a_block_that_is_called_twice_has_two_rows() -> None:
     torch.manual_seed(0)
     block = fusedres.PreActBasicBlock(8, 8)
@@ -306,6 +324,9 @@ def test_unrolling_holds_to_rounding_for_pre_activation_alone() -> None:
     assert max(error for chain in exact.chains for error in chain.errors) < 1e-14
     in_32_bits = unrolling(models.preact_resnet20(), images.float())
     assert 1e-9 < max(error for chain in in_32_bits.chains for error in chain.errors) < 1e-5
+    reshaping = timm.create_model("swin_tiny_patch4_window7_224", img_size=224, depths=(2,), num_heads=(3,)).eval()
+    swin = unrolling(reshaping.double(), torch.randn(1, 3, 224, 224, dtype=torch.float64))
+    assert max(error for chain in swin.chains for error in chain.errors) < 1e-14
     cut_off = unrolling(models.resnet20().double(), images)
     assert min(error for chain in cut_off.chains for error in chain.errors) > 0.01
     with pytest.raises(ValueError, match="CifarNetwork must have blocks whose shortcut is the identity, got none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -83,12 +84,12 @@ def run_observed(model: nn.Module, images: Tensor, names: Sequence[str] | None =
     inputs: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if len(args) != 1 or named or not isinstance(args[0], Tensor):
+        if not args or not isinstance(args[0], Tensor) or _given_beside_defaults(module, args, named):
             kinds = ", ".join([*(type(arg).__name__ for arg in args), *named]) or "nothing"
             raise ValueError(f"observe: a {type(module).__name__} must be called with one tensor, got {kinds}")
         x = args[0].clone()  # of its own, for the gradient through this call alone
         inputs.append(x)
-        return (x.clone(),), {}  # the block may write over it
+        return (x.clone(), *args[1:]), named  # the block may write over it
 
     def after_of(block: ResidualBlock) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -156,6 +157,14 @@ class Split:
             return torch.zeros_like(x)
         [found] = torch.autograd.grad(self._output, (x,), grad_output, retain_graph=True, allow_unused=True)
         return torch.zeros_like(x) if found is None else found
+
+
+def _given_beside_defaults(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a call has arguments after the first that are not the defaults."""
+    parameters = inspect.signature(module.forward).parameters
+    given = {**dict(zip(list(parameters)[1:], args[1:], strict=False)), **named}
+    defaults = {name: each.default for name, each in parameters.items()}
+    return len(args) > len(parameters) or any(value is not defaults.get(name, given) for name, value in given.items())
 
 
 @torch.no_grad()

@@ -110,8 +110,8 @@ def largest(values: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
-def style(axis: Axes, title: str, x: str, y: str) -> None:
-    """Give an axis its title, its labels, a grid, and a legend if its curves have names."""
+def style(axis: Axes, title: str, x: str, y: str, legend: Any = "best") -> None:
+    """Give an axis its title, its labels, a grid, and a legend at this place if its curves have names."""
     axis.set_title(title, fontsize=10)
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.3)
@@ -119,7 +119,7 @@ def style(axis: Axes, title: str, x: str, y: str) -> None:
     if x == "epoch":
         axis.xaxis.set_major_locator(needed("matplotlib.ticker").MaxNLocator(integer=True))
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, framealpha=0.85, edgecolor="none")
+        axis.legend(loc=legend, fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _as_json(value: Any) -> Any:

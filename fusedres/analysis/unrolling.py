@@ -108,7 +108,7 @@ class Unrolling(Result):
                 )
         errors.set_yscale("log")
         title = "Error of x_L = x_l + ΣF, over the largest x_L\n(fainter: later chains)"
-        style(errors, title, "blocks from l to L", "largest error")
+        style(errors, title, "blocks from l to L", "largest error", "center right")
         for axis in others:
             for sigmoid, colour in zip(self.sigmoids, cycle(COLOURS)):
                 layers = range(1, len(sigmoid.derivatives) + 1)
@@ -204,6 +204,6 @@ def _chain(network: str, calls: Sequence[Call]) -> Chain:
     end = calls[-1].output
     total, errors = torch.zeros_like(end), []
     for call in reversed(calls):
-        total = total + call.block.branch(call.x)
+        total = total + call.block.branch(call.x).reshape_as(call.x)  # a branch may add in another shape
         errors.append(((call.x + total - end).abs().max() / end.abs().max()).item())
     return Chain(network, str(end.dtype), [call.block.name for call in calls], errors[::-1])
