@@ -207,9 +207,13 @@ def test_cifar10_is_read_from_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
-        ("cifar", None, "--data must be one of digits, mnist, cifar10, got 'cifar'"),
-        ("cifar10", None, "--data cifar10 needs --data-root"),
-        ("cifar10", "nowhere", r"--data-root must be a folder with CIFAR-10 \(cifar-10-batches-py\), got 'nowhere'"),
+        ("cifar", None, "name must be one of digits, mnist, cifar10, got 'cifar'"),
+        ("cifar10", None, "load: cifar10 needs root"),
+        (
+            "cifar10",
+            "nowhere",
+            r"\(--data-root\) must be a folder with CIFAR-10 \(cifar-10-batches-py\), got 'nowhere'",
+        ),
     ],
 )
 def test_missing_data_is_said_in_one_sentence(name: str, root: str | None, message: str) -> None:

@@ -70,7 +70,7 @@ def load(name: str = "digits", root: Path | None = None, images: int | None = No
     elif name == "cifar10":
         data = _cifar10(root)
     else:
-        raise AnalysisError(f"analyze: --data must be one of {', '.join(NAMES)}, got {name!r}")
+        raise AnalysisError(f"load: name must be one of {', '.join(NAMES)}, got {name!r}")
     return data.first(images)
 
 
@@ -88,14 +88,14 @@ def _split(name: str, pixels: Tensor, labels: Tensor) -> Data:
 
 def _cifar10(root: Path | None) -> Data:
     if root is None:
-        raise AnalysisError("analyze: --data cifar10 needs --data-root, the folder that holds CIFAR-10")
+        raise AnalysisError("load: cifar10 needs root (--data-root), the folder that holds CIFAR-10")
     sets = []
     for train in (True, False):
         try:
             sets.append(torchvision.datasets.CIFAR10(str(root), train=train))
         except Exception as error:  # OSError, RuntimeError, and whatever unpickling raises
             raise AnalysisError(
-                f"analyze: --data-root must be a folder with CIFAR-10 (cifar-10-batches-py), got {str(root)!r}"
+                f"load: root (--data-root) must be a folder with CIFAR-10 (cifar-10-batches-py), got {str(root)!r}"
             ) from error
     pixels = [torch.from_numpy(each.data).permute(0, 3, 1, 2).float() for each in sets]
     labels = [torch.tensor(each.targets) for each in sets]
