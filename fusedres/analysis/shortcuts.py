@@ -113,7 +113,7 @@ class Shortcuts(Result):
             sum(a < b for a, b in zip(first.losses, second.losses, strict=True))
             for first, second in pairwise(self.variants)
         ]
-        text = f"Training loss in order, geometric mean of {seeds} seeds: {order}."
+        text = f"Training loss in order, geometric mean over the seeds ({seeds}): {order}."
         if seeds > 1:
             text += f" Each is below the next in {', '.join(map(str, below))} of {seeds} seeds."
         errors = {

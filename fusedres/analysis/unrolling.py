@@ -108,7 +108,7 @@ class Unrolling(Result):
                 )
         errors.set_yscale("log")
         title = "Error of x_L = x_l + ΣF, over the largest x_L\n(fainter: later chains)"
-        style(errors, title, "blocks from l to L", "largest error", "center right")
+        style(errors, title, "blocks from l to L", "largest error", (0.62, 0.22))
         for axis in others:
             for sigmoid, colour in zip(self.sigmoids, cycle(COLOURS)):
                 layers = range(1, len(sigmoid.derivatives) + 1)
