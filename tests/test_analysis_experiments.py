@@ -323,8 +323,8 @@ def test_conclusions_say_what_diverged() -> None:
         [variant("identity", 1e-9, 0.5), variant("x / 2", 0.5, math.nan), variant("mine", math.inf, 1.0)]
     )
     assert ordered.conclusion() == (
-        "Training loss in order, geometric mean over the seeds (2): identity (at most 0.000707) < x / 2 (0.5, 1 of 2 seeds "
-        "diverged) < mine (1, 1 of 2 seeds diverged). Each is below the next in 2, 1 of 2 seeds. Test errors of "
+        "Training loss in order, geometric mean over the seeds (2): identity (at most 0.000707) < x / 2 (0.5, 1 of 2 "
+        "seeds diverged) < mine (1, 1 of 2 seeds diverged). Each is below the next in 2, 1 of 2 seeds. Test errors of "
         "ResNet-110 on CIFAR-10 (He et al. 2016), in this order: identity: 6.61 %; x / 2: failed."
     )
     for result in (found, gone, ordered):
