@@ -103,9 +103,11 @@ def test_the_shortcuts_part_is_the_outputs_gradient_where_nothing_acts_after_the
     found = [
         each for each in gradient_flow(model, images, labels).networks[0].blocks if seen[each.name].block.is_identity
     ]
-    assert len(found) == 7 and all(seen[each.name].block.ends_with_add for each in found)
+    assert len(found) == 7
     for each in found:
-        assert each.shortcut == pytest.approx(seen[each.name].grad_output.norm().item(), rel=1e-14)
+        observed = seen[each.name]
+        assert torch.equal(observed.block.after(observed.output, observed.x), observed.output)
+        assert each.shortcut == pytest.approx(observed.grad_output.norm().item(), rel=1e-14)
 
 
 def test_a_block_is_its_parts() -> None:
@@ -127,7 +129,8 @@ def test_sums_of_sums_are_taken_apart() -> None:
     module = PostNorm().double()
     [block] = residual_blocks(nn.Sequential(module))
     x = torch.randn(4, 8, dtype=torch.float64)
-    assert block.is_identity and not block.ends_with_add
+    assert block.is_identity
+    torch.testing.assert_close(block.after(x, x), module.norm(x))
     h = module.first(x)
     assert torch.allclose(block.branch(x), h + module.second(torch.relu(x + h)))
     assert torch.equal(block.shortcut(x), x)

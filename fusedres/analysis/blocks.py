@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fusedres.analysis.tracing import Term, Traced, add_before, needed_for, terms_of, trace
 from fusedres.modules import PlainBlock, StochasticDepth
@@ -30,10 +30,9 @@ class ResidualBlock:
         module: the block. Its parts run the same submodules with PyTorch's own operators.
     """
 
-    def __init__(self, name: str, module: nn.Module, traced: Traced) -> None:
+    def __init__(self, name: str, module: nn.Module, traced: Traced, add: fx.Node | None) -> None:
         self.name, self.module = name, module
-        self._traced = traced
-        self._add = add_before(traced)
+        self._traced, self._add = traced, add
         terms = [Term(traced.result)] if self._add is None else terms_of(traced, Term(self._add))
         chosen = None if self._add is None else min(terms, key=self._cost)
         self._shortcut = [term for term in terms if term == chosen]
@@ -48,11 +47,6 @@ class ResidualBlock:
     def is_identity(self) -> bool:
         """Whether the shortcut is the block's input itself."""
         return len(self._shortcut) == 1 and self._shortcut[0].node is self._traced.input
-
-    @property
-    def ends_with_add(self) -> bool:
-        """Whether nothing acts after the add."""
-        return self._add is not None and self._add is self._traced.result
 
     def branch(self, x: Tensor) -> Tensor:
         """Return F(x); of a block without a shortcut, its output."""
@@ -111,7 +105,7 @@ def take_apart(name: str, module: nn.Module) -> ResidualBlock | str:
     known = {add: None, traced.input: None}
     if add is not None and any(map(traced.is_weighted, needed_for(traced.result, known))):
         return "convolutions or linear layers stand after its last sum"
-    return ResidualBlock(name, module, traced)
+    return ResidualBlock(name, module, traced, add)
 
 
 def residual_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[ResidualBlock]:

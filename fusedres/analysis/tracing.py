@@ -45,18 +45,15 @@ class Term(NamedTuple):
 class Traced:
     """The graph of a block, which runs the submodules of the block itself."""
 
-    def __init__(
-        self, module: nn.Module, copied: nn.Module, graph: fx.Graph, stacks: Mapping[fx.Node, tuple[str, ...]]
-    ) -> None:
+    def __init__(self, module: nn.Module, copied: nn.Module, graph: fx.Graph) -> None:
         targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
         # The tracer keeps the constants of a forward in the copy.
         parts = {target: _at(module, target, _at(copied, target, None)) for target in targets}
-        self._module, self._graph, self._stacks = module, fx.GraphModule(parts, graph), stacks
-        self._nodes = dict(zip(self._graph.graph.nodes, graph.nodes, strict=True))
-        placeholders = [node for node in self._graph.graph.nodes if node.op == "placeholder"]
-        self.input = placeholders[0]
-        self._given = {node: node.args[0] if node.args else None for node in placeholders[1:]}
-        self.result: Any = next(node for node in self._graph.graph.nodes if node.op == "output").args[0]
+        self._module, self._graph = module, fx.GraphModule(parts, graph)
+        # The first placeholder is the input; the others are arguments that have their defaults.
+        self.input, *others = (node for node in graph.nodes if node.op == "placeholder")
+        self._given = {node: node.args[0] if node.args else None for node in others}
+        self.result: Any = graph.output_node().args[0]
         self.dependent = _dependent(self.input)
 
     def value(self, wanted: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
@@ -113,31 +110,9 @@ class Traced:
         modules = [self._module.get_submodule(place) for place in self._places(node) if place]
         return any(isinstance(each, _WEIGHTED) for module in modules for each in module.modules())
 
-    def _places(self, node: fx.Node) -> tuple[str, ...]:
-        called = (str(node.target),) if node.op == "call_module" else ()
-        return (*self._stacks.get(self._nodes[node], ()), *called)
-
-
-class _Tracer(fx.Tracer):
-    """Also keeps in which submodules each node was traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stacks: dict[fx.Node, tuple[str, ...]] = {}
-        self._inside: list[str] = []
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._inside.append(self.path_of_module(m))
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        finally:
-            self._inside.pop()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        leaf = node.op == "call_module"
-        self.stacks[node] = tuple(self._inside[:-1] if leaf else self._inside)
-        return node
+    def _places(self, node: fx.Node) -> list[str]:
+        """Return the paths of the submodules in which a node was traced, and of the one that it calls."""
+        return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def trace(module: nn.Module) -> Traced | str:
@@ -146,7 +121,6 @@ def trace(module: nn.Module) -> Traced | str:
     A copy is traced, with the same parameters, so that what a forward changes, or draws, is nowhere seen. Arguments
     with defaults have their defaults.
     """
-    tracer = _Tracer()
     try:
         copied = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
         for each in copied.modules():
@@ -154,16 +128,13 @@ def trace(module: nn.Module) -> Traced | str:
         signature = inspect.signature(copied.forward).parameters.values()
         defaults = {each.name: each.default for each in signature if each.default is not inspect.Parameter.empty}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            graph = tracer.trace(copied, concrete_args=defaults or None)
+            graph = fx.Tracer().trace(copied, concrete_args=defaults or None)
     except Exception as error:  # a forward may do anything with what torch.fx gives it
         return f"torch.fx cannot trace its forward: {' '.join(str(error).split())[:120]}"
-    nodes = list(graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    result = nodes[-1].args[0]
     required = [each for each in signature if each.default is inspect.Parameter.empty and each.kind not in _REST]
-    if len(required) != 1 or not inputs or not isinstance(result, fx.Node):
+    if len(required) != 1 or not isinstance(graph.output_node().args[0], fx.Node):
         return "its forward does not turn one tensor into one tensor"
-    return Traced(module, copied, graph, tracer.stacks)
+    return Traced(module, copied, graph)
 
 
 def _at(module: nn.Module, path: str, otherwise: Any) -> Any:
