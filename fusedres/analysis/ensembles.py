@@ -23,7 +23,7 @@ from fusedres.analysis.observing import Loss, check_images, cross_entropy, obser
 from fusedres.analysis.paths import SHARE, Paths, paths
 from fusedres.analysis.results import COLOURS, Result, needed, style
 from fusedres.analysis.sizes import FULL
-from fusedres.analysis.training import Recipe, Work, check_seeds, settings_of, train
+from fusedres.analysis.training import Recipe, train, work_on
 from fusedres.models import plain, resnet
 
 if TYPE_CHECKING:
@@ -139,12 +139,11 @@ def ensembles_of_trained(
     """
     if networks is None:
         networks, data = networks_of(), data.in_colour()
-    check_seeds(seeds, networks)
-    settings, epochs = settings_of(data, recipe, networks), recipe.epochs * len(networks) * seeds
+    epochs = recipe.epochs * len(networks) * seeds
     test = data.test_images, data.test_labels
     found = []
     with (
-        Work(folder, settings, keeps_weights=True) as work,
+        work_on(networks, data, recipe, seeds, folder, keeps_weights=True) as work,
         tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar,
     ):
         for name, seed in product(networks, range(seeds)):
@@ -168,9 +167,9 @@ def _ensemble(
 ) -> Ensemble:
     """Return what is found in one network."""
     check_images(images)
-    lesions = Lesions(model, images, labels, loss, names)
     model = copy_of(model).eval()
     seen = observe(model, images[:_IMAGES_OF_PATHS], labels[:_IMAGES_OF_PATHS], loss, names)
+    lesions = Lesions(model, images, labels, loss, names)
     before, error = lesions.score({})
     deleted, permuted = deletions(lesions, seen, bar), permutations(lesions, seen, trials, bar)
     return Ensemble(network, before, error, lesions.chance(), deleted, permuted, paths(seen, bar))

@@ -133,9 +133,8 @@ class GradientFlow(Result):
                     by_depth.plot(where, [norm / norms[-1] for norm in norms], color=colour, label=label, alpha=alpha)
         by_depth.set_yscale("log")
         shown = "" if depths == [0] else f"\n(depths {', '.join(map(str, depths))}: the darker, the deeper)"
-        style(
-            by_depth, f"‖dL/dx‖ over that at the last block{shown}", "place of the block (0: first, 1: last)", "ratio"
-        )
+        title = f"‖dL/dx‖ over that at the last block{shown}"
+        style(by_depth, title, "place of the block (0: first, 1: last)", "‖dL/dx‖ / ‖dL/dx‖ at the last")
         for (name, found), colour in zip(self._deepest().items(), cycle(COLOURS)):
             for part, line in (("shortcut", "-"), ("branch", ":")):
                 rows = [[getattr(block, part) / max(block.total, _TINY) for block in each.blocks] for each in found]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fusedres.analysis.blocks import copy_of, residual_blocks
+from fusedres.analysis.blocks import residual_blocks
 from fusedres.analysis.observing import Loss, Observed, logits_of, undisturbed
 from fusedres.analysis.results import AnalysisError, needed
 
@@ -43,7 +43,7 @@ class Permutation:
 
 
 class Lesions:
-    """Tests a copy of a model, in eval mode, with other functions in place of some calls of its blocks.
+    """Tests a model with other functions in place of some calls of its blocks; it should be a copy, as it gets hooks.
 
     Raises: AnalysisError: labels are no classes (N,).
     """
@@ -56,7 +56,7 @@ class Lesions:
                 f"ensembles: labels must be int64 of shape ({len(images)},), got {labels.dtype} of shape "
                 f"{tuple(labels.shape)}"
             )
-        self._model, self._images, self._labels, self._loss = copy_of(model).eval(), images, labels, loss
+        self._model, self._images, self._labels, self._loss = model, images, labels, loss
         self._replaced: Mapping[int, Callable[[Tensor], Tensor]] = {}
         self._calls = 0
         for block in residual_blocks(self._model, names):

@@ -69,12 +69,6 @@ class Run:
     test_accuracy: float
 
 
-def check_seeds(seeds: int, networks: Mapping[str, object]) -> None:
-    """Raise AnalysisError if there is nothing to train."""
-    if seeds < 1 or not networks:
-        raise AnalysisError(f"analysis: there must be seeds and networks, got {seeds} and {len(networks)}")
-
-
 def settings_of(data: Data, recipe: Recipe, networks: Mapping[str, Callable[[], nn.Module]]) -> dict[str, Any]:
     """Return all that training these networks depends on, as JSON types: checksums stand for data and networks."""
     made = {name: _checksum(make, data.images[:2]) for name, make in networks.items()}
@@ -182,6 +176,23 @@ class Work:
     def _write(self, name: str, data: bytes) -> None:
         if self.folder is not None:
             files.write(self.folder / name, data)
+
+
+def work_on(
+    networks: Mapping[str, Callable[[], nn.Module]],
+    data: Data,
+    recipe: Recipe,
+    seeds: int,
+    folder: Path | None,
+    keeps_weights: bool = False,
+) -> Work:
+    """Return the work of training these networks from so many seeds.
+
+    Raises: what Work raises; AnalysisError: there is nothing to train.
+    """
+    if seeds < 1 or not networks:
+        raise AnalysisError(f"analysis: there must be seeds and networks, got {seeds} and {len(networks)}")
+    return Work(folder, {} if folder is None else settings_of(data, recipe, networks), keeps_weights)
 
 
 def remove(folder: Path) -> None:

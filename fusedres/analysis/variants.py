@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fusedres.analysis.data import Data
 from fusedres.analysis.results import COLOURS, Mean, mean, style
-from fusedres.analysis.training import Recipe, Run, Work, check_seeds, settings_of, train
+from fusedres.analysis.training import Recipe, Run, train, work_on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,12 +73,13 @@ def train_variants(
     folder: Path | None = None,
     progress: bool = False,
 ) -> list[Variant]:
-    """Train a network of each design from each seed; see Work for folder."""
-    check_seeds(seeds, networks)
+    """Train a network of each design from each seed; see work_on."""
     runs: dict[str, list[Run]] = {name: [] for name in networks}
     epochs = recipe.epochs * len(networks) * seeds
-    settings = settings_of(data, recipe, networks)
-    with Work(folder, settings) as work, tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar:
+    with (
+        work_on(networks, data, recipe, seeds, folder) as work,
+        tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar,
+    ):
         for seed in range(seeds):
             for name, make in networks.items():
                 bar.set_description(f"{name}, seed {seed}")
