@@ -43,8 +43,8 @@ from fusedres.analysis.observing import observe
 from fusedres.analysis.random_networks import Design, correlation, derivatives, residual_theory
 from fusedres.analysis.shattered import NETWORKS, POINTS
 from fusedres.analysis.shortcuts import DroppedShortcut, GatedShortcut, ScaledShortcut
-from fusedres.analysis.training import Run
 from fusedres.analysis.variants import Variant
+from fusedres.analysis.work import Run
 
 SHORT = Recipe(epochs=2, learning_rate=0.1)
 

@@ -18,7 +18,8 @@ from fusedres.analysis import training
 from fusedres.analysis.data import Data, load
 from fusedres.analysis.results import AnalysisError, mean
 from fusedres.analysis.shortcuts import ScaledShortcut
-from fusedres.analysis.training import Recipe, Run, Work, remove, settings_of, train
+from fusedres.analysis.training import Recipe, settings_of, train
+from fusedres.analysis.work import Run, Work, remove
 
 RECIPE = Recipe(epochs=4, learning_rate=0.1, batch=64)
 

@@ -23,8 +23,8 @@ from fusedres.analysis.results import AnalysisError, Result, needed
 from fusedres.analysis.shattered import Shattered, shattered_by_depth
 from fusedres.analysis.shortcuts import Shortcuts, shortcuts
 from fusedres.analysis.sizes import FULL, QUICK, Sizes
-from fusedres.analysis.training import remove
 from fusedres.analysis.unrolling import Unrolling, unrolling_of_designs
+from fusedres.analysis.work import remove
 
 HELP = "see why residual connections work: seven experiments, each in minutes"
 USAGE = "python -m fusedres analyze EXPERIMENT [options]"

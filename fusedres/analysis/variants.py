@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from fusedres.analysis.data import Data
 from fusedres.analysis.results import COLOURS, Mean, mean, style
-from fusedres.analysis.training import Recipe, Run, train, work_on
+from fusedres.analysis.training import Recipe, train, work_on
+from fusedres.analysis.work import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
