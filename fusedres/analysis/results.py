@@ -8,6 +8,7 @@ import io
 import json
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -39,7 +40,7 @@ def needed(module: str) -> Any:
         raise AnalysisError(f"analyze needs {package}: pip install 'fusedres[analysis]'") from error
 
 
-class Result:
+class Result(ABC):
     """The base of the dataclasses that the experiments return.
 
     Attributes:
@@ -52,13 +53,13 @@ class Result:
     title: ClassVar[str]
     size: ClassVar[tuple[float, float]] = (12.0, 4.4)
 
+    @abstractmethod
     def conclusion(self) -> str:
         """Return what the numbers say, in a few sentences."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, figure: Figure) -> None:
         """Draw the numbers into an empty figure."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types; numbers that are not finite become None."""
