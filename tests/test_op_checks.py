@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 import fusedres
+from fusedres.ops._library import OPS
 from fusedres.tune.calls import Call, Visit
 from fusedres.tune.compare import Expected, ExpectedOutput, off_by, repeats, wide_output
 
@@ -92,6 +93,27 @@ def test_what_a_norm_does_not_see() -> None:
 
     calls("basic", "auto", torch.bfloat16, check)
     assert len(seen) >= 1 and all("has 1 of 25,088 elements off by more than" in told for told in seen)
+
+
+def test_the_error_of_a_mean_near_zero_is_that_of_the_values_that_cancel_in_it() -> None:
+    x = torch.randn(2, 1, 8, 8).to(memory_format=NHWC)
+    x -= x.double().mean().float()
+    running = torch.zeros(1), torch.ones(1), torch.tensor(0)
+    call = Call(OPS["bn_statistics"], (x, None, None, *running, 0.1, 1e-5, "cpu"))
+    expected, (state, mean, *rest) = Expected(call), call.results("cpu")
+    assert mean.abs() < 1e-7
+    assert expected.wrong([state, mean + 0.4 * 2.0**-24, *rest]) is None
+    assert "result 1 has 1 of 1 elements" in str(expected.wrong([state, mean + 1e-5, *rest]))
+
+
+def test_infinite_and_nan_values_do_not_excuse_others() -> None:
+    x = torch.randn(2, 3, 8, 8).to(memory_format=NHWC)
+    x[0, 0, 0, 0], x[1, 1, 1, 1] = torch.inf, torch.nan
+    state = torch.stack([torch.zeros(3), torch.ones(3), torch.ones(3), torch.zeros(3)])
+    call = Call(OPS["bn_relu"], (x, state, None, 1, "cpu"))
+    expected, (right,) = Expected(call), call.results("cpu")
+    assert expected.wrong([right]) is None
+    assert str(expected.wrong([seeded(right, 2, "value")])).startswith("result 0 has 1 of 384 elements")
 
 
 def stub(results: Callable[[], Any]) -> Call:

@@ -34,6 +34,7 @@ def walk_block(
 def walk_stem(settings: Settings, visit: Visit, way: str, batch: int, dtype: torch.dtype) -> None:
     """Run the training step and the inference of the stem."""
     size = 16 if settings.tiny else 224
+    torch.manual_seed(0)
     model = fusedres.fuse(torchvision.models.resnet18(), **WAYS[way][0])
     model.to(settings.device, memory_format=torch.channels_last)
     model.fused_conv = WAYS[way][0]["conv"]  # fuse() leaves the choice to measured tables

@@ -1,9 +1,11 @@
 """Checks an op's results element by element against the reference composite in wider arithmetic.
 
-    max |ours − wide| <= 2·max |same − wide| + 4·max |wide(inputs·(1 ± u)) − wide| + 32·u_acc·max |wide|
+    max |ours − wide| <= 2·max |same − wide| + 4·max |wide(inputs·(1 ± u)) − wide| + 32·u_acc·max |terms|
 
 wide: the reference backend on the same arguments in float32 (float64 for float32 and float64).
 same: the reference backend in the op's own dtype, which rounds at the same places as the op.
+terms: wide; for means and what depends on them the larger of wide and wide(|inputs|), because a mean near 0 has the
+error of the values that cancel in it.
 
 On the right, the second term is the effect of rounding each input once; u is the unit roundoff of the operands of the
 products. The third term allows for the order of sums; u_acc is the unit roundoff of the accumulator. This is the rule
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from fusedres.dispatch import uses_tf32
 
@@ -122,15 +124,17 @@ class Expected:
         with true_float32():
             expected = _widened(call, narrow, wide, 0.0).results("reference")
             moved = _widened(call, narrow, wide, unit).results("reference")
+            terms = _absolute(_widened(call, narrow, wide, 0.0)).results("reference") if _has_mean(call) else expected
         regated = call.op.name in _REGATED
         self._results: list[_Result] = []
         slack = 0.0  # added to the bounds of sums over gradients
-        for a, b, c in zip(same, expected, moved, strict=True):
+        for a, b, c, d in zip(same, expected, moved, terms, strict=True):
             if not a.is_floating_point():
                 self._results.append(_Result(a, torch.zeros(()), int(_FLIPPED * a.numel())))
                 continue
             order = _ORDER * _UNIT[torch.float32 if narrow.itemsize == 2 else narrow]
-            largest = float(_largest(b.abs()).max()) if b.numel() else 0.0
+            of_terms = b.abs() if b.dim() == 4 else torch.maximum(b.abs(), d.abs())
+            largest = float(of_terms.nan_to_num(0, 0, 0).max()) if b.numel() else 0.0
             bound = 2 * _largest(_distance(a, b)) + 4 * _largest(_distance(c, b)) + order * largest
             flipped = int(_FLIPPED * b.numel()) if regated and b.dim() == 4 else 0
             if flipped:
@@ -219,6 +223,17 @@ def _widened(call: Call, narrow: torch.dtype, wide: torch.dtype, unit: float) ->
         for name, value in zip(call.op.arguments, call.args, strict=True)
     )
     return dataclasses.replace(call, args=tuple(args))
+
+
+def _has_mean(call: Call) -> bool:
+    """Whether a result is the mean of values of either sign."""
+    return call.op.name == "conv_fprop" or "running_mean" in call.op.written
+
+
+def _absolute(call: Call) -> Call:
+    """Return the call with the absolute values of its floating-point tensors."""
+    args = tree_map_only(Tensor, lambda t: t.abs() if t.is_floating_point() else t, call.args)
+    return dataclasses.replace(call, args=args)
 
 
 class true_float32:  # noqa: N801 - used like a function
