@@ -22,7 +22,7 @@ import torch
 import torchvision
 
 import fusedres
-from fusedres import _C, backends, cuda_support, dispatch, terminal
+from fusedres import _C, backends, cuda_support, dispatch, processor, terminal
 from fusedres.analysis import command as analyze
 from fusedres.analysis.results import AnalysisError
 from fusedres.kernels import serving
@@ -40,7 +40,9 @@ def _triton_version() -> str | None:
 
 def _devices() -> dict[str, dict[str, Any]]:
     """Return every device that torch sees, with its name and the backend that "auto" selects there."""
-    devices: dict[str, dict[str, Any]] = {"cpu": {"name": platform.machine(), "threads": torch.get_num_threads()}}
+    sets = processor.instruction_sets() or "none"
+    cpu = {"name": processor.name(), "instruction_sets": sets, "threads": torch.get_num_threads()}
+    devices: dict[str, dict[str, Any]] = {"cpu": cpu}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"

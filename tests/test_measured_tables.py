@@ -201,6 +201,21 @@ def test_devices_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "interpreted" in store.family(CPU)
 
 
+def test_processors_of_one_name_with_other_instruction_sets_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusedres.processor._CPUINFO", tmp_path / "cpuinfo")
+    torch.set_num_threads(2)
+    found = []
+    for flags in ("fpu avx2", "fpu avx2 avx512f avx512_bf16 amx_bf16_extra", "fpu"):
+        (tmp_path / "cpuinfo").write_text(f"model name\t: Made Up\nflags\t\t: {flags}\n\n" * 2)
+        found.append(store.family(CPU).removesuffix(", Triton interpreted"))
+    made_up = ("Made Up with avx2", "Made Up with avx2 avx512f avx512_bf16", "Made Up")
+    assert found == [f"{name}, 2 threads" for name in made_up]
+    (tmp_path / "cpuinfo").unlink()
+    assert ", 2 threads" in store.family(CPU)
+
+
 def test_the_tests_never_read_or_write_the_users_cache() -> None:
     assert os.environ["FUSEDRES_CACHE_DIR"] == "/dev/null/no-cache"
     with pytest.raises(NotADirectoryError):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from common.stats import Summary
+from fusedres import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds for git and nvidia-smi: long, so that a row has their answer even on a busy machine
@@ -70,10 +71,10 @@ ROW_KEYS = (
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the fields of a row that name the machine, the versions, the commit and the date."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": _name(device),
         "driver": _driver() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "isa": None if device.type == "cuda" else _instruction_sets(),
+        "isa": None if device.type == "cuda" else processor.instruction_sets(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -152,22 +153,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({torch.get_num_threads()} threads)"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)"
-
-
-def _instruction_sets() -> str | None:
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    except OSError:
-        return None
-    return " ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags) or None
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor.name()} ({torch.get_num_threads()} threads)"
 
 
 def _driver() -> str | None:

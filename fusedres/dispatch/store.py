@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import stat
 import warnings
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from fusedres import files
+from fusedres import files, processor
 from fusedres._version import __version__
 from fusedres.dispatch.table import Entry, Table, as_json, decode, parse
 
@@ -39,14 +38,15 @@ _LONGEST_REASON = 300  # characters of a reason in a warning, which may quote th
 def family(device: torch.device) -> str | None:
     """Return the name under which devices share a table, or None for a device that cannot be measured.
 
-    A GPU's name and capability, or a CPU's model and number of threads.
+    A GPU's name and capability, or a CPU's model, instruction sets and number of threads.
     """
     if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, sm_{properties.major}{properties.minor}"
     if device.type == "cpu":
         interpreted = _INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else ""
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads{interpreted}"
+        model = " with ".join(filter(None, (processor.name(), processor.instruction_sets())))
+        return f"{model}, {torch.get_num_threads()} threads{interpreted}"
     return None
 
 
@@ -55,14 +55,6 @@ def serving(device: str) -> frozenset[str]:
     if _CAPABILITY.search(device):
         return frozenset({"reference", "triton", "cuda"})
     return frozenset({"reference", "cpu", *(["triton"] if device.endswith(_INTERPRETED) else [])})
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
 
 
 def file_name(device: str) -> str:
