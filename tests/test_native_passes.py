@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedres
 from fusedres import _C
 from fusedres.autograd import BlockPlan, ConvBN, cpu_passes
+from fusedres.modules.choice import images_at_a_time
 
 ONE_PASS = (
     Case("bottleneck", "identity", 16, 4, batch=4, height=8, width=8),
@@ -102,6 +103,15 @@ def test_inference_some_images_at_a_time(
         frozen = fusedres.freeze(fused_twin(block))(behind)
     torch.testing.assert_close(frozen, got)
     assert frozen.stride() == got.stride()
+
+
+def test_inference_is_in_equal_parts_where_its_output_would_be_fresh_memory() -> None:
+    def parts(images: int, channels: int, out_channels: int) -> int:
+        return images_at_a_time(torch.empty(1).expand(images, channels, 28, 28), (images, out_channels, 14, 14))
+
+    assert [parts(images, 512, 1024) for images in (1, 16, 20, 21, 32, 64)] == [1, 16, 20, 7, 8, 10]
+    assert [parts(images, 8, 2048) for images in (20, 21, 32)] == [20, 7, 8]  # the output is the larger one
+    assert parts(2, 16384, 8) == 1  # an image is larger than a part
 
 
 def test_every_choice_of_what_needs_a_gradient(served: dict[str, int], in_python: Callable[..., Any]) -> None:
