@@ -20,8 +20,8 @@ from fusedres.modules.anatomy import Anatomy
 # this they cost more than 5% of the block, and they are as large as the output that they save.
 _MIN_ROWS_A_CHANNEL = 16
 
-# An output of 32 MiB or more is fresh memory at every call (malloc maps it anew), whose pages fault. Then inference runs
-# the block on a few images at a time, so that its intermediates use the same memory again. On two cores with AVX-512, a
+# An output of 32 MiB or more is fresh memory at every call (malloc maps it anew): its pages fault. So inference runs
+# the block on a few images at a time, and its intermediates use the same memory again. On two cores with AVX-512, a
 # 256-channel Bottleneck at 56x56 took 0.77 of the time at batch 16. With smaller parts the weights are read more often:
 # with parts of 8 MiB, the first Bottleneck of 14x14 took 1.1 of the time at batch 64.
 _WHOLE_BYTES = 32 << 20
