@@ -4,14 +4,14 @@
     python benchmarks/bench_convolution.py --depth 18 --batch 32 --rounds 9
     python benchmarks/bench_convolution.py --dtype bfloat16
 
-In float32 the alternative ("own") is this package's kernel, in bfloat16 torch's product of matrices. The columns are
-torch's milliseconds and the ratio torch / own for the forward pass, the input's gradient and the weight's, and how the
-largest error of the alternative's forward pass compares with torch's, both against float64. All tensors are
-channels_last. Both take turns; a time is the median over rounds, a ratio the median of the ratios. The time to pack a
-weight counts for own. Where there is no alternative (the input's gradient of a strided convolution) there is a dash;
-such a convolution counts as torch's in the last line, which weights each convolution by how often the network has it.
-Fused blocks take what this table says is faster, by shape and instruction set
-(csrc/convolution_method/convolution_method.cpp).
+In float32 the alternative ("own") is this package's kernel. In bfloat16 it is torch's product of matrices, and for the
+weights' gradients on a CPU with AMX this package's kernel. The columns are torch's milliseconds and the ratio torch / own
+for the forward pass, the input's gradient and the weight's, and how the largest error of the alternative's forward pass
+compares with torch's, both against float64. All tensors are channels_last. Both take turns; a time is the median over
+rounds, a ratio the median of the ratios. The time to pack a weight counts for own. Where there is no alternative (the
+input's gradient of a strided convolution) there is a dash; such a convolution counts as torch's in the last line, which
+weights each convolution by how often the network has it. Fused blocks take what this table says is faster, by shape and
+instruction set (csrc/convolution_method/convolution_method.cpp).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fusedres.autograd import product
 from fusedres.kernels import cpu_convolution
+from fusedres.kernels.cpu_convolution import Purpose
 from fusedres.values import Geometry, Raw
 
 DIRECTIONS = ("forward", "grad input", "grad weight")
@@ -88,10 +89,18 @@ class Operands:
         return self._kernels() if self.x.dtype is torch.float32 else self._products()
 
     def _products(self) -> dict[str, Callable[[], Tensor]]:
+        x, weight = self.x.shape, self.weight.shape
+        with_kernel = cpu_convolution.is_faster(x, weight, self.geometry, self.x.dtype, 1, Purpose.WEIGHT_GRADIENT)
+
+        def weight_gradient() -> Tensor:
+            if with_kernel:
+                return cpu_convolution.weight_gradient(self.grad, Raw(self.x, None), self.weight, self.geometry)
+            return product.weight_gradient(self.grad, self.x, self.weight, self.geometry)
+
         calls = (
             lambda: product.product(self.x, self.weight),
             lambda: product.input_gradient(self.grad, self.weight),
-            lambda: product.weight_gradient(self.grad, self.x, self.weight, self.geometry),
+            weight_gradient,
         )
         found = dict(zip(DIRECTIONS, calls, strict=True))
         if self.x.shape[2:] != self.grad.shape[2:] or self.weight.shape[2:] != (1, 1):

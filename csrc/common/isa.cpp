@@ -4,6 +4,12 @@
 #include <cstring>
 #include <initializer_list>
 
+#if FUSEDRES_AMX && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fusedres {
 
 Isa best_isa() {
@@ -46,6 +52,22 @@ bool multiplies_bfloat16() {
   static const bool found = [] {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
+  }();
+  return found && current_isa() == Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+#if FUSEDRES_AMX && defined(__linux__)
+  static const bool found = [] {
+    // A process has to ask Linux for the tiles' registers. Threads that exist already get them too.
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kTilesOfBFloat16 = 1u << 22 | 1u << 24;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTilesOfBFloat16) != kTilesOfBFloat16) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return found && current_isa() == Isa::kAvx512;
 #else

@@ -11,6 +11,13 @@
 #define FUSEDRES_X86 0
 #endif
 
+// Whether the compiler knows AMX.
+#if FUSEDRES_X86 && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define FUSEDRES_AMX 1
+#else
+#define FUSEDRES_AMX 0
+#endif
+
 namespace fusedres {
 
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -19,6 +26,7 @@ Isa best_isa();     // what the processor supports
 Isa current_isa();  // best_isa() unless FUSEDRES_ISA=portable|avx2|avx512 asks for a lower one
 const char* isa_name(Isa isa);
 bool multiplies_bfloat16();  // whether the processor has instructions for products of bfloat16
+bool has_amx();              // whether it multiplies tiles of bfloat16, and the operating system lets this process
 
 // Picks the function for the current instruction set.
 template <class F>

@@ -170,4 +170,14 @@ struct WgradTasks {
   int64_t count() const { return splits * groups(); }
 };
 
+// What a task sums: a split, and the first out channel and the first column of its group.
+struct WgradTask {
+  int64_t split, row, column;
+
+  WgradTask(const WgradTasks& tasks, int64_t task)
+      : split(task / tasks.groups()),
+        row(task / tasks.column_groups % tasks.row_groups * tasks.rows),
+        column(task % tasks.column_groups * tasks.columns) {}
+};
+
 }  // namespace fusedres

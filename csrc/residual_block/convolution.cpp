@@ -81,18 +81,17 @@ Tensor own_input_gradient(const Tensor& grad, const Shape& input, const Tensor& 
 Tensor own_weight_gradient(const Tensor& grad, const ConvolutionInput& input, const Tensor& weight,
                            const ConvolutionParams& params, int threads) {
   const ConvolutionMap map = with_input(weight_map(weight, params), input.y.shape());
-  const DType dtype = grad.dtype();
+  const DType dtype = grad.dtype(), sums_dtype = state_dtype(dtype);
   Tensor result = aten::empty_like(weight);
   // One sum in the order of channels_last is the gradient itself.
   const int64_t splits = conv_wgrad_splits(map);
-  const bool direct = splits == 1 && result.is_channels_last();
-  const Tensor partials =
-      direct ? Tensor()
-             : aten::empty({splits, weight.bytes() / static_cast<int64_t>(sizeof(float))}, grad.torch_dtype());
+  const bool direct = splits == 1 && dtype == sums_dtype && result.is_channels_last();
+  const int64_t size = map.out_channels * map.channels * map.kernel[0] * map.kernel[1];
+  const Tensor partials = direct ? Tensor() : aten::empty({splits, size}, aten::torch_dtype(sums_dtype));
   void* const sums = direct ? result.data() : partials.data();
   conv_wgrad({dtype, grad.data(), nullptr, nullptr, nullptr, input.y.data(),
               input.state == nullptr ? nullptr : input.state->data(), map, sums, threads});
-  if (!direct) conv_wgrad_finalize({dtype, sums, splits, map, dtype, result.data(), strides_of(result), threads});
+  if (!direct) conv_wgrad_finalize({sums_dtype, sums, splits, map, dtype, result.data(), strides_of(result), threads});
   return result;
 }
 
