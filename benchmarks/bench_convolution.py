@@ -4,8 +4,8 @@
     python benchmarks/bench_convolution.py --depth 18 --batch 32 --rounds 9
     python benchmarks/bench_convolution.py --dtype bfloat16
 
-In float32 the alternative ("own") is this package's kernel. In bfloat16 it is torch's product of matrices, and for the
-weights' gradients on a CPU with AMX this package's kernel. The columns are torch's milliseconds and the ratio torch / own
+In float32 the alternative ("own") is this package's kernel. In bfloat16 it is torch's product of matrices, and for
+weights' gradients on a CPU with AMX this package's kernel. The columns are torch's milliseconds, the ratio torch / own
 for the forward pass, the input's gradient and the weight's, and how the largest error of the alternative's forward pass
 compares with torch's, both against float64. All tensors are channels_last. Both take turns; a time is the median over
 rounds, a ratio the median of the ratios. The time to pack a weight counts for own. Where there is no alternative (the

@@ -50,12 +50,15 @@ bool own_is_faster_in_bfloat16(const ConvolutionMap& map, Purpose purpose) {
 }
 
 // Whether a product of matrices is faster than oneDNN's convolution in bfloat16. It needs no reordered weight, which
-// shows if the weight is large and the pixels are few, and oneDNN's gradients of weights are slow.
+// shows if the weight is large and the pixels are few, and with AMX, where products take less time, for most weights.
+// oneDNN's gradients of weights are slow.
 bool product_is_faster(const ConvolutionMap& map, Purpose purpose) {
-  constexpr int64_t kManyRows = 8192, kWeightsARow = 640, kWeightsAGatheredRow = 100;
+  constexpr int64_t kManyRows = 8192, kWeightsARow = 640, kWeightsAGatheredRow = 100, kManyWeights = 128 * 256;
   const int64_t rows = map.out_pixels(), weights = map.channels * map.out_channels;
   if (!multiplies_bfloat16() || !is_covered(map) || rows == 0 || purpose == Purpose::kFrozen) return false;
-  if (purpose != Purpose::kWeightGradient) return map.is_pointwise() && weights >= kWeightsARow * rows;
+  if (purpose != Purpose::kWeightGradient) {
+    return map.is_pointwise() && weights >= (has_amx() ? kManyWeights : kWeightsARow * rows);
+  }
   return map.is_pointwise() ? rows <= kManyRows : weights >= kWeightsAGatheredRow * rows;
 }
 
