@@ -1,17 +1,20 @@
 """Whole models on a CPU against everything that people would pick, each in a process of its own.
 
 The processes take turns. While one runs, the others wait for a line from the parent, so that their threads do not spin
-into its time. Before each sample a probe checks that the machine is about as fast as it has been: virtual machines
-change their speed with their neighbours. A sample that is taken in a slow state all the same is counted in its row.
+into its time. Before and after each sample a probe checks that the machine is about as fast as it has been: virtual
+machines change their speed with their neighbours. A sample that was slow is taken again, for a while; one that is still
+slow then is counted in its row.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,34 +33,56 @@ OURS: dict[str, dict[str, Any]] = {
     "frozen": {"conv": "auto", "frozen": True},
 }
 SLOW = 1.15  # a probe that takes longer than this times the fastest one says that the machine is slow
-PATIENCE = 2.0  # seconds to wait for the fast state
+PATIENCE = 3.0  # seconds to wait for the fast state, for each sample
 DTYPES = ("float32", "bfloat16")  # of the whole model, without autocast
 
 
 class Probe:
-    """Says whether the machine is in its fast state: a product of small matrices on one core."""
+    """Says whether the machine is in its fast state: small products of matrices in a dtype, on each core.
 
-    def __init__(self) -> None:
-        self._a = torch.ones(256, 256)
-        self.fastest = min(self._seconds() for _ in range(50))
+    The units that multiply bfloat16 can be slow while the others are fast, and one core while another is fast.
+    """
 
-    def _seconds(self) -> float:
-        begin = time.perf_counter()
-        for _ in range(4):
-            self._a @ self._a
-        return time.perf_counter() - begin
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._a = torch.ones(384, 384, dtype=dtype)
+        self._cores = sorted(os.sched_getaffinity(0))
+        self._fastest = [min(times) for times in zip(*(self._seconds() for _ in range(30)), strict=True)]
+
+    def _seconds(self) -> list[float]:
+        """Return the time of a product on each core."""
+        found = []
+        try:
+            for core in self._cores:
+                os.sched_setaffinity(0, {core})
+                times = []
+                for _ in range(3):
+                    begin = time.perf_counter()
+                    self._a @ self._a
+                    times.append(time.perf_counter() - begin)
+                found.append(min(times))
+        finally:
+            os.sched_setaffinity(0, self._cores)
+        return found
 
     def is_fast(self) -> bool:
-        """Wait for the fast state for a while; return whether it is there."""
+        """Return whether the machine is in its fast state now."""
+        seconds = self._seconds()
+        self._fastest = [min(pair) for pair in zip(self._fastest, seconds, strict=True)]
+        return all(now <= SLOW * best for now, best in zip(seconds, self._fastest, strict=True))
+
+    def sample(self, take: Callable[[], float]) -> tuple[float, bool]:
+        """Return what `take` measures, and whether the machine was fast before and after; wait for that for a while."""
         until = time.perf_counter() + PATIENCE
         while True:
-            seconds = min(self._seconds() for _ in range(2))
-            self.fastest = min(self.fastest, seconds)
-            if seconds <= SLOW * self.fastest:
-                return True
-            if time.perf_counter() > until:
-                return False
-            time.sleep(0.05)
+            before = self.is_fast()
+            patient = time.perf_counter() < until
+            if before or not patient:
+                found = take()
+                after = self.is_fast()
+                if (before and after) or not patient:
+                    return found, before and after
+            else:
+                time.sleep(0.05)
 
 
 class Rival:
@@ -117,7 +142,7 @@ def measure(work: Work, names: list[str], rounds: int) -> tuple[list[dict[str, A
                 notes.append(f"{name}: its scores are off by {rival.told['off_by']:.3g} of eager's norm")
             else:
                 rivals[name] = rival
-        samples, slow = _samples(rivals, rounds)
+        samples, slow = _samples(rivals, rounds, Probe(getattr(torch, work.precision.name)))
     finally:
         torch.set_num_threads(threads)
         for rival in rivals.values():
@@ -136,16 +161,16 @@ def measure(work: Work, names: list[str], rounds: int) -> tuple[list[dict[str, A
     return rows, notes
 
 
-def _samples(rivals: dict[str, Rival], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    probe = Probe()
+def _samples(rivals: dict[str, Rival], rounds: int, probe: Probe) -> tuple[dict[str, list[float]], dict[str, int]]:
     repeats = {name: max(1, round(0.2 / rival.seconds(1))) for name, rival in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     slow = dict.fromkeys(rivals, 0)
     order = list(rivals)
     for turn in range(rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            slow[name] += not probe.is_fast()
-            samples[name].append(rivals[name].seconds(repeats[name]))
+            seconds, fast = probe.sample(lambda name=name: rivals[name].seconds(repeats[name]))
+            samples[name].append(seconds)
+            slow[name] += not fast
     return samples, slow
 
 
