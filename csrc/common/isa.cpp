@@ -69,7 +69,7 @@ bool has_amx() {
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTilesOfBFloat16) != kTilesOfBFloat16) return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
-  return found && current_isa() == Isa::kAvx512;
+  return found && multiplies_bfloat16();
 #else
   return false;
 #endif
