@@ -77,7 +77,7 @@ def machine_of(row: Row) -> str:
 
 def _about(rows: list[Row]) -> str:
     last = max(rows, key=lambda row: row["date"])
-    return f"{machine_of(last)}, torch {last['versions']['torch']}, {last['date'][:10]}"
+    return f"{machine_of(last)}\ntorch {last['versions']['torch']}, {last['date'][:10]}"
 
 
 # --- committed rows ---------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def roofline(rows: list[Row], path: Path) -> None:
     axis.set_ylabel("achieved FLOP/s")
     axis.grid(color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
-    figure.suptitle(f"Roofline: {_about(rows)}\n{rows[0]['dtype']}, largest measured ceilings", fontsize=10)
+    figure.suptitle(f"Roofline: {_about(rows)}, {rows[0]['dtype']}, largest measured ceilings", fontsize=10)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7.5, frameon=False)
     figure.tight_layout()
     _save(figure, path, rows)
@@ -219,7 +219,7 @@ def models(rows: list[Row], path: Path) -> None:
         for case, found in cases.items() if case[1] == "train" and found["eager"][key]
     }  # fmt: skip
     bars = [sum(len(found) + 1 for found in shown.values()) for shown in (cases, training)]
-    height = 1.6 + 0.27 * max(bars)
+    height = 1.8 + 0.27 * max(bars)
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, height))
     several = len({case[2:] for case in cases}) > 1
     _bars(speed, cases, several, lambda row, _: row["ratio"], lambda row: f"{number(row['images_per_s'])} images/s")
@@ -240,7 +240,7 @@ def models(rows: list[Row], path: Path) -> None:
     limits = max((axis.get_ylim() for axis in (speed, memory)), key=lambda ends: abs(ends[0] - ends[1]))
     for axis in (speed, memory):
         axis.set_ylim(limits)  # all bars are equally thick
-    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1 - 0.3 / height))
+    figure.tight_layout(rect=(0, (0.4 if len(labels) <= 5 else 0.6) / height, 1, 1 - 0.5 / height))
     _save(figure, path, rows)
 
 
