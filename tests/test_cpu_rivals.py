@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -77,12 +79,32 @@ def test_goals_compare_ratios_of_the_same_case(rivals: Any) -> None:
     assert rivals.goals([row("frozen", 1.5), row("openvino", 1.0, batch=1)]) == []
 
 
-def test_a_probe_notices_a_slow_machine(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "PATIENCE", 0.0)
-    times = iter([*[1.0] * 50, 1.1, 1.2, 1.3, 1.4, 0.9, 0.9, 1.04, 1.05])
-    monkeypatch.setattr(rivals.Probe, "_seconds", lambda self: next(times))
-    probe = rivals.Probe()
-    assert [probe.is_fast() for _ in range(4)] == [True, False, True, False]
+def _probe(rivals: Any, monkeypatch: pytest.MonkeyPatch, times: list[list[float]]) -> Any:
+    """Return a probe of two cores that finds these times, after the fastest ones are known to be 1."""
+    found = iter([[1.0, 1.0]] * 30 + times)
+    monkeypatch.setattr(rivals.Probe, "_seconds", lambda self: next(found))
+    return rivals.Probe(torch.float32)
+
+
+def test_a_probe_notices_a_slow_core(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = _probe(rivals, monkeypatch, [[1.1, 1.0], [1.0, 1.3], [0.8, 1.0], [0.9, 1.1], [0.95, 1.0]])
+    assert [probe.is_fast() for _ in range(5)] == [True, False, True, True, False]
+
+
+def test_a_slow_sample_is_taken_again_while_there_is_patience(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = [1.0, 1.0], [1.0, 3.0]
+    seconds = iter([10.0, 11.0])
+    probe = _probe(rivals, monkeypatch, [fast, slow, slow, fast, fast])  # slow after the first, before the second
+    assert probe.sample(lambda: next(seconds)) == (11.0, True)
+    monkeypatch.setattr(rivals, "PATIENCE", -1.0)
+    probe = _probe(rivals, monkeypatch, [fast, slow])
+    assert probe.sample(lambda: 12.0) == (12.0, False)
+
+
+def test_a_probe_times_each_core_and_leaves_the_process_on_all(rivals: Any) -> None:
+    cores = os.sched_getaffinity(0)
+    assert len(rivals.Probe(torch.bfloat16)._seconds()) == len(cores)
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_options(rivals: Any, capsys: pytest.CaptureFixture[str]) -> None:
