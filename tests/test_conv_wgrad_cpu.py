@@ -79,8 +79,10 @@ def test_special_values_spread_no_further_than_their_taps(dtype, h, values):
     assert torch.equal(got.isfinite(), want.isfinite())
     assert torch.equal(got.isnan(), want.isnan())
     finite = want.isfinite()
-    error = 2**-8 if dtype is torch.bfloat16 else 1e-6  # the kernel rounds relu(BN(h))
-    assert ((got - want).abs() <= error * terms)[finite].all()
+    if dtype is torch.float32:
+        torch.testing.assert_close(got[finite], want[finite].float(), rtol=1e-4, atol=1e-3)
+    else:  # the kernel rounds relu(BN(h))
+        assert ((got - want).abs() <= 2**-8 * terms)[finite].all()
     assert 0 < finite.sum() < finite.numel()
 
 

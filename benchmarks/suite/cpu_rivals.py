@@ -76,13 +76,13 @@ class Probe:
         while True:
             before = self.is_fast()
             patient = time.perf_counter() < until
-            if before or not patient:
-                found = take()
-                after = self.is_fast()
-                if (before and after) or not patient:
-                    return found, before and after
-            else:
+            if patient and not before:
                 time.sleep(0.05)
+                continue
+            found = take()
+            fast = before and self.is_fast()
+            if fast or not patient:
+                return found, fast
 
 
 class Rival:
