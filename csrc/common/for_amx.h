@@ -21,20 +21,10 @@
 #pragma GCC target( \
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
+#define FUSEDRES_NAMESPACE amx
+#define FUSEDRES_LEVEL 3
 #define FUSEDRES_LANE_BYTES 64
-#define FUSEDRES_HAS_AVX2 1
-#define FUSEDRES_HAS_AVX512 1
-namespace fusedres::amx {
-namespace {
-#include "common/lanes.inc"
-#include "common/tiles.inc"
-#include "common/walks.inc"
-#include FUSEDRES_KERNEL_FILE
-}  // namespace
-}  // namespace fusedres::amx
-#undef FUSEDRES_LANE_BYTES
-#undef FUSEDRES_HAS_AVX2
-#undef FUSEDRES_HAS_AVX512
+#include "common/one_isa.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -9,19 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#define FUSEDRES_NAMESPACE portable
+#define FUSEDRES_LEVEL 0
 #define FUSEDRES_LANE_BYTES 16
-#define FUSEDRES_HAS_AVX2 0
-#define FUSEDRES_HAS_AVX512 0
-namespace fusedres::portable {
-namespace {
-#include "common/lanes.inc"
-#include "common/walks.inc"
-#include FUSEDRES_KERNEL_FILE
-}  // namespace
-}  // namespace fusedres::portable
-#undef FUSEDRES_LANE_BYTES
-#undef FUSEDRES_HAS_AVX2
-#undef FUSEDRES_HAS_AVX512
+#include "common/one_isa.inc"
 
 #if FUSEDRES_X86
 
@@ -31,19 +22,10 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#define FUSEDRES_NAMESPACE avx2
+#define FUSEDRES_LEVEL 1
 #define FUSEDRES_LANE_BYTES 32
-#define FUSEDRES_HAS_AVX2 1
-#define FUSEDRES_HAS_AVX512 0
-namespace fusedres::avx2 {
-namespace {
-#include "common/lanes.inc"
-#include "common/walks.inc"
-#include FUSEDRES_KERNEL_FILE
-}  // namespace
-}  // namespace fusedres::avx2
-#undef FUSEDRES_LANE_BYTES
-#undef FUSEDRES_HAS_AVX2
-#undef FUSEDRES_HAS_AVX512
+#include "common/one_isa.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -57,19 +39,10 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
+#define FUSEDRES_NAMESPACE avx512
+#define FUSEDRES_LEVEL 2
 #define FUSEDRES_LANE_BYTES 64
-#define FUSEDRES_HAS_AVX2 1
-#define FUSEDRES_HAS_AVX512 1
-namespace fusedres::avx512 {
-namespace {
-#include "common/lanes.inc"
-#include "common/walks.inc"
-#include FUSEDRES_KERNEL_FILE
-}  // namespace
-}  // namespace fusedres::avx512
-#undef FUSEDRES_LANE_BYTES
-#undef FUSEDRES_HAS_AVX2
-#undef FUSEDRES_HAS_AVX512
+#include "common/one_isa.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "conv_wgrad/blocks.h"
@@ -25,10 +24,10 @@ struct Strips {
   };
 
   ConvolutionMap map;
-  int64_t lines, columns, down, across;  // of a full strip, and strips of an image
-  int64_t pitch;                         // packed pixels of a line
-  int64_t more;                          // packed lines of a phase, in addition to those of the strip
-  std::vector<int64_t> phases;           // first lines of the phases that a row of the kernel reads
+  int64_t lines, columns;       // of a full strip; every line is packed as `columns` pixels
+  int64_t down, across;         // strips of an image
+  int64_t more;                 // packed lines of a phase, in addition to those of the strip
+  std::vector<int64_t> phases;  // first lines of the phases that a row of the kernel reads
   int64_t strips_of_block;
 
   explicit Strips(const PixelBlocks& blocks) : map(blocks.map) {
@@ -37,8 +36,7 @@ struct Strips {
     across = ceil_div(blocks.out_width, kPixels);
     columns = even(ceil_div(blocks.out_width, across));
     across = ceil_div(blocks.out_width, columns);
-    pitch = columns;
-    down = across > 1 ? blocks.out_height : ceil_div(blocks.out_height, std::max<int64_t>(kPixels / pitch, 1));
+    down = across > 1 ? blocks.out_height : ceil_div(blocks.out_height, std::max<int64_t>(kPixels / columns, 1));
     lines = ceil_div(blocks.out_height, down);
     down = ceil_div(blocks.out_height, lines);
     more = (map.kernel[0] - 1) * map.dilation[0] / map.stride[0];
@@ -49,10 +47,15 @@ struct Strips {
     strips_of_block = std::max<int64_t>(kPixels / depth(lines), 1);
   }
 
-  int64_t depth(int64_t some_lines) const { return (some_lines * pitch + kUnit - 1) / kUnit * kUnit; }
+  int64_t depth(int64_t some_lines) const { return (some_lines * columns + kUnit - 1) / kUnit * kUnit; }
   int64_t count() const { return (map.batch * down * across + strips_of_block - 1) / strips_of_block; }
   int64_t packed_input(const Strip& strip) const {
-    return static_cast<int64_t>(phases.size()) * (strip.lines + more) * pitch;
+    return static_cast<int64_t>(phases.size()) * (strip.lines + more) * columns;
+  }
+
+  // Pixels of a line of the input that some neighbouring columns of the output read, with those between.
+  int64_t reach(int64_t some_columns) const {
+    return (some_columns - 1) * map.stride[1] + (map.kernel[1] - 1) * map.dilation[1] + 1;
   }
 
   std::vector<Strip> block(int64_t index) const {
@@ -62,9 +65,9 @@ struct Strips {
     int64_t grad = 0, input = 0;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t line = i / across % down * lines, column = i % across * columns;
-      Strip strip{i / across / down, line, std::min(lines, map.out_size(0) - line), column, 0, 0, grad, input};
-      strip.columns = std::min(columns, map.out_size(1) - column);
-      strip.depth = depth(strip.lines);
+      const int64_t some_lines = std::min(lines, map.out_size(0) - line);
+      const int64_t some_columns = std::min(columns, map.out_size(1) - column);
+      const Strip strip{i / across / down, line, some_lines, column, some_columns, depth(some_lines), grad, input};
       grad += strip.depth;
       input += packed_input(strip);
       found.push_back(strip);
@@ -76,7 +79,7 @@ struct Strips {
   int64_t shift(const Strip& strip, int64_t kernel_row) const {
     const int64_t line = kernel_row * map.dilation[0];
     const int64_t phase = std::find(phases.begin(), phases.end(), line % map.stride[0]) - phases.begin();
-    return (phase * (strip.lines + more) + line / map.stride[0]) * pitch;
+    return (phase * (strip.lines + more) + line / map.stride[0]) * columns;
   }
 };
 
